@@ -1,0 +1,91 @@
+"""MLX memory, planned: checkpointing, the largest batch, quantization, wiring, and what each of them cost.
+
+Everything public is importable from here. Names are looked up when they are first used, so that
+`import mlx_tune` costs little more than `import mlx` itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: The public API: each name and the module that holds it.
+_HOMES = {
+    # memory
+    "track_memory": "memory",
+    "memory_limit": "memory",
+    "memory_budget": "memory",
+    "MemoryBudget": "memory",
+    "parse_bytes": "units",
+    "format_bytes": "units",
+    "estimate_memory": "graphs",
+    "MemoryEstimate": "graphs",
+    "tightest_limit": "limits",
+    "TightestLimit": "limits",
+    # checkpointing
+    "checkpoint": "checkpointing",
+    "uncheckpoint": "checkpointing",
+    "is_checkpointed": "checkpointing",
+    "is_recomputing": "checkpointing",
+    "checkpoint_blocks": "checkpointing",
+    "plan_checkpoints": "checkpointing",
+    "CheckpointPlan": "checkpointing",
+    "verify_checkpoint": "checkpointing",
+    "keep": "checkpointing",
+    # batch
+    "autobatch": "batching",
+    "autobatch_by_length": "batching",
+    "AutobatchResult": "batching",
+    # quantization
+    "quantize_model": "quantization",
+    "plan_quantization": "quantization",
+    "quantization_report": "quantization",
+    "QuantizationPlan": "quantization",
+    "QuantizationReport": "quantization",
+    # wiring
+    "wired_limit": "wiring",
+    # all of it
+    "autofit": "fitting",
+    "Fit": "fitting",
+    # environment
+    "diagnose": "diagnosis",
+    "explain": "diagnosis",
+    # errors
+    "MlxTuneError": "errors",
+    "InvalidArgumentError": "errors",
+    "MissingDependencyError": "errors",
+    "BackendError": "errors",
+    "BudgetError": "errors",
+    "CheckpointError": "errors",
+    "TraceError": "errors",
+    "TrialError": "errors",
+    "QuantizationError": "errors",
+}
+
+__all__ = [*_HOMES, "__version__", "lm"]
+
+if TYPE_CHECKING:
+    from mlx_tune.memory import MemoryBudget as MemoryBudget
+    from mlx_tune.memory import memory_budget as memory_budget
+    from mlx_tune.memory import memory_limit as memory_limit
+    from mlx_tune.memory import track_memory as track_memory
+    from mlx_tune.units import format_bytes as format_bytes
+    from mlx_tune.units import parse_bytes as parse_bytes
+
+
+def __getattr__(name: str) -> Any:
+    """Find a public name in its module, once."""
+    if name == "lm":
+        return importlib.import_module("mlx_tune.lm")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mlx_tune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"mlx_tune.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

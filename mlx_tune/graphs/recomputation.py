@@ -1,0 +1,74 @@
+"""Checkpointed functions in a form that a trace can hold.
+
+`mx.checkpoint` is a primitive that MLX cannot export, so while a step is traced a checkpointed function
+is written out instead: its value, and next to it a second evaluation that only the gradient reaches.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+_thread = threading.local()
+
+
+def is_tracing() -> bool:
+    """Tell whether `estimate_memory` is tracing a step on this thread.
+
+    Returns:
+        True inside a step that is being traced, false anywhere else, other threads included.
+
+    Example:
+        >>> from mlx_tune.graphs import is_tracing
+        >>> is_tracing()
+        False
+    """
+    return getattr(_thread, "depth", 0) > 0
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Make `is_tracing` true on this thread for the body; nests."""
+    _thread.depth = getattr(_thread, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _thread.depth -= 1
+
+
+def traced_checkpoint(
+    pure: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array]
+) -> list[mx.array]:
+    """Call a checkpointed function so that its recomputation appears in an exported graph.
+
+    The value is y = pure(arrays), cut off from the gradient. The gradient goes through a second evaluation z
+    of `pure` whose inputs depend on y, as MLX's own recomputation does. Returned is y + (z - stop_gradient(z)),
+    which has the value of y and the gradient of z. The simulation knows the pattern by the dependency on y and
+    takes the sum for y itself, so z is only computed where the backward pass needs it.
+
+    Args:
+        pure: a function of arrays only, without side effects, returning arrays.
+        arrays: what to call it with.
+
+    Returns:
+        The arrays that `pure` returns, in order. Ones that carry no gradient (integers, booleans) are passed on as they are.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlx_tune.graphs import traced_checkpoint
+        >>> square = lambda x: mx.sum(traced_checkpoint(lambda x: [x * x], [x])[0])
+        >>> mx.grad(square)(mx.array([1.0, 2.0])).tolist()
+        [2.0, 4.0]
+    """
+    arrays = list(arrays)
+    values = [mx.stop_gradient(y) for y in pure(*(mx.stop_gradient(a) for a in arrays))]
+    if not any(mx.issubdtype(y.dtype, mx.inexact) for y in values):
+        return values
+    again = pure(*mx.depends(arrays, values))
+    return [
+        y + (z - mx.stop_gradient(z)) if mx.issubdtype(y.dtype, mx.inexact) else y
+        for y, z in zip(values, again, strict=True)
+    ]

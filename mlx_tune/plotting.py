@@ -1,0 +1,82 @@
+"""The little that every `plot()` shares: a figure in a light or a dark dress, and saving it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_tune.errors import InvalidArgumentError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Distinguishable in both dresses and by colour-blind readers (Okabe and Ito, 2008).
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+
+_INK = {False: "#1f2328", True: "#e6edf3"}
+_GRID = {False: "#d0d7de", True: "#3d444d"}
+
+
+def new_figure(*, dark: bool = False, size: tuple[float, float] = (8.0, 4.5)) -> tuple[Figure, Axes]:
+    """Make a figure with one pair of axes, without touching matplotlib's global state.
+
+    Args:
+        dark: Light ink on a transparent ground, for dark pages.
+        size: Width and height in inches.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingDependencyError(
+            "plot() needs matplotlib, which is not installed. Install it with: pip install 'mlx-tune-kit[plot]'"
+        ) from None
+    figure = Figure(figsize=size, layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.tick_params(colors=_INK[dark])
+    for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        text.set_color(_INK[dark])
+    for spine in axes.spines.values():
+        spine.set_color(_GRID[dark])
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(True, color=_GRID[dark], linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def ink(dark: bool) -> str:
+    """The colour of text and of thin lines."""
+    return _INK[dark]
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """Write the figure where a path is given, and hand it back.
+
+    Args:
+        figure: What `new_figure` made.
+        path: A file that ends in .svg or .png, or None for no file.
+
+    Raises:
+        InvalidArgumentError: Another ending.
+    """
+    if path is None:
+        return figure
+    suffix = Path(path).suffix.lower()
+    if suffix not in {".svg", ".png"}:
+        raise InvalidArgumentError(f"Cannot write a picture to {str(path)!r}: the name must end in .svg or .png.")
+    # A fixed salt and no date make the same picture the same file, so that version control shows real changes only.
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "mlx_tune", "svg.fonttype": "path"}):
+        figure.savefig(path, dpi=160, metadata={"Date": None} if suffix == ".svg" else None)
+    return figure

@@ -1,0 +1,268 @@
+"""Putting back what a step changes: models, optimizers, random streams, training flags.
+
+A measured or traced step must leave no mark (DESIGN: a call leaves the model, the optimizer, the random state as
+they were). A snapshot walks everything that is reachable from the given state and puts it back *in place*: the
+same dictionaries and lists, so that compiled steps which captured them stay bound.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_tune.errors import InvalidArgumentError, MlxTuneError
+from mlx_tune.units import format_bytes
+
+
+class _Spilled:
+    """Stands in a saved container for an array that lies on disk."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Snapshot:
+    """What `state` holds now, to be put back any number of times.
+
+    Kept: every array, number and object reachable through modules, optimizers, dictionaries, lists and tuples;
+    modules' training flags and frozen sets; `mx.random`'s stream, and Python's and NumPy's global ones.
+
+    Args:
+        state: A model, an optimizer, `mx.random.state`, or any nesting of dictionaries, lists and tuples of them.
+        spill: Write the arrays that training changes (trainable parameters, an optimizer's arrays, loose arrays)
+            to a file instead of keeping them, so that no second copy of them is held while trials run. Frozen
+            parameters are kept by reference: as long as nothing changes them that costs nothing.
+        folder: Where the file goes; the system's temporary folder by default.
+
+    Raises:
+        InvalidArgumentError: The state holds nothing that could be kept.
+        MlxTuneError: Too little free disk for what has to be spilled.
+
+    Example:
+        >>> import mlx.nn as nn
+        >>> model = nn.Linear(2, 2)
+        >>> before = model.weight.tolist()
+        >>> with Snapshot(model):
+        ...     model.weight = model.weight * 0
+        >>> model.weight.tolist() == before
+        True
+    """
+
+    def __init__(self, state: Any, *, spill: bool = False, folder: str | os.PathLike[str] | None = None) -> None:
+        """Walk the state and note everything in it."""
+        self._file: Path | None = None
+        self._saved: list[tuple[Any, Any, dict[str, Any] | None]] = []  # container, its items, its attributes
+        self._random = _RandomStreams()
+        to_disk: dict[str, Any] = {}
+        spilled_ids = _changing_arrays(state) if spill else {}
+        for container in _containers(state):
+            self._saved.append(_shallow(container, spilled_ids, to_disk))
+        if to_disk:
+            self._file = _spill(to_disk, folder)
+
+    def restore(self) -> None:
+        """Put everything back. May be called again after further changes."""
+        loaded = self._load()
+        copies: dict[int, Any] = {}
+        for container, items, attributes in self._saved:
+            _put_back(container, items, attributes, loaded, copies)
+        self._random.restore()
+
+    def discard(self) -> None:
+        """Delete the spilled file and let go of everything kept."""
+        self._saved.clear()
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+            self._file = None
+
+    def __enter__(self) -> Snapshot:
+        """Nothing more: the state was noted when the snapshot was made."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore, then let go."""
+        try:
+            self.restore()
+        finally:
+            self.discard()
+
+    def _load(self) -> dict[str, Any]:
+        if self._file is None:
+            return {}
+        import mlx.core as mx
+
+        loaded: dict[str, Any] = mx.load(str(self._file))  # type: ignore[assignment]
+        mx.eval(loaded)  # read now: the file goes away with the snapshot
+        return loaded
+
+
+class _RandomStreams:
+    """MLX's stream of this thread, and Python's and NumPy's global ones."""
+
+    def __init__(self) -> None:
+        import mlx.core as mx
+
+        key: Any = mx.random.state[0]  # type: ignore[index]  # MLX's stubs call the list an object
+        self._key = [int(word) for word in key.tolist()]
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = numpy.random.get_state() if numpy is not None else None
+
+    def restore(self) -> None:
+        import mlx.core as mx
+
+        # `seed` builds the key out of the two halves of its argument, so this gives back exactly this key.
+        mx.random.seed((self._key[0] << 32) | self._key[1])
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+def _children(node: Any) -> Iterator[Any]:
+    """What a node of the state holds, one level down."""
+    if isinstance(node, dict):
+        yield from node.values()
+        yield from getattr(node, "__dict__", {}).values()  # a module's plain attributes
+    elif isinstance(node, (list, tuple)):
+        yield from node
+    elif _is_optimizer(node):
+        yield from vars(node).values()
+
+
+def _is_optimizer(node: Any) -> bool:
+    from mlx.optimizers import Optimizer
+
+    return isinstance(node, Optimizer)
+
+
+def _containers(state: Any) -> list[Any]:
+    """Every mutable container reachable from `state`, each once, outermost first."""
+    import mlx.core as mx
+
+    seen: set[int] = set()
+    found, arrays, waiting = [], 0, [state]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, mx.array):
+            arrays += 1
+            continue
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, (dict, list)) or _is_optimizer(node):
+            found.append(node)
+        waiting.extend(_children(node))
+    if not found and state != ():
+        what = "a bare array, which a step cannot change" if arrays else f"a {type(state).__name__}"
+        raise InvalidArgumentError(
+            f"state={what}: pass what the step updates, such as state=(model, optimizer), or state=() for nothing."
+        )
+    return found
+
+
+def _changing_arrays(state: Any) -> dict[int, str]:
+    """Names for the arrays that training replaces, by identity: all but modules' frozen ones."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    frozen: set[int] = set()
+    every: dict[int, str] = {}
+    for container in _containers(state):
+        if isinstance(container, nn.Module):
+            trainable = {id(a) for a in _leaves(container.trainable_parameters())}
+            frozen |= {id(a) for a in _leaves(container.parameters())} - trainable
+        for child in _children(container):
+            if isinstance(child, mx.array):
+                every.setdefault(id(child), f"{len(every)}")
+    random_state = {id(a) for a in _leaves(mx.random.state)}
+    return {i: name for i, name in every.items() if i not in frozen and i not in random_state}
+
+
+def _leaves(tree: Any) -> list[Any]:
+    from mlx.utils import tree_flatten
+
+    flat: Any = tree_flatten(tree)
+    return [leaf for _, leaf in flat]
+
+
+def _shallow(
+    container: Any, spilled_ids: dict[int, str], to_disk: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any] | None]:
+    """One container with what it holds, arrays kept by a handle of their own or noted for the disk."""
+    import mlx.core as mx
+
+    def keep(value: Any) -> Any:
+        if not isinstance(value, mx.array):
+            return tuple(keep(v) for v in value) if type(value) is tuple else value
+        if id(value) in spilled_ids:
+            to_disk[spilled_ids[id(value)]] = value
+            return _Spilled(spilled_ids[id(value)])
+        # A handle of its own keeps the values even where the step writes into the array in place; no bytes are copied.
+        return _Kept(value)
+
+    attributes = None
+    if not isinstance(container, list) and hasattr(container, "__dict__"):
+        attributes = {name: keep(value) for name, value in vars(container).items()}
+    if isinstance(container, dict):
+        return container, {name: keep(value) for name, value in container.items()}, attributes
+    if isinstance(container, list):
+        return container, [keep(value) for value in container], attributes
+    return container, None, attributes
+
+
+class _Kept:
+    """An array object, and a second handle on the values it has now."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.values = copy.copy(array)
+
+
+def _put_back(
+    container: Any,
+    items: Any,
+    attributes: dict[str, Any] | None,
+    loaded: dict[str, Any],
+    copies: dict[int, Any],
+) -> None:
+    def back(value: Any) -> Any:
+        if isinstance(value, _Spilled):
+            return loaded[value.name]
+        if isinstance(value, _Kept):
+            # One new handle for each array, so that tied weights stay tied and the kept one stays untouched.
+            return copies.setdefault(id(value.array), copy.copy(value.values))
+        return tuple(back(v) for v in value) if type(value) is tuple else value
+
+    if isinstance(container, dict):
+        wanted = {name: back(value) for name, value in items.items()}
+        dict.clear(container)
+        dict.update(container, wanted)
+    elif isinstance(container, list):
+        container[:] = [back(value) for value in items]
+    if attributes is not None:
+        wanted = {name: back(value) for name, value in attributes.items()}
+        vars(container).clear()
+        vars(container).update(wanted)
+
+
+def _spill(arrays: dict[str, Any], folder: str | os.PathLike[str] | None) -> Path:
+    import mlx.core as mx
+
+    place = Path(folder) if folder is not None else Path(tempfile.gettempdir())
+    needed, free = sum(a.nbytes for a in arrays.values()), shutil.disk_usage(place).free
+    if needed + (64 << 20) > free:
+        raise MlxTuneError(
+            f"Trials put what they change aside on disk: {format_bytes(needed)} are needed in {place}, "
+            f"{format_bytes(free)} are free. Free some, or set TMPDIR to a folder on a larger disk."
+        )
+    handle, name = tempfile.mkstemp(prefix="mlx_tune-", suffix=".safetensors", dir=place)
+    os.close(handle)
+    mx.save_safetensors(name, arrays)
+    return Path(name)

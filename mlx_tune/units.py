@@ -1,0 +1,163 @@
+"""Bytes, fractions and times to text and back.
+
+Decimal units, as mlx-lm and Apple count: 1 GB is 10^9 bytes. Binary units are written with an i: 1 GiB is 2^30.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from typing import SupportsIndex
+
+from mlx_tune.errors import InvalidArgumentError
+
+_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+_SIZE = re.compile(r"([+-]?)\s*(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d+))?\s*([kKmMgGtTpP]?)(i?)([bB]?)")
+_ACCEPTED = 'Give a whole number of bytes, or text such as "8GB", "8G" (both 8 x 10^9), "8GiB" (8 x 2^30) or "512 MB".'
+
+
+def parse_bytes(size: str | SupportsIndex | float) -> int:
+    """Read a number of bytes.
+
+    Args:
+        size: A whole number of bytes, or text: a number and a unit out of B, K, KB, KiB, M, MB, MiB, G, GB, GiB,
+            T, TB, TiB, P, PB, PiB, in any case, with or without a space. Without an i the unit is decimal.
+
+    Returns:
+        Bytes, rounded to the nearest whole one.
+
+    Raises:
+        InvalidArgumentError: Negative, not finite, a fraction of a byte, or not a size at all; the text repeats
+            what was given.
+
+    Example:
+        >>> parse_bytes("12.5GB"), parse_bytes("8GiB"), parse_bytes(4096)
+        (12500000000, 8589934592, 4096)
+    """
+    if isinstance(size, str):
+        return _parse_text(size)
+    if isinstance(size, bool):
+        raise InvalidArgumentError(f"{size!r} is not a number of bytes. {_ACCEPTED}")
+    if isinstance(size, float):
+        if not math.isfinite(size):
+            raise InvalidArgumentError(f"{size!r} is not a number of bytes: it must be finite. {_ACCEPTED}")
+        if size != int(size):
+            raise InvalidArgumentError(f"{size!r} is not a whole number of bytes. {_ACCEPTED}")
+        number = int(size)
+    else:
+        try:
+            number = operator.index(size)
+        except TypeError:
+            raise InvalidArgumentError(f"{size!r} is not a number of bytes. {_ACCEPTED}") from None
+    if number < 0:
+        raise InvalidArgumentError(f"{size!r} is negative: a number of bytes cannot be. {_ACCEPTED}")
+    return number
+
+
+def _parse_text(text: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InvalidArgumentError(f"{text!r} is not a number of bytes. {_ACCEPTED}")
+    sign, digits, exponent, prefix, binary, _ = match.groups()
+    if binary and not prefix:
+        raise InvalidArgumentError(f"{text!r} is not a number of bytes. {_ACCEPTED}")
+    if sign == "-":
+        raise InvalidArgumentError(f"{text!r} is negative: a number of bytes cannot be. {_ACCEPTED}")
+    unit = (_BINARY if binary else _DECIMAL)[prefix.upper()]
+    if "." not in digits and exponent is None:
+        return int(digits) * unit  # exact, however large
+    number = float(digits.replace("_", "") + (f"e{exponent}" if exponent else "")) * unit
+    if not math.isfinite(number):
+        raise InvalidArgumentError(f"{text!r} is not a number of bytes: it must be finite. {_ACCEPTED}")
+    return round(number)
+
+
+def format_bytes(n: float) -> str:
+    """Write a number of bytes with three significant digits, in decimal units.
+
+    Args:
+        n: Bytes; a negative number is a difference.
+
+    Returns:
+        Text such as `"512 B"`, `"1.50 MB"` or `"12.5 GB"`, which `parse_bytes` reads back to within half a per cent.
+
+    Example:
+        >>> format_bytes(12_500_000_000)
+        '12.5 GB'
+    """
+    sign, n = ("-", -n) if n < 0 else ("", n)
+    if n < 999.5:
+        return f"{sign}{round(n)} B"
+    for unit in ("kB", "MB", "GB", "TB", "PB"):
+        n /= 1000
+        if n < 999.5 or unit == "PB":
+            break
+    return f"{sign}{_three_digits(n)} {unit}"
+
+
+def parse_fraction(value: str | float) -> float:
+    """Read a share of a whole: 0.2 or `"20%"`.
+
+    Args:
+        value: A number from 0 to 1, or text: a number followed by a per cent sign, or a number from 0 to 1.
+
+    Returns:
+        The share, from 0 to 1.
+
+    Raises:
+        InvalidArgumentError: Not a number, or outside 0 to 1.
+
+    Example:
+        >>> parse_fraction("20%"), parse_fraction(0.9)
+        (0.2, 0.9)
+    """
+    text = value.strip() if isinstance(value, str) else value
+    try:
+        if isinstance(text, bool):
+            raise ValueError
+        share = float(text[:-1]) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
+    except (TypeError, ValueError):
+        raise InvalidArgumentError(
+            f'{value!r} is not a share: give a number from 0 to 1, or text such as "20%".'
+        ) from None
+    if not 0 <= share <= 1:
+        raise InvalidArgumentError(f'{value!r} is outside 0 to 1: give a number from 0 to 1, or text such as "20%".')
+    return share
+
+
+def format_percent(share: float, digits: int = 1) -> str:
+    """Write a share as per cent.
+
+    Example:
+        >>> format_percent(0.1234)
+        '12.3 %'
+    """
+    return f"{100 * share:.{digits}f} %"
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a time with three significant digits in the unit that suits it.
+
+    Example:
+        >>> format_seconds(0.0123), format_seconds(75)
+        ('12.3 ms', '1 min 15 s')
+    """
+    if seconds < 0:
+        return "-" + format_seconds(-seconds)
+    for limit, factor, unit in ((0.9995e-3, 1e6, "µs"), (0.9995, 1e3, "ms"), (59.95, 1, "s")):
+        if seconds < limit:
+            return f"{_three_digits(seconds * factor)} {unit}"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _three_digits(x: float) -> str:
+    """`x` from 0 to 999.5 with three significant digits and no exponent."""
+    if x < 9.995:
+        return f"{x:.2f}"
+    return f"{x:.1f}" if x < 99.95 else f"{x:.0f}"
