@@ -90,6 +90,21 @@ def device_info() -> dict[str, Any]:
     return dict(info)
 
 
+def metal_info() -> dict[str, Any] | None:
+    """`mx.device_info()` of the Apple GPU, as far as it says; None without one.
+
+    Asks MLX's own attributes and nothing else, so that a stand-in for `mx.metal.is_available` and
+    `mx.device_info` is believed on any machine.
+    """
+    import mlx.core as mx
+
+    if not mx.metal.is_available():
+        return None
+    info = mx.device_info()
+    describes_cpu = "device_name" in info and "memory_size" not in info
+    return dict(mx.device_info(mx.gpu) if describes_cpu else info)
+
+
 def machine() -> Machine:
     """Read what this machine is.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ContextDecorator
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,6 +15,10 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.units import format_bytes, format_seconds, parse_bytes, parse_fraction
 
 _lock = threading.RLock()
+
+#: Called with every limit that `memory_limit` is about to set, before it does: what lives above says here when a
+#: limit does not go well with it. (Wired memory and a tight limit do not, mlx#3186.)
+limit_watchers: list[Callable[[int], None]] = []
 
 
 class track_memory(ContextDecorator):  # noqa: N801 - used as a function
@@ -198,6 +203,8 @@ class memory_limit(ContextDecorator):  # noqa: N801 - used as a function
         with _lock:
             if any(block is self for block in memory_limit._open):
                 raise InvalidArgumentError("This memory_limit block is open already: make one for each `with`.")
+            for watch in limit_watchers:
+                watch(self.limit_bytes)
             before = mx.set_memory_limit(self.limit_bytes)
             if not memory_limit._open:
                 memory_limit._baseline = before
@@ -212,6 +219,12 @@ class memory_limit(ContextDecorator):  # noqa: N801 - used as a function
             memory_limit._open[:] = [block for block in memory_limit._open if block is not self]
             innermost = memory_limit._open[-1].limit_bytes if memory_limit._open else memory_limit._baseline
             mx.set_memory_limit(innermost)
+
+
+def open_limit_bytes() -> int | None:
+    """What the innermost open `memory_limit` block asks for, in bytes; None where none is open."""
+    with _lock:
+        return memory_limit._open[-1].limit_bytes if memory_limit._open else None
 
 
 class MemoryBudget(int):

@@ -1,0 +1,171 @@
+"""Who wants how much wired, and the one limit that follows from it. Nothing here knows MLX."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one live `with` wants resident.
+
+    Attributes:
+        arrays: The bytes of each array. An array that several requests name under the same key counts once.
+        headroom: The share of the arrays' bytes to add for what computing with them makes.
+        extra_bytes: Bytes asked for outright; added to everybody else's.
+    """
+
+    arrays: Mapping[Any, int] = field(default_factory=dict)
+    headroom: float = 0.0
+    extra_bytes: int = 0
+
+
+def total_bytes(requests: Iterable[Request]) -> int:
+    """What all requests together want resident.
+
+    Each distinct array counts once, with the largest headroom that any request gives it; bytes asked for outright
+    add up.
+
+    Example:
+        >>> model = Request(arrays={"weight": 100}, headroom=0.2)
+        >>> total_bytes([model, model, Request(extra_bytes=5)])
+        125
+    """
+    counted: dict[Hashable, tuple[int, float]] = {}
+    extra = 0
+    for request in requests:
+        extra += request.extra_bytes
+        for key, size in request.arrays.items():
+            seen = counted.get(key)
+            counted[key] = (size, request.headroom if seen is None else max(seen[1], request.headroom))
+    by_headroom: dict[float, int] = {}
+    for size, headroom in counted.values():
+        by_headroom[headroom] = by_headroom.get(headroom, 0) + size
+    return extra + sum(size + math.floor(size * headroom) for headroom, size in by_headroom.items())
+
+
+def rule(requests: Iterable[Request], baseline_bytes: int, cap_bytes: int) -> int:
+    """The limit that has to hold while these requests are live: `min(cap, max(baseline, total))`.
+
+    Example:
+        >>> rule([Request(extra_bytes=30)], baseline_bytes=10, cap_bytes=20)
+        20
+    """
+    return min(cap_bytes, max(baseline_bytes, total_bytes(requests)))
+
+
+class Registry:
+    """The live requests of a process, and the limit kept in step with them.
+
+    Whatever the order, thread or task in which requests come and go, the limit equals `rule`, and the baseline
+    (what was set before the first) returns with the last. If somebody else lowers the limit below the baseline in
+    the meantime, that is the new baseline: an outsider that came before the first request has left, and its
+    limit must not come back. A limit that somebody else raised is not kept.
+
+    The lock is held while the limit is set and the cache cleared, neither of which waits for the device. A
+    request that ends because the garbage collector found it may arrive in the middle of either, in the same
+    thread: it is noted, and done with when the work at hand is.
+
+    Args:
+        set_limit: Sets the limit in bytes and returns the previous one, as `mx.set_wired_limit` does.
+        clear_cache: Gives cached buffers back, so that the room made by a raised limit goes to live arrays.
+    """
+
+    def __init__(self, set_limit: Callable[[int], int], clear_cache: Callable[[], None]) -> None:
+        """Start with no request; nothing is set."""
+        self._set_limit = set_limit
+        self._clear_cache = clear_cache
+        self._lock = threading.RLock()
+        self._tokens = itertools.count()
+        self._requests: dict[int, Request] = {}
+        self._left: list[int] = []
+        self._settling = False
+        self._baseline: int | None = None  # None while nobody has changed the limit
+        self._limit = 0
+        self._cap = 0
+
+    @property
+    def live(self) -> int:
+        """How many requests are live."""
+        return len(self._requests)
+
+    @property
+    def limit_bytes(self) -> int:
+        """The limit that holds while requests are live, as last set here."""
+        return self._limit
+
+    def enter(self, request: Request, cap_bytes: int) -> tuple[int, int]:
+        """Add a request and raise the limit to what the rule says.
+
+        Args:
+            request: What is wanted.
+            cap_bytes: The most this machine may wire, as read now.
+
+        Returns:
+            A token for `leave`, and the limit that now holds.
+
+        Raises:
+            Exception: Whatever `set_limit` raises; the request is then out again.
+        """
+        with self._lock:
+            token = next(self._tokens)
+            self._cap = cap_bytes
+            self._requests[token] = request
+            try:
+                self._settle()
+            except BaseException:
+                self._requests.pop(token, None)
+                self._settle()
+                raise
+            return token, self._limit
+
+    def leave(self, token: int) -> None:
+        """Take a request out and lower the limit to what the rule says. A second time does nothing."""
+        with self._lock:
+            self._left.append(token)
+            self._settle()
+
+    def _drop_left(self) -> None:
+        while self._left:
+            self._requests.pop(self._left.pop(), None)
+
+    def _settle(self) -> None:
+        # A collector that runs in here may call `leave`. Looking again after the flag is down misses none.
+        while not self._settling:
+            self._settling = True
+            try:
+                self._drop_left()
+                self._follow_rule()
+            finally:
+                self._settling = False
+            if not self._left:
+                return
+
+    def _follow_rule(self) -> None:
+        requests = list(self._requests.values())
+        if requests:
+            self._change(rule(requests, self._baseline or 0, self._cap))
+            limit = rule(requests, self._baseline or 0, self._cap)
+            if limit != self._limit:  # the change has told another baseline
+                self._change(limit)
+        elif self._baseline is not None:
+            self._change(self._baseline)
+            if self._limit != self._baseline:
+                self._change(self._baseline)
+            self._baseline = None
+
+    def _change(self, limit: int) -> None:
+        """Set the limit, and learn from the one it replaces: MLX has no getter."""
+        if self._baseline is None or limit > self._limit:
+            self._clear_cache()
+        previous = self._set_limit(limit)
+        if self._baseline is None:
+            self._baseline = previous
+        elif previous != self._limit:
+            self._baseline = min(self._baseline, previous)
+        self._limit = limit
