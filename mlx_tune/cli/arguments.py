@@ -1,0 +1,43 @@
+"""Arguments that several subcommands share, in mlx-lm's words."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def make_parser(
+    subparsers: Any, name: str, help_text: str, *, description: str | None = None, examples: str = ""
+) -> argparse.ArgumentParser:
+    """A subcommand's parser, with its examples below the options as they are written.
+
+    Args:
+        subparsers: What `add_subparsers` returned.
+        name: The subcommand.
+        help_text: One line for the list of commands.
+        description: What `--help` says first; the same line by default.
+        examples: Commands to copy.
+    """
+    return subparsers.add_parser(
+        name,
+        help=help_text,
+        description=description or help_text,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """`--model`."""
+    parser.add_argument("--model", required=required, help="a model's folder, or its name on the hub")
+
+
+def print_result(result: Any, *, as_json: bool) -> None:
+    """Print what has `str` and `to_dict` the way that was asked for."""
+    print(json.dumps(result.to_dict(), indent=2) if as_json else str(result))

@@ -1,0 +1,64 @@
+"""Loading a model from a folder or a hub name, with errors that say what is missing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_tune.errors import InvalidArgumentError, MlxTuneError
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+
+def load(model: str | os.PathLike[str], *, lazy: bool = False) -> tuple[nn.Module, Any, dict[str, Any], Path]:
+    """Load what `mlx_lm.load` loads: a folder in mlx-lm's format, or a name on the hub.
+
+    Args:
+        model: A folder, or a name such as "mlx-community/Qwen3-0.6B-4bit", which needs a network or a filled cache.
+        lazy: Leave the weights on disk until they are used.
+
+    Returns:
+        The model, its tokenizer, its configuration and the folder that it was read from.
+
+    Raises:
+        InvalidArgumentError: A folder without a model in it.
+        MlxTuneError: A hub name, and no way to reach the hub.
+
+    Example:
+        ```python
+        model, tokenizer, config, folder = lm.load("models/mine")
+        ```
+    """
+    import mlx_lm
+
+    folder = _folder(model)
+    if not (folder / "config.json").is_file():
+        raise InvalidArgumentError(f"{str(folder)!r} holds no config.json: it is not a model's folder.")
+    if not any(folder.glob("model*.safetensors")):
+        raise InvalidArgumentError(f"{str(folder)!r} holds no model*.safetensors: its weights are missing.")
+    loaded, tokenizer, config = mlx_lm.load(str(folder), lazy=lazy, return_config=True)
+    return loaded, tokenizer, config, folder
+
+
+def _folder(model: str | os.PathLike[str]) -> Path:
+    place = Path(model)
+    if place.is_dir():
+        return place
+    name = str(model)
+    # A hub name is "owner/name"; anything else can only be meant as a path.
+    if place.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise InvalidArgumentError(
+            f"There is no folder {name!r}, and it is not a hub name such as 'owner/name' either."
+        )
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from mlx_lm.utils import _download
+
+    try:
+        return Path(_download(name))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise MlxTuneError(
+            f"There is no folder {name!r} here, and the hub could not be asked for a model of that name "
+            f"({type(error).__name__}). Check the network, or give the path of a folder."
+        ) from error

@@ -1,0 +1,107 @@
+"""Writing a quantized model so that stock `mlx_lm.load` reads it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.quantization import quantization_config
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+
+def save_quantized(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    tokenizer: Any = None,
+    config: dict[str, Any] | None = None,
+    *,
+    source: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Save a quantized model as a folder that stock `mlx_lm.load` reads.
+
+    The weights, sharded as mlx-lm shards them, `config.json` with the `quantization` block that belongs to the
+    model as it is (read off its layers, so mixed widths and layers left alone are in it), and the tokenizer. The
+    folder appears whole or not at all: everything is written beside it first and then renamed.
+
+    Args:
+        path: The folder to make. One that is there already must be empty.
+        model: The quantized model.
+        tokenizer: mlx-lm's or transformers'; None copies the tokenizer's files from `source`.
+        config: The model's configuration as `mlx_lm.load(..., return_config=True)` gives it; None reads
+            `config.json` in `source`. Its quantization block, if any, is replaced.
+        source: The folder that the model was loaded from. Python files and `generation_config.json` in it are
+            copied too, as custom architectures need them.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InvalidArgumentError: Neither a configuration nor a folder to read it from, nothing quantized in the
+            model, or a folder that is not empty.
+
+    Example:
+        ```python
+        model, tokenizer, config = mlx_lm.load("model/", return_config=True)
+        mt.quantize_model(model, 4, 64)
+        lm.save_quantized("model-4bit/", model, tokenizer, config)
+        ```
+    """
+    from mlx_lm.utils import load_config, save_config, save_model
+
+    target = Path(path)
+    folder = None if source is None else Path(source)
+    if config is None:
+        if folder is None:
+            raise InvalidArgumentError("save_quantized needs config=, or source= with a config.json to read it from.")
+        config = load_config(folder)
+    if tokenizer is None and folder is None:
+        raise InvalidArgumentError("save_quantized needs tokenizer=, or source= to copy the tokenizer's files from.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InvalidArgumentError(f"{str(target)!r} is there already and not empty: give a new folder.")
+    described = copy.deepcopy(config)
+    described["quantization"] = quantization_config(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        save_model(beside, model)
+        save_config(described, beside / "config.json", keep_vision_config="vision_config" in described)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(beside))
+        if folder is not None:
+            _copy_companions(folder, beside, with_tokenizer=tokenizer is None)
+        beside.chmod(0o755)  # a temporary folder is private, a model is not
+        if target.exists():
+            target.rmdir()
+        beside.rename(target)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return target
+
+
+#: What a tokenizer is made of, in any of the formats that transformers reads.
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+)
+
+
+def _copy_companions(source: Path, target: Path, *, with_tokenizer: bool) -> None:
+    patterns = ["*.py", "generation_config.json", *(_TOKENIZER_FILES if with_tokenizer else ())]
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            if file.is_file() and not (target / file.name).exists():
+                shutil.copy(file, target)
