@@ -1,0 +1,86 @@
+"""Measuring a step, and comparing two ways of doing one in turns."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+
+from mlx_tune.errors import TrialError
+from mlx_tune.timing import arrays_of, compare, run_step
+
+
+def test_a_step_is_evaluated_with_what_it_changes():
+    state = {"total": mx.zeros((1000,))}
+
+    def step(x):
+        state["total"] = state["total"] + x
+        return x.sum()
+
+    before = mx.get_active_memory()
+    trial = run_step(step, [mx.ones((1000,))], state)
+    assert trial.peak_bytes >= before + 4000
+    assert trial.seconds > 0
+    assert trial.to_dict() == {"limit_bytes": None, "peak_bytes": trial.peak_bytes, "seconds": trial.seconds}
+    assert state["total"].tolist() == [1.0] * 1000
+
+
+def test_the_limit_holds_during_the_step_only():
+    seen = []
+
+    def step():
+        seen.append(mx.set_memory_limit(1 << 30))
+        mx.set_memory_limit(seen[-1])
+        return mx.zeros(1)
+
+    before = mx.set_memory_limit(2**40)
+    try:
+        assert run_step(step, (), limit_bytes=12345678).limit_bytes == 12345678
+        assert seen == [12345678]
+        assert mx.set_memory_limit(2**40) == 2**40
+    finally:
+        mx.set_memory_limit(before)
+
+
+def test_a_step_without_arrays_is_an_error():
+    with pytest.raises(TrialError, match="returned no array"):
+        run_step(lambda: {"loss": 1.0}, ())
+
+
+def test_arrays_are_found_in_modules_and_optimizers():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
+    optimizer = optim.Adam(1e-3)
+    optimizer.init(model.trainable_parameters())
+    assert len(list(arrays_of(model))) == 3
+    assert len(list(arrays_of((model, optimizer)))) == 3 + 2 * 3 + 2  # two moments each, the step and the rate
+
+
+def replay(values):
+    values = iter(values)
+    return lambda: next(values)
+
+
+def test_a_clear_difference_needs_few_turns_and_a_close_one_all():
+    clear = compare(replay([1.0, 1.1, 1.0] * 4), replay([2.0, 2.1, 2.0] * 4), threshold=1.02, most_turns=10)
+    assert clear.turns == 3
+    assert clear.ratio == pytest.approx(2.0, rel=0.1)
+    close = compare(replay([1.0, 1.1] * 5), replay([1.1, 1.0] * 5), threshold=1.02, most_turns=10)
+    assert close.turns == 10
+
+
+def test_the_order_alternates_within_the_turns():
+    order = []
+
+    def timed(name):
+        def run():
+            order.append(name)
+            return 1.0
+
+        return run
+
+    compare(timed("a"), timed("b"), threshold=1.0, most_turns=4)
+    assert "".join(order) == "abbaabba"
+
+
+def test_one_spoiled_turn_does_not_move_the_ratio():
+    found = compare(lambda: 1.0, replay([1.0, 1.0, 50.0, 1.0, 1.0]), threshold=1.0, most_turns=5)
+    assert found.ratio == 1.0
