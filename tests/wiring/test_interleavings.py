@@ -29,7 +29,7 @@ WANTED = {
 }
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     """What the user's code raises."""
 
 
@@ -92,8 +92,8 @@ class Interleavings(RuleBasedStateMachine):
         if how == "broken stream":
             stack.push(self.block_with_broken_stream)
         if how == "raise":
-            with pytest.raises(Broken), stack:
-                raise Broken
+            with pytest.raises(BrokenError), stack:
+                raise BrokenError
         else:
             stack.close()
 
@@ -113,8 +113,8 @@ class Interleavings(RuleBasedStateMachine):
 
         def end(how):
             if how == "raise":
-                with pytest.raises(Broken):
-                    held.pop().throw(Broken())
+                with pytest.raises(BrokenError):
+                    held.pop().throw(BrokenError())
             else:
                 held.pop()  # dropped, not closed
                 gc.collect(0)
@@ -129,7 +129,7 @@ class Interleavings(RuleBasedStateMachine):
                 entered.set()
                 await over.wait()
                 if how and how[0] == "raise":
-                    raise Broken
+                    raise BrokenError
 
         outcome = []
 
@@ -145,7 +145,7 @@ class Interleavings(RuleBasedStateMachine):
             if how == "broken stream":
                 task.cancel()
             over.set()
-            with contextlib.suppress(Broken, asyncio.CancelledError):
+            with contextlib.suppress(BrokenError, asyncio.CancelledError):
                 self.loop.run_until_complete(task)
 
         return end
