@@ -1,0 +1,202 @@
+"""What a search for a batch size hands back: the answer, the trials behind it, and the limits it holds under."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_tune.tables import render_table
+from mlx_tune.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One batch size that was measured.
+
+    Attributes:
+        batch_size: Rows in the batch.
+        predicted_bytes: The peak foreseen before the trial; None where nothing was known yet.
+        floor_bytes: The peak with dispatch held back, the least that a step of this size needs; None if the trial
+            did not get that far.
+        peak_bytes: The largest peak of the real steps under `limit_bytes`; None if the trial did not get that far.
+        limit_bytes: The memory limit that those steps ran under.
+        cache_limit_bytes: The cache limit that they ran under, or None where it was left alone.
+        seconds: The fastest of those steps.
+        items: Tokens in the batch, or rows where it holds no tokens.
+        fits: Whether peak and cache stay within the budget under that limit.
+        footprint_bytes: What the system charged the process with after the trial.
+        swapped_bytes: How much the system's swap grew during the trial.
+        reason: Why it does not fit, where that is not the peak.
+    """
+
+    batch_size: int
+    predicted_bytes: int | None
+    floor_bytes: int | None
+    peak_bytes: int | None
+    limit_bytes: int
+    cache_limit_bytes: int | None
+    seconds: float | None
+    items: int
+    fits: bool
+    footprint_bytes: int | None = None
+    swapped_bytes: int = 0
+    reason: str | None = None
+
+    @property
+    def items_per_second(self) -> float | None:
+        """Tokens (or rows) per second."""
+        return None if not self.seconds else self.items / self.seconds
+
+    @property
+    def ran_free(self) -> bool:
+        """Whether the memory limit never had to hold the steps back."""
+        return self.peak_bytes is not None and self.peak_bytes <= self.limit_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self) | {"items_per_second": self.items_per_second, "ran_free": self.ran_free}
+
+
+@dataclass(frozen=True)
+class AutobatchResult:
+    """The batch size that was found, and how.
+
+    Attributes:
+        batch_size: The answer, in rows per step; with `accumulation_steps` > 1, the micro-batch.
+        accumulation_steps: Steps whose gradients make up one update, so that
+            `batch_size * accumulation_steps` is the target.
+        peak_bytes: The measured peak at the answer.
+        limit_bytes: The memory limit under which it was measured: train under it, see `applied`.
+        cache_limit_bytes: The cache limit that goes with it, or None where none is needed.
+        budget_bytes: What peak and cache stayed within.
+        budget_source: Where the budget comes from.
+        seconds: One step at the answer.
+        items_per_second: Tokens (or rows) per second at the answer.
+        unit: "tokens" or "rows".
+        trials: Every size that was measured, in order.
+        next_size: The next larger size that could have been the answer; None if there is none.
+        next_bytes: Its peak.
+        next_measured: True if that was measured, False if it is a prediction.
+        search_seconds: How long the whole search took.
+        notes: What was out of the ordinary.
+    """
+
+    batch_size: int
+    accumulation_steps: int
+    peak_bytes: int
+    limit_bytes: int
+    cache_limit_bytes: int | None
+    budget_bytes: int
+    budget_source: str
+    seconds: float
+    items_per_second: float
+    unit: str
+    trials: tuple[Trial, ...]
+    next_size: int | None
+    next_bytes: int | None
+    next_measured: bool
+    search_seconds: float
+    notes: tuple[str, ...] = ()
+
+    @contextmanager
+    def applied(self) -> Iterator[AutobatchResult]:
+        """Hold the limits that the answer was measured under, while the block trains.
+
+        Yields:
+            This result.
+        """
+        from mlx_tune.batching.limits import held
+
+        with held(self.limit_bytes, self.cache_limit_bytes):
+            yield self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return fields | {"trials": [trial.to_dict() for trial in self.trials], "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        """The answer, and a table of the trials behind it."""
+        rows = [
+            (
+                trial.batch_size,
+                _bytes(trial.predicted_bytes),
+                _bytes(trial.floor_bytes),
+                _bytes(trial.peak_bytes),
+                format_bytes(trial.limit_bytes),
+                None if trial.seconds is None else format_seconds(trial.seconds),
+                None if trial.items_per_second is None else f"{trial.items_per_second:,.0f}",
+                _verdict(trial, self.batch_size),
+            )
+            for trial in self.trials
+        ]
+        columns = ["batch", "predicted", "floor", "peak", "limit", "step", f"{self.unit}/s", "fits"]
+        answer = f"batch size {self.batch_size}"
+        if self.accumulation_steps > 1:
+            total = self.batch_size * self.accumulation_steps
+            answer += f" x {self.accumulation_steps} accumulation steps = {total}"
+        title = f"{answer}: peak {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}"
+        return render_table(columns, rows, title=title, notes=[*self._reasons(), *self.notes])
+
+    def _reasons(self) -> list[str]:
+        """What the table leaves open."""
+        lines = [f"budget: {self.budget_source}; hold the limit with result.applied()"]
+        if self.next_size is not None and not self.next_measured:
+            lines.append(
+                f"batch {self.next_size}: predicted at least {_bytes(self.next_bytes)}, not tried"
+                if self.next_bytes is not None
+                else f"batch {self.next_size}: not tried"
+            )
+        free = [trial.batch_size for trial in self.trials if trial.fits and trial.ran_free]
+        if free and max(free) < self.batch_size:
+            lines.append(f"largest batch that ran without being held back by the limit: {max(free)}")
+        return lines
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, dark: bool = False) -> Figure:
+        """Draw predicted and measured peaks against the batch size, and the budget.
+
+        Args:
+            path: A file to write, by its ending SVG or PNG.
+            dark: For dark pages.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from mlx_tune.plotting import COLORS, ink, new_figure, save_figure
+
+        figure, axes = new_figure(dark=dark)
+        trials = sorted(self.trials, key=lambda trial: trial.batch_size)
+        floors = [(t.batch_size, t.floor_bytes / 1e9) for t in trials if t.floor_bytes is not None]
+        foreseen = [(t.batch_size, t.predicted_bytes / 1e9) for t in trials if t.predicted_bytes is not None]
+        peaks = [(t.batch_size, t.peak_bytes / 1e9) for t in trials if t.peak_bytes is not None]
+        if self.next_size is not None and self.next_bytes is not None and not self.next_measured:
+            foreseen.append((self.next_size, self.next_bytes / 1e9))
+        axes.plot(*zip(*foreseen, strict=True), color=COLORS[0], marker="x", label="predicted") if foreseen else None
+        axes.plot(*zip(*floors, strict=True), color=COLORS[2], ls="", marker="s", label="floor") if floors else None
+        axes.plot(*zip(*peaks, strict=True), color=COLORS[1], ls="", marker="o", label="measured") if peaks else None
+        axes.axhline(self.budget_bytes / 1e9, color=COLORS[3], ls="--", label="budget")
+        axes.axvline(self.batch_size, color=ink(dark), lw=0.8, ls=":")
+        axes.set_xlabel("batch size")
+        axes.set_ylabel("peak memory (GB)")
+        axes.set_title(f"batch size {self.batch_size}: {format_bytes(self.peak_bytes)}")
+        axes.legend(frameon=False, labelcolor=ink(dark))
+        return save_figure(figure, path)
+
+
+def _bytes(size: int | None) -> str | None:
+    return None if size is None else format_bytes(size)
+
+
+def _verdict(trial: Trial, answer: int) -> str:
+    if not trial.fits:
+        return f"no: {trial.reason}" if trial.reason else "no"
+    return "yes, chosen" if trial.batch_size == answer else "yes"

@@ -1,0 +1,248 @@
+"""The search for the largest size that fits, over numbers alone: nothing here knows of models or devices.
+
+Sizes are approached from below. Peaks grow almost linearly with the batch, so the peaks measured so far say how
+far the next step may reach; where they do not lie on a line (paddings, other kernels from some size on), the line
+is only a hint, and the bracket between the largest size that fitted and the smallest that did not is narrowed
+until it closes. A size whose predicted peak is above the budget is never measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+#: Slopes that differ by less than this factor are taken for one line, and then a size may be ruled out unmeasured.
+_SAME_LINE = 1.25
+#: How far beyond the largest known size a first leap may go, while no line is established.
+_LEAP = 16
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one measurement at one size said.
+
+    Attributes:
+        fits: Whether the size fits the budget.
+        bytes: The peak, or None where the trial died before it could be read.
+    """
+
+    fits: bool
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        size: The largest size that fits, or None if not even the smallest does.
+        next_size: The size after it, or None where there is none to try.
+        next_bytes: The peak of `next_size`, measured or predicted; None if it is not known.
+        next_measured: Whether `next_size` was ruled out by a measurement; else it was by prediction.
+    """
+
+    size: int | None
+    next_size: int | None = None
+    next_bytes: int | None = None
+    next_measured: bool = False
+
+
+#: Takes a size and its predicted peak (None where nothing is known yet) and measures it.
+Measure = Callable[[int, int | None], Measured]
+
+
+def search(
+    measure: Measure,
+    sizes: Sequence[int],
+    budget_bytes: int,
+    *,
+    shape: Callable[[int], float] | None = None,
+) -> Found:
+    """Find the largest of `sizes` that fits.
+
+    On curves that never fall, the answer is the one that trying every size would give. On straight ones it takes
+    four measurements, or three with `shape`.
+
+    Args:
+        measure: Measures one size; called at most once for each.
+        sizes: What may be answered, ascending. A `range` will do, however long.
+        budget_bytes: What a peak must not exceed.
+        shape: Bytes that are expected at a size, from a model of the step. Only its differences count: the
+            measured peaks say where it lies and how steep it is.
+
+    Returns:
+        The answer, and how the size above it was ruled out.
+
+    Example:
+        >>> found = search(lambda n, predicted: Measured(100 + 7 * n <= 1000, 100 + 7 * n), range(1, 10**6), 1000)
+        >>> found.size, found.next_size, found.next_bytes
+        (128, 129, 1003)
+    """
+    curve = _Curve(budget_bytes, shape)
+    low, high = -1, len(sizes)  # positions: the largest that fitted, the smallest that did not
+    stalled = 0
+    while True:
+        position = _next_position(curve, sizes, low, high, stalled)
+        if position is None:
+            return _answer(curve, sizes, low, high)
+        size, width = sizes[position], high - low
+        measured = measure(size, curve.predict(size) if low >= 0 else None)
+        if measured.fits:
+            curve.add(size, measured.bytes)
+            crept = position - low == 1 and position > 1  # the first step of one is how the slope is learned
+            slow = 2 * (high - position) > width and high < len(sizes)
+            stalled = stalled + 1 if crept or slow else 0
+            low = position
+        else:
+            if measured.bytes is not None:
+                curve.above[size] = measured.bytes
+            stalled = stalled + 1 if 2 * (position - low) > width else 0
+            high = position
+
+
+@dataclass
+class _Curve:
+    """The peaks known so far, and what they say of others."""
+
+    budget: int
+    shape: Callable[[int], float] | None
+    fitting: list[tuple[int, int]] = field(default_factory=list)  # size and peak, ascending
+    above: dict[int, int] = field(default_factory=dict)
+
+    def add(self, size: int, peak: int | None) -> None:
+        """Note the peak of a size that fits; sizes come in ascending order, as only larger ones are still of interest."""
+        if peak is not None:
+            self.fitting.append((size, peak))
+
+    def x(self, size: int) -> float:
+        """Where a size lies on the axis on which peaks are expected to be straight."""
+        return float(size) if self.shape is None else self.shape(size)
+
+    def _slope(self, a: tuple[int, int], b: tuple[int, int]) -> float:
+        run = self.x(b[0]) - self.x(a[0])
+        return max(0.0, (b[1] - a[1]) / run) if run > 0 else 0.0
+
+    def _neighbours(self) -> list[float]:
+        """Slopes between neighbouring points."""
+        return [self._slope(a, b) for a, b in zip(self.fitting, self.fitting[1:], strict=False)]
+
+    @property
+    def straight(self) -> bool:
+        """Whether the points lie on one line, so that it can be trusted beyond them."""
+        slopes = self._neighbours()
+        if self.shape is not None:
+            slopes.append(1.0)
+        return len(slopes) >= 2 and 0 < max(slopes) <= _SAME_LINE * min(slopes)
+
+    @property
+    def least_slope(self) -> float:
+        """The slope below which the next sizes are not expected to go; 0 without a line to trust."""
+        if self.shape is not None and len(self.fitting) == 1:
+            return 1 / _SAME_LINE
+        if not self.straight:
+            return 0.0
+        return min(self._neighbours())
+
+    @property
+    def steep_slope(self) -> float | None:
+        """The slope that leaps reckon with, taken over long distances so that noise counts little."""
+        if len(self.fitting) < 2:
+            return None if self.shape is None or not self.fitting else _SAME_LINE
+        last = self.fitting[-1]
+        reach = self.x(last[0]) - self.x(self.fitting[0][0])
+        far = [p for p in self.fitting[:-1] if self.x(last[0]) - self.x(p[0]) >= reach / 2]
+        return max(self._slope(p, last) for p in far or self.fitting[-2:-1])
+
+    def least(self, size: int) -> float:
+        """The least that the peak of a larger size can be."""
+        last = self.fitting[-1]
+        return last[1] + self.least_slope * (self.x(size) - self.x(last[0]))
+
+    def predict(self, size: int) -> int:
+        """The peak expected at a larger size; where that is uncertain, the least that it can be."""
+        if not self.fitting:
+            return 0
+        last = self.fitting[-1]
+        slope = self.steep_slope
+        if slope is None:
+            return last[1]
+        expected = last[1] + slope * (self.x(size) - self.x(last[0]))
+        return round(expected if expected <= self.budget else self.least(size))
+
+
+def _next_position(curve: _Curve, sizes: Sequence[int], low: int, high: int, stalled: int) -> int | None:
+    """Which size to measure next, or None when the answer is known."""
+    if low < 0:
+        return 0 if high > 0 else None
+    if high - low <= 1:
+        return None
+    if not curve.fitting:  # peaks could not be read: nothing but halving is left
+        return low + 1 if high == len(sizes) and low == 0 else (low + high) // 2
+    allowed = _last(lambda i: curve.least(sizes[i]) <= curve.budget, low, high)
+    if allowed == low:
+        return None
+    if stalled >= 2:  # neither the line nor the bracket has helped twice over: halve, or double where nothing failed
+        halfway = (low + high) // 2 if high < len(sizes) else low + 2 ** (stalled - 1)
+        return min(max(halfway, low + 1), allowed)
+    if high < len(sizes):
+        return min(max(_between(curve, sizes, low, high), low + 1), allowed)
+    return min(_leap(curve, sizes, low, high), allowed)
+
+
+def _between(curve: _Curve, sizes: Sequence[int], low: int, high: int) -> int:
+    """Interpolate between a size that fits and one that does not."""
+    top = curve.above.get(sizes[high])
+    last = curve.fitting[-1]
+    if top is None or top <= last[1]:
+        return (low + high) // 2
+    share = (curve.budget - last[1]) / (top - last[1])
+    goal = curve.x(last[0]) + share * (curve.x(sizes[high]) - curve.x(last[0]))
+    return min(_last(lambda i: curve.x(sizes[i]) <= goal, low, high), high - 1)
+
+
+def _leap(curve: _Curve, sizes: Sequence[int], low: int, high: int) -> int:
+    """How far to go where no size has failed yet."""
+    slope = curve.steep_slope
+    if slope is None:
+        return low + 1
+    size, peak = curve.fitting[-1]
+    span = curve.x(size) - curve.x(curve.fitting[0][0])
+
+    def reach(goal: float) -> int:
+        return _last(lambda i: peak + slope * (curve.x(sizes[i]) - curve.x(size)) <= goal, low, high)
+
+    target = reach(curve.budget)
+    established = len(curve.fitting) >= 3 and curve.straight
+    near = len(curve.fitting) >= 2 and target > low and curve.x(sizes[target]) - curve.x(size) <= span
+    if not (established or near):  # a far leap on little knowledge: half of what is left, and not out of sight
+        target = min(reach(peak + (curve.budget - peak) / 2), _last(lambda i: sizes[i] <= _LEAP * size, low, high))
+    return max(target, low + 1)
+
+
+def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest position in [low, high) for which `holds`, which is true up to some position; `low` if none."""
+    # Gallop first: `high` may be astronomically far, and `holds` may cost something.
+    step = 1
+    while low + step < high and holds(low + step):
+        low += step
+        step *= 2
+    high = min(high, low + step)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _answer(curve: _Curve, sizes: Sequence[int], low: int, high: int) -> Found:
+    if low < 0:
+        first = sizes[0] if len(sizes) else None
+        return Found(None, first, curve.above.get(first) if first is not None else None, next_measured=True)
+    if low + 1 >= len(sizes):
+        return Found(sizes[low])
+    following = sizes[low + 1]
+    if high == low + 1:
+        return Found(sizes[low], following, curve.above.get(following), next_measured=True)
+    return Found(sizes[low], following, round(curve.least(following)), next_measured=False)
