@@ -1,0 +1,17 @@
+"""Gradient checkpointing: one block, the repeated blocks of a model, and proof that gradients stay the same."""
+
+from mlx_tune.checkpointing.blocks import CheckpointHandle, checkpoint_blocks, find_blocks
+from mlx_tune.checkpointing.keep import keep
+from mlx_tune.checkpointing.recompute import is_recomputing
+from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, uncheckpoint
+
+__all__ = [
+    "CheckpointHandle",
+    "checkpoint",
+    "checkpoint_blocks",
+    "find_blocks",
+    "is_checkpointed",
+    "is_recomputing",
+    "keep",
+    "uncheckpoint",
+]

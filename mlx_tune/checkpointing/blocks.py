@@ -1,0 +1,269 @@
+"""Finding the repeated blocks of a model, and checkpointing them together.
+
+A block is an element of a list, tuple or dictionary of modules that has modules of its own. Elements without any
+(a Linear in a Sequential) compute too little to be worth running again. The outermost lists count: what is
+repeated inside a block (experts, heads) belongs to it. Where a model has no such list, attributes next to each
+other that share a class count (`self.block1`, `self.block2`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, unwrap
+from mlx_tune.errors import CheckpointError, InvalidArgumentError
+from mlx_tune.tables import render_table
+
+#: A pattern on the path (`"encoder.layers.*"`), or a function of path and module.
+Select = str | Callable[[str, nn.Module], bool]
+Stack = tuple[tuple[str, nn.Module], ...]
+
+
+@dataclass(frozen=True)
+class CheckpointHandle:
+    """Which blocks one call of `checkpoint_blocks` wrapped, and the way back.
+
+    Attributes:
+        paths: The blocks' paths in the model, in order.
+        found: How many blocks there were to choose from.
+    """
+
+    paths: tuple[str, ...]
+    found: int
+    _wrapped: list[tuple[str, nn.Module]] = field(repr=False, compare=False)
+
+    def undo(self) -> int:
+        """Undo what this handle's call wrapped, and nothing that was checkpointed before it.
+
+        Returns:
+            How many blocks were undone; 0 the second time.
+        """
+        undone = sum(unwrap(module) for _, module in self._wrapped)
+        self._wrapped.clear()
+        return undone
+
+    def __enter__(self) -> CheckpointHandle:
+        """The blocks are wrapped already."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Undo."""
+        self.undo()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"paths": list(self.paths), "found": self.found, "active": len(self._wrapped)}
+
+    def __str__(self) -> str:
+        """A table of the blocks."""
+        active = {path for path, _ in self._wrapped}
+        modules = dict(self._wrapped)
+        rows = [
+            (path, type(modules[path]).__name__ if path in modules else "", "yes" if path in active else "no")
+            for path in self.paths
+        ]
+        return render_table(
+            ["block", "class", "checkpointed here"],
+            rows,
+            title=f"{len(self.paths)} of {self.found} blocks checkpointed",
+        )
+
+
+def checkpoint_blocks(
+    model: nn.Module, every: int = 1, select: Select | None = None, *, keep: Iterable[str] = ()
+) -> CheckpointHandle:
+    """Checkpoint the repeated blocks of a model, in place.
+
+    Works on any `nn.Module`: mlx-lm models, `nn.Transformer`, nested lists, several stacks in one model. Blocks
+    of different classes in one list are all found.
+
+    Args:
+        model: The model.
+        every: Checkpoint the first block of each stack and every so manyth after it; 1 for all of them.
+        select: Which blocks, instead of those found: a pattern on the path, with `*` and `?`
+            (`"encoder.layers.*"`), or a function of path and module. Every module below the model can be selected;
+            of modules inside each other the outer one is.
+        keep: Names of values marked with `mlx_tune.keep` to save in each block.
+
+    Returns:
+        A handle: `.paths`, `.undo()`, a context manager that undoes, a table as `str`.
+
+    Raises:
+        CheckpointError: No block was found or selected; the text names what was looked at.
+        InvalidArgumentError: `every` is no positive integer, `select` neither a string nor a function, `model` no
+            module.
+
+    Example:
+        >>> import mlx.nn as nn
+        >>> import mlx_tune as mt
+        >>> model = nn.Transformer(dims=8, num_heads=2, num_encoder_layers=3, num_decoder_layers=2)
+        >>> with mt.checkpoint_blocks(model, every=2) as handle:
+        ...     print(*handle.paths)
+        encoder.layers.0 encoder.layers.2 decoder.layers.0
+    """
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise InvalidArgumentError(f"every={every!r} must be a positive integer: 1 for all blocks, 2 for every second.")
+    keep = tuple(keep) if not isinstance(keep, str) else keep
+    stacks = find_blocks(model, select)
+    chosen = [block for stack in stacks for block in stack[::every]]
+    wrapped = []
+    done: set[int] = set()
+    try:
+        for path, module in chosen:
+            if id(module) in done or (is_checkpointed(module) and not keep):
+                continue
+            done.add(id(module))
+            if not is_checkpointed(module):
+                wrapped.append((path, module))
+            checkpoint(module, keep=keep)
+    except BaseException:
+        for _, module in wrapped:
+            unwrap(module)
+        raise
+    return CheckpointHandle(tuple(path for path, _ in chosen), sum(map(len, stacks)), wrapped)
+
+
+def find_blocks(model: nn.Module, select: Select | None = None) -> tuple[Stack, ...]:
+    """Find the repeated blocks of a model.
+
+    Args:
+        model: The model.
+        select: As in `checkpoint_blocks`.
+
+    Returns:
+        The stacks in the order of the model, each a tuple of (path, module) in order.
+
+    Raises:
+        CheckpointError: None was found or selected.
+        InvalidArgumentError: `model` is no module, or `select` neither a string nor a function.
+
+    Example:
+        >>> import mlx.nn as nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), *(nn.Sequential(nn.Linear(2, 2)) for _ in range(2)))
+        >>> [[path for path, _ in stack] for stack in find_blocks(model)]
+        [['layers.1', 'layers.2']]
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(f"Blocks are looked for in an nn.Module, and this is {type(model).__name__}.")
+    if select is not None:
+        return _selected(model, select)
+    stacks: list[Stack] = []
+    _collect_stacks("", model, stacks)
+    if not stacks:
+        _collect_siblings("", model, stacks)
+    if not stacks:
+        raise CheckpointError(
+            f"{type(model).__name__} has no repeated block: no list, tuple or dictionary in it has two modules that "
+            "contain modules, and no two attributes next to each other share such a class. "
+            f"Looked at {_looked_at(model)}. "
+            "Name the blocks with select=, or wrap them one by one with mlx_tune.checkpoint(block)."
+        )
+    return tuple(stacks)
+
+
+def _children(module: Any) -> list[tuple[str, Any]]:
+    """What a module, list, tuple or dictionary holds, by name."""
+    if isinstance(module, dict):
+        return [(str(key), value) for key, value in module.items()]
+    if isinstance(module, list | tuple):
+        return [(str(index), value) for index, value in enumerate(module)]
+    return []
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _has_modules(module: nn.Module) -> bool:
+    """Whether there is a module below this one."""
+    return any(isinstance(child, nn.Module) or _holds_module(child) for _, child in _children(module))
+
+
+def _holds_module(value: Any) -> bool:
+    return isinstance(value, list | tuple | dict) and any(
+        isinstance(child, nn.Module) or _holds_module(child) for _, child in _children(value)
+    )
+
+
+def _collect_stacks(path: str, holder: Any, stacks: list[Stack]) -> None:
+    for name, child in _children(holder):
+        below = _joined(path, name)
+        if isinstance(child, nn.Module):
+            _collect_stacks(below, child, stacks)
+        elif isinstance(child, list | tuple | dict):
+            blocks = [
+                (_joined(below, key), value)
+                for key, value in _children(child)
+                if isinstance(value, nn.Module) and _has_modules(value)
+            ]
+            if len(blocks) > 1:
+                stacks.append(tuple(blocks))
+            else:
+                _collect_stacks(below, child, stacks)
+
+
+def _collect_siblings(path: str, holder: Any, stacks: list[Stack]) -> None:
+    """Attributes of one module that share a class with modules in it."""
+    children = [(_joined(path, name), child) for name, child in _children(holder)]
+    blocks = [(p, c) for p, c in children if isinstance(c, nn.Module) and _has_modules(c)]
+    counts = Counter(type(module) for _, module in blocks)
+    repeated = tuple((p, m) for p, m in blocks if counts[type(m)] > 1)
+    if repeated:
+        stacks.append(repeated)
+    inside = {p for p, _ in repeated}
+    for p, child in children:
+        if p not in inside and isinstance(child, dict | list | tuple):
+            _collect_siblings(p, child, stacks)
+
+
+def _selected(model: nn.Module, select: Select) -> tuple[Stack, ...]:
+    if not isinstance(select, str) and not callable(select):
+        raise InvalidArgumentError(
+            f"select={select!r} must be a pattern such as 'layers.*' or a function of path and module."
+        )
+    groups: dict[str, list[tuple[str, nn.Module]]] = {}
+
+    def wanted(path: str, module: nn.Module) -> bool:
+        return fnmatchcase(path, select) if isinstance(select, str) else bool(select(path, module))
+
+    def visit(path: str, holder: Any) -> None:
+        for name, child in _children(holder):
+            below = _joined(path, name)
+            if isinstance(child, nn.Module) and wanted(below, child):
+                groups.setdefault(path, []).append((below, child))
+            else:
+                visit(below, child)
+
+    visit("", model)
+    if not groups:
+        raise CheckpointError(
+            f"select={select!r} selects no module of {type(model).__name__}. Looked at {_looked_at(model)}."
+        )
+    return tuple(tuple(stack) for stack in groups.values())
+
+
+def _looked_at(model: nn.Module) -> str:
+    """The paths and classes of the modules below a model, the first few of them."""
+    seen: list[str] = []
+
+    def visit(path: str, holder: Any) -> None:
+        for name, child in _children(holder):
+            below = _joined(path, name)
+            if isinstance(child, nn.Module):
+                seen.append(f"{below} ({type(child).__name__})")
+            visit(below, child)
+
+    visit("", model)
+    if not seen:
+        return "it, and it holds no modules at all"
+    more = f" and {len(seen) - 12} more" if len(seen) > 12 else ""
+    return ", ".join(seen[:12]) + more

@@ -1,0 +1,75 @@
+"""This thread's stream of random numbers, so that a block can be run again with the draws it had.
+
+`mx.random.*` called without a key splits one from a stream that MLX keeps for each thread. A block that is run
+twice therefore draws twice, and differently. Setting the stream back to the key it had gives the same draws
+again, for every way of drawing there is, and no other thread sees anything of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_tune.errors import BackendError
+
+
+def thread_stream() -> list[mx.array]:
+    """The list of one key that MLX's draws on this thread split from, itself and not a copy.
+
+    `mx.random.state` is a stand-in for every thread's own list since MLX 0.32.1, and cannot be assigned to. Its
+    iterator runs over the list itself, and an iterator tells what it runs over, as pickling needs.
+
+    Returns:
+        The list; putting another uint32 key of shape [2] into it moves the stream.
+
+    Raises:
+        BackendError: This version of MLX keeps its stream in some other way.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> stream = thread_stream()
+        >>> mx.random.seed(3)
+        >>> stream[0].tolist()
+        [0, 3]
+    """
+    state: Any = mx.random.state
+    if isinstance(state, list):  # MLX up to 0.32.0
+        return state
+    held = iter(state).__reduce__()[1]
+    stream = held[0] if held else None
+    if not isinstance(stream, list) or len(stream) != 1:
+        raise BackendError(
+            f"mlx {version('mlx')} keeps its random stream in a way mlx_tune does not know "
+            f"({type(state).__name__}), so draws cannot be repeated. Use mlx 0.32.4, or report this version."
+        )
+    return stream
+
+
+@contextmanager
+def draws_from(key: mx.array) -> Iterator[None]:
+    """Let draws on this thread split from `key` for a while, then go on with the stream as it was.
+
+    Args:
+        key: A key as `mx.random.key` makes it, uint32 of shape [2]; may be a tracer.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> key = mx.random.key(0)
+        >>> with draws_from(key):
+        ...     first = mx.random.uniform().item()
+        >>> with draws_from(key):
+        ...     second = mx.random.uniform().item()
+        >>> first == second
+        True
+    """
+    stream = thread_stream()
+    before = stream[0]
+    stream[0] = key
+    try:
+        yield
+    finally:
+        stream[0] = before
