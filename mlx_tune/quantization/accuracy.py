@@ -1,0 +1,368 @@
+"""How far a model's answers moved: divergence, agreement and perplexity for token models, else losses or outputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_tune.quantization.statistics import Bucket, Estimate, by_confidence, clustered_mean, exponential
+from mlx_tune.tables import render_table
+from mlx_tune.units import format_percent
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """What was measured for each predicted token; arrays of one length, float64.
+
+    Attributes:
+        kl: KL divergence of the model from the reference, in nats.
+        reverse_kl: That of the reference from the model.
+        same_top: 1 where both find the same token most likely.
+        nll_before: The reference's negative log-likelihood of the token that came.
+        nll_after: The model's.
+        confidence: The reference's largest probability.
+        finite: 1 where both models' logits were numbers.
+        sequence: The sequence that the token stands in.
+    """
+
+    kl: NDArray[np.float64]
+    reverse_kl: NDArray[np.float64]
+    same_top: NDArray[np.float64]
+    nll_before: NDArray[np.float64]
+    nll_after: NDArray[np.float64]
+    confidence: NDArray[np.float64]
+    finite: NDArray[np.float64]
+    sequence: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LanguageAccuracy:
+    """What quantization cost a model that predicts tokens. Divergences are in nats.
+
+    Standard errors take the tokens of a sequence together, as they are not independent.
+
+    Attributes:
+        tokens: Predicted tokens that were compared.
+        sequences: Sequences that they stand in.
+        mean_kl: Mean KL divergence of the quantized model from the reference.
+        mean_kl_error: Its standard error.
+        median_kl: The middle one.
+        p99_kl: Exceeded by one token in a hundred.
+        p999_kl: Exceeded by one in a thousand.
+        max_kl: The largest.
+        reverse_kl: Mean KL divergence the other way round.
+        reverse_kl_error: Its standard error.
+        same_top: Share of tokens with the same most likely token.
+        same_top_error: Its standard error.
+        perplexity_before: Of the reference.
+        perplexity_before_error: Its standard error.
+        perplexity_after: Of the quantized model.
+        perplexity_after_error: Its standard error.
+        perplexity_ratio: After over before.
+        perplexity_ratio_error: Its standard error, much smaller than those of both, which move together.
+        probability_change: Root mean square change of the probability of the token that came.
+        non_finite: Share of tokens for which a model gave NaN or infinity; they are left out of everything else.
+        buckets: Divergence by the reference's confidence.
+        noise_floor: Mean KL divergence of the reference in its own dtype from itself in float32, or None where its
+            dtype is float32: what rounding in half precision costs without any quantization.
+        noise_floor_tokens: Tokens that it was measured on.
+        arithmetic: How both were computed.
+        warnings: Reasons to doubt the figures.
+    """
+
+    tokens: int
+    sequences: int
+    mean_kl: float
+    mean_kl_error: float
+    median_kl: float
+    p99_kl: float
+    p999_kl: float
+    max_kl: float
+    reverse_kl: float
+    reverse_kl_error: float
+    same_top: float
+    same_top_error: float
+    perplexity_before: float
+    perplexity_before_error: float
+    perplexity_after: float
+    perplexity_after_error: float
+    perplexity_ratio: float
+    perplexity_ratio_error: float
+    probability_change: float
+    non_finite: float
+    buckets: tuple[Bucket, ...]
+    noise_floor: float | None = None
+    noise_floor_tokens: int = 0
+    arithmetic: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON: figures that are no numbers become None."""
+        figures = {k: _json(v) for k, v in asdict(self).items() if k not in ("buckets", "warnings")}
+        return {
+            "kind": "tokens",
+            **figures,
+            "buckets": [b.to_dict() for b in self.buckets],
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        """Two tables: the figures, and divergence by confidence."""
+        floor = "none: the weights are float32"
+        if self.noise_floor is not None:
+            floor = f"{self.noise_floor:.3g} (half precision alone, {self.noise_floor_tokens:,} tokens)"
+        rows = [
+            ("mean KL", Estimate(self.mean_kl, self.mean_kl_error)),
+            ("median, p99, p99.9, max KL", ", ".join(f"{x:.3g}" for x in self._tails())),
+            ("mean reverse KL", Estimate(self.reverse_kl, self.reverse_kl_error)),
+            ("noise floor of KL", floor),
+            ("same top token", f"{format_percent(self.same_top, 2)} ± {100 * self.same_top_error:.2g}"),
+            ("perplexity before", Estimate(self.perplexity_before, self.perplexity_before_error)),
+            ("perplexity after", Estimate(self.perplexity_after, self.perplexity_after_error)),
+            ("perplexity ratio", Estimate(self.perplexity_ratio, self.perplexity_ratio_error)),
+            ("change of probability, RMS", format_percent(self.probability_change, 2)),
+        ]
+        if self.non_finite:
+            rows.append(("not finite, left out", format_percent(self.non_finite, 2)))
+        title = f"Accuracy on {self.tokens:,} tokens of {self.sequences} sequences ({self.arithmetic})"
+        figures = render_table(("figure", "value"), rows, title=title, notes=[f"Warning: {w}" for w in self.warnings])
+        buckets = render_table(
+            ("reference's confidence", "tokens", "mean KL", "same top"),
+            [
+                (
+                    f"{b.low:.2f} to {b.high:.2f}",
+                    f"{b.tokens:,}",
+                    f"{b.mean_kl:.4g}" if b.tokens else "",
+                    format_percent(b.same_top) if b.tokens else "",
+                )
+                for b in self.buckets
+            ],
+        )
+        return f"{figures}\n\n{buckets}"
+
+    def _tails(self) -> tuple[float, float, float, float]:
+        return self.median_kl, self.p99_kl, self.p999_kl, self.max_kl
+
+
+@dataclass(frozen=True)
+class LossAccuracy:
+    """What quantization cost by a loss that the caller gave.
+
+    Attributes:
+        batches: How many were compared.
+        loss_before: Mean loss of the reference.
+        loss_before_error: Its standard error over batches.
+        loss_after: Mean loss of the quantized model.
+        loss_after_error: Its standard error over batches.
+        loss_change: Mean of the differences.
+        loss_change_error: Its standard error over batches.
+        arithmetic: How both were computed.
+        warnings: Reasons to doubt the figures.
+    """
+
+    batches: int
+    loss_before: float
+    loss_before_error: float
+    loss_after: float
+    loss_after_error: float
+    loss_change: float
+    loss_change_error: float
+    arithmetic: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        figures = {k: _json(v) for k, v in asdict(self).items() if k != "warnings"}
+        return {"kind": "loss", **figures, "warnings": list(self.warnings)}
+
+    def __str__(self) -> str:
+        """The table."""
+        return render_table(
+            ("figure", "value"),
+            [
+                ("loss before", Estimate(self.loss_before, self.loss_before_error)),
+                ("loss after", Estimate(self.loss_after, self.loss_after_error)),
+                ("change", Estimate(self.loss_change, self.loss_change_error)),
+            ],
+            title=f"Accuracy by the given loss on {self.batches} batches ({self.arithmetic})",
+            notes=[f"Warning: {w}" for w in self.warnings],
+        )
+
+
+@dataclass(frozen=True)
+class OutputAccuracy:
+    """What quantization cost by the model's outputs themselves.
+
+    Attributes:
+        batches: How many were compared.
+        values: How many numbers.
+        relative_error: Root of the squared differences over that of the squared reference outputs.
+        worst_relative_error: The same for the worst batch.
+        cosine: Mean over batches of the cosine between both outputs.
+        worst_cosine: The smallest.
+        non_finite: Share of numbers that are NaN or infinite in a model's outputs; they are left out.
+        arithmetic: How both were computed.
+        warnings: Reasons to doubt the figures.
+    """
+
+    batches: int
+    values: int
+    relative_error: float
+    worst_relative_error: float
+    cosine: float
+    worst_cosine: float
+    non_finite: float
+    arithmetic: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        figures = {k: _json(v) for k, v in asdict(self).items() if k != "warnings"}
+        return {"kind": "outputs", **figures, "warnings": list(self.warnings)}
+
+    def __str__(self) -> str:
+        """The table."""
+        rows = [
+            ("relative error", f"{self.relative_error:.4g}"),
+            ("relative error, worst batch", f"{self.worst_relative_error:.4g}"),
+            ("cosine", f"{self.cosine:.6f}"),
+            ("cosine, worst batch", f"{self.worst_cosine:.6f}"),
+        ]
+        if self.non_finite:
+            rows.append(("not finite, left out", format_percent(self.non_finite, 2)))
+        return render_table(
+            ("figure", "value"),
+            rows,
+            title=f"Accuracy of outputs on {self.batches} batches, {self.values:,} numbers ({self.arithmetic})",
+            notes=[f"Warning: {w}" for w in self.warnings],
+        )
+
+
+Accuracy = LanguageAccuracy | LossAccuracy | OutputAccuracy
+
+
+@dataclass(frozen=True)
+class OutputFigures:
+    """Sums over one batch of outputs, in float64.
+
+    Attributes:
+        product: Of both models' outputs.
+        before: Of the reference's squares.
+        after: Of the model's squares.
+        difference: Of the squared differences.
+        values: How many numbers were compared.
+        non_finite: How many were left out.
+    """
+
+    product: float
+    before: float
+    after: float
+    difference: float
+    values: int
+    non_finite: int
+
+
+def summarise_tokens(figures: TokenFigures, **context: Any) -> LanguageAccuracy:
+    """Statistics of figures measured token by token.
+
+    Args:
+        figures: The figures.
+        context: Further fields of `LanguageAccuracy`.
+    """
+    import numpy as np
+
+    use = (figures.finite > 0) & np.isfinite(figures.kl) & np.isfinite(figures.nll_after)
+    kl, sequence = figures.kl[use], figures.sequence[use]
+    before, after, top = figures.nll_before[use], figures.nll_after[use], figures.same_top[use]
+    mean, reverse = clustered_mean(kl, sequence), clustered_mean(figures.reverse_kl[use], sequence)
+    same = clustered_mean(top, sequence)
+    first, second = (exponential(clustered_mean(x, sequence)) for x in (before, after))
+    ratio = exponential(clustered_mean(after - before, sequence))
+    tails = [float(x) for x in np.quantile(kl, [0.5, 0.99, 0.999, 1.0])] if kl.size else [math.nan] * 4
+    moved = float(np.sqrt(np.mean((np.exp(-after) - np.exp(-before)) ** 2))) if kl.size else math.nan
+    non_finite = 1 - float(np.count_nonzero(use)) / max(1, use.size)
+    warnings = tuple(context.pop("warnings", ()))
+    if non_finite:
+        warnings += (f"{format_percent(non_finite, 2)} of tokens got NaN or infinite logits and are left out.",)
+    return LanguageAccuracy(
+        tokens=int(kl.size),
+        sequences=int(np.unique(sequence).size),
+        mean_kl=mean.mean,
+        mean_kl_error=mean.error,
+        median_kl=tails[0],
+        p99_kl=tails[1],
+        p999_kl=tails[2],
+        max_kl=tails[3],
+        reverse_kl=reverse.mean,
+        reverse_kl_error=reverse.error,
+        same_top=same.mean,
+        same_top_error=same.error,
+        perplexity_before=first.mean,
+        perplexity_before_error=first.error,
+        perplexity_after=second.mean,
+        perplexity_after_error=second.error,
+        perplexity_ratio=ratio.mean,
+        perplexity_ratio_error=ratio.error,
+        probability_change=moved,
+        non_finite=non_finite,
+        buckets=by_confidence(figures.confidence[use], kl, top),
+        warnings=warnings,
+        **context,
+    )
+
+
+def summarise_losses(before: list[float], after: list[float], **context: Any) -> LossAccuracy:
+    """Statistics of a loss measured batch by batch, on both models."""
+    import numpy as np
+
+    x, y, batches = np.array(before), np.array(after), np.arange(len(before))
+    first, second, change = (clustered_mean(v, batches) for v in (x, y, y - x))
+    return LossAccuracy(
+        batches=len(before),
+        loss_before=first.mean,
+        loss_before_error=first.error,
+        loss_after=second.mean,
+        loss_after_error=second.error,
+        loss_change=change.mean,
+        loss_change_error=change.error,
+        **context,
+    )
+
+
+def summarise_outputs(figures: list[OutputFigures], **context: Any) -> OutputAccuracy:
+    """Statistics of outputs compared batch by batch."""
+    errors = [_ratio(math.sqrt(f.difference), math.sqrt(f.before)) for f in figures]
+    cosines = [_ratio(f.product, math.sqrt(f.before) * math.sqrt(f.after), same=1.0) for f in figures]
+    whole = _ratio(math.sqrt(sum(f.difference for f in figures)), math.sqrt(sum(f.before for f in figures)))
+    values, lost = sum(f.values for f in figures), sum(f.non_finite for f in figures)
+    warnings = tuple(context.pop("warnings", ()))
+    share = lost / max(1, values + lost)
+    if lost:
+        warnings += (f"{format_percent(share, 2)} of the outputs are NaN or infinite and are left out.",)
+    return OutputAccuracy(
+        batches=len(figures),
+        values=values,
+        relative_error=whole,
+        worst_relative_error=max(errors),
+        cosine=sum(cosines) / len(cosines),
+        worst_cosine=min(cosines),
+        non_finite=share,
+        warnings=warnings,
+        **context,
+    )
+
+
+def _ratio(part: float, whole: float, same: float = 0.0) -> float:
+    """A quotient; of nothing to nothing, what two equal outputs would give."""
+    if whole:
+        return part / whole
+    return same if not part else math.inf
+
+
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,269 @@
+"""Carrying a plan out: packed arrays into modules, modules into the model, and what each layer lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tune.errors import BackendError, QuantizationError
+from mlx_tune.quantization.dense import dense_twin, dequantize_arrays
+from mlx_tune.quantization.lazy import read_array
+from mlx_tune.quantization.modes import Format
+from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
+from mlx_tune.quantization.sites import is_quantized, module_at, own_arrays
+from mlx_tune.quantization.transaction import original, swap
+
+#: Packed weights, scales, and biases where the mode has them.
+PackedArrays = tuple[mx.array, mx.array, mx.array | None]
+
+#: Weights looked at together where a whole layer would need several float32 copies of itself at once.
+_CHUNK_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """What became of a layer.
+
+    Attributes:
+        path: Where it stands first.
+        method: How its codes were found: "nearest", "optimal", "gptq" or "dwq".
+        snr_db: Power of the weights over the power of their error, in decibels; infinite where nothing was lost.
+        note: What else happened, such as a fallback with its reason.
+    """
+
+    path: str
+    method: str
+    snr_db: float
+    note: str | None = None
+
+
+def apply_layer(layer: LayerPlan, method: str, effort: str) -> LayerOutcome:
+    """Quantize one planned layer on its own, by "nearest" or "optimal", and put it in its places.
+
+    Args:
+        layer: A layer of a plan, with a format.
+        method: "nearest" or "optimal".
+        effort: "fast" or "best".
+
+    Returns:
+        What it lost.
+    """
+    assert layer.format is not None
+    weight = read_array(dense_twin(layer.module)["weight"])
+    packed, used = pack(weight, layer.format, method, effort)
+    mx.eval(packed)
+    snr = signal_to_noise_db(weight, packed, layer.format)
+    del weight
+    install(layer, packed)
+    note = None if used == method else f"mode {layer.format.mode} has no search for better codes"
+    return LayerOutcome(layer.path, used, snr, note)
+
+
+def pack(weight: mx.array, wanted: Format, method: str, effort: str = "fast") -> tuple[PackedArrays, str]:
+    """Packed weights, and the method that was used.
+
+    Args:
+        weight: [..., outputs, inputs].
+        wanted: The format.
+        method: "nearest" or "optimal".
+        effort: "fast" or "best".
+    """
+    if method == "optimal" and wanted.mode == "affine":
+        from mlx_tune.quantization.affine import quantize_affine
+
+        return quantize_affine(weight, wanted.bits, wanted.group_size, effort=effort), "optimal"
+    packed, scales, *biases = mx.quantize(weight, wanted.group_size, wanted.bits, mode=wanted.mode)
+    return (packed, scales, biases[0] if biases else None), "nearest"
+
+
+def install(layer: LayerPlan, arrays: PackedArrays) -> None:
+    """Put packed arrays in every place of a planned layer: tied modules share them.
+
+    Args:
+        layer: A layer of a plan, with a format.
+        arrays: Its packed weights, scales and biases.
+    """
+    assert layer.format is not None
+    made: dict[int, nn.Module] = {}
+    olds = [module_at(layer.model, path) for path in layer.paths]
+    for path, old in zip(layer.paths, olds, strict=True):
+        if id(old) not in made:
+            made[id(old)] = quantized_module(old, layer.format, arrays)
+        swap(layer.model, path, made[id(old)])
+
+
+def quantized_module(module: nn.Module, wanted: Format, arrays: PackedArrays) -> nn.Module:
+    """The quantized counterpart of a module around given arrays.
+
+    Args:
+        module: An unquantized module, or a quantized one that is quantized anew.
+        wanted: The format of the arrays.
+        arrays: Packed weights, scales and biases.
+
+    Returns:
+        A module of the class that MLX or mlx-lm use for it, with the module's own bias, training flag and frozen bias.
+
+    Raises:
+        BackendError: Inputs are to be quantized too, and this backend cannot.
+    """
+    dense = dense_twin(module)
+    shell_weight = dense["weight"]
+    hollow = _hollow_copy(dense, shell_weight)
+    options: dict[str, object] = {"group_size": wanted.group_size, "bits": wanted.bits}
+    if wanted.mode != "affine":
+        options["mode"] = wanted.mode
+    if wanted.quantize_input:
+        options["quantize_input"] = True
+        hollow._training = False  # in training mode MLX's layer would keep, and use, unquantized weights
+    # MLX's constructors draw random weights first: never evaluated, but the stream must not move.
+    state = mx.random.state
+    key = mx.array(state[0])  # type: ignore[index]
+    made = hollow.to_quantized(**options)
+    _restore_key(key)
+    weight, scales, biases = arrays
+    made["weight"], made["scales"] = weight, scales
+    if biases is not None:
+        made["biases"] = biases
+    made._no_grad = set(made._no_grad) | (set(module._no_grad) & set(made))
+    if not wanted.quantize_input:
+        made._training = module._training
+    return made
+
+
+def signal_to_noise_db(weight: mx.array, arrays: PackedArrays, wanted: Format) -> float:
+    """10 log10 of the weights' power over that of their error, reconstructed in float32.
+
+    Args:
+        weight: The weights before.
+        arrays: The packed ones.
+        wanted: Their format.
+
+    Returns:
+        Decibels; `inf` where the error is zero.
+    """
+    packed, scales, biases = arrays
+
+    def after(rows: slice) -> mx.array:
+        return dequantize_arrays(
+            _rows(packed, rows),
+            _rows(scales, rows),
+            None if biases is None else _rows(biases, rows),
+            group_size=wanted.group_size,
+            bits=wanted.bits,
+            mode=wanted.mode,
+        )
+
+    return _decibels(weight, after)
+
+
+def signal_to_noise_db_between(weight: mx.array, changed: mx.array) -> float:
+    """The same for two arrays of weights of one shape."""
+    return _decibels(weight, lambda rows: _rows(changed, rows).astype(mx.float32))
+
+
+def _decibels(weight: mx.array, after: Callable[[slice], mx.array]) -> float:
+    signal = noise = 0.0
+    for rows in _row_chunks(weight):
+        before = _rows(weight, rows).astype(mx.float32)
+        power, error = mx.square(before).sum(), mx.square(before - after(rows)).sum()
+        signal, noise = signal + power.item(), noise + error.item()  # type: ignore[operator]
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def check_finite(plan: QuantizationPlan) -> None:
+    """Look for NaN and infinite weights, layer by layer, before anything is changed.
+
+    Raises:
+        QuantizationError: There are some; the text names the layers.
+    """
+    broken = []
+    for layer in plan.layers:
+        weight = read_array(dense_twin(layer.module)["weight"])
+        count = sum(int((~mx.isfinite(_rows(weight, rows))).sum().item()) for rows in _row_chunks(weight))
+        if count:
+            broken.append(f"{layer.path} ({count} of {layer.weights:,} weights)")
+    if broken:
+        more = f", and {len(broken) - 3} layers more" if len(broken) > 3 else ""
+        raise QuantizationError(
+            f"NaN or infinite weights in {', '.join(broken[:3])}{more}. Quantizing them would spread them over whole "
+            "groups. Look at the training run or the file they come from; nothing was changed."
+        )
+
+
+def check_backend(plan: QuantizationPlan) -> None:
+    """Run each packed format that the plan uses once, on a few numbers.
+
+    Raises:
+        BackendError: This backend has no kernel for one.
+    """
+    for wanted in {layer.format for layer in plan.layers if layer.format is not None}:
+        weight = mx.ones((wanted.group_size, 2 * wanted.group_size), dtype=mx.bfloat16)
+        inputs = mx.ones((1, 2 * wanted.group_size), dtype=mx.bfloat16)
+        try:
+            packed, scales, *biases = mx.quantize(weight, wanted.group_size, wanted.bits, mode=wanted.mode)
+            if wanted.quantize_input:
+                y = mx.qqmm(inputs, packed, scales, wanted.group_size, wanted.bits, wanted.mode)
+            else:
+                y = mx.dequantize(
+                    packed, scales, *biases, group_size=wanted.group_size, bits=wanted.bits, mode=wanted.mode
+                )
+            mx.eval(y)
+        except (RuntimeError, ValueError) as error:
+            what = "quantizing a layer's inputs" if wanted.quantize_input else "packed weights"
+            advice = "Leave activations=True out" if wanted.quantize_input else "Use mode='affine'"
+            raise BackendError(
+                f"MLX has no {what} in mode {wanted.mode!r} on this backend ({mx.default_device()}): {error}. {advice}."
+            ) from error
+
+
+def outcomes_of(layers: Iterable[LayerPlan], methods: dict[str, str], notes: dict[str, str]) -> list[LayerOutcome]:
+    """What layers lost that are in the model already, against their originals of the open transaction.
+
+    Args:
+        layers: Planned layers, quantized by now.
+        methods: Path to the method that was used.
+        notes: Path to what else happened.
+    """
+    found = []
+    for layer in layers:
+        now, before = layer.module, original(layer.model, layer.path)
+        assert is_quantized(now)
+        assert layer.format is not None
+        weight = read_array(dense_twin(before)["weight"])
+        arrays = (now["weight"], now["scales"], now.get("biases"))
+        snr = signal_to_noise_db(weight, arrays, layer.format)
+        found.append(LayerOutcome(layer.path, methods[layer.path], snr, notes.get(layer.path)))
+    return found
+
+
+def _hollow_copy(module: nn.Module, weight: mx.array) -> nn.Module:
+    """The module with a weight of its shape that takes no memory, for its `to_quantized` to look at."""
+    twin = type(module).__new__(type(module))
+    vars(twin).update(vars(module))
+    for name, value in module.items():
+        dict.__setitem__(twin, name, value)
+    twin["weight"] = mx.zeros(weight.shape, dtype=weight.dtype)  # not evaluated, now or later
+    assert own_arrays(twin)
+    return twin
+
+
+def _restore_key(key: mx.array) -> None:
+    high, low = (int(word) for word in key.tolist())  # type: ignore[union-attr]
+    mx.random.seed((high << 32) | low)
+
+
+def _row_chunks(weight: mx.array) -> list[slice]:
+    """Slices over the rows of all leading axes together."""
+    rows = math.prod(weight.shape[:-1])
+    step = max(1, _CHUNK_WEIGHTS // max(1, weight.shape[-1]))
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def _rows(array: mx.array, rows: slice) -> mx.array:
+    return array.reshape(-1, array.shape[-1])[rows]

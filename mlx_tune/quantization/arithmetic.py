@@ -1,0 +1,101 @@
+"""Running a model so that only its weights count: in float32, in evaluation mode, packed weights unpacked on CPUs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tune.quantization.dense import dense_twin, dequantize_arrays, has_dense_class
+from mlx_tune.quantization.sites import is_quantized, walk
+
+_LOW = (mx.bfloat16, mx.float16)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and each back into the mode that it had."""
+    modes = [(site.module, site.module._training) for site in walk(model)]
+    # Set flag by flag: Module.train() of a layer with quantized inputs would requantize its weights.
+    for module, _ in modes:
+        module._training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module._training = mode
+
+
+@contextmanager
+def float32_arithmetic(model: nn.Module) -> Iterator[None]:
+    """Let the model compute in float32 from its stored weights, without a copy of them.
+
+    Embeddings hand on float32, and every operation after them takes the wider type. Where MLX's default device is a
+    CPU, packed weights are unpacked for each use, in float32 from the stored scales: `mx.quantized_matmul` is tens
+    of times slower there. The model's parameters and classes are what they were as soon as the block ends.
+    """
+    unpack = mx.default_device() == mx.Device(mx.cpu)
+    changed = []
+    try:
+        for site in walk(model):
+            module = site.module
+            replacement = _stand_in(type(module), unpack and _unpackable(module))
+            if replacement is not None:
+                changed.append((module, type(module)))
+                object.__setattr__(module, "__class__", replacement)
+        yield
+    finally:
+        for module, before in reversed(changed):
+            object.__setattr__(module, "__class__", before)
+
+
+def widen(values: Any) -> Any:
+    """Half-precision floats in a tree of arguments to float32; everything else as it is."""
+    from mlx.utils import tree_map
+
+    def one(value: Any) -> Any:
+        low = isinstance(value, mx.array) and value.dtype in _LOW
+        return value.astype(mx.float32) if low else value
+
+    return tree_map(one, values)
+
+
+def unpacked_on_cpu(model: nn.Module) -> bool:
+    """Whether `float32_arithmetic` evaluates this model through unpacked weights here."""
+    return mx.default_device() == mx.Device(mx.cpu) and any(_unpackable(s.module) for s in walk(model))
+
+
+def _unpackable(module: nn.Module) -> bool:
+    return is_quantized(module) and not isinstance(module, nn.QQLinear) and has_dense_class(type(module))
+
+
+@functools.cache
+def _stand_in(kind: type, unpack: bool) -> type | None:
+    """A subclass that computes the same in float32, or None where the class itself will do."""
+    body: dict[str, Any] = {}
+    if issubclass(kind, nn.QuantizedEmbedding):
+        body["__call__"] = _packed_lookup
+        if unpack:
+            body["as_linear"] = lambda self, x: dense_twin(self, mx.float32).as_linear(widen(x))
+    elif issubclass(kind, nn.Embedding):
+        body["__call__"] = lambda self, x: widen(kind.__call__(self, x))  # type: ignore[operator]
+    elif unpack:
+        body["__call__"] = lambda self, *args, **kwargs: dense_twin(self, mx.float32)(*widen(args), **kwargs)
+    return type(kind.__name__, (kind,), body) if body else None
+
+
+def _packed_lookup(self: Any, x: mx.array) -> mx.array:
+    """The rows asked for, unpacked in float32."""
+    biases = self.get("biases")
+    return dequantize_arrays(
+        self["weight"][x],
+        self["scales"][x],
+        None if biases is None else biases[x],
+        group_size=self.group_size,
+        bits=self.bits,
+        mode=self.mode,
+    )

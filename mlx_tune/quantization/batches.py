@@ -1,0 +1,118 @@
+"""Reading what the user evaluates or calibrates on: token arrays, or whatever a model is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_tune.errors import QuantizationError
+
+_INTEGERS = (mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is called with once.
+
+    Attributes:
+        arguments: The positional arguments.
+        tokens: The token array [batch, length] where that is all there is, else None.
+    """
+
+    arguments: tuple[Any, ...]
+    tokens: mx.array | None
+
+    @property
+    def shifted(self) -> tuple[mx.array, mx.array]:
+        """Inputs [batch, length - 1] and the tokens that follow them."""
+        assert self.tokens is not None
+        return self.tokens[:, :-1], self.tokens[:, 1:]
+
+
+def read_batches(batches: Iterable[Any] | None, name: str) -> list[Batch]:
+    """Read all batches, in order.
+
+    Args:
+        batches: Token arrays [batch, length] or [length] of MLX or NumPy; or what a model is called with, a tuple
+            being several arguments. None for none.
+        name: The argument that they came in, for errors.
+
+    Raises:
+        QuantizationError: No batches, or one that cannot be used.
+
+    Example:
+        >>> import numpy as np
+        >>> [b.tokens.shape for b in read_batches([np.zeros((2, 9), dtype=np.uint16)], "evaluation")]
+        [(2, 9)]
+    """
+    if batches is None:
+        return []
+    if isinstance(batches, (mx.array, str, bytes, dict)) or not isinstance(batches, Iterable):
+        raise QuantizationError(
+            f"{name} must be a list or another iterable of batches, not one {type(batches).__name__}. "
+            f"Write {name}=[tokens] with tokens of shape [batch, length]."
+        )
+    if hasattr(batches, "dtype"):
+        raise QuantizationError(
+            f"{name} must be a list or another iterable of batches, not one array. Write {name}=[tokens]."
+        )
+    read = [_read(batch, f"{name}[{i}]") for i, batch in enumerate(batches)]
+    if not read:
+        raise QuantizationError(f"{name} holds no batches: a generator that was used up before, perhaps.")
+    return read
+
+
+def token_rows(batches: list[Batch]) -> list[Any]:
+    """The token arrays as NumPy; empty unless every batch is one."""
+    import numpy as np
+
+    if any(batch.tokens is None for batch in batches):
+        return []
+    return [np.array(batch.tokens) for batch in batches]
+
+
+def count_tokens(batches: list[Batch]) -> int:
+    """Predicted tokens in token batches; other batches count none."""
+    return sum(b.tokens.shape[0] * (b.tokens.shape[1] - 1) for b in batches if b.tokens is not None)
+
+
+def _read(batch: Any, where: str) -> Batch:
+    if isinstance(batch, (tuple, list)):
+        arguments = tuple(_array(a) for a in batch)
+        if not arguments:
+            raise QuantizationError(f"{where} is empty.")
+        if len(arguments) > 1 or not isinstance(arguments[0], mx.array):
+            return Batch(arguments, None)
+        batch = arguments[0]
+    array = _array(batch)
+    if not isinstance(array, mx.array):
+        return Batch((array,), None)
+    if array.dtype not in _INTEGERS or array.ndim > 2:
+        return Batch((array,), None)
+    if array.ndim == 1:
+        array = array[None]
+    if array.ndim != 2 or array.shape[1] < 2 or array.shape[0] < 1:
+        raise QuantizationError(
+            f"{where} has shape {list(array.shape)}: token arrays need [batch, length] with at least two tokens, "
+            "the second being what the first is to predict."
+        )
+    # Embeddings take any integer type; int32 is what takes part in comparisons without surprises.
+    return Batch((array,), array.astype(mx.int32))
+
+
+def _array(value: Any) -> Any:
+    """NumPy arrays, and what else says its dtype, as MLX arrays; everything else as it is."""
+    if hasattr(value, "__array__") and hasattr(value, "dtype") and not isinstance(value, mx.array):
+        return mx.array(value)
+    return value
+
+
+def rows_at_most(batch: Batch, rows: int) -> Iterator[Batch]:
+    """A token batch in parts of so many sequences."""
+    assert batch.tokens is not None
+    for start in range(0, batch.tokens.shape[0], rows):
+        part = batch.tokens[start : start + rows]
+        yield Batch((part,), part)

@@ -1,0 +1,110 @@
+"""The packed formats that MLX has: which bits and group sizes go with which mode, and how many bytes each takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_tune.errors import QuantizationError
+
+AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
+
+#: Modes whose group size and bits are fixed: (group size, bits).
+FIXED_MODES = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
+MODES = ("affine", *FIXED_MODES)
+
+#: Modes in which MLX can quantize a layer's inputs as well.
+ACTIVATION_MODES = ("nvfp4", "mxfp8")
+
+#: What `quantize_model` uses where nothing is said.
+DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 64
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a layer's weights are stored.
+
+    Attributes:
+        bits: Bits of one code.
+        group_size: Consecutive weights of a row that share a scale.
+        mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
+        quantize_input: Whether the layer quantizes its inputs too.
+    """
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+    quantize_input: bool = False
+
+    def __str__(self) -> str:
+        """Short text for tables."""
+        name = f"{self.bits} bits, group {self.group_size}" if self.mode == "affine" else self.mode
+        return f"{name}, inputs too" if self.quantize_input else name
+
+    def to_dict(self) -> dict[str, int | str]:
+        """The entry that mlx-lm's config.json has for a layer of this format."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def nbytes(self, weights: int, item_bytes: int) -> int:
+        """Bytes of that many packed weights, their scales and, in affine mode, biases.
+
+        Args:
+            weights: How many; a multiple of the group size.
+            item_bytes: Size of an element of the weight's own dtype, which affine scales and biases keep.
+        """
+        groups = weights // self.group_size
+        return weights * self.bits // 8 + groups * (2 * item_bytes if self.mode == "affine" else 1)
+
+
+def check_format(bits: object, group_size: object, mode: object, *, where: str = "") -> Format:
+    """Make a format out of arguments, or say what is wrong with them.
+
+    In a mode that fixes both, the defaults (4 bits, groups of 64) stand for "not said".
+
+    Args:
+        bits: Bits of one code.
+        group_size: Weights that share a scale.
+        mode: One of `MODES`.
+        where: Whose arguments they are, for the error, such as `"overrides['lm_head']: "`.
+
+    Raises:
+        QuantizationError: Something MLX has no kernels for; the text says what it has.
+
+    Example:
+        >>> check_format(4, 64, "mxfp4")
+        Format(bits=4, group_size=32, mode='mxfp4', quantize_input=False)
+    """
+    if mode not in MODES:
+        raise QuantizationError(f"{where}mode={mode!r} is unknown. MLX has {_listed(map(repr, MODES))}.")
+    assert isinstance(mode, str)
+    for name, value in (("bits", bits), ("group_size", group_size)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise QuantizationError(f"{where}{name}={value!r} must be a whole number.")
+    assert isinstance(bits, int)
+    assert isinstance(group_size, int)
+    if mode != "affine":
+        size, width = FIXED_MODES[mode]
+        if bits not in (width, DEFAULT_BITS) or group_size not in (size, DEFAULT_GROUP_SIZE):
+            raise QuantizationError(
+                f"{where}{bits} bits in groups of {group_size} do not exist in mode {mode!r}: "
+                f"it always has {width} bits in groups of {size}. Leave bits and group_size out, or use mode='affine'."
+            )
+        return Format(width, size, mode)
+    if bits not in AFFINE_BITS or group_size not in AFFINE_GROUP_SIZES:
+        if bits in AFFINE_GROUP_SIZES and (group_size in AFFINE_BITS or group_size <= 16):
+            raise QuantizationError(
+                f"{where}{bits} bits in groups of {group_size}: the two seem to be swapped. Here bits come first and "
+                f"the group size second; mlx.nn.quantize has them the other way round. Use bits={group_size}, "
+                f"group_size={bits}."
+            )
+        wrong = f"bits={bits}" if bits not in AFFINE_BITS else f"group_size={group_size}"
+        raise QuantizationError(
+            f"{where}{wrong} is not supported in mode 'affine': MLX has {_listed(AFFINE_BITS)} bits in groups of "
+            f"{_listed(AFFINE_GROUP_SIZES)}."
+        )
+    return Format(bits, group_size, mode)
+
+
+def _listed(values: object) -> str:
+    texts = [str(v) for v in values]  # type: ignore[attr-defined]
+    return ", ".join(texts[:-1]) + " and " + texts[-1]

@@ -1,0 +1,251 @@
+"""`quantize_model`: plan, check, measure, replace, measure again, report; or leave everything as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tune.errors import QuantizationError
+from mlx_tune.memory import track_memory
+from mlx_tune.progress import progress_bar
+from mlx_tune.quantization.accuracy import Accuracy
+from mlx_tune.quantization.apply import LayerOutcome, apply_layer, check_backend, check_finite
+from mlx_tune.quantization.batches import Batch, read_batches, token_rows
+from mlx_tune.quantization.evaluation import Comparison, Loss, OutputStore, prepare
+from mlx_tune.quantization.plan import QuantizationPlan, check_request, lay_out
+from mlx_tune.quantization.report import LayerReport, QuantizationReport, layer_report
+from mlx_tune.quantization.speed import SpeedComparison, compare_speed, measure_speed
+from mlx_tune.quantization.statistics import overlap
+from mlx_tune.quantization.transaction import Transaction
+from mlx_tune.units import format_percent
+
+#: Share of the evaluation's windows found in the calibration from which on a report warns: code and prose repeat
+#: licences and boilerplate, so that a little of it is nobody's fault.
+_OVERLAP = 0.05
+
+
+def quantize_model(
+    model: nn.Module,
+    bits: int = 4,
+    group_size: int = 64,
+    *,
+    method: str = "optimal",
+    mode: str = "affine",
+    effort: str = "fast",
+    overrides: Mapping[str, bool | Mapping[str, Any]] | None = None,
+    skip: Iterable[str] | str | None = None,
+    target_bpw: float | None = None,
+    target_bytes: int | str | None = None,
+    activations: bool = False,
+    requantize: bool = False,
+    calibration: Iterable[Any] | None = None,
+    evaluation: Iterable[Any] | None = None,
+    progress: bool = True,
+    loss: Loss | None = None,
+) -> QuantizationReport:
+    """Quantize a model in place, and report what that cost.
+
+    Every layer that has a quantized form and whose rows divide by the group size is replaced; all others are in the
+    report with their reasons. Peak memory is at most the model and what its largest block takes to work on: replaced
+    weights wait on disk until the call has succeeded. If anything fails, the model is what it was.
+
+    Args:
+        model: Any model.
+        bits: Bits of a code: 1, 2, 3, 4, 5, 6 or 8 in mode "affine".
+        group_size: Weights of a row that share a scale: 32, 64 or 128 in mode "affine".
+        method: "nearest" is `mx.quantize`; "optimal" searches for the least squared error of each group, without
+            data; "gptq" and "dwq" need `calibration`.
+        mode: "affine", or "mxfp4", "mxfp8", "nvfp4", which fix bits and group size.
+        effort: "fast", or "best" for a longer search.
+        overrides: Pattern to what matching layers get instead: a dict of bits, group_size and mode, False for being
+            left alone, True for the format of the rest even where the model protects the layer. Of several patterns
+            that match, the last counts.
+        skip: Patterns of layers to leave alone.
+        target_bpw: Choose bits and group sizes layer by layer, so that the whole model has at most this many bits
+            per weight (`bits` and `group_size` then say what is compared with).
+        target_bytes: The same in bytes of all parameters, a number or text such as "4GB".
+        activations: Let layers quantize their inputs too, in modes "nvfp4" and "mxfp8", where the backend can.
+        requantize: Quantize layers anew that are quantized already.
+        calibration: Batches to learn from, as in `evaluation`, and other ones.
+        evaluation: Batches to judge on: token arrays [batch, length], which are shifted here, or whatever the model
+            is called with, a tuple being several arguments.
+        progress: Show progress lines.
+        loss: `loss(model, *batch)`, a number, for models that do not predict tokens.
+
+    Returns:
+        Sizes, every layer's bits and error, every skipped layer's reason, and, with `evaluation`, accuracy and speed.
+
+    Raises:
+        QuantizationError: An argument or a layer stands in the way; nothing was changed.
+        BackendError: MLX cannot do the mode on this backend.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+        >>> report = quantize_model(model, 8, 64, evaluation=[mx.random.normal((4, 128))], progress=False)
+        >>> [(layer.path, layer.bits) for layer in report.layers], report.accuracy.relative_error < 0.01
+        ([('layers.0', 8), ('layers.2', 8)], True)
+    """
+    base = check_request(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
+    plan = lay_out(model, base, method, effort, overrides, skip, requantize)
+    learn, judge = read_batches(calibration, "calibration"), read_batches(evaluation, "evaluation")
+    if method in ("gptq", "dwq") and not learn:
+        raise QuantizationError(
+            f"method={method!r} learns from text or other inputs: pass calibration=[batches]. "
+            "Without any, method='optimal' is the best there is."
+        )
+    if loss is not None and not callable(loss):
+        raise QuantizationError(f"loss={loss!r} must be a function loss(model, *batch).")
+    check_backend(plan)
+    check_finite(plan)
+    warnings = _overlap_warning(judge, learn)
+    with ExitStack() as stack:
+        stack.enter_context(_same_random_stream())
+        if target_bpw is not None or target_bytes is not None:
+            plan = _to_target(plan, target_bpw, target_bytes, learn, judge, progress)
+        store = stack.enter_context(OutputStore())
+        comparison, before = None, None
+        if judge:
+            comparison = prepare(model, judge, loss, warnings=warnings)
+            comparison.record(model, store, progress=progress)
+            before = measure_speed(model, comparison.parts[0], tokens_in=comparison.kind == "tokens")
+        transaction = stack.enter_context(Transaction(model))
+        with track_memory() as memory:
+            outcomes = _carry_out(plan, transaction, learn, progress)
+        accuracy = speed = None
+        if comparison is not None and before is not None:
+            accuracy = comparison.judge(model, store, progress=progress)
+            after = measure_speed(model, comparison.parts[0], tokens_in=comparison.kind == "tokens")
+            speed = compare_speed(before, after)
+        return _report(plan, outcomes, memory, accuracy, speed, tuple(transaction.notes))
+
+
+def quantization_report(
+    model: nn.Module,
+    reference: nn.Module,
+    evaluation: Iterable[Any],
+    *,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    progress: bool = False,
+) -> QuantizationReport:
+    """Compare any two models of one architecture, one of them quantized by whatever means.
+
+    Args:
+        model: The quantized one.
+        reference: The one to measure against.
+        evaluation: As for `quantize_model`.
+        calibration: What the quantized one learned from, for a warning where both overlap.
+        loss: As for `quantize_model`.
+        progress: Show progress lines.
+
+    Returns:
+        A report like that of `quantize_model`, with the error of every layer that both have.
+
+    Raises:
+        QuantizationError: The batches cannot be used, or outputs differ in shape.
+
+    Example:
+        >>> reference = nn.Sequential(nn.Linear(64, 64))
+        >>> model = nn.Sequential(nn.QuantizedLinear.from_linear(reference.layers[0], 64, 8))
+        >>> report = quantization_report(model, reference, [mx.random.normal((4, 64))])
+        >>> report.layers[0].snr_db > 30, report.accuracy.relative_error < 0.02
+        (True, True)
+    """
+    from mlx_tune.quantization.compare import compare_layers
+
+    judge, learn = read_batches(evaluation, "evaluation"), read_batches(calibration, "calibration")
+    if not judge:
+        raise QuantizationError("evaluation=None: a comparison needs batches to compare on.")
+    with _same_random_stream():
+        comparison = prepare(reference, judge, loss, warnings=_overlap_warning(judge, learn))
+        accuracy = comparison.side_by_side(model, reference, progress=progress)
+        tokens_in = comparison.kind == "tokens"
+        first = comparison.parts[0]
+        speeds = [measure_speed(m, first, tokens_in=tokens_in) for m in (reference, model)]
+        return replace(compare_layers(model, reference), accuracy=accuracy, speed=compare_speed(*speeds))
+
+
+def _carry_out(
+    plan: QuantizationPlan, transaction: Transaction, calibration: list[Batch], progress: bool
+) -> dict[str, LayerOutcome]:
+    """Quantize every layer of the plan."""
+    method = plan.method if plan.method == "nearest" else "optimal"
+    outcomes = {}
+    with progress_bar("quantizing", len(plan.layers), enabled=progress) as bar:
+        for layer in plan.layers:
+            bar.update(text=layer.path)
+            outcomes[layer.path] = apply_layer(layer, method, plan.effort)
+            bar.advance()
+    return outcomes
+
+
+def _report(
+    plan: QuantizationPlan,
+    outcomes: dict[str, LayerOutcome],
+    memory: track_memory,
+    accuracy: Accuracy | None,
+    speed: SpeedComparison | None,
+    notes: tuple[str, ...],
+) -> QuantizationReport:
+    layers: list[LayerReport] = []
+    for layer in plan.layers:
+        outcome = outcomes[layer.path]
+        layers.append(layer_report(layer, outcome.method, outcome.snr_db, outcome.note))
+    return QuantizationReport(
+        method=plan.method,
+        size_before_bytes=plan.size_before_bytes,
+        size_after_bytes=plan.size_after_bytes,
+        parameters=plan.parameters,
+        layers=tuple(layers),
+        skipped=tuple(layer_report(layer, None, None, None) for layer in plan.skipped),
+        rest_bytes=plan.rest_bytes,
+        accuracy=accuracy,
+        speed=speed,
+        seconds=memory.seconds,
+        peak_bytes=memory.peak_bytes,
+        notes=(*plan.notes, *notes),
+    )
+
+
+def _to_target(
+    plan: QuantizationPlan,
+    target_bpw: float | None,
+    target_bytes: int | str | None,
+    learn: list[Batch],
+    judge: list[Batch],
+    progress: bool,
+) -> QuantizationPlan:
+    from mlx_tune.quantization.target import allocate_to_target, parse_target
+
+    target = parse_target(plan, target_bpw, target_bytes)
+    return allocate_to_target(plan, target, calibration=learn, progress=progress).plan
+
+
+def _overlap_warning(judge: list[Batch], learn: list[Batch]) -> tuple[str, ...]:
+    """A warning if the model is judged on what it learned from."""
+    evaluation, calibration = token_rows(judge), token_rows(learn)
+    if not evaluation or not calibration:
+        return ()
+    share = overlap(evaluation, calibration)
+    if share < _OVERLAP:
+        return ()
+    return (
+        f"{format_percent(share)} of the evaluation's text is in the calibration too: the figures flatter a method "
+        "that learned from it. Evaluate on text that was held out.",
+    )
+
+
+@contextmanager
+def _same_random_stream() -> Iterator[None]:
+    """Leave MLX's random stream as it was, whatever is drawn meanwhile."""
+    key: Any = mx.random.state[0]  # type: ignore[index]
+    high, low = (int(word) for word in key.tolist())
+    try:
+        yield
+    finally:
+        mx.random.seed((high << 32) | low)  # `seed` makes the key out of the two halves of its argument

@@ -1,0 +1,238 @@
+"""What was done to a model, layer by layer, and what it cost."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_tune.quantization.accuracy import Accuracy, LanguageAccuracy
+from mlx_tune.quantization.plan import LayerPlan
+from mlx_tune.quantization.speed import SpeedComparison
+from mlx_tune.tables import render_table
+from mlx_tune.units import format_bytes, format_percent, format_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer, quantized or left as it is.
+
+    Attributes:
+        path: Where it stands first.
+        paths: Every place, tied modules included.
+        kind: The module's class before.
+        shape: Of the weights as numbers.
+        bits: Bits of a code, or None where it is left as it is.
+        group_size: Weights that share a scale, or None.
+        mode: "affine", "mxfp4", "mxfp8", "nvfp4", or None.
+        method: How the codes were found, or None.
+        bytes_before: Bytes of its arrays before.
+        bytes_after: Bytes of its arrays now.
+        snr_db: Power of the weights over that of their error, in decibels; infinite where nothing was lost, None
+            where it is left as it is or was not measured.
+        reason: Why it is left as it is, or what else there is to know.
+        cost_bytes: What leaving it costs, against the format of the rest.
+    """
+
+    path: str
+    paths: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    bits: int | None
+    group_size: int | None
+    mode: str | None
+    method: str | None
+    bytes_before: int
+    bytes_after: int
+    snr_db: float | None
+    reason: str | None = None
+    cost_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        finite = self.snr_db is not None and math.isfinite(self.snr_db)
+        return {
+            **{k: getattr(self, k) for k in ("path", "kind", "bits", "group_size", "mode", "method")},
+            "paths": list(self.paths),
+            "shape": list(self.shape),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "snr_db": self.snr_db if finite else None,
+            "lossless": self.snr_db == math.inf,
+            "reason": self.reason,
+            "cost_bytes": self.cost_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize_model` did, measured; `print` it.
+
+    Attributes:
+        method: What was asked for.
+        size_before_bytes: Bytes of all parameters before, tied ones once.
+        size_after_bytes: Bytes of all parameters now.
+        parameters: How many unquantized parameters the model stands for.
+        layers: The quantized ones, in the model's order.
+        skipped: Those left as they are, each with its reason.
+        rest_bytes: Bytes of everything else: norms, loose parameters.
+        accuracy: What it cost on the evaluation batches, or None where none were given.
+        speed: Time of the model before and now, or None where none was measured.
+        seconds: What quantizing took, evaluation left out.
+        peak_bytes: The most that MLX held meanwhile, evaluation left out; None where nothing was quantized.
+        notes: What else there is to know.
+    """
+
+    method: str
+    size_before_bytes: int
+    size_after_bytes: int
+    parameters: int
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[LayerReport, ...]
+    rest_bytes: int
+    accuracy: Accuracy | None = None
+    speed: SpeedComparison | None = None
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All parameter bytes times 8, for each unquantized parameter: as mlx-lm counts."""
+        return 8 * self.size_after_bytes / self.parameters
+
+    @property
+    def bits_per_weight_before(self) -> float:
+        """The same before quantization."""
+        return 8 * self.size_before_bytes / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        return {
+            "method": self.method,
+            "size_before_bytes": self.size_before_bytes,
+            "size_after_bytes": self.size_after_bytes,
+            "parameters": self.parameters,
+            "bits_per_weight": self.bits_per_weight,
+            "bits_per_weight_before": self.bits_per_weight_before,
+            "rest_bytes": self.rest_bytes,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "skipped": [layer.to_dict() for layer in self.skipped],
+            "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
+            "speed": None if self.speed is None else self.speed.to_dict(),
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "notes": list(self.notes),
+        }
+
+    def summary(self) -> str:
+        """A few lines: size, bits, and what it cost."""
+        share = self.size_after_bytes / self.size_before_bytes
+        lines = [
+            f"{format_bytes(self.size_before_bytes)} -> {format_bytes(self.size_after_bytes)} "
+            f"({format_percent(share)}), {self.bits_per_weight:.3f} bits per weight, "
+            f"{len(self.layers)} layers by {self.method}, {len(self.skipped)} left as they are"
+        ]
+        if isinstance(self.accuracy, LanguageAccuracy):
+            a = self.accuracy
+            lines.append(
+                f"mean KL {a.mean_kl:.4g}, p99 {a.p99_kl:.3g}, same top token {format_percent(a.same_top)}, "
+                f"perplexity {a.perplexity_before:.4f} -> {a.perplexity_after:.4f} on {a.tokens:,} tokens"
+            )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        """The whole report; the layers' rows add up to the total."""
+        parts = [self._layer_table()]
+        if self.accuracy is not None:
+            parts.append(str(self.accuracy))
+        if self.speed is not None:
+            parts.append(str(self.speed))
+        return "\n\n".join(parts)
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, dark: bool = False) -> Figure:
+        """Draw every layer's error against its depth, and its bytes.
+
+        Args:
+            path: Where to save it, as SVG or PNG by its ending; None for not at all.
+            dark: For dark pages.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from mlx_tune.quantization.picture import draw_report
+
+        return draw_report(self, path, dark=dark)
+
+    def _layer_table(self) -> str:
+        rows: list[tuple[object, ...]] = [
+            (
+                layer.path or "(the model)",
+                "x".join(map(str, layer.shape)),
+                layer.bits,
+                layer.group_size
+                if layer.mode == "affine" or layer.mode is None
+                else f"{layer.group_size} {layer.mode}",
+                format_bytes(layer.bytes_before),
+                format_bytes(layer.bytes_after),
+                _decibels(layer.snr_db),
+                _remark(layer, self.method),
+            )
+            for layer in (*self.layers, *self.skipped)
+        ]
+        before = self.size_before_bytes - sum(x.bytes_before for x in (*self.layers, *self.skipped))
+        rows.append(("norms, biases and the rest", "", None, None, format_bytes(before),
+                     format_bytes(self.rest_bytes), None, ""))  # fmt: skip
+        rows.append(("total", "", None, None, format_bytes(self.size_before_bytes),
+                     format_bytes(self.size_after_bytes), None, f"{self.bits_per_weight:.3f} bits per weight"))  # fmt: skip
+        notes = list(self.notes)
+        if self.seconds:
+            peak = f", at most {format_bytes(self.peak_bytes)} in use" if self.peak_bytes else ""
+            notes.append(f"Quantized in {format_seconds(self.seconds)}{peak}.")
+        return render_table(
+            ("layer", "shape", "bits", "group", "before", "after", "SNR dB", "remark"),
+            rows,
+            title=f"Quantization report ({self.method}, measured)",
+            notes=notes,
+        )
+
+
+def layer_report(layer: LayerPlan, method: str | None, snr_db: float | None, note: str | None) -> LayerReport:
+    """A planned layer and what became of it."""
+    reasons = [text for text in (layer.reason, note) if text]
+    return LayerReport(
+        path=layer.path,
+        paths=layer.paths,
+        kind=layer.kind,
+        shape=layer.shape,
+        bits=layer.bits,
+        group_size=layer.group_size,
+        mode=layer.mode,
+        method=method,
+        bytes_before=layer.bytes_before,
+        bytes_after=layer.bytes_after,
+        snr_db=snr_db,
+        reason="; ".join(reasons) or None,
+        cost_bytes=layer.cost_bytes,
+    )
+
+
+def _decibels(value: float | None) -> str | None:
+    if value is None:
+        return None
+    return "lossless" if value == math.inf else f"{value:.2f}"
+
+
+def _remark(layer: LayerReport, method: str) -> str:
+    parts = [layer.reason] if layer.reason else []
+    if layer.method is not None and layer.method != method:
+        parts.append(f"by {layer.method}")
+    if layer.cost_bytes:
+        parts.append(f"costs {format_bytes(layer.cost_bytes)}")
+    if len(layer.paths) > 1:
+        parts.append("shared with " + ", ".join(layer.paths[1:]))
+    return "; ".join(parts)

@@ -1,0 +1,123 @@
+"""How long a model takes on this machine, before and after."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tune.quantization.arithmetic import evaluation_mode
+from mlx_tune.quantization.batches import Batch
+from mlx_tune.tables import render_table
+from mlx_tune.units import format_seconds
+
+#: Tokens of the prompt, and the seconds that one kind of measurement may take.
+_PROMPT_TOKENS, _SECONDS = 64, 1.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one model, the median of a few runs with its packed weights as it will be used.
+
+    Attributes:
+        prefill_tokens: Length of the prompt; None for models that are not called with tokens.
+        prefill_seconds: Time for the whole prompt at once, or for one batch.
+        decode_seconds: Time for a single token without context, which reads every weight once; None for models that
+            are not called with tokens.
+    """
+
+    prefill_tokens: int | None
+    prefill_seconds: float
+    decode_seconds: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        return {
+            "prefill_tokens": self.prefill_tokens,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """Time before and after, measured here in one run.
+
+    Attributes:
+        before: The reference.
+        after: The quantized model.
+        device: What it ran on.
+    """
+
+    before: Speed
+    after: Speed
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        return {"before": self.before.to_dict(), "after": self.after.to_dict(), "device": self.device}
+
+    def __str__(self) -> str:
+        """The table."""
+        first, second = self.before, self.after
+        tokens = first.prefill_tokens
+        name = "one batch" if tokens is None else f"prefill, {tokens} tokens"
+        rows = [_row(name, first.prefill_seconds, second.prefill_seconds)]
+        if first.decode_seconds is not None and second.decode_seconds is not None:
+            rows.append(_row("decode, one token without context", first.decode_seconds, second.decode_seconds))
+        return render_table(
+            ("speed", "before", "after", "times as fast"),
+            rows,
+            title=f"Speed on this machine ({self.device}, measured)",
+        )
+
+
+def measure_speed(model: nn.Module, batch: Batch, *, tokens_in: bool) -> Speed:
+    """Time a model with its weights as they are stored.
+
+    Args:
+        model: Any model.
+        batch: What it is called with.
+        tokens_in: Whether it predicts tokens, so that a prompt and a single token are timed apart.
+    """
+    with evaluation_mode(model):
+        if not tokens_in:
+            return Speed(None, _median_seconds(lambda: model(*batch.arguments)), None)
+        assert batch.tokens is not None
+        prompt = batch.tokens[:1, :_PROMPT_TOKENS]
+        one = prompt[:, :1]
+        decode = _median_seconds(lambda: model(one))
+        return Speed(prompt.shape[1], _median_seconds(lambda: model(prompt)), decode)
+
+
+def compare_speed(before: Speed, after: Speed) -> SpeedComparison:
+    """Put two measurements side by side."""
+    from mlx_tune import devices
+
+    return SpeedComparison(before, after, devices.machine().name)
+
+
+def _median_seconds(run: Callable[[], Any]) -> float:
+    """The median of up to nine runs within a second, after one to warm up."""
+    times: list[float] = []
+    started = time.perf_counter()
+    _finish(run())
+    while len(times) < 9 and (not times or time.perf_counter() - started < _SECONDS):
+        begin = time.perf_counter()
+        _finish(run())
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def _finish(output: Any) -> None:
+    mx.eval(getattr(output, "__dict__", output) if not isinstance(output, (mx.array, dict, list, tuple)) else output)
+    mx.synchronize()
+
+
+def _row(name: str, before: float, after: float) -> tuple[str, str, str, str]:
+    return name, format_seconds(before), format_seconds(after), f"{before / after:.2f}"
