@@ -3,10 +3,13 @@
 from mlx_tune.checkpointing.blocks import CheckpointHandle, checkpoint_blocks, find_blocks
 from mlx_tune.checkpointing.keep import keep
 from mlx_tune.checkpointing.recompute import is_recomputing
+from mlx_tune.checkpointing.verify import GradientDifference, VerifyReport, verify_checkpoint
 from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, uncheckpoint
 
 __all__ = [
     "CheckpointHandle",
+    "GradientDifference",
+    "VerifyReport",
     "checkpoint",
     "checkpoint_blocks",
     "find_blocks",
@@ -14,4 +17,5 @@ __all__ = [
     "is_recomputing",
     "keep",
     "uncheckpoint",
+    "verify_checkpoint",
 ]
