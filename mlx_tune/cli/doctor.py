@@ -1,0 +1,75 @@
+"""`mlx-tune doctor`: find what is wrong with the installation or the machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from mlx_tune.cli.arguments import add_json, make_parser, print_result
+
+EXAMPLES = """\
+  mlx-tune doctor                         every check, a few seconds
+  mlx-tune doctor --only blas disk        some of them
+  mlx-tune doctor --bench                 also the measurements: lazy evaluation, unified memory, matmul, ...
+  mlx-tune doctor --bench wired           whether wiring memory gains anything on this machine
+  mlx-tune doctor --issue                 what to paste into a bug report
+  mlx-tune doctor --explain "There is no Stream(gpu, 0) in current thread."
+
+exit codes: 0 nothing failed (warnings are no failures); 1 a check failed; 2 not a check's name"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the subcommand."""
+    parser = make_parser(
+        subparsers,
+        "doctor",
+        "check the installation and the machine, with a fix for what is wrong",
+        description="Check the installation and the machine. Works where `import mlx.core` dies, and changes nothing.",
+        examples=EXAMPLES,
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="the checks to make; `--list` shows their names")
+    parser.add_argument(
+        "--bench",
+        nargs="*",
+        metavar="NAME",
+        help="also measure, for a minute or two; with names, measure those alone",
+    )
+    add_json(parser)
+    parser.add_argument("--issue", action="store_true", help="print Markdown for a bug report: no user names, no paths")
+    parser.add_argument("--list", action="store_true", help="list the checks and what each is for")
+    parser.add_argument("--explain", metavar="TEXT", help="say what an error of MLX means; `-` reads standard input")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make the checks and print what they found. Returns 1 where one failed, else 0."""
+    from mlx_tune.diagnosis import diagnose, explain
+
+    if arguments.explain is not None:
+        explanation = explain(sys.stdin.read() if arguments.explain == "-" else arguments.explain)
+        print_result(explanation, as_json=arguments.json)
+        return 0
+    if arguments.list:
+        print(_list(arguments.json))
+        return 0
+    bench = bool(arguments.bench) and list(arguments.bench)
+    if arguments.bench == []:
+        bench = True
+    diagnosis = diagnose(arguments.only, bench=bench, progress=sys.stderr.isatty() and not arguments.json)
+    if arguments.issue:
+        print(diagnosis.issue())
+    else:
+        print_result(diagnosis, as_json=arguments.json)
+    return diagnosis.exit_code
+
+
+def _list(as_json: bool) -> str:
+    from mlx_tune.diagnosis.checks import all_checks
+    from mlx_tune.tables import render_table
+
+    if as_json:
+        rows = [{"name": one.name, "theme": one.theme, "bench": one.bench, "title": one.title} for one in all_checks()]
+        return json.dumps(rows, indent=2)
+    return render_table(["check", "theme", "looks whether"], [[one.name, one.theme, one.title] for one in all_checks()])

@@ -1,0 +1,92 @@
+"""Which of MLX's distributions are installed, read from their metadata; nothing of them is imported."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+#: The distributions that bring a `libmlx`.
+BACKENDS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
+#: How MLX names the extras that install them on Linux.
+EXTRAS = {"mlx-cpu": "cpu", "mlx-cuda-12": "cuda12", "mlx-cuda-13": "cuda13", "mlx-cuda": "cuda"}
+_LIBRARIES = ("libmlx.so", "libmlx.dylib", "mlx.dll")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """One distribution as its metadata describes it.
+
+    Attributes:
+        name: Lower case, with hyphens.
+        version: Its version.
+        tags: The wheel's platform tags, such as "macosx_14_0_arm64".
+        location: The folder that it is installed into.
+        hashes: For each file of interest, the sha256 that RECORD gives (urlsafe base64 without padding).
+    """
+
+    name: str
+    version: str
+    tags: tuple[str, ...]
+    location: Path
+    hashes: dict[str, str]
+
+
+def installed(paths: Sequence[str] | None = None) -> dict[str, Installed]:
+    """MLX, its backends, mlx-lm and both that install a package `mlx_tune`, as far as they are there.
+
+    Args:
+        paths: The folders to look into; `sys.path` by default. As for imports, the first decides.
+    """
+    wanted = {"mlx", "mlx-lm", "mlx-tune", "mlx-tune-kit", "numpy", "transformers", *BACKENDS}
+    found: dict[str, Installed] = {}
+    for distribution in metadata.distributions(path=list(sys.path if paths is None else paths)):
+        name = str(distribution.metadata["Name"] or "").lower().replace("_", "-")
+        if name in wanted and name not in found:
+            found[name] = _read(name, distribution)
+    return found
+
+
+def _read(name: str, distribution: metadata.Distribution) -> Installed:
+    tags = [
+        line.split(":", 1)[1].strip() for line in (distribution.read_text("WHEEL") or "").splitlines() if "Tag:" in line
+    ]
+    hashes = {}
+    for line in (distribution.read_text("RECORD") or "").splitlines():
+        path, digest, _ = line.rsplit(",", 2)
+        if path.rsplit("/", 1)[-1] in (*_LIBRARIES, "__init__.py") and digest.startswith("sha256="):
+            hashes[path] = digest.removeprefix("sha256=")
+    platforms = tuple(tag.rsplit("-", 1)[-1] for tag in tags)
+    return Installed(name, distribution.version, platforms, Path(str(distribution.locate_file(""))), hashes)
+
+
+def owners(path: str, distributions: Sequence[Installed]) -> tuple[list[str], list[str]]:
+    """Which distributions claim a file, and which of them it really comes from.
+
+    Args:
+        path: The file, relative to site-packages, as RECORD writes it.
+        distributions: Who may claim it.
+
+    Returns:
+        The names of those that list it, and of those whose RECORD has the hash of the file that is there.
+    """
+    claims = [one for one in distributions if path in one.hashes]
+    actual = _sha256(claims[0].location / path) if claims else None
+    return [one.name for one in claims], [one.name for one in claims if one.hashes[path] == actual]
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def library_path(one: Installed) -> str | None:
+    """The `libmlx` that a backend brings, relative to site-packages."""
+    return next((path for path in one.hashes if path.rsplit("/", 1)[-1] in _LIBRARIES), None)

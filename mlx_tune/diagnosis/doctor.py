@@ -1,0 +1,153 @@
+"""`diagnose`: make the checks, each on its own, and gather what they found."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import mlx_tune
+from mlx_tune import devices
+from mlx_tune.diagnosis import checks, child, distributions
+from mlx_tune.diagnosis.checks import Check
+from mlx_tune.diagnosis.report import CheckResult, Diagnosis
+from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.progress import progress_bar
+
+#: What a check in a child process may take before it counts as hung.
+CHECK_SECONDS, BENCH_SECONDS = 120, 600
+#: The check that says whether MLX can be imported at all.
+_IMPORT = "mlx-import"
+
+
+def diagnose(
+    only: str | Iterable[str] | None = None, *, bench: bool | str | Iterable[str] = False, progress: bool = False
+) -> Diagnosis:
+    """Look for what is wrong with this installation and this machine.
+
+    Works where `import mlx.core` dies: everything that needs MLX runs in a process of its own, and a check that
+    crashes is a failed check. Nothing is changed.
+
+    Args:
+        only: The checks to make, by name; all of them by default.
+        bench: True also makes the measurements that show lazy evaluation, unified memory, matmul, quantized matmul,
+            checkpointing and wiring with this machine's figures, which takes a minute or two; or the names of those
+            to make.
+        progress: Whether to show a progress line on standard error.
+
+    Returns:
+        The findings. `str` is the table, `exit_code` is 1 where a check failed.
+
+    Raises:
+        InvalidArgumentError: There is no check of a name that was given; the text lists them.
+
+    Example:
+        >>> diagnosis = diagnose(only="python")
+        >>> diagnosis["python"].status
+        'pass'
+    """
+    chosen = _choose(only, bench)
+    results: dict[str, CheckResult] = {}
+    importable = _run(_by_name()[_IMPORT], results) if any(one.in_child for one in chosen) else None
+    with progress_bar("checking", total=len(chosen), enabled=progress) as bar:
+        for one in chosen:
+            bar.update(text=one.name)
+            if one.in_child and importable is not None and importable.status == "fail":
+                results[one.name] = CheckResult(one.name, one.theme, "skip", f"MLX cannot be imported: see {_IMPORT}")
+            else:
+                _run(one, results)
+            bar.advance()
+    return Diagnosis(tuple(results[one.name] for one in chosen), versions())
+
+
+def _run(one: Check, results: dict[str, CheckResult]) -> CheckResult:
+    if one.name not in results:
+        results[one.name] = run_in_child(one) if one.in_child else one.run()
+    return results[one.name]
+
+
+def _by_name() -> dict[str, Check]:
+    return {one.name: one for one in checks.all_checks()}
+
+
+def _choose(only: str | Iterable[str] | None, bench: bool | str | Iterable[str]) -> list[Check]:
+    known = _by_name()
+    names = None if only is None else _names(only)
+    benches = set() if isinstance(bench, bool) else _names(bench)
+    for name in (names or set()) | benches:
+        if name not in known:
+            raise InvalidArgumentError(f"There is no check {name!r}. There are: {', '.join(known)}.")
+    for name in benches:
+        if not known[name].bench:
+            measured = ", ".join(one.name for one in known.values() if one.bench)
+            raise InvalidArgumentError(f"{name!r} is no measurement: give it as only={name!r}. Those are: {measured}.")
+    if names is None and benches:
+        names = benches
+    if names is not None:
+        return [one for one in known.values() if one.name in names | benches]
+    return [one for one in known.values() if bench is True or not one.bench]
+
+
+def _names(given: str | Iterable[str]) -> set[str]:
+    return {given} if isinstance(given, str) else set(given)
+
+
+def run_in_child(one: Check, python: str | None = None, environment: dict[str, str] | None = None) -> CheckResult:
+    """Make a check in a process of its own, and take its death for a failure.
+
+    Args:
+        one: The check.
+        python: The interpreter; this one by default.
+        environment: Its environment; this one by default, with this library on the path.
+    """
+    seconds = BENCH_SECONDS if one.bench else CHECK_SECONDS
+    try:
+        ended = subprocess.run(
+            [python or sys.executable, "-m", "mlx_tune.diagnosis.child", one.name],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            env=child_environment() if environment is None else environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return one.crashed(f"it did not end within {seconds} s")
+    answer = _answer(ended.stdout)
+    if answer is not None:
+        return CheckResult(**answer)
+    last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    how = f"killed by signal {-ended.returncode}" if ended.returncode < 0 else f"ended with code {ended.returncode}"
+    return one.crashed(f"its process was {how}: {last}" if ended.returncode < 0 else f"its process {how}: {last}")
+
+
+def _answer(output: str) -> dict[str, Any] | None:
+    for line in reversed(output.splitlines()):
+        if line.startswith(child.MARK):
+            answer: dict[str, Any] = json.loads(line.removeprefix(child.MARK))
+            return answer
+    return None
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, with the folder that this library was imported from on the path."""
+    home = str(Path(mlx_tune.__file__).parent.parent)
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, home])}
+
+
+def versions() -> dict[str, str]:
+    """The versions that a bug report needs."""
+    found = distributions.installed()
+    names = ("mlx", *distributions.BACKENDS, "mlx-lm")
+    listed = {name: found[name].version for name in names if name in found}
+    return {
+        "mlx_tune": mlx_tune.__version__,
+        "Python": platform.python_version(),
+        **listed,
+        "on": f"{devices.system_name()} {platform.machine()}",
+    }

@@ -1,0 +1,134 @@
+"""Checks of the GPU: whether it is a real one, whether this session may use it, whether CUDA can."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_tune.diagnosis import readings
+from mlx_tune.diagnosis.checks import Finding, check, failed, passed, skipped, warned
+from mlx_tune.diagnosis.distributions import Installed, installed
+from mlx_tune.diagnosis.readings import NvidiaGpu
+
+THEME = "gpu"
+
+#: What each CUDA backend needs of the driver (MLX's installation page).
+_DRIVERS = {"mlx-cuda-12": (550, 54, 14), "mlx-cuda": (550, 54, 14), "mlx-cuda-13": (580,)}
+_CAPABILITY = (7, 5)
+
+
+@check(
+    "gpu-present",
+    THEME,
+    remedies={"session": "Run in a terminal of a logged-in user, outside any sandbox."},
+    in_child=True,
+)
+def gpu_present(available: bool | None = None, count: int | None = None, system: str | None = None) -> Finding:
+    """MLX sees the GPU that it was installed for.
+
+    A Mac's GPU can be hidden from a session: a sandbox, a daemon or a virtual machine. MLX then falls back to the
+    processor, or raises "No Metal device available" (mlx#3397).
+    """
+    import mlx.core as mx
+
+    system = platform.system() if system is None else system
+    if available is None:
+        available = mx.metal.is_available() or mx.cuda.is_available()
+    count = mx.device_count(mx.gpu) if count is None else count
+    if available and count:
+        info = mx.device_info(mx.gpu)
+        return passed(f"{info.get('device_name', 'a GPU')}, {info.get('architecture', 'of an unknown architecture')}")
+    if system == "Darwin":
+        return failed("MLX sees no Metal device: everything would run on the processor", "session")
+    return skipped("this MLX has no GPU backend, or sees no GPU")
+
+
+@check(
+    "virtual-machine",
+    THEME,
+    remedies={"real": "Measure speed and memory on real hardware; in a virtual machine only test that things run."},
+    in_child=True,
+)
+def virtual_machine(info: Mapping[str, Any] | None = None) -> Finding:
+    """The GPU is not a virtual machine's.
+
+    An "Apple Paravirtual device" is slow, has a small working set, lacks features, and MLX turns its heap off there.
+    Continuous integration runs on such.
+    """
+    if info is None:
+        import mlx.core as mx
+
+        if not mx.metal.is_available():
+            return skipped("there is no Metal device")
+        info = mx.device_info(mx.gpu)
+    name = str(info.get("device_name", ""))
+    if "paravirtual" in name.lower():
+        return warned(f"the GPU is an {name!r}: its figures say nothing about a real Mac", "real")
+    return passed(f"{name} is a real device")
+
+
+@check(
+    "headless",
+    THEME,
+    remedies={
+        "login": "Log in once at the screen (or turn on automatic login), then use ssh; or run as that user's agent."
+    },
+)
+def headless(
+    session: str | None = None, variables: Mapping[str, str] | None = None, system: str | None = None
+) -> Finding:
+    """The session has a screen, or it is known that it has none.
+
+    Over ssh and in daemons macOS may give no GPU until somebody has logged in at the screen. On the other hand, the
+    watchdog that ends long work (mlx#3267) guards only a screen that is in use.
+    """
+    system = platform.system() if system is None else system
+    if system != "Darwin":
+        return skipped("it makes no difference outside macOS")
+    variables = os.environ if variables is None else variables
+    session = session or readings.session_type() or "unknown"
+    remote = " over ssh" if "SSH_CONNECTION" in variables else ""
+    if session in ("Background", "System"):
+        return warned(f"a {session} session{remote}: without a logged-in user Metal may give no device", "login")
+    return passed(f"an {session} session{remote}")
+
+
+@check(
+    "cuda",
+    THEME,
+    remedies={
+        "driver": "sudo apt install nvidia-driver-580   # or your distribution's; then restart",
+        "older": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cuda12]'",
+        "cpu": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cpu]'",
+    },
+)
+def cuda(
+    found: dict[str, Installed] | None = None, gpus: Sequence[NvidiaGpu] | None = None, look: bool = True
+) -> Finding:
+    """The NVIDIA driver and GPU are new enough for the CUDA backend.
+
+    `mlx[cuda12]` needs a driver of 550.54.14, `mlx[cuda13]` one of 580, and both a GPU of compute capability 7.5
+    (Turing) or later.
+    """
+    found = installed() if found is None else found
+    name = next((one for one in _DRIVERS if one in found), None)
+    if gpus is None and look:
+        gpus = readings.nvidia_gpus()
+    if name is None:
+        if gpus:
+            return warned(f"there is an {gpus[0].name}, but no CUDA backend of MLX", "older", {"name": "mlx-cpu"})
+        return skipped("no CUDA backend is installed")
+    if not gpus:
+        return failed(f"{name} is installed, but nvidia-smi finds no GPU or driver", "driver")
+    one = gpus[0]
+    driver = ".".join(map(str, one.driver))
+    if one.capability and one.capability < _CAPABILITY:
+        capability = ".".join(map(str, one.capability))
+        return failed(f"{one.name} has compute capability {capability}, MLX needs 7.5", "cpu", {"name": name})
+    if one.driver < _DRIVERS[name]:
+        needed = ".".join(map(str, _DRIVERS[name]))
+        remedy = "older" if name == "mlx-cuda-13" and one.driver >= _DRIVERS["mlx-cuda-12"] else "driver"
+        return failed(f"driver {driver} is older than the {needed} that {name} needs", remedy, {"name": name})
+    return passed(f"{one.name}, driver {driver}, {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")

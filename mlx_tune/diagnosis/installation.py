@@ -1,0 +1,296 @@
+"""Checks of what is installed: Python, MLX's wheels, and what else is called mlx_tune."""
+
+from __future__ import annotations
+
+import platform
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from mlx_tune import devices
+from mlx_tune.diagnosis import distributions
+from mlx_tune.diagnosis.checks import Finding, check, failed, passed, skipped, warned
+from mlx_tune.diagnosis.distributions import Installed, installed
+
+THEME = "installation"
+OLDEST_PYTHON = (3, 11)
+
+
+@check(
+    "python",
+    THEME,
+    remedies={"upgrade": "uv venv --python 3.12 && uv pip install mlx-tune-kit", "wide": "uv python install 3.12"},
+)
+def python(version: Sequence[int] | None = None, bits: int | None = None) -> Finding:
+    """Python is new enough, and a 64-bit one.
+
+    MLX needs Python 3.10 and mlx-lm 3.11. With an older one, pip says that there is "no matching distribution".
+    """
+    version = tuple(sys.version_info[:3]) if version is None else tuple(version)
+    bits = struct.calcsize("P") * 8 if bits is None else bits
+    text = ".".join(map(str, version))
+    if bits != 64:
+        return failed(f"Python {text} has {bits} bits, MLX has wheels for 64 only", "wide")
+    if version[:2] < OLDEST_PYTHON:
+        what = "MLX needs 3.10" if version[:2] < (3, 10) else "mlx-lm needs 3.11"
+        return failed(f"Python {text} is too old: {what}", "upgrade")
+    return passed(f"Python {text}, 64 bits")
+
+
+@check(
+    "architecture",
+    THEME,
+    remedies={
+        "native": "arch -arm64 zsh -c 'uv python install --reinstall 3.12'  # and a new environment from it",
+        "other": "Use a Mac with Apple silicon, or Linux on x86_64 or aarch64.",
+    },
+)
+def architecture(system: str | None = None, machine: str | None = None, translated: bool | None = None) -> Finding:
+    """Python runs natively on a processor that MLX has wheels for.
+
+    An x86 Python on a Mac with Apple silicon runs under Rosetta: `platform.processor()` says `i386`, and pip finds
+    no matching wheel. Intel Macs have no MLX at all.
+    """
+    system = platform.system() if system is None else system
+    machine = platform.machine() if machine is None else machine
+    if translated is None:
+        translated = devices.sysctl("sysctl.proc_translated") == 1
+    if system == "Darwin":
+        if translated or (machine != "arm64" and devices.sysctl("hw.optional.arm64") == 1):
+            return failed("this Python is built for Intel and runs under Rosetta: MLX needs a native one", "native")
+        if machine != "arm64":
+            return failed(f"MLX has no wheels for Macs with {machine} processors", "other")
+    elif system != "Linux" or machine not in ("x86_64", "aarch64"):
+        return failed(f"MLX has no wheels with a backend for {system} on {machine}", "other")
+    return passed(f"{system} on {machine}, native")
+
+
+@check(
+    "wheel",
+    THEME,
+    remedies={
+        "macos": "Update macOS to {needed} (System Settings > General > Software Update), or: "
+        "uv pip install --force-reinstall mlx",
+        "glibc": "Use a newer Linux distribution (Ubuntu 22.04, Debian 12), or build MLX from source.",
+        "wiring": "Update macOS to 15 to let memory be wired.",
+    },
+)
+def wheel(
+    found: dict[str, Installed] | None = None,
+    macos: tuple[int, ...] | None = None,
+    glibc: tuple[int, ...] | None = None,
+    system: str | None = None,
+) -> Finding:
+    """The system is new enough for the wheels that are installed.
+
+    A wheel made for a newer macOS fails with "Failed to load the default metallib ... language version 4.0 which is
+    not supported on this OS": the tag of the wheel says what it needs. On Linux it is the version of glibc.
+    """
+    found = installed() if found is None else found
+    system = platform.system() if system is None else system
+    tags = [(one.name, tag) for one in found.values() for tag in one.tags if one.name.startswith("mlx")]
+    if system == "Darwin":
+        macos = devices.macos_version() if macos is None else macos
+        needed = max((_numbers(tag, "macosx_") for _, tag in tags if tag.startswith("macosx_")), default=(14, 0))
+        if macos is None:
+            return skipped("the version of macOS is not known")
+        here, wanted = ".".join(map(str, macos)), ".".join(map(str, needed))
+        if macos < needed:
+            return failed(
+                f"macOS {here} is older than the {wanted} that the wheels are made for", "macos", {"needed": wanted}
+            )
+        if macos[0] < 15:
+            return warned(f"macOS {here} runs MLX, but cannot keep memory wired", "wiring")
+        return passed(f"macOS {here}, the wheels need {wanted}")
+    if system != "Linux":
+        return skipped(f"there is nothing to compare on {system}")
+    glibc = _glibc() if glibc is None else glibc
+    needed = max((_numbers(tag, "manylinux_") for _, tag in tags if tag.startswith("manylinux_")), default=(2, 35))
+    if not glibc:
+        return skipped("this system's C library is not glibc")
+    here, wanted = ".".join(map(str, glibc)), ".".join(map(str, needed))
+    if glibc < needed:
+        return failed(f"glibc {here} is older than the {wanted} that the wheels are made for", "glibc")
+    return passed(f"glibc {here}, the wheels need {wanted}")
+
+
+def _numbers(tag: str, prefix: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in tag.removeprefix(prefix).split("_")[:2] if part.isdigit())
+
+
+def _glibc() -> tuple[int, ...]:
+    name, version = platform.libc_ver()
+    return tuple(int(part) for part in version.split(".")) if name == "glibc" else ()
+
+
+@check(
+    "mlx-backend",
+    THEME,
+    remedies={
+        "none-linux": "uv pip install 'mlx-tune-kit[cpu]'   # or [cuda12], [cuda13] with an NVIDIA GPU",
+        "none-mac": "uv pip install mlx-tune-kit",
+        "linux": "uv pip install 'mlx[cpu]=={version}'   # or mlx[cuda12], mlx[cuda13] with an NVIDIA GPU",
+        "mac": "uv pip install --force-reinstall 'mlx=={version}'",
+    },
+)
+def mlx_backend(found: dict[str, Installed] | None = None, system: str | None = None) -> Finding:
+    """MLX is installed, with a backend.
+
+    `pip install mlx` on Linux brings no backend. Importing then fails with "libmlx.so: cannot open shared object
+    file" (mlx#2390); the extra `cpu`, `cuda12` or `cuda13` brings one.
+    """
+    found = installed() if found is None else found
+    system = platform.system() if system is None else system
+    if "mlx" not in found:
+        return failed("MLX is not installed", "none-mac" if system == "Darwin" else "none-linux")
+    version = found["mlx"].version
+    backends = [found[name] for name in distributions.BACKENDS if name in found]
+    own_library = distributions.library_path(found["mlx"]) is not None  # built from source, or before 0.26.5
+    if not backends and not own_library:
+        return failed(
+            f"mlx {version} is installed without a backend: `import mlx.core` cannot find libmlx",
+            "mac" if system == "Darwin" else "linux",
+            {"version": version},
+        )
+    names = ", ".join(f"{one.name} {one.version}" for one in backends) or "its own libmlx"
+    return passed(f"mlx {version} with {names}")
+
+
+@check(
+    "mlx-versions",
+    THEME,
+    remedies={"align": "uv pip install --force-reinstall {wanted}"},
+)
+def mlx_versions(found: dict[str, Installed] | None = None) -> Finding:
+    """MLX and its backend have the same version.
+
+    pip lets them differ, and `pip check` says that all is fine; importing then fails with "undefined symbol", or
+    works and computes something else. This happens when `mlx` is upgraded without the extra that brought the backend.
+    """
+    found = installed() if found is None else found
+    if "mlx" not in found:
+        return skipped("MLX is not installed")
+    version = found["mlx"].version
+    others = [found[name] for name in distributions.BACKENDS if name in found]
+    wrong = [one for one in others if one.version != version]
+    if not wrong:
+        return passed(f"all of version {version}") if others else skipped("there is no backend to compare")
+    names = ", ".join(f"{one.name} {one.version}" for one in wrong)
+    wanted = " ".join(f"{one.name}=={version}" for one in wrong)
+    return failed(f"mlx is {version}, but {names}", "align", {"wanted": wanted})
+
+
+@check(
+    "one-backend",
+    THEME,
+    remedies={
+        "remove": "uv pip uninstall {names} && uv pip install --force-reinstall 'mlx[{extra}]'",
+        "reinstall": "uv pip install --force-reinstall {name}=={version}",
+    },
+)
+def one_backend(found: dict[str, Installed] | None = None) -> Finding:
+    """Only one backend is installed, and `libmlx` is its own.
+
+    Every backend writes the same file `mlx/lib/libmlx.so`, so that of two the last one installed works, and
+    removing either breaks both. RECORD, where a wheel lists the hashes of its files, tells whose file it is.
+    """
+    found = installed() if found is None else found
+    backends = [found[name] for name in distributions.BACKENDS if name in found]
+    if not backends:
+        return skipped("no backend is installed")
+    path = next((p for p in map(distributions.library_path, backends) if p is not None), None)
+    claims, genuine = distributions.owners(path, backends) if path else ([], [])
+    if len(backends) > 1:
+        names = [one.name for one in backends]
+        whose = f"libmlx comes from {' and '.join(genuine)}" if genuine else "libmlx comes from neither"
+        keep = genuine[0] if genuine else names[-1]
+        values = {"names": " ".join(names), "extra": distributions.EXTRAS.get(keep, "cpu")}
+        return failed(
+            f"{' and '.join(names)} are both installed; {whose}", "remove", values, figures={"owner": genuine}
+        )
+    only = backends[0]
+    if claims and not genuine:
+        values = {"name": only.name, "version": only.version}
+        return failed(f"libmlx is not the file that {only.name} {only.version} brought", "reinstall", values)
+    return passed(f"{only.name} alone" + (", libmlx is its own" if genuine else ""), figures={"owner": genuine})
+
+
+@check(
+    "mlx-tune-name",
+    THEME,
+    remedies={"uninstall": "uv pip uninstall mlx-tune && uv pip install --force-reinstall mlx-tune-kit"},
+)
+def mlx_tune_name(found: dict[str, Installed] | None = None) -> Finding:
+    """The unrelated distribution `mlx-tune` is not in the way.
+
+    This library is distributed as `mlx-tune-kit`. The name `mlx-tune` on PyPI belongs to an unrelated trainer whose
+    package is called `mlx_tune` too: whichever was installed last has overwritten the other.
+    """
+    found = installed() if found is None else found
+    if "mlx-tune" not in found:
+        return passed("no other distribution brings a package mlx_tune")
+    version = found["mlx-tune"].version
+    if "mlx-tune-kit" not in found:
+        return failed(
+            f"mlx-tune {version} is installed, which is another project; this one is mlx-tune-kit", "uninstall"
+        )
+    return failed(f"mlx-tune {version}, another project, shares the package mlx_tune with mlx-tune-kit", "uninstall")
+
+
+@check(
+    "mlx-import",
+    THEME,
+    remedies={"known": "{advice}", "unknown": "uv pip install --force-reinstall {everything}"},
+)
+def mlx_import(python: str | None = None, environment: dict[str, str] | None = None) -> Finding:
+    """`import mlx.core` works, tried in a process of its own.
+
+    Where it does not, the process may die without a Python error, so it is not tried in yours.
+    """
+    from mlx_tune.diagnosis import explanations
+
+    ended = subprocess.run(
+        [python or sys.executable, "-c", "import mlx.core as mx; print(mx.__version__)"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+    if ended.returncode == 0:
+        return passed(f"mlx.core {ended.stdout.strip()} imports")
+    last = (ended.stderr.strip().splitlines() or [f"it ended with code {ended.returncode} and said nothing"])[-1]
+    if ended.returncode < 0:
+        last = f"the process was killed by signal {-ended.returncode}: {last}"
+    known = explanations.find(ended.stderr)
+    if known is not None:
+        return failed(f"import mlx.core fails: {last}", "known", {"advice": known.remedies[0]})
+    everything = " ".join(
+        f"{one.name}=={one.version}" for name, one in installed().items() if name in ("mlx", *distributions.BACKENDS)
+    )
+    return failed(f"import mlx.core fails: {last}", "unknown", {"everything": everything or "'mlx[cpu]'"})
+
+
+@check(
+    "mlx-lm",
+    THEME,
+    remedies={"install": "uv pip install -U mlx-lm", "broken": "uv pip install -U --force-reinstall mlx-lm"},
+    in_child=True,
+)
+def mlx_lm(name: str = "mlx_lm") -> Finding:
+    """mlx-lm can be imported.
+
+    `mlx_tune.lm` and the commands that take `--model` need it; the rest of the library does not.
+    """
+    import importlib
+
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return warned("mlx-lm is not installed: `mlx_tune.lm` will not work", "install")
+        return failed(f"importing mlx-lm fails: {error}", "broken")
+    except ImportError as error:
+        return failed(f"importing mlx-lm fails: {error}", "broken")
+    return passed(f"mlx-lm {getattr(module, '__version__', 'of an unknown version')} imports")

@@ -1,0 +1,3 @@
+from metal_stand_in import metal
+
+__all__ = ["metal"]

@@ -1,0 +1,203 @@
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_tune as mt
+from mlx_tune.diagnosis import checks, doctor
+from mlx_tune.diagnosis.checks import Check, Finding, failed, passed, warned
+from mlx_tune.diagnosis.report import CheckResult, Diagnosis, anonymous
+
+FAST = ["python", "architecture", "wheel", "mlx-backend", "mlx-versions", "one-backend", "mlx-tune-name"]
+
+
+def make(name="planted", function=lambda: passed("fine"), **kwargs):
+    return Check(name, "planted", function, {"do": "do {what}"}, **kwargs)
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Put checks in place of the real ones."""
+
+    def put(*planted):
+        monkeypatch.setattr(checks, "all_checks", lambda: planted)
+
+    return put
+
+
+def test_this_machine_is_sound():
+    diagnosis = mt.diagnose(FAST)
+    assert [result.name for result in diagnosis.results] == FAST
+    assert diagnosis.exit_code == 0, str(diagnosis)
+
+
+def test_a_check_that_crashes_is_its_own_failure(plant):
+    def crash():
+        raise ZeroDivisionError("of a check")
+
+    plant(make("first"), make("broken", crash), make("last"))
+    diagnosis = mt.diagnose()
+    assert [result.status for result in diagnosis.results] == ["pass", "fail", "pass"]
+    assert "the check itself broke: ZeroDivisionError: of a check" in diagnosis["broken"].summary
+
+
+def test_a_remedy_is_filled_in(plant):
+    plant(make("first", lambda: warned("hm", "do", {"what": "this"}, figures={"seconds": 3})))
+    result = mt.diagnose()["first"]
+    assert (result.fix, result.figures) == ("do this", {"seconds": 3})
+
+
+def test_warnings_do_not_fail_and_failures_do(plant):
+    plant(make("first", lambda: warned("hm")))
+    assert mt.diagnose().exit_code == 0
+    plant(make("first", lambda: warned("hm")), make("second", lambda: failed("no")))
+    assert mt.diagnose().exit_code == 1
+
+
+@pytest.fixture
+def child_that(tmp_path):
+    """An environment in which `mlx.core` does what the source says, and the check itself does the rest."""
+
+    def make_environment(source):
+        (tmp_path / "mlx").mkdir()
+        (tmp_path / "mlx" / "__init__.py").write_text("")
+        (tmp_path / "mlx" / "core.py").write_text(source)
+        home = str(Path(mt.__file__).parent.parent)
+        return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), home])}
+
+    return make_environment
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGABRT)", "killed by signal 6"),
+        ("import os; os._exit(7)", "ended with code 7"),
+        ("raise RuntimeError('no device')", "RuntimeError: no device"),
+    ],
+)
+def test_a_child_that_dies_is_the_failure_of_its_check(child_that, source, words):
+    by_name = {one.name: one for one in checks.all_checks()}
+    result = doctor.run_in_child(by_name["kernel-cpu"], environment=child_that(source))
+    assert result.status == "fail"
+    assert words in result.summary
+
+
+def test_a_child_that_prints_first_is_still_understood(child_that):
+    by_name = {one.name: one for one in checks.all_checks()}
+    result = doctor.run_in_child(by_name["mlx-lm"], environment=child_that("print('hello')"))
+    assert result.name == "mlx-lm"
+
+
+def test_a_child_that_hangs_is_a_failure(child_that, monkeypatch):
+    monkeypatch.setattr(doctor, "CHECK_SECONDS", 1)
+    by_name = {one.name: one for one in checks.all_checks()}
+    source = "import threading; threading.Event().wait()"
+    result = doctor.run_in_child(by_name["kernel-cpu"], environment=child_that(source))
+    assert "did not end within 1 s" in result.summary
+
+
+def test_where_mlx_cannot_be_imported_what_needs_it_is_skipped(plant):
+    def never() -> Finding:
+        raise AssertionError("was run")
+
+    plant(make("mlx-import", lambda: failed("it dies")), make("needs", never, in_child=True))
+    diagnosis = mt.diagnose()
+    assert diagnosis["needs"].status == "skip"
+    assert "see mlx-import" in diagnosis["needs"].summary
+
+
+def test_measurements_are_made_only_when_asked_for(plant):
+    plant(make("quick"), make("slow", bench=True))
+    assert [one.name for one in mt.diagnose().results] == ["quick"]
+    assert [one.name for one in mt.diagnose(bench=True).results] == ["quick", "slow"]
+    assert [one.name for one in mt.diagnose(bench="slow").results] == ["slow"]
+    assert [one.name for one in mt.diagnose(only="slow").results] == ["slow"]
+    assert [one.name for one in mt.diagnose(only=["quick"], bench=["slow"]).results] == ["quick", "slow"]
+
+
+def test_a_name_that_is_no_check_is_refused_with_those_that_are(plant):
+    plant(make("quick"), make("slow", bench=True))
+    with pytest.raises(mt.InvalidArgumentError, match=r"no check .quik.\. There are: quick, slow"):
+        mt.diagnose("quik")
+    with pytest.raises(mt.InvalidArgumentError, match="'quick' is no measurement"):
+        mt.diagnose(bench="quick")
+
+
+def result(name, status, summary="as it is", fix="", theme="machine"):
+    return CheckResult(name, theme, status, summary, fix)
+
+
+def test_what_it_prints():
+    diagnosis = Diagnosis(
+        (
+            result("python", "pass", theme="installation"),
+            result("disk", "warn", "5 GB free", "rm -r old\nor more"),
+            result("cuda", "fail", "no driver"),
+            result("swap", "skip"),
+        ),
+        {"mlx": "0.32.4", "Python": "3.12.1"},
+    )
+    assert str(diagnosis) == (
+        "mlx 0.32.4, Python 3.12.1\n"
+        "\n"
+        "installation\n"
+        "  ok    python  as it is\n"
+        "\n"
+        "machine\n"
+        "  warn  disk    5 GB free\n"
+        "                  -> rm -r old\n"
+        "                  or more\n"
+        "  FAIL  cuda    no driver\n"
+        "  -     swap    as it is\n"
+        "\n"
+        "1 failed, 1 to look at, 1 passed, 1 do not apply here"
+    )
+
+
+def test_its_json_keeps_its_keys():
+    diagnosis = Diagnosis((result("cuda", "fail", "no driver", "install one"),), {"mlx": "0.32.4"})
+    assert json.loads(json.dumps(diagnosis.to_dict())) == {
+        "schema": 1,
+        "ok": False,
+        "versions": {"mlx": "0.32.4"},
+        "checks": [
+            {
+                "name": "cuda",
+                "theme": "machine",
+                "status": "fail",
+                "summary": "no driver",
+                "fix": "install one",
+                "figures": {},
+            }
+        ],
+    }
+
+
+def test_a_bug_report_names_nobody(monkeypatch):
+    monkeypatch.setattr("getpass.getuser", lambda: "ann")
+    monkeypatch.setattr("platform.node", lambda: "anns-laptop.example.org")
+    summary = "ann on anns-laptop: /Users/ann/models/x.safetensors and ~/deep/er/y.py are | missing"
+    text = Diagnosis((result("disk", "warn", summary),), {"mlx": "0.32.4"}).issue()
+    assert "| disk | warn | <name> on <name>: .../x.safetensors and .../y.py are / missing |" in text
+    assert "ann" not in text.replace("<name>", "")
+
+
+def test_words_that_contain_a_name_are_left_whole():
+    assert anonymous("a channel of ann", names=["ann"]) == "a channel of <name>"
+
+
+def test_every_check_says_what_it_is_for_and_what_can_be_done():
+    everything = checks.all_checks()
+    assert len({one.name for one in everything}) == len(everything)
+    for one in everything:
+        assert one.title.endswith("."), one.name
+        assert one.bench or one.explanation or one.remedies, one.name
+
+
+def test_the_child_runs_as_a_module():
+    by_name = {one.name: one for one in checks.all_checks()}
+    found = doctor.run_in_child(by_name["python"], python=sys.executable)
+    assert (found.name, found.status) == ("python", "pass")
