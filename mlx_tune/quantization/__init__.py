@@ -2,7 +2,8 @@
 
 from mlx_tune.quantization.accuracy import LanguageAccuracy, LossAccuracy, OutputAccuracy
 from mlx_tune.quantization.config import quantization_config
-from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan, plan_quantization
+from mlx_tune.quantization.layout import plan_quantization
+from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.quantize import quantization_report, quantize_model
 from mlx_tune.quantization.report import LayerReport, QuantizationReport
 

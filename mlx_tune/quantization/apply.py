@@ -10,10 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import BackendError, QuantizationError
+from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.dense import dense_twin, dequantize_arrays
-from mlx_tune.quantization.lazy import read_array
+from mlx_tune.quantization.lazy import number, read_array
 from mlx_tune.quantization.modes import Format
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
+from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.sites import is_quantized, module_at, own_arrays
 from mlx_tune.quantization.transaction import original, swap
 
@@ -41,7 +43,7 @@ class LayerOutcome:
     note: str | None = None
 
 
-def apply_layer(layer: LayerPlan, method: str, effort: str) -> LayerOutcome:
+def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
     """Quantize one planned layer on its own, by "nearest" or "optimal", and put it in its places.
 
     Args:
@@ -63,7 +65,7 @@ def apply_layer(layer: LayerPlan, method: str, effort: str) -> LayerOutcome:
     return LayerOutcome(layer.path, used, snr, note)
 
 
-def pack(weight: mx.array, wanted: Format, method: str, effort: str = "fast") -> tuple[PackedArrays, str]:
+def pack(weight: mx.array, wanted: Format, method: str, effort: Effort = "fast") -> tuple[PackedArrays, str]:
     """Packed weights, and the method that was used.
 
     Args:
@@ -120,10 +122,8 @@ def quantized_module(module: nn.Module, wanted: Format, arrays: PackedArrays) ->
         options["quantize_input"] = True
         hollow._training = False  # in training mode MLX's layer would keep, and use, unquantized weights
     # MLX's constructors draw random weights first: never evaluated, but the stream must not move.
-    state = mx.random.state
-    key = mx.array(state[0])  # type: ignore[index]
-    made = hollow.to_quantized(**options)
-    _restore_key(key)
+    with same_random_stream():
+        made = hollow.to_quantized(**options)
     weight, scales, biases = arrays
     made["weight"], made["scales"] = weight, scales
     if biases is not None:
@@ -170,7 +170,7 @@ def _decibels(weight: mx.array, after: Callable[[slice], mx.array]) -> float:
     for rows in _row_chunks(weight):
         before = _rows(weight, rows).astype(mx.float32)
         power, error = mx.square(before).sum(), mx.square(before - after(rows)).sum()
-        signal, noise = signal + power.item(), noise + error.item()  # type: ignore[operator]
+        signal, noise = signal + number(power), noise + number(error)
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
@@ -185,7 +185,7 @@ def check_finite(plan: QuantizationPlan) -> None:
     broken = []
     for layer in plan.layers:
         weight = read_array(dense_twin(layer.module)["weight"])
-        count = sum(int((~mx.isfinite(_rows(weight, rows))).sum().item()) for rows in _row_chunks(weight))
+        count = sum(int(number((~mx.isfinite(_rows(weight, rows))).sum())) for rows in _row_chunks(weight))
         if count:
             broken.append(f"{layer.path} ({count} of {layer.weights:,} weights)")
     if broken:
@@ -210,9 +210,7 @@ def check_backend(plan: QuantizationPlan) -> None:
             if wanted.quantize_input:
                 y = mx.qqmm(inputs, packed, scales, wanted.group_size, wanted.bits, wanted.mode)
             else:
-                y = mx.dequantize(
-                    packed, scales, *biases, group_size=wanted.group_size, bits=wanted.bits, mode=wanted.mode
-                )
+                y = dequantize_arrays(packed, scales, biases[0] if biases else None, **wanted.parts())
             mx.eval(y)
         except (RuntimeError, ValueError) as error:
             what = "quantizing a layer's inputs" if wanted.quantize_input else "packed weights"
@@ -251,11 +249,6 @@ def _hollow_copy(module: nn.Module, weight: mx.array) -> nn.Module:
     twin["weight"] = mx.zeros(weight.shape, dtype=weight.dtype)  # not evaluated, now or later
     assert own_arrays(twin)
     return twin
-
-
-def _restore_key(key: mx.array) -> None:
-    high, low = (int(word) for word in key.tolist())  # type: ignore[union-attr]
-    mx.random.seed((high << 32) | low)
 
 
 def _row_chunks(weight: mx.array) -> list[slice]:

@@ -53,6 +53,17 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
             object.__setattr__(module, "__class__", before)
 
 
+@contextmanager
+def same_random_stream() -> Iterator[None]:
+    """Leave MLX's random stream as it was, whatever is drawn meanwhile."""
+    key: Any = mx.random.state[0]  # type: ignore[index]
+    high, low = (int(word) for word in key.tolist())
+    try:
+        yield
+    finally:
+        mx.random.seed((high << 32) | low)  # `seed` makes the key out of the two halves of its argument
+
+
 def widen(values: Any) -> Any:
     """Half-precision floats in a tree of arguments to float32; everything else as it is."""
     from mlx.utils import tree_map
@@ -82,7 +93,7 @@ def _stand_in(kind: type, unpack: bool) -> type | None:
         if unpack:
             body["as_linear"] = lambda self, x: dense_twin(self, mx.float32).as_linear(widen(x))
     elif issubclass(kind, nn.Embedding):
-        body["__call__"] = lambda self, x: widen(kind.__call__(self, x))  # type: ignore[operator]
+        body["__call__"] = lambda self, x: widen(kind.__call__(self, x))
     elif unpack:
         body["__call__"] = lambda self, *args, **kwargs: dense_twin(self, mx.float32)(*widen(args), **kwargs)
     return type(kind.__name__, (kind,), body) if body else None

@@ -39,8 +39,8 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     if not packed:
         return {}
     common = packed.most_common(1)[0][0]
-    config: dict[str, Any] = common.to_dict()
+    config: dict[str, Any] = common.parts()
     for path, found in formats.items():
         if found != common:
-            config[path] = False if found is None else found.to_dict()
+            config[path] = False if found is None else found.parts()
     return config

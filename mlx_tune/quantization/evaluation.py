@@ -26,13 +26,14 @@ from mlx_tune.quantization.accuracy import (
 )
 from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, unpacked_on_cpu, widen
 from mlx_tune.quantization.batches import Batch, rows_at_most
+from mlx_tune.quantization.lazy import number
 from mlx_tune.quantization.sites import own_arrays, walk
 
 #: Logits looked at together: float32 temporaries several times this size come and go.
 _LOGITS_AT_ONCE = 1 << 24
 
-#: Tokens that the noise floor is measured on.
-_FLOOR_TOKENS = 2048
+#: Tokens that the noise floor is measured on; fewer on a CPU, which multiplies half-precision numbers slowly.
+_FLOOR_TOKENS, _FLOOR_TOKENS_CPU = 2048, 256
 
 #: `loss(model, *arguments)`: a scalar, or an array of which the mean counts.
 Loss = Callable[..., Any]
@@ -143,7 +144,7 @@ class Comparison:
             for i, part in enumerate(self.parts):
                 before, after = reference(i), self._run(model, part)
                 if self.kind == "loss":
-                    rows.append((before[0].item(), after[0].item()))
+                    rows.append((number(before[0]), number(after[0])))
                 elif self.kind == "outputs":
                     rows.append(compare_outputs(before, after))
                 else:
@@ -151,9 +152,9 @@ class Comparison:
                     sequence += part.arguments[0].shape[0]
                 bar.advance()
         if self.kind == "loss":
-            return summarise_losses([a for a, _ in rows], [b for _, b in rows], **context)  # type: ignore[arg-type]
+            return summarise_losses([a for a, _ in rows], [b for _, b in rows], **context)
         if self.kind == "outputs":
-            return summarise_outputs(rows, **context)  # type: ignore[arg-type]
+            return summarise_outputs(rows, **context)
         return summarise_tokens(
             join_figures(rows),
             noise_floor=self.noise_floor,
@@ -166,14 +167,17 @@ class Comparison:
         low = any(a.dtype in (mx.bfloat16, mx.float16) for s in walk(reference) for a in own_arrays(s.module).values())
         if self.kind != "tokens" or not low or unpacked_on_cpu(reference):
             return
+        wanted = _FLOOR_TOKENS_CPU if mx.default_device() == mx.Device(mx.cpu) else _FLOOR_TOKENS
         rows, sequence = [], 0
         for i, part in enumerate(self.parts):
+            inputs, targets = part.shifted
+            count = max(1, (wanted - self.noise_floor_tokens) // targets.shape[1])
             with evaluation_mode(reference):
-                own = logits_of(reference(part.shifted[0]))
-            rows.append(compare_tokens(wide(i)[0], own, part.shifted[1], sequence))
-            sequence += part.arguments[0].shape[0]
-            self.noise_floor_tokens += part.shifted[1].size
-            if self.noise_floor_tokens >= _FLOOR_TOKENS:
+                own = logits_of(reference(inputs[:count]))
+            rows.append(compare_tokens(wide(i)[0][:count], own, targets[:count], sequence))
+            sequence += own.shape[0]
+            self.noise_floor_tokens += targets[:count].size
+            if self.noise_floor_tokens + targets.shape[1] > wanted:
                 break
         self.noise_floor = summarise_tokens(join_figures(rows)).mean_kl
 
@@ -198,7 +202,7 @@ def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnin
         with evaluation_mode(model), float32_arithmetic(model):
             logits = logits_of(_call(model, (probe.shifted[0],)))
         rows, length = probe.shifted[0].shape
-        highest = max(int(mx.max(b.tokens).item()) for b in batches if b.tokens is not None)  # type: ignore[arg-type]
+        highest = max(int(number(mx.max(b.tokens))) for b in batches if b.tokens is not None)
         if logits.ndim == 3 and logits.shape[:2] == (rows, length) and logits.shape[2] > highest:
             at_once = max(1, _LOGITS_AT_ONCE // (logits.shape[2] * max(b.tokens.shape[1] for b in batches)))  # type: ignore[union-attr]
             if any(b.tokens is None for b in batches):
@@ -234,7 +238,7 @@ def perplexity(model: nn.Module, batches: list[Batch]) -> float:
             inputs, targets = part.shifted
             logits = logits_of(model(inputs)).astype(mx.float32)
             losses = nn.losses.cross_entropy(logits, targets)
-            total += losses.sum().item()  # type: ignore[operator]
+            total += number(losses.sum())
             count += targets.size
     return math.exp(total / count)
 
@@ -279,8 +283,8 @@ def compare_outputs(before: list[mx.array], after: list[mx.array]) -> OutputFigu
         finite = mx.isfinite(x) & mx.isfinite(y)
         x, y = mx.where(finite, x, 0), mx.where(finite, y, 0)
         found = [(x * y).sum(), mx.square(x).sum(), mx.square(y).sum(), mx.square(x - y).sum()]
-        sums = [s + f.item() for s, f in zip(sums, found, strict=True)]  # type: ignore[operator]
-        here = int(finite.sum().item())
+        sums = [s + number(f) for s, f in zip(sums, found, strict=True)]
+        here = int(number(finite.sum()))
         values, lost = values + here, lost + x.size - here
     return OutputFigures(sums[0], sums[1], sums[2], sums[3], values, lost)
 
@@ -315,7 +319,8 @@ def compare_tokens(before: mx.array, after: mx.array, targets: mx.array, first_s
         for column, values in zip(columns, found, strict=True):
             column.append(np.array(values.astype(mx.float32), dtype=np.float64))
     sequence = np.repeat(np.arange(first_sequence, first_sequence + batch), length)
-    return TokenFigures(*(np.concatenate(c) for c in columns), sequence)
+    figures: list[Any] = [*(np.concatenate(c) for c in columns), sequence]
+    return TokenFigures(*figures)
 
 
 def join_figures(parts: list[TokenFigures]) -> TokenFigures:

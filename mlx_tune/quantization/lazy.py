@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import mlx.core as mx
 
@@ -46,3 +47,14 @@ def read_array(array: mx.array) -> mx.array:
     copy = mx.compile(lambda: mx.stop_gradient(array))()
     mx.eval(copy)
     return copy
+
+
+def number(array: mx.array) -> float:
+    """The one number in an array, evaluated.
+
+    Example:
+        >>> number(mx.ones(3).sum())
+        3.0
+    """
+    value: Any = array.item()
+    return float(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mlx_tune.errors import QuantizationError
 
@@ -41,8 +42,8 @@ class Format:
         name = f"{self.bits} bits, group {self.group_size}" if self.mode == "affine" else self.mode
         return f"{name}, inputs too" if self.quantize_input else name
 
-    def to_dict(self) -> dict[str, int | str]:
-        """The entry that mlx-lm's config.json has for a layer of this format."""
+    def parts(self) -> dict[str, Any]:
+        """Keyword arguments for MLX's functions on packed arrays."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def nbytes(self, weights: int, item_bytes: int) -> int:

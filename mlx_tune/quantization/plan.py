@@ -1,35 +1,18 @@
-"""The plan before the act: which layer gets what, and why. Every mistake that needs no weights is found here."""
+"""The plan before the act: a table of which layer gets what, and why."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.dense import dense_twin
-from mlx_tune.quantization.modes import ACTIVATION_MODES, Format, check_format
-from mlx_tune.quantization.rules import Decision, Rules, check_patterns
-from mlx_tune.quantization.sites import (
-    Site,
-    current_format,
-    find_routers,
-    is_quantized,
-    module_at,
-    own_arrays,
-    parameter_count,
-    walk,
-    weight_shape,
-)
+from mlx_tune.quantization.modes import Format
+from mlx_tune.quantization.search import Effort
+from mlx_tune.quantization.sites import module_at
 from mlx_tune.tables import render_table
 from mlx_tune.units import format_bytes
-
-METHODS = ("nearest", "optimal", "gptq", "dwq")
-EFFORTS = ("fast", "best")
 
 
 @dataclass(frozen=True)
@@ -131,7 +114,7 @@ class QuantizationPlan:
     rest_bytes: int
     parameters: int
     method: str
-    effort: str
+    effort: Effort
     size_before_bytes: int
     notes: tuple[str, ...] = ()
 
@@ -156,7 +139,7 @@ class QuantizationPlan:
         for layer in self.layers:
             chosen = formats.get(layer.path, layer.format)
             if chosen is None:
-                skipped.append(replace(layer, format=None, bytes_after=_dense_bytes(layer), reason=reason))
+                skipped.append(replace(layer, format=None, bytes_after=layer.bytes_before, reason=reason))
             elif chosen == layer.format:
                 layers.append(layer)
             else:
@@ -204,238 +187,15 @@ class QuantizationPlan:
         )
 
 
-def plan_quantization(
-    model: nn.Module,
-    bits: int = 4,
-    group_size: int = 64,
-    *,
-    method: str = "optimal",
-    mode: str = "affine",
-    effort: str = "fast",
-    overrides: Mapping[str, bool | Mapping[str, Any]] | None = None,
-    skip: Iterable[str] | str | None = None,
-    target_bpw: float | None = None,
-    target_bytes: int | str | None = None,
-    activations: bool = False,
-    requantize: bool = False,
-    calibration: Iterable[Any] | None = None,
-) -> QuantizationPlan:
-    """Work out what `quantize_model` would do, without touching the model or reading a weight.
-
-    With `target_bpw` or `target_bytes` the weights are read once, since the choice of bits rests on their error.
-
-    Args:
-        model: Any model; see `quantize_model` for all arguments.
-        bits: Bits of a code.
-        group_size: Weights that share a scale.
-        method: "nearest", "optimal", "gptq" or "dwq".
-        mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
-        effort: "fast" or "best".
-        overrides: Pattern to what matching layers get instead.
-        skip: Patterns of layers to leave alone.
-        target_bpw: Bits per weight that the model must not exceed.
-        target_bytes: Bytes that the model must not exceed.
-        activations: Whether layers quantize their inputs too.
-        requantize: Whether layers that are quantized already are quantized anew.
-        calibration: Batches to measure layers' sensitivity on, where a target is given.
-
-    Returns:
-        The plan; `print` it.
-
-    Raises:
-        QuantizationError: The same as `quantize_model` raises before it changes anything.
-
-    Example:
-        >>> plan = plan_quantization(nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 80)), 4, 64)
-        >>> [(layer.path, layer.bits, layer.bytes_after) for layer in plan.layers]
-        [('layers.0', 4, 5376), ('layers.2', 4, 3520)]
-    """
-    base = check_request(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
-    plan = lay_out(model, base, method, effort, overrides, skip, requantize)
-    if target_bpw is None and target_bytes is None:
-        return plan
-    from mlx_tune.quantization.target import allocate_to_target, parse_target
-
-    target = parse_target(plan, target_bpw, target_bytes)
-    return allocate_to_target(plan, target, calibration=calibration).plan
-
-
-def check_request(
-    model: object, bits: int, group_size: int, *, method: str, mode: str, effort: str, activations: bool
-) -> Format:
-    """Check what can be checked without looking at the model's layers, and make the base format of it."""
-    if not isinstance(model, nn.Module):
-        raise QuantizationError(f"model is a {type(model).__name__}, not an mlx.nn.Module.")
-    if method not in METHODS:
-        raise QuantizationError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}.")
-    if effort not in EFFORTS:
-        raise QuantizationError(f"effort={effort!r} is unknown: choose 'fast' or 'best'.")
-    base = check_format(bits, group_size, mode)
-    if mode != "affine" and method in ("gptq", "dwq"):
-        raise QuantizationError(
-            f"method={method!r} works on scales and biases of mode 'affine'; mode={mode!r} has neither. "
-            "Use method='optimal' or 'nearest' with it."
-        )
-    if activations and mode not in ACTIVATION_MODES:
-        raise QuantizationError(
-            f"activations=True does not work in mode {mode!r}: MLX quantizes inputs in nvfp4 and mxfp8 only."
-        )
-    return replace(base, quantize_input=activations)
-
-
-def lay_out(
-    model: nn.Module,
-    base: Format,
-    method: str,
-    effort: str,
-    overrides: Mapping[str, bool | Mapping[str, Any]] | None,
-    skip: Iterable[str] | str | None,
-    requantize: bool,
-) -> QuantizationPlan:
-    """The plan for a checked request."""
-    sites = walk(model)
-    candidates = [s for s in sites if is_quantized(s.module) or _has_matrix(s.module)]
-    paths = [path for site in candidates for path in site.paths]
-    chosen, left = check_patterns(overrides, skip, paths)
-    predicate = getattr(model, "quant_predicate", None)
-    rules = Rules(base, chosen, left, predicate, frozenset(find_routers(sites)))
-    drafts = [_draft(site, rules, requantize) for site in candidates]
-    _refuse_quantized(drafts, requantize)
-
-    counted: set[int] = set()
-    layers: list[LayerPlan] = []
-    skipped: list[LayerPlan] = []
-    for group in _tied(drafts):
-        layer = _layer(model, base, group, counted)
-        (skipped if layer.format is None else layers).append(layer)
-    if not layers:
-        raise QuantizationError(_nothing_left(skipped))
-    # Everything else: loose parameters, norms, and biases of unquantized modules without a matrix.
-    size = parameters = 0
-    seen: set[int] = set()
-    for site in sites:
-        arrays = {n: a for n, a in own_arrays(site.module).items() if id(a) not in seen}
-        seen.update(id(a) for a in arrays.values())
-        size += sum(a.nbytes for a in arrays.values())
-        parameters += parameter_count(site.module, arrays)
-    rest = size - sum(x.bytes_before for x in (*layers, *skipped))
-    notes = tuple(_notes(layers, skipped))
-    return QuantizationPlan(tuple(layers), tuple(skipped), rest, parameters, method, effort, size, notes)
-
-
 def bytes_in(layer: LayerPlan, wanted: Format) -> int:
     """Bytes of a planned layer's arrays in another format."""
     assert layer.format is not None
-    item = _ITEM_BYTES[layer.dtype]
+    item = ITEM_BYTES[layer.dtype]
     return layer.bytes_after - layer.format.nbytes(layer.weights, item) + wanted.nbytes(layer.weights, item)
 
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class _Draft:
-    site: Site
-    twin: nn.Module
-    decision: Decision
-
-
-def _draft(site: Site, rules: Rules, requantize: bool) -> _Draft:
-    module = site.module
-    if is_quantized(module) and not requantize:
-        # Left alone where the user says so; otherwise an error that is raised once all of them are known.
-        decision = rules.decide(site.path, module, weight_shape(module)[-1])
-        return _Draft(site, module, decision if decision.by_hand else Decision(None, "quantized already"))
-    if not site.path:
-        reason = f"it is the model itself, which cannot be replaced in place: wrap it in nn.Sequential({type(module).__name__})"
-        return _Draft(site, module, Decision(None, reason))
-    twin = dense_twin(module)
-    weight = twin.get("weight")
-    last_axis = weight.shape[-1] if isinstance(weight, mx.array) and weight.ndim else 0
-    return _Draft(site, twin, rules.decide(site.path, twin, last_axis))
-
-
-def _refuse_quantized(drafts: list[_Draft], requantize: bool) -> None:
-    if requantize:
-        return
-    already = [d.site for d in drafts if is_quantized(d.site.module) and not d.decision.by_hand]
-    if already:
-        first = already[0]
-        raise QuantizationError(
-            f"{len(already)} of {len(drafts)} layers are quantized already, the first being {first.path or 'the model'} "
-            f"({current_format(first.module)}). Quantize the unquantized model, pass requantize=True to quantize these "
-            "weights once more (errors add up), or leave them alone with skip=."
-        )
-
-
-def _tied(drafts: list[_Draft]) -> Iterator[list[_Draft]]:
-    """Drafts that share one weight array and one fate, together; in order."""
-    groups: dict[tuple[int, Format | None], list[_Draft]] = {}
-    for draft in drafts:
-        weight = draft.site.module.get("weight")
-        key = id(weight) if isinstance(weight, mx.array) else id(draft.site.module)
-        groups.setdefault((key, draft.decision.format), []).append(draft)
-    yield from groups.values()
-
-
-def _layer(model: nn.Module, base: Format, group: list[_Draft], counted: set[int]) -> LayerPlan:
-    first = group[0]
-    before = after = 0
-    for draft in group:
-        for array in own_arrays(draft.site.module).values():
-            if id(array) not in counted:
-                counted.add(id(array))
-                before += array.nbytes
-    weight = first.twin.get("weight")
-    shape = tuple(weight.shape) if isinstance(weight, mx.array) else ()
-    if not shape:
-        shape = max((tuple(a.shape) for a in own_arrays(first.twin).values()), key=len)
-    dtype = str(weight.dtype if isinstance(weight, mx.array) else mx.float32).rpartition(".")[2]
-    chosen, decision = first.decision.format, first.decision
-    draft_plan = LayerPlan(
-        path=first.site.path,
-        paths=tuple(path for draft in group for path in draft.site.paths),
-        kind=type(first.site.module).__name__,
-        shape=shape,
-        dtype=dtype,
-        format=chosen,
-        bytes_before=before,
-        bytes_after=before,
-        reason=decision.reason,
-        fixed=decision.by_hand or decision.protected,
-        model=model,
-    )
-    item = _ITEM_BYTES.get(dtype)
-    if item is None or is_quantized(first.site.module) and chosen is None:
-        return draft_plan
-    others = sum(
-        a.nbytes
-        for draft in group
-        for name, a in own_arrays(draft.site.module).items()
-        if name not in ("weight", "scales", "biases", "global_scale")
-    )
-    if chosen is None:
-        cost = 0
-        if _would_pack(first.twin):
-            cost = before - others - base.nbytes(draft_plan.weights, item)
-        return replace(draft_plan, cost_bytes=max(0, cost))
-    after = others + chosen.nbytes(draft_plan.weights, item)
-    return replace(draft_plan, bytes_after=after)
-
-
-def _would_pack(module: nn.Module) -> bool:
-    return callable(getattr(module, "to_quantized", None))
-
-
-def _dense_bytes(layer: LayerPlan) -> int:
-    """What an unquantized layer takes when it is left alone."""
-    return layer.bytes_before
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(a.ndim >= 2 for a in own_arrays(module).values()) or (
-        "weight" in module and callable(getattr(module, "to_quantized", None))
-    )
+#: Size of an element of each dtype that can be quantized.
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def _remark(layer: LayerPlan) -> str:
@@ -445,24 +205,3 @@ def _remark(layer: LayerPlan) -> str:
     if len(layer.paths) > 1:
         parts.append("shared with " + ", ".join(layer.paths[1:]))
     return "; ".join(parts)
-
-
-def _notes(layers: list[LayerPlan], skipped: list[LayerPlan]) -> Iterator[str]:
-    cost = sum(layer.cost_bytes for layer in skipped)
-    if skipped:
-        reasons = Counter(layer.reason for layer in skipped)
-        text = ", ".join(f"{count} ({reason})" for reason, count in reasons.most_common())
-        extra = f" They take {format_bytes(cost)} more than they would in the format of the rest." if cost else ""
-        yield f"Left as they are: {text}.{extra}"
-    protected = sum(1 for layer in layers if layer.fixed)
-    if protected:
-        yield f"{protected} of {len(layers)} layers have a format of their own (see remarks)."
-
-
-def _nothing_left(skipped: list[LayerPlan]) -> str:
-    if not skipped:
-        return "There is nothing to quantize: the model has no layer with a matrix of weights."
-    lines = [f"  {layer.path or 'the model itself'} ({layer.kind}): {layer.reason}" for layer in skipped[:8]]
-    if len(skipped) > 8:
-        lines.append(f"  and {len(skipped) - 8} more")
-    return "There is nothing left to quantize. Every layer was left out:\n" + "\n".join(lines)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
@@ -15,10 +14,13 @@ from mlx_tune.memory import track_memory
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.accuracy import Accuracy
 from mlx_tune.quantization.apply import LayerOutcome, apply_layer, check_backend, check_finite
+from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.batches import Batch, read_batches, token_rows
-from mlx_tune.quantization.evaluation import Comparison, Loss, OutputStore, prepare
-from mlx_tune.quantization.plan import QuantizationPlan, check_request, lay_out
+from mlx_tune.quantization.evaluation import Loss, OutputStore, prepare
+from mlx_tune.quantization.layout import check_request, lay_out
+from mlx_tune.quantization.plan import QuantizationPlan
 from mlx_tune.quantization.report import LayerReport, QuantizationReport, layer_report
+from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.speed import SpeedComparison, compare_speed, measure_speed
 from mlx_tune.quantization.statistics import overlap
 from mlx_tune.quantization.transaction import Transaction
@@ -36,7 +38,7 @@ def quantize_model(
     *,
     method: str = "optimal",
     mode: str = "affine",
-    effort: str = "fast",
+    effort: Effort = "fast",
     overrides: Mapping[str, bool | Mapping[str, Any]] | None = None,
     skip: Iterable[str] | str | None = None,
     target_bpw: float | None = None,
@@ -104,7 +106,7 @@ def quantize_model(
     check_finite(plan)
     warnings = _overlap_warning(judge, learn)
     with ExitStack() as stack:
-        stack.enter_context(_same_random_stream())
+        stack.enter_context(same_random_stream())
         if target_bpw is not None or target_bytes is not None:
             plan = _to_target(plan, target_bpw, target_bytes, learn, judge, progress)
         store = stack.enter_context(OutputStore())
@@ -161,7 +163,7 @@ def quantization_report(
     judge, learn = read_batches(evaluation, "evaluation"), read_batches(calibration, "calibration")
     if not judge:
         raise QuantizationError("evaluation=None: a comparison needs batches to compare on.")
-    with _same_random_stream():
+    with same_random_stream():
         comparison = prepare(reference, judge, loss, warnings=_overlap_warning(judge, learn))
         accuracy = comparison.side_by_side(model, reference, progress=progress)
         tokens_in = comparison.kind == "tokens"
@@ -238,14 +240,3 @@ def _overlap_warning(judge: list[Batch], learn: list[Batch]) -> tuple[str, ...]:
         f"{format_percent(share)} of the evaluation's text is in the calibration too: the figures flatter a method "
         "that learned from it. Evaluate on text that was held out.",
     )
-
-
-@contextmanager
-def _same_random_stream() -> Iterator[None]:
-    """Leave MLX's random stream as it was, whatever is drawn meanwhile."""
-    key: Any = mx.random.state[0]  # type: ignore[index]
-    high, low = (int(word) for word in key.tolist())
-    try:
-        yield
-    finally:
-        mx.random.seed((high << 32) | low)  # `seed` makes the key out of the two halves of its argument

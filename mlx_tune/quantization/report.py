@@ -188,7 +188,8 @@ class QuantizationReport:
         rows.append(("norms, biases and the rest", "", None, None, format_bytes(before),
                      format_bytes(self.rest_bytes), None, ""))  # fmt: skip
         rows.append(("total", "", None, None, format_bytes(self.size_before_bytes),
-                     format_bytes(self.size_after_bytes), None, f"{self.bits_per_weight:.3f} bits per weight"))  # fmt: skip
+                     format_bytes(self.size_after_bytes), None,
+                     f"{self.bits_per_weight:.3f} bits per weight"))  # fmt: skip
         notes = list(self.notes)
         if self.seconds:
             peak = f", at most {format_bytes(self.peak_bytes)} in use" if self.peak_bytes else ""

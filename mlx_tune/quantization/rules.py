@@ -140,7 +140,9 @@ def matches(path: str, pattern: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(f".{path}", pattern)
 
 
-def check_patterns(overrides: object, skip: object, paths: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def check_patterns(
+    overrides: object, skip: Iterable[str] | str | None, paths: Iterable[str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Check `overrides` and `skip`: of the right types, and every pattern meaning at least one layer.
 
     Raises:
@@ -163,7 +165,7 @@ def check_patterns(overrides: object, skip: object, paths: Iterable[str]) -> tup
                 f"overrides[{pattern!r}] has {', '.join(sorted(map(repr, unknown)))}: "
                 "only 'bits', 'group_size' and 'mode' can be set for a layer."
             )
-    left = () if skip is None else (skip,) if isinstance(skip, str) else tuple(skip)  # type: ignore[call-overload]
+    left = () if skip is None else (skip,) if isinstance(skip, str) else tuple(skip)
     known = list(paths)
     for argument, patterns in (("overrides", chosen), ("skip", left)):
         for pattern in patterns:
@@ -196,10 +198,8 @@ def _problem(module: nn.Module, last_axis: int, target: Format) -> str | None:
     if last_axis % target.group_size == 0:
         return None
     text = f"last axis {last_axis} not divisible by {target.group_size}"
-    if target.mode == "affine":
-        others = [size for size in AFFINE_GROUP_SIZES if last_axis % size == 0]
-    else:
-        others = []
+    affine = target.mode == "affine"
+    others = [size for size in AFFINE_GROUP_SIZES if affine and last_axis % size == 0]
     if others:
         return f"{text}; {max(others)} would do"
     odd = "no group size of MLX divides it" if target.mode == "affine" else f"{target.mode} has no other group size"

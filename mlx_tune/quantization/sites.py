@@ -69,10 +69,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     """
     node: Any = model
     for part in path.split(".") if path else ():
-        if isinstance(node, list):
-            node = node[int(part)]
-        else:
-            node = node[part]
+        node = node[int(part)] if isinstance(node, list) else node[part]
     if not isinstance(node, nn.Module):
         raise KeyError(f"{path!r} is a {type(node).__name__}, not a module")
     return node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,7 @@ def by_confidence(confidence: Floats, kl: Floats, same_top: Floats) -> tuple[Buc
     import numpy as np
 
     buckets = []
-    for low, high in zip(CONFIDENCE_EDGES, CONFIDENCE_EDGES[1:], strict=False):
+    for low, high in itertools.pairwise(CONFIDENCE_EDGES):
         inside = (confidence >= low) & ((confidence < high) | (high == 1.0))
         count = int(np.count_nonzero(inside))
         mean = float(kl[inside].mean()) if count else math.nan

@@ -108,7 +108,7 @@ class Transaction:
         Weights that were set aside are read from their files when they are first used, and stay in memory from then
         on for as long as this model lives.
         """
-        return _clone(self.model, "", {path: parked for path, parked in self._log})
+        return _clone(self.model, "", dict(self._log))
 
     def roll_back(self) -> None:
         """Put every replaced module back; the last swap is undone first."""
@@ -151,8 +151,8 @@ class Transaction:
         if size + _SPARE_BYTES > free:
             if not self.notes:
                 self.notes.append(
-                    f"The originals stayed in memory until the end: the temporary folder has {format_bytes(free)} free. "
-                    "Set TMPDIR to a folder on a larger disk to need less memory."
+                    "The originals stayed in memory until the end, as the temporary folder has only "
+                    f"{format_bytes(free)} free. Set TMPDIR to a folder on a larger disk to need less memory."
                 )
             return None
         file = self._folder / f"{self._files}.safetensors"
