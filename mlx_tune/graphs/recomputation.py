@@ -39,9 +39,7 @@ def tracing() -> Iterator[None]:
         _thread.depth -= 1
 
 
-def traced_checkpoint(
-    pure: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array]
-) -> list[mx.array]:
+def traced_checkpoint(pure: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array]) -> list[mx.array]:
     """Call a checkpointed function so that its recomputation appears in an exported graph.
 
     The value is y = pure(arrays), cut off from the gradient. The gradient goes through a second evaluation z

@@ -132,9 +132,7 @@ class Translator(nn.Module):
     def __call__(self, source: mx.array, target: mx.array) -> mx.array:
         length = target.shape[1]
         mask = nn.MultiHeadAttention.create_additive_causal_mask(length)
-        return self.head(
-            self.transformer(self.embedding(source), self.embedding(target), None, mask, None)
-        )
+        return self.head(self.transformer(self.embedding(source), self.embedding(target), None, mask, None))
 
 
 class Perceptron(nn.Module):

@@ -162,9 +162,7 @@ def _text(family: str, **options: Any) -> Callable[[str], Workload]:
     )
 
 
-def _classify(
-    make_model: Callable[[], nn.Module], shape: tuple[int, ...], **options: Any
-) -> Callable[[str], Workload]:
+def _classify(make_model: Callable[[], nn.Module], shape: tuple[int, ...], **options: Any) -> Callable[[str], Workload]:
     return lambda name: build(name, make_model, class_loss, partial(labelled, shape), **options)
 
 
@@ -180,7 +178,9 @@ _BUILDERS: dict[str, Callable[[str], Workload]] = {
     "llama-bf16-adamw-checkpointed": _text("llama", checkpoint="blocks", dtype=mx.bfloat16, optimizer="adamw"),
     "llama-f32-sgd-bare-checkpoint": _text("llama", checkpoint="bare"),
     "llama-f32-lora-adamw": _text("llama", tuning="lora", optimizer="adamw"),
-    "llama-bf16-lora-adamw-compiled": _text("llama", tuning="lora", optimizer="adamw", dtype=mx.bfloat16, compiled=True),
+    "llama-bf16-lora-adamw-compiled": _text(
+        "llama", tuning="lora", optimizer="adamw", dtype=mx.bfloat16, compiled=True
+    ),
     "llama-qlora-adamw": _text("llama", tuning="qlora", optimizer="adamw", batch_size=2, length=65),
     "llama-qlora-adamw-compiled": _text(
         "llama", tuning="qlora", optimizer="adamw", batch_size=2, length=65, compiled=True
@@ -213,9 +213,7 @@ _BUILDERS: dict[str, Callable[[str], Workload]] = {
     "mlp-dropout-f32-sgd-compiled": _classify(lambda: Perceptron(dropout=0.2), (256,), batch_size=512, compiled=True),
 }
 
-WORKLOADS: dict[str, Callable[[], Workload]] = {
-    name: partial(builder, name) for name, builder in _BUILDERS.items()
-}
+WORKLOADS: dict[str, Callable[[], Workload]] = {name: partial(builder, name) for name, builder in _BUILDERS.items()}
 
 
 def evaluate(workload: Workload, batch: Any) -> float:

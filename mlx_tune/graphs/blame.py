@@ -1,0 +1,54 @@
+"""Saying what a step did that cannot be traced, and in which line of whose code."""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from mlx_tune.errors import TraceError
+
+_OWN = os.path.dirname(os.path.abspath(__file__))
+
+
+def explain_failure(error: BaseException, step: Callable[..., Any]) -> TraceError | None:
+    """Turn what went wrong during a trace into an error that names the place and the way out.
+
+    Args:
+        error: What was raised.
+        step: The step that was traced.
+
+    Returns:
+        A `TraceError`, or None where the user's own exception says it best.
+    """
+    if isinstance(error, TraceError) or not isinstance(error, (ValueError, RuntimeError)):
+        return None
+    text = str(error)
+    if "during function transformations" in text or "without a primitive" in text or "[async_eval]" in text:
+        return TraceError(
+            f"The step evaluates an array {_place(error)}. A step is planned without running it, so it must only build "
+            "arrays: leave mx.eval, .item(), float(), print and `if` on arrays to the code that calls the step."
+        )
+    refused = re.search(r"Unable to get state for primitive (\w+)", text)
+    if refused:
+        return TraceError(
+            f"The step contains the operation {refused[1]}, which MLX cannot describe and for which there is no "
+            "stand-in yet. Write that part of the step with other operations, or measure instead: autobatch() and "
+            "memory_limit() need no description."
+        )
+    return None
+
+
+def _place(error: BaseException) -> str:
+    """The line that evaluated, and the line of the user's own code that led there."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN)]
+    if not frames:
+        return "inside"
+    deepest = frames[-1]
+    where = f"at {deepest.filename}:{deepest.lineno} (`{(deepest.line or '').strip()}`)"
+    own = [f for f in frames if "site-packages" not in f.filename]
+    if own and own[-1] is not deepest:
+        where += f", called from {own[-1].filename}:{own[-1].lineno} (`{(own[-1].line or '').strip()}`)"
+    return where

@@ -1,0 +1,44 @@
+"""Turning checkpoints that a trace wrote out back into what MLX really evaluates."""
+
+from __future__ import annotations
+
+from mlx_tune.graphs.graph import Graph, Node
+
+
+def fold_checkpoints(graph: Graph) -> int:
+    """Replace every written-out checkpoint by the primitive that `mx.checkpoint` makes.
+
+    `traced_checkpoint` returns y + (z - z) next to a Depends on y; MLX makes one CustomTransforms instead, which
+    passes y through, and a Depends on its output. The second evaluation stays only where the gradient uses it.
+
+    Args:
+        graph: The traced step; changed in place.
+
+    Returns:
+        How many checkpoints were found.
+    """
+    differences = {
+        node.outputs[0]: i
+        for i, node in enumerate(graph.nodes)
+        if node.name == "Subtract" and node.inputs[0] == node.inputs[1]
+    }
+    # value -> the node that adds a difference of nothing to it
+    sums: dict[int, int] = {}
+    for i, node in enumerate(graph.nodes):
+        if node.name == "Add" and node.inputs[1] in differences:
+            sums.setdefault(node.inputs[0], i)
+    rewritten: dict[int, Node | None] = {}
+    for i, node in enumerate(graph.nodes):
+        if node.name != "Depends" or len(node.inputs) == len(node.outputs):
+            continue
+        primals, values = node.inputs[: len(node.outputs)], node.inputs[len(node.outputs) :]
+        passed = [v for v in values if v in sums]
+        if not passed:
+            continue
+        results = {v: graph.nodes[sums[v]].outputs[0] for v in passed}
+        first, *others = sorted(sums[v] for v in passed)
+        rewritten[first] = Node("CustomTransforms", (*primals, *passed), tuple(results[v] for v in passed), ())
+        rewritten |= {other: None for other in others}
+        rewritten[i] = Node("Depends", (*primals, *(results.get(v, v) for v in values)), node.outputs, ())
+    graph.nodes = [node for i, old in enumerate(graph.nodes) if (node := rewritten.get(i, old)) is not None]
+    return sum(node is not None and node.name == "CustomTransforms" for node in rewritten.values())

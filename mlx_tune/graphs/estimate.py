@@ -1,0 +1,269 @@
+"""`estimate_memory`: what a training step needs at the least, and what it is spent on, without running it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mlx_tune.graphs.floor import Buffer, Course, simulate
+from mlx_tune.graphs.graph import Graph
+from mlx_tune.graphs.order import evaluation_order
+from mlx_tune.graphs.tracing import trace_step
+from mlx_tune.tables import render_table
+from mlx_tune.units import format_bytes, format_percent, format_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: What memory at the peak is for, in the order in which tables and pictures show it.
+PURPOSES = ("parameters", "optimizer", "batch", "other state", "activations", "updates", "temporaries")
+
+_PURPOSE_OF_ROLE = {"parameter": "parameters", "optimizer": "optimizer", "batch": "batch"}
+
+
+@dataclass(frozen=True)
+class PeakOwner:
+    """One buffer that is alive at the peak.
+
+    Attributes:
+        nbytes: Its size.
+        shape: Shape of the array it was made for.
+        dtype: Dtype of that array, as in "float32".
+        operation: The MLX operation that made it; empty for what existed before the step.
+        purpose: One of `PURPOSES`.
+        label: A parameter's path or an argument's place; empty for what an operation made.
+    """
+
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    operation: str
+    purpose: str
+    label: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {
+            "nbytes": self.nbytes,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "operation": self.operation,
+            "purpose": self.purpose,
+            "label": self.label,
+        }
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The memory of one training step, predicted from its graph.
+
+    All figures are predictions; none was measured.
+
+    Attributes:
+        floor_bytes: The least memory that the step can peak at: parameters, optimizer state and batch included.
+            It is reached under the lowest memory limit; without a limit the peak is higher.
+        start_bytes: What is there before the step: state, batch and captured arrays.
+        end_bytes: What is left after it.
+        by_purpose: The floor split over `PURPOSES`; the parts add up to `floor_bytes`.
+        peak_owners: Every buffer alive at the peak, the largest first.
+        live_bytes: Bytes alive after each operation, in the order of evaluation.
+        operations: The operations' names, in the same order.
+        peak_operation: Position of the operation at which the peak is reached; -1 before the first.
+        compiled: Whether the step, or its outermost part, goes through `mx.compile`.
+        stand_ins: Operations that could not be traced, and what was traced in their place.
+        unknown_operations: Operations whose effect on memory is not known, and how often they occur. Each was
+            taken to allocate its outputs and nothing else.
+        trace_seconds: Time that tracing and simulating took.
+    """
+
+    floor_bytes: int
+    start_bytes: int
+    end_bytes: int
+    by_purpose: dict[str, int]
+    peak_owners: tuple[PeakOwner, ...]
+    live_bytes: tuple[int, ...] = field(repr=False)
+    operations: tuple[str, ...] = field(repr=False)
+    peak_operation: int
+    compiled: bool
+    stand_ins: dict[str, str]
+    unknown_operations: dict[str, int]
+    trace_seconds: float
+
+    @property
+    def parameters_bytes(self) -> int:
+        """Bytes of the parameters alive at the peak."""
+        return self.by_purpose["parameters"]
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state alive at the peak."""
+        return self.by_purpose["optimizer"]
+
+    @property
+    def activations_bytes(self) -> int:
+        """Bytes of what the forward and backward pass hold at the peak."""
+        return self.by_purpose["activations"]
+
+    @property
+    def temporaries_bytes(self) -> int:
+        """Bytes of operations' working memory at the peak."""
+        return self.by_purpose["temporaries"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, ready for JSON."""
+        return {
+            "floor_bytes": self.floor_bytes,
+            "start_bytes": self.start_bytes,
+            "end_bytes": self.end_bytes,
+            "by_purpose": dict(self.by_purpose),
+            "peak_owners": [owner.to_dict() for owner in self.peak_owners],
+            "live_bytes": list(self.live_bytes),
+            "operations": list(self.operations),
+            "peak_operation": self.peak_operation,
+            "compiled": self.compiled,
+            "stand_ins": dict(self.stand_ins),
+            "unknown_operations": dict(self.unknown_operations),
+            "trace_seconds": self.trace_seconds,
+        }
+
+    def __str__(self) -> str:
+        """A table of what the peak is made of."""
+        purposes = [
+            (name, format_bytes(n), format_percent(n / max(self.floor_bytes, 1)), "")
+            for name, n in self.by_purpose.items()
+            if n
+        ]
+        largest = [
+            (
+                f"  {owner.operation or owner.label}",
+                format_bytes(owner.nbytes * count),
+                format_percent(owner.nbytes * count / max(self.floor_bytes, 1)),
+                f"{f'{count} x ' if count > 1 else ''}{list(owner.shape)} {owner.dtype}, {owner.purpose}",
+            )
+            for owner, count in self.largest_owners()
+        ]
+        notes = [
+            f"Predicted from {len(self.operations)} operations in {format_seconds(self.trace_seconds)}; nothing was run. "
+            f"The peak is at operation {self.peak_operation + 1}"
+            + (f" ({self.operations[self.peak_operation]})." if self.peak_operation >= 0 else "."),
+            *(f"Stand-in for {name}: {what}." for name, what in self.stand_ins.items()),
+            *(
+                f"Unknown operation {name}, {count} times: taken to allocate its outputs only."
+                for name, count in self.unknown_operations.items()
+            ),
+        ]
+        return render_table(
+            ["at the peak", "bytes", "share", "what"],
+            [*purposes, *largest],
+            title=f"Floor of the step: {format_bytes(self.floor_bytes)}",
+            notes=notes,
+        )
+
+    def largest_owners(self, most: int = 10) -> list[tuple[PeakOwner, int]]:
+        """The largest kinds of buffers at the peak: one of each kind, and how many there are.
+
+        Args:
+            most: How many kinds at most.
+        """
+        kinds: Counter[tuple[Any, ...]] = Counter()
+        example: dict[tuple[Any, ...], PeakOwner] = {}
+        for owner in self.peak_owners:
+            key = (owner.nbytes, owner.shape, owner.dtype, owner.operation, owner.purpose, owner.label)
+            kinds[key] += 1
+            example.setdefault(key, owner)
+        ranked = sorted(kinds, key=lambda key: (-key[0] * kinds[key], key[3], key[5]))
+        return [(example[key], kinds[key]) for key in ranked[:most]]
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, dark: bool = False) -> Figure:
+        """Draw memory over the step's operations, with the owners of the peak named.
+
+        Args:
+            path: An .svg or .png file to write as well.
+            dark: For dark pages.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from mlx_tune.graphs.picture import draw
+
+        return draw(self, path, dark=dark)
+
+
+def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> MemoryEstimate:
+    """Predict the least memory that one call of `step(*args)` needs, without evaluating anything.
+
+    The step's Python runs once with placeholders for arrays. Its graph is then put in the order in which MLX would
+    evaluate it, and every allocation, donation and release is followed, as MLX's CPU backend does them.
+
+    Args:
+        step: One training step. It only builds arrays (it does not evaluate) and returns the loss first.
+        *args: Its arguments: arrays, nestings of them, or `mlx_tune.graphs.ArraySpec(shape, dtype)` for arrays that
+            need not exist.
+        state: What the step changes, such as `(model, optimizer)`. It is afterwards as it was.
+
+    Returns:
+        The floor, what it is made of, and memory over the step's operations.
+
+    Raises:
+        TraceError: The step evaluates, returns no array, or leaves arrays in places that are not in `state`.
+        InvalidArgumentError: `step` is not callable, or `state` holds nothing that a step can change.
+
+    Example:
+        >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
+        >>> from mlx_tune.graphs import ArraySpec
+        >>> model, optimizer = nn.Linear(1024, 1024), optim.SGD(0.1)
+        >>> def step(x):
+        ...     loss, gradients = nn.value_and_grad(model, lambda m, x: m(x).square().mean())(model, x)
+        ...     optimizer.update(model, gradients)
+        ...     return loss
+        >>> estimate = estimate_memory(step, ArraySpec((10_000_000, 1024), mx.float32), state=(model, optimizer))
+        >>> estimate.floor_bytes > 80e9
+        True
+    """
+    started = time.perf_counter()
+    graph = trace_step(step, args, state)
+    course = simulate(graph, evaluation_order(graph))
+    return _estimate(graph, course, time.perf_counter() - started)
+
+
+def _estimate(graph: Graph, course: Course, seconds: float) -> MemoryEstimate:
+    updates = set(graph.outputs[graph.results :])
+    owners = sorted((_owner(graph, b, updates) for b in course.owners), key=lambda o: -o.nbytes)
+    split = dict.fromkeys(PURPOSES, 0)
+    for owner in owners:
+        split[owner.purpose] += owner.nbytes
+    return MemoryEstimate(
+        floor_bytes=course.peak_bytes,
+        start_bytes=course.start_bytes,
+        end_bytes=course.end_bytes,
+        by_purpose=split,
+        peak_owners=tuple(owners),
+        live_bytes=tuple(course.live),
+        operations=tuple(graph.nodes[i].name for i in course.order),
+        peak_operation=course.peak_step,
+        compiled=graph.compiled,
+        stand_ins=graph.stand_ins,
+        unknown_operations=dict(course.unknown),
+        trace_seconds=seconds,
+    )
+
+
+def _owner(graph: Graph, buffer: Buffer, updates: set[int]) -> PeakOwner:
+    value = graph.values[buffer.value]
+    if buffer.temporary:
+        purpose = "temporaries"
+    elif value.role != "made":
+        purpose = _PURPOSE_OF_ROLE.get(value.role, "other state")
+    else:
+        purpose = "updates" if buffer.value in updates else "activations"
+    operation = graph.nodes[buffer.node].name if buffer.node is not None else ""
+    return PeakOwner(
+        buffer.nbytes, value.shape, str(value.dtype).removeprefix("mlx.core."), operation, purpose, value.label
+    )

@@ -1,0 +1,178 @@
+"""The memory of a step over its operations, with the device keeping up with dispatch.
+
+MLX allocates an output when it queues the operation, and frees a buffer when the last operation that reads it has
+run. Under the lowest memory limit `eval` waits for the device whenever it can, so every buffer is gone before the
+next operation allocates: that is the floor, and what is followed here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from mlx_tune.graphs.graph import Graph, Node
+from mlx_tune.graphs.layouts import Layout, row_major
+
+# An input may become the output if its buffer is at most this much larger: mlx/backend/common/utils.h.
+DONATION_SLACK = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One allocation alive at some point: its bytes, the value it was made for, the node that made it, if any."""
+
+    nbytes: int
+    value: int
+    node: int | None
+    temporary: bool = False
+
+
+@dataclass
+class Course:
+    """What a simulated evaluation did: bytes alive after every operation, and who held them at the peak."""
+
+    peak_bytes: int
+    peak_step: int
+    start_bytes: int
+    end_bytes: int
+    order: list[int]
+    live: list[int]
+    owners: list[Buffer]
+    unknown: Counter[str]
+
+
+@dataclass
+class Machine:
+    """The state of a simulated evaluation: which array lies in which buffer, and who still needs it."""
+
+    graph: Graph
+    order: list[int]
+    live: int = 0
+    peak: int = -1
+    peak_step: int = -1
+    allocations: int = 0
+    peak_allocation: int = -1
+    stop_at: int = -1
+    step: int = -1
+    layout: dict[int, Layout] = field(default_factory=dict)
+    buffer: dict[int, int] = field(default_factory=dict)
+    buffers: list[Buffer] = field(default_factory=list)
+    holders: list[int] = field(default_factory=list)
+    references: Counter[int] = field(default_factory=Counter)
+    temporaries: list[int] = field(default_factory=list)
+    owners: list[Buffer] | None = None
+
+    def nbytes(self, value: int) -> int:
+        """Bytes of a value when every element is stored."""
+        return self.graph.values[value].nbytes
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        """Shape of a value."""
+        return self.graph.values[value].shape
+
+    def itemsize(self, value: int) -> int:
+        """Bytes of an element of a value."""
+        return self.graph.values[value].dtype.size
+
+    def donatable(self, value: int, out: int | None = None) -> bool:
+        """Whether nothing else needs `value`, so that `out` may take over its buffer."""
+        if self.references[value] != 1 or self.holders[self.buffer[value]] != 1:
+            return False
+        if out is None:
+            return True
+        size = self.buffers[self.buffer[value]].nbytes
+        return self.itemsize(value) == self.itemsize(out) and size <= self.nbytes(out) + DONATION_SLACK
+
+    def allocate(self, value: int, layout: Layout | None = None) -> None:
+        """Give `value` a buffer of its own, by default row contiguous."""
+        if layout is None:
+            self.layout[value] = row_major(self.shape(value))
+            self.buffer[value] = self._new(self.nbytes(value), value)
+        else:
+            self.layout[value] = layout
+            self.buffer[value] = self._new(layout.data_size * self.itemsize(value), value)
+
+    def share(self, value: int, source: int, layout: Layout | None = None) -> None:
+        """Let `value` lie in the buffer of `source`."""
+        self.layout[value] = layout or self.layout[source]
+        self.buffer[value] = self.buffer[source]
+        self.holders[self.buffer[source]] += 1
+
+    def temporary(self, nbytes: int, value: int) -> None:
+        """Allocate working memory that is held until the operation that made `value` has run."""
+        self.temporaries.append(self._new(nbytes, value, temporary=True))
+
+    def release(self, buffer: int) -> None:
+        """Let go of a buffer once."""
+        self.holders[buffer] -= 1
+        if self.holders[buffer] == 0:
+            self.live -= self.buffers[buffer].nbytes
+
+    def _new(self, nbytes: int, value: int, temporary: bool = False) -> int:
+        node = self.order[self.step] if self.step >= 0 else None
+        self.buffers.append(Buffer(nbytes, value, node, temporary))
+        self.holders.append(1)
+        self.live += nbytes
+        self.allocations += 1
+        if self.live > self.peak:
+            self.peak, self.peak_step, self.peak_allocation = self.live, self.step, self.allocations
+        if self.allocations == self.stop_at:
+            self.owners = [b for b, held in zip(self.buffers, self.holders, strict=True) if held]
+        return len(self.buffers) - 1
+
+
+def simulate(graph: Graph, order: list[int]) -> Course:
+    """Follow the graph's memory without running the graph.
+
+    Args:
+        graph: The step.
+        order: The nodes in the order in which MLX evaluates them.
+
+    Returns:
+        The peak, who holds it, and the memory after every operation.
+    """
+    course, machine = _run(graph, order, -1)
+    # Who holds the peak is only known once it is known which allocation makes it: run up to there again.
+    course.owners = _run(graph, order, machine.peak_allocation)[1].owners or []
+    return course
+
+
+def _run(graph: Graph, order: list[int], stop_at: int) -> tuple[Course, Machine]:
+    from mlx_tune.graphs.primitives import effect_of
+
+    machine = Machine(graph, order, stop_at=stop_at)
+    for index in order:
+        node = graph.nodes[index]
+        for value in node.inputs:
+            # Each output of an operation holds its own references to the inputs (mlx/array.cpp).
+            machine.references[value] += len(node.outputs)
+    for value in [*graph.outputs, *graph.held]:
+        machine.references[value] += 1
+    for value in graph.inputs():
+        machine.allocate(value)
+    for value in graph.inputs():
+        if machine.references[value] == 0:
+            machine.release(machine.buffer.pop(value))
+    start, live, unknown = machine.live, [], Counter[str]()
+    for machine.step, index in enumerate(order):
+        node = graph.nodes[index]
+        effect, known = effect_of(node.name)
+        if not known:
+            unknown[node.name] += 1
+        effect(machine, node)
+        _finish(machine, node)
+        live.append(machine.live)
+        if machine.owners is not None:
+            break
+    return Course(machine.peak, machine.peak_step, start, machine.live, order, live, [], unknown), machine
+
+
+def _finish(machine: Machine, node: Node) -> None:
+    """Free the working memory, drop the operation's claims on its inputs, and outputs that nothing needs."""
+    while machine.temporaries:
+        machine.release(machine.temporaries.pop())
+    for value in node.inputs:
+        machine.references[value] -= len(node.outputs)
+    for value in {*node.inputs, *node.outputs}:
+        if machine.references[value] == 0 and value in machine.buffer:
+            machine.release(machine.buffer.pop(value))

@@ -1,0 +1,93 @@
+"""The graph of a traced step: values with shapes, and the operations that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """The shape and dtype of an array that need not exist.
+
+    `estimate_memory` takes these wherever a step takes an array, at any depth of its arguments.
+
+    Args:
+        shape: The dimensions.
+        dtype: Any MLX dtype.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> ArraySpec((8, 4096), mx.int32).nbytes
+        131072
+    """
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+    def __post_init__(self) -> None:
+        """Accept any sequence of integers as the shape."""
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of such an array."""
+        return prod(self.shape) * self.dtype.size
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One array of the graph.
+
+    `role` is "parameter", "optimizer", "batch", "state", "captured" or, for what an operation makes, "made";
+    `label` is where it came from: a parameter's path, an argument's place.
+    """
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    role: str = "made"
+    label: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when every element is stored."""
+        return prod(self.shape) * self.dtype.size
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation: its primitive's name, the values it reads and makes (as indices), and the primitive's arguments."""
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass
+class Graph:
+    """A step: all values, the operations in an order in which they could run, and what is evaluated at its end.
+
+    The first `results` of the outputs are what the step returned, the rest is updated state. `held` are the values that something outside the step keeps alive for its whole duration (the batch, frozen
+    parameters, captured arrays). `compiled` tells that `mx.compile` fuses the step in earnest.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    results: int = 0
+    held: set[int] = field(default_factory=set)
+    compiled: bool = False
+    stand_ins: dict[str, str] = field(default_factory=dict)
+
+    def producers(self) -> dict[int, int]:
+        """Which node makes each made value."""
+        return {v: n for n, node in enumerate(self.nodes) for v in node.outputs}
+
+    def inputs(self) -> Iterator[int]:
+        """The values that exist before the step."""
+        return (i for i, value in enumerate(self.values) if value.role != "made")

@@ -1,0 +1,226 @@
+"""What a traced step calls differently: checkpoints, custom gradients and operations that MLX cannot export.
+
+For the time of a trace a few callables of `mlx.core` are replaced by ones that look at a thread-local first: on
+any other thread they are the originals. They are put back when the last trace ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_tune.graphs.recomputation import traced_checkpoint
+
+_thread = threading.local()
+_lock = threading.Lock()
+_depth = 0
+_originals: list[tuple[Any, str, Any]] = []
+
+
+@dataclass
+class Interception:
+    """What was met on the way: whether `mx.compile` is in force, and which stand-ins were used, with why."""
+
+    compiled: bool = False
+    stand_ins: dict[str, str] = field(default_factory=dict)
+    transforms: int = 0
+    kinds: dict[int, str] = field(default_factory=dict)
+    alive: list[Any] = field(default_factory=list)
+
+
+@contextmanager
+def intercepted(interception: Interception) -> Iterator[None]:
+    """Route this thread's calls through the stand-ins for the body."""
+    global _depth
+    with _lock:
+        if _depth == 0:
+            _install()
+        _depth += 1
+    previous = getattr(_thread, "interception", None)
+    _thread.interception = interception
+    try:
+        yield
+    finally:
+        _thread.interception = previous
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                _uninstall()
+
+
+def _install() -> None:
+    transformed = type(mx.checkpoint(lambda: None))
+    for owner, name, replacement in [
+        (mx, "checkpoint", _checkpoint),
+        (mx, "gather_mm", _gather_mm),
+        (transformed, "__call__", _call_transformed),
+        (mx.custom_function, "__call__", _call_custom),
+    ]:
+        original = getattr(owner, name)
+        _originals.append((owner, name, original))
+        setattr(owner, name, replacement(original))
+
+
+def _uninstall() -> None:
+    while _originals:
+        setattr(*_originals.pop())
+
+
+def _current() -> Interception | None:
+    return getattr(_thread, "interception", None)
+
+
+def _checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`mx.checkpoint` called inside the step, as mlx-lm's trainer does."""
+
+    def checkpoint(fun: Callable[..., Any]) -> Any:
+        if _current() is None:
+            return original(fun)
+        return lambda *args, **kwargs: _write_out(fun, args, kwargs)
+
+    return checkpoint
+
+
+def _write_out(fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a checkpointed function on trees so that its recomputation is in the graph."""
+    leaves, treedef = [], []
+    for name, leaf in tree_flatten((args, kwargs)):
+        treedef.append((name, leaf))
+        if isinstance(leaf, mx.array):
+            leaves.append(leaf)
+    structure: list[Any] = []
+
+    def pure(*arrays: mx.array) -> list[mx.array]:
+        waiting = iter(arrays)
+        flat = [(name, next(waiting) if isinstance(leaf, mx.array) else leaf) for name, leaf in treedef]
+        inner_args, inner_kwargs = _like((args, kwargs), iter(flat))
+        result = fun(*inner_args, **inner_kwargs)
+        structure[:] = [result]
+        return [leaf for _, leaf in tree_flatten([result]) if isinstance(leaf, mx.array)]
+
+    values = iter(traced_checkpoint(pure, leaves))
+    flat_result = [
+        (name, next(values) if isinstance(leaf, mx.array) else leaf) for name, leaf in tree_flatten(structure)
+    ]
+    return _like(structure, iter(flat_result))[0]
+
+
+def _like(tree: Any, flat: Iterator[tuple[str, Any]]) -> Any:
+    """Rebuild a tree's shape around new leaves; unlike `tree_unflatten` it keeps tuples and empty containers."""
+    if isinstance(tree, (list, tuple)):
+        rebuilt = [_like(child, flat) for child in tree]
+        return type(tree)(*rebuilt) if hasattr(tree, "_fields") else type(tree)(rebuilt)
+    if isinstance(tree, dict):
+        return {key: _like(child, flat) for key, child in tree.items()}
+    return next(flat)[1]
+
+
+def _call_transformed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls of what `mx.compile`, `mx.checkpoint`, `mx.grad` and the like returned earlier."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        interception = _current()
+        if interception is None:
+            return original(self, *args, **kwargs)
+        kind = _kind(self, interception)
+        if kind == "compile":
+            # MLX compiles only what is not already inside a transformation; there it traces through.
+            if interception.transforms == 0:
+                interception.compiled = True
+            return original(self, *args, **kwargs)
+        if kind == "checkpoint":
+            return _write_out(_function_of(self), args, kwargs)
+        interception.transforms += 1
+        try:
+            result = original(self, *args, **kwargs)
+        finally:
+            interception.transforms -= 1
+        if kind == "unknown":
+            kind = "checkpoint" if _is_custom(result) else "transform"
+            interception.kinds[id(self)] = kind
+            interception.alive.append(self)
+            if kind == "checkpoint":
+                return _write_out(_function_of(self), args, kwargs)
+        return result
+
+    return call
+
+
+def _kind(transformed: Any, interception: Interception) -> str:
+    known = interception.kinds.get(id(transformed))
+    if known is not None:
+        return known
+    held = [r for r in gc.get_referents(transformed) if not isinstance(r, type)]
+    if len(held) == 3 and not isinstance(held[0], int):
+        return "compile"  # its captured inputs and outputs, then the function; vmap has its axes there
+    return "unknown" if len(held) == 1 else "transform"
+
+
+def _function_of(transformed: Any) -> Callable[..., Any]:
+    return [r for r in gc.get_referents(transformed) if not isinstance(r, type)][-1]
+
+
+def _is_custom(result: Any) -> bool:
+    """Whether the first array of a result was made by MLX's custom-gradient primitive, as checkpoints are."""
+    arrays = [leaf for _, leaf in tree_flatten([result]) if isinstance(leaf, mx.array)]
+    if not arrays:
+        return False
+    text: list[str] = []
+    mx.export_to_dot(_Writer(text), result=arrays[0])
+    lines = "".join(text).splitlines()
+    made_by = next((line.split(" ->")[0] for line in lines if line.endswith('-> "result"')), None)
+    return any(line.startswith(f'{{ {made_by} [label ="CustomTransforms"') for line in lines)
+
+
+class _Writer:
+    def __init__(self, text: list[str]) -> None:
+        self.write = text.append
+
+
+def _call_custom(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls of a `mx.custom_function`: its own gradient cannot be exported, so the function is differentiated."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        interception = _current()
+        if interception is None:
+            return original(self, *args, **kwargs)
+        function = next(r for r in gc.get_referents(self) if callable(r) and not isinstance(r, type))
+        name = getattr(function, "__name__", "a custom function")
+        interception.stand_ins[f"custom_function {name}"] = (
+            "its own gradient was replaced by the derivative of the function"
+        )
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _gather_mm(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Expert products of sorted tokens, whose weight gradient (SegmentedMM) MLX cannot export.
+
+    The same sizes as tokens spread evenly over the experts: one batched product, and its two gradients.
+    """
+
+    def gather_mm(a: mx.array, b: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        interception = _current()
+        sorted_indices = kwargs.get("sorted_indices", False) or (len(args) > 2 and args[2])
+        lhs = kwargs.get("lhs_indices", args[0] if args else None)
+        experts = b.shape[0] if b.ndim == 3 else 0
+        if interception is None or not sorted_indices or lhs is not None or not experts or a.ndim != 3:
+            return original(a, b, *args, **kwargs)
+        interception.stand_ins["gather_mm"] = "tokens spread evenly over the experts, as one batched product"
+        rows = a.shape[0] * a.shape[1]
+        flat = a.reshape(rows, a.shape[2])
+        missing = -rows % experts
+        if missing:
+            flat = mx.concatenate([flat, flat[:missing]])
+        product = flat.reshape(experts, -1, a.shape[2]) @ b
+        return product.reshape(-1, b.shape[2])[:rows].reshape(*a.shape[:2], b.shape[2])
+
+    return gather_mm

@@ -1,0 +1,427 @@
+"""What each primitive does to memory on the CPU backend: views, donations, copies and temporaries.
+
+One function a kind of primitive. The table at the end names, for each
+primitive, its function and the upstream file it was read from (MLX 0.32). Metal and CUDA differ in temporaries and
+in fusing more; their rows can be added as a second table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+from mlx_tune.graphs import layouts
+from mlx_tune.graphs.floor import Machine
+from mlx_tune.graphs.graph import Node
+from mlx_tune.graphs.layouts import Layout
+
+Effect = Callable[[Machine, Node], None]
+
+
+def fresh(m: Machine, node: Node) -> None:
+    """Every output gets a buffer of its own; inputs are read where they lie."""
+    for out in node.outputs:
+        m.allocate(out)
+
+
+def unary(m: Machine, node: Node) -> None:
+    """Elementwise on one array: in place where nothing else needs it."""
+    (value, *_), (out,) = node.inputs, node.outputs
+    layout = m.layout[value]
+    if not layout.contiguous:
+        m.allocate(out)
+    elif m.donatable(value, out):
+        m.share(out, value)
+    else:
+        m.allocate(out, layout)
+
+
+def binary(m: Machine, node: Node) -> None:
+    """Elementwise on two arrays: in place of either where its layout allows."""
+    a, b = node.inputs
+    out = node.outputs[0]
+    x, y = m.layout[a], m.layout[b]
+    if x.data_size == 1 and y.data_size == 1:
+        m.allocate(out, Layout(x.strides, 1, x.contiguous, x.row, x.col))
+        return
+    if x.data_size == 1 and y.contiguous:
+        candidates, layout = [b], y
+    elif y.data_size == 1 and x.contiguous:
+        candidates, layout = [a], x
+    elif (x.row and y.row) or (x.col and y.col):
+        candidates, layout = [a, b], x
+    else:
+        size = prod(m.shape(out))
+        candidates = [v for v in (a, b) if m.layout[v].row and prod(m.shape(v)) == size]
+        layout = layouts.row_major(m.shape(out))
+    for value in candidates:
+        if m.donatable(value, out):
+            m.share(out, value)
+            return
+    m.allocate(out, layout)
+
+
+def binary_two(m: Machine, node: Node) -> None:
+    """Elementwise on two arrays with two results."""
+    x = m.layout[node.inputs[0]]
+    y = m.layout[node.inputs[1]]
+    same = (x.row and y.row) or (x.col and y.col)
+    for out in node.outputs:
+        m.allocate(out, x if same and x.data_size > 1 else None)
+
+
+def ternary(m: Machine, node: Node) -> None:
+    """Selection between two arrays."""
+    a, b, c = node.inputs
+    out = node.outputs[0]
+    x, y, z = (m.layout[v] for v in node.inputs)
+    if x.data_size == y.data_size == z.data_size == 1:
+        m.allocate(out, Layout(y.strides, 1, y.contiguous, y.row, y.col))
+        return
+    if (x.row and y.row and z.row) or (x.col and y.col and z.col):
+        candidates, layout = [a, b, c], y
+    else:
+        candidates, layout = [v for v in node.inputs if m.layout[v].row], None
+    for value in candidates:
+        if m.donatable(value, out):
+            m.share(out, value)
+            return
+    m.allocate(out, layout)
+
+
+def compiled(m: Machine, node: Node) -> None:
+    """A chain of elementwise operations that `mx.compile` fused: no intermediates."""
+    # A fused node's arguments are whether each input is a constant of the kernel, then the ops' names.
+    constant = node.arguments[0]
+    out = node.outputs[0]
+    shape = m.shape(out)
+    arrays = [v for v in node.inputs if prod(m.shape(v)) != 1]
+    flags = [m.layout[v] for v in arrays]
+    same = all(m.shape(v) == shape for v in arrays)
+    rows, cols = same and all(f.row for f in flags), same and all(f.col for f in flags)
+    if len(arrays) > 1:
+        contiguous = rows or cols
+    elif arrays:
+        contiguous = same and flags[0].contiguous
+    else:
+        contiguous = shape == ()
+    waiting = list(node.outputs)
+    layout: Layout | None = None
+    for value, is_constant in zip(node.inputs, constant, strict=True):
+        if not waiting:
+            break
+        now = waiting[0]
+        fits = m.itemsize(value) == m.itemsize(now) and not is_constant and m.donatable(value)
+        if contiguous:
+            if fits and prod(m.shape(value)) != 1:
+                m.share(waiting.pop(0), value)
+            if layout is None and prod(m.shape(value)) == prod(shape):
+                layout = m.layout[value]
+        elif fits and m.layout[value].row and prod(m.shape(value)) == prod(m.shape(now)):
+            m.share(waiting.pop(0), value, layouts.row_major(m.shape(now)))
+    for value in waiting:
+        m.allocate(value, layout if contiguous else None)
+
+
+def same_buffer(m: Machine, node: Node) -> None:
+    """The outputs are the first inputs under another name."""
+    for value, out in zip(node.inputs, node.outputs, strict=False):
+        m.share(out, value)
+
+
+def last_inputs(m: Machine, node: Node) -> None:
+    """The outputs are the last inputs under another name."""
+    for value, out in zip(node.inputs[len(node.inputs) - len(node.outputs) :], node.outputs, strict=True):
+        m.share(out, value)
+
+
+def reshaped(m: Machine, node: Node) -> None:
+    """A view where the strides allow one, else a copy."""
+    value, out = node.inputs[0], node.outputs[0]
+    layout = layouts.reshape(m.shape(value), m.layout[value], m.shape(out))
+    if layout is None:
+        m.allocate(out)
+        return
+    m.share(out, value, layout)
+
+
+def transposed(m: Machine, node: Node) -> None:
+    """A view with permuted axes."""
+    value = node.inputs[0]
+    m.share(node.outputs[0], value, layouts.transpose(m.shape(value), m.layout[value], node.arguments[0]))
+
+
+def broadcasted(m: Machine, node: Node) -> None:
+    """A view that repeats."""
+    value, out = node.inputs[0], node.outputs[0]
+    m.share(out, value, layouts.broadcast(m.shape(value), m.layout[value], m.shape(out)))
+
+
+def sliced(m: Machine, node: Node) -> None:
+    """A view of some elements; it keeps the whole buffer alive."""
+    value, out = node.inputs[0], node.outputs[0]
+    if prod(m.shape(out)) == 0:
+        m.allocate(out)
+        return
+    m.share(out, value, layouts.slice_view(m.layout[value], node.arguments[2], m.shape(out)))
+
+
+def split(m: Machine, node: Node) -> None:
+    """Views of parts; each keeps the whole buffer alive."""
+    for out in node.outputs:
+        m.share(out, node.inputs[0], layouts.split_view(m.layout[node.inputs[0]], m.shape(out)))
+
+
+def squeezed(m: Machine, node: Node) -> None:
+    """A view without unit axes."""
+    value = node.inputs[0]
+    m.share(node.outputs[0], value, layouts.squeeze(m.layout[value], node.arguments[0]))
+
+
+def expanded(m: Machine, node: Node) -> None:
+    """A view with more unit axes."""
+    value = node.inputs[0]
+    m.share(node.outputs[0], value, layouts.expand(m.layout[value], node.arguments[0]))
+
+
+def strided(m: Machine, node: Node) -> None:
+    """A view with strides of its own."""
+    value, out = node.inputs[0], node.outputs[0]
+    m.share(out, value, layouts.as_strided(node.arguments[0], node.arguments[1], m.layout[value]))
+
+
+def viewed(m: Machine, node: Node) -> None:
+    """The bytes under another dtype; copied where the strides forbid it."""
+    value, out = node.inputs[0], node.outputs[0]
+    layout = m.layout[value]
+    if m.itemsize(value) == m.itemsize(out) or layout.row:
+        m.share(out, value, layouts.row_major(m.shape(out)) if layout.row else layout)
+        return
+    m.allocate(out)
+
+
+def contiguous(m: Machine, node: Node) -> None:
+    """The array itself where it already lies in a row."""
+    value, out = node.inputs[0], node.outputs[0]
+    if m.layout[value].row and m.buffers[m.buffer[value]].nbytes <= m.nbytes(out) + 16384:
+        m.share(out, value)
+        return
+    m.allocate(out)
+
+
+def cast(m: Machine, node: Node) -> None:
+    """Another dtype: in place where the size stays and nothing else needs it."""
+    _copy(m, node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].contiguous)
+
+
+def filled(m: Machine, node: Node) -> None:
+    """A constant written out."""
+    layout = m.layout[node.inputs[0]]
+    _copy(m, node.inputs[0], node.outputs[0], layout.data_size != 1 and layout.contiguous)
+
+
+def updated(m: Machine, node: Node) -> None:
+    """A copy of the first input, or the input itself, that parts are written into."""
+    layout = m.layout[node.inputs[0]]
+    whole = layout.contiguous and layout.data_size == prod(m.shape(node.inputs[0]))
+    _copy(m, node.inputs[0], node.outputs[0], whole and layout.data_size != 1)
+
+
+def scattered(m: Machine, node: Node) -> None:
+    """As `updated`, for the scatters."""
+    _copy(m, node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].row)
+
+
+def sorted_copy(m: Machine, node: Node) -> None:
+    """A copy sorted in place."""
+    _copy(m, node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].contiguous)
+
+
+def _copy(m: Machine, value: int, out: int, vector: bool) -> None:
+    if not vector:
+        m.allocate(out)
+    elif m.donatable(value, out):
+        m.share(out, value)
+    else:
+        m.allocate(out, m.layout[value])
+
+
+def softmax(m: Machine, node: Node) -> None:
+    """In place where nothing else needs the input, else a copy of it."""
+    value, out = node.inputs[0], node.outputs[0]
+    layout = m.layout[value]
+    if not (layout.contiguous and layout.strides[-1] == 1):
+        m.allocate(out)
+        return
+    if m.donatable(value):
+        m.share(out, value)
+    else:
+        m.allocate(out, layout)
+
+
+def logsumexp(m: Machine, node: Node) -> None:
+    """A reduction over the last axis, which must be contiguous."""
+    value, out = node.inputs[0], node.outputs[0]
+    layout = m.layout[value]
+    if not (layout.contiguous and layout.strides[-1] == 1):
+        m.temporary(m.nbytes(value), out)
+    m.allocate(out)
+
+
+def concatenated(m: Machine, node: Node) -> None:
+    """One new buffer, each input copied into its part."""
+    m.allocate(node.outputs[0])
+
+
+def padded(m: Machine, node: Node) -> None:
+    """One new buffer, filled and then written into."""
+    m.allocate(node.outputs[0])
+
+
+def scanned(m: Machine, node: Node) -> None:
+    """A scan reads rows, so another layout is copied first."""
+    _row_copy(m, node.inputs[0], node.outputs[0])
+    m.allocate(node.outputs[0])
+
+
+def matmul(m: Machine, node: Node) -> None:
+    """BLAS takes plain and transposed matrices; other layouts are copied first."""
+    m.allocate(node.outputs[0])
+    for value in node.inputs[:2]:
+        _matrix_copy(m, value, node.outputs[0])
+
+
+def addmm(m: Machine, node: Node) -> None:
+    """As `matmul`, into a copy of the third input."""
+    layout = m.layout[node.inputs[2]]
+    _copy(m, node.inputs[2], node.outputs[0], layout.row and layout.data_size != 1)
+    for value in node.inputs[:2]:
+        _matrix_copy(m, value, node.outputs[0])
+
+
+def quantized_matmul(m: Machine, node: Node) -> None:
+    """Every array must lie in a row; other layouts are copied first."""
+    out = node.outputs[0]
+    for value in node.inputs:
+        _row_copy(m, value, out)
+    m.allocate(out)
+
+
+def gather_quantized_matmul(m: Machine, node: Node) -> None:
+    """As `quantized_matmul`, for the last two axes; the indices are read where they lie."""
+    out = node.outputs[0]
+    for value in node.inputs[:-2]:
+        rows, columns = m.layout[value].strides[-2:]
+        if rows != m.shape(value)[-1] or columns != 1:
+            m.temporary(m.nbytes(value), out)
+    m.allocate(out)
+
+
+def _matrix_copy(m: Machine, value: int, out: int) -> None:
+    (rows, columns), shape = m.layout[value].strides[-2:], m.shape(value)
+    if (rows == shape[-1] and columns == 1) or (rows == 1 and columns == shape[-2]):
+        return
+    m.temporary(m.nbytes(value), out)
+
+
+def _row_copy(m: Machine, value: int, out: int) -> None:
+    if not m.layout[value].row:
+        m.temporary(m.nbytes(value), out)
+
+
+def convolution(m: Machine, node: Node) -> None:
+    """Convolution by one matrix product over unfolded, padded float32 patches, as far as the shapes allow."""
+    value, weight, out = *node.inputs[:2], node.outputs[0]
+    m.allocate(out)
+    strides, low, high, dilation, in_dilation, groups, flip = _convolution_arguments(node)
+    shape, kernel = m.shape(value), m.shape(weight)
+    plain = all(d == 1 for d in [*dilation, *in_dilation])
+    if not plain or (groups > 1 and (len(shape) > 3 or flip)):
+        return  # computed element by element
+    padded_shape = [n + lo + hi for n, lo, hi in zip(shape[1:-1], low, high, strict=True)]
+    m.temporary(4 * shape[0] * prod(padded_shape) * shape[-1], out)
+    positions = shape[0] * prod(m.shape(out)[1:-1])
+    m.temporary(4 * positions * prod(kernel[1:-1]) * shape[-1], out)
+    float32 = m.itemsize(weight) == 4
+    if groups > 1 or not float32 or not m.layout[weight].row:
+        m.temporary(4 * prod(kernel), out)
+    if flip:
+        m.temporary(4 * prod(kernel), out)
+    if m.itemsize(out) != 4:
+        m.temporary(4 * prod(m.shape(out)), out)
+
+
+def _convolution_arguments(node: Node) -> tuple:
+    """Strides, padding below and above, kernel and input dilation, groups, flip, in the order MLX exports them."""
+    strides, low, high, dilation, in_dilation, groups, flip = node.arguments[:7]
+    return strides, low, high, dilation, in_dilation, groups, bool(flip)
+
+
+def _table(effect: Effect, source: str, names: str) -> dict[str, tuple[Effect, str]]:
+    return {name: (effect, source) for name in names.split()}
+
+
+#: Primitive, its effect on memory, and the file under mlx/backend that it follows.
+CPU: dict[str, tuple[Effect, str]] = {
+    **_table(
+        unary,
+        "common/unary.h",
+        "Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh BitwiseInvert Ceil Conjugate Cos Cosh Erf ErfInv Exp Expm1 "
+        "Floor Imag Log Log1p LogicalNot Negative Real Round Sigmoid Sign Sin Sinh Square Sqrt Tan Tanh ConvertFP8",
+    ),
+    **_table(
+        binary,
+        "common/binary.h",
+        "Add ArcTan2 BitwiseBinary Divide Equal Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr "
+        "Maximum Minimum Multiply NotEqual Power Remainder Subtract",
+    ),
+    **_table(binary_two, "cpu/binary.cpp", "DivMod"),
+    **_table(ternary, "common/ternary.h", "Select"),
+    **_table(compiled, "common/compiled.cpp", "Compiled"),
+    **_table(same_buffer, "common/common.cpp", "Copy Depends StopGradient"),
+    **_table(last_inputs, "common/common.cpp", "CustomTransforms"),
+    **_table(reshaped, "common/common.cpp", "Reshape Flatten Unflatten"),
+    **_table(transposed, "common/common.cpp", "Transpose"),
+    **_table(broadcasted, "common/broadcasting.cpp", "Broadcast BroadcastAxes"),
+    **_table(sliced, "common/slicing.cpp", "Slice"),
+    **_table(split, "common/common.cpp", "Split"),
+    **_table(squeezed, "common/common.cpp", "Squeeze"),
+    **_table(expanded, "common/common.cpp", "ExpandDims"),
+    **_table(strided, "common/common.cpp", "AsStrided"),
+    **_table(viewed, "cpu/primitives.cpp", "View"),
+    **_table(contiguous, "cpu/primitives.cpp", "Contiguous"),
+    **_table(cast, "cpu/primitives.cpp", "AsType"),
+    **_table(filled, "cpu/primitives.cpp", "Full"),
+    **_table(updated, "cpu/indexing.cpp", "SliceUpdate DynamicSliceUpdate"),
+    **_table(scattered, "cpu/indexing.cpp", "Scatter ScatterAxis MaskedScatter"),
+    **_table(sorted_copy, "cpu/sort.cpp", "Sort Partition"),
+    **_table(softmax, "cpu/softmax.cpp", "Softmax"),
+    **_table(logsumexp, "cpu/logsumexp.cpp", "LogSumExp"),
+    **_table(concatenated, "cpu/primitives.cpp", "Concatenate"),
+    **_table(padded, "cpu/primitives.cpp", "Pad"),
+    **_table(scanned, "cpu/scan.cpp", "Scan"),
+    **_table(matmul, "cpu/matmul.cpp", "Matmul"),
+    **_table(addmm, "cpu/matmul.cpp", "AddMM"),
+    **_table(matmul, "cpu/masked_mm.cpp", "GatherMM SegmentedMM BlockMaskedMM"),
+    **_table(quantized_matmul, "cpu/quantized.cpp", "QuantizedMatmul Quantize"),
+    **_table(gather_quantized_matmul, "cpu/quantized.cpp", "GatherQMM"),
+    **_table(convolution, "cpu/conv.cpp", "Convolution"),
+    **_table(
+        fresh,
+        "cpu/primitives.cpp, cpu/reduce.cpp, cpu/arg_reduce.cpp, cpu/indexing.cpp, cpu/sort.cpp, cpu/fft.cpp",
+        "Arange ArgPartition ArgReduce ArgSort DynamicSlice FFT Gather GatherAxis Hadamard NumberOfElements RandomBits "
+        "Reduce SearchSorted",
+    ),
+    # On CPU these never appear: MLX builds them from other primitives there. On a GPU they are one kernel each.
+    **_table(
+        fresh,
+        "metal/normalization.cpp, metal/scaled_dot_product_attention.cpp, cuda/layer_norm.cu, cuda/rms_norm.cu",
+        "RMSNorm RMSNormVJP LayerNorm LayerNormVJP RoPE ScaledDotProductAttention",
+    ),
+}
+
+
+def effect_of(name: str) -> tuple[Effect, bool]:
+    """The effect of a primitive, and whether it is known; an unknown one is taken to allocate its outputs."""
+    entry = CPU.get(name)
+    return (fresh, False) if entry is None else (entry[0], True)

@@ -1,0 +1,228 @@
+"""Tracing a step: its graph, with nothing evaluated and everything it touched put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_tune.errors import InvalidArgumentError, TraceError
+from mlx_tune.graphs.blame import explain_failure
+from mlx_tune.graphs.checkpoints import fold_checkpoints
+from mlx_tune.graphs.graph import ArraySpec, Graph, Node, Value
+from mlx_tune.graphs.interception import Interception, intercepted
+from mlx_tune.graphs.recomputation import tracing
+from mlx_tune.graphs.surroundings import Surroundings
+from mlx_tune.state import Snapshot
+
+
+def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -> Graph:
+    """Describe one call of `step(*args)` as a graph, without evaluating anything.
+
+    Args:
+        step: The training step. What it returns may be any nesting that holds at least one array.
+        args: Its arguments; arrays may be `ArraySpec`s.
+        state: What the step changes: models, optimizers, dictionaries and lists.
+
+    Returns:
+        The graph. `state`, the random streams and the training flags are as they were.
+
+    Raises:
+        TraceError: The step evaluates, returns no array, leaves arrays outside of `state`, or contains
+            an operation that MLX cannot export and that has no stand-in.
+        InvalidArgumentError: `state` holds nothing that a step can change.
+    """
+    if not callable(step):
+        raise InvalidArgumentError(f"step={step!r} is not callable: pass the function that runs one training step.")
+    slots = list(_slots(state))
+    batch = [(label, leaf) for label, leaf in _leaves(args, "args")]
+    surroundings = Surroundings(step, state)
+    interception = Interception()
+    recorder = _Recorder()
+    snapshot = Snapshot(state)
+    try:
+        with tracing(), intercepted(interception):
+            recorder.trace(step, args, batch, slots, state)
+    except BaseException as error:
+        problem = explain_failure(error, step)
+        if problem is None:
+            raise
+        raise problem from error
+    finally:
+        snapshot.restore()
+        left_behind = surroundings.restore()
+    if left_behind:
+        raise TraceError(
+            f"The step leaves arrays outside of what it was said to change: {', '.join(left_behind)}. "
+            "Return them, or pass what holds them in state=(model, optimizer, ...). Everything was put back."
+        )
+    fold_checkpoints(recorder.graph)
+    recorder.graph.compiled = interception.compiled
+    recorder.graph.stand_ins = dict(interception.stand_ins)
+    return recorder.graph
+
+
+class _Recorder:
+    """Takes what MLX's exporter reports and turns it into a graph."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self._names: dict[str, int] = {}
+        self._inputs: list[Value] = []
+        self._kept: list[bool] = []
+
+    def trace(
+        self,
+        step: Callable[..., Any],
+        args: Sequence[Any],
+        batch: list[tuple[str, Any]],
+        slots: list[_Slot],
+        state: Any,
+    ) -> None:
+        unique: dict[int, int] = {}
+        arrays: list[mx.array] = []
+        for label, leaf in batch:
+            array = mx.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, ArraySpec) else leaf
+            if id(leaf) not in unique:
+                unique[id(leaf)] = len(arrays)
+                arrays.append(array)
+                self._inputs.append(Value(tuple(array.shape), array.dtype, "batch", label))
+        for slot in slots:
+            if id(slot.array) not in unique:
+                unique[id(slot.array)] = len(arrays)
+                arrays.append(slot.array)
+                self._inputs.append(Value(tuple(slot.array.shape), slot.array.dtype, slot.role, slot.label))
+        batch_ids = {id(leaf) for _, leaf in batch}
+        before = {id(slot.array) for slot in slots}
+        kept: set[int] = set()
+
+        def flat(*tracers: mx.array) -> list[mx.array]:
+            place = {key: tracers[i] for key, i in unique.items()}
+            for slot in slots:
+                slot.put(place[id(slot.array)])
+            result = step(*_rebuild(args, place))
+            outputs = [leaf for _, leaf in _leaves(result, "result")]
+            if not outputs:
+                raise TraceError(
+                    f"The step returned {result!r:.80}, in which there is no array. Return the loss first: `return loss`."
+                )
+            self.graph.results = len(outputs)
+            after = [slot.array for slot in _slots(state)]
+            tracer_ids = {id(place[key]): key for key in before}
+            kept.update(tracer_ids[id(a)] for a in after if id(a) in tracer_ids)
+            return [*outputs, *(a for a in after if id(a) not in tracer_ids)]
+
+        if not arrays:
+            arrays, unique[0] = [mx.array(0.0)], 0
+            self._inputs.append(Value((), mx.float32, "captured", "nothing"))
+        mx.export_function(self._see, flat, *arrays)
+        position = {key: i for key, i in unique.items()}
+        self.graph.held |= {position[key] for key in batch_ids | kept if key in position}
+
+    def _see(self, event: dict[str, Any]) -> None:
+        kind = event["type"]
+        graph = self.graph
+        if kind == "inputs":
+            for (name, _, _), value in zip(event["inputs"], self._inputs, strict=True):
+                self._names[name] = len(graph.values)
+                graph.values.append(value)
+        elif kind == "outputs":
+            graph.outputs = [self._value(o) for o in event["outputs"]]
+        elif kind == "constants":
+            for name, array in event["constants"]:
+                index = self._value((name, tuple(array.shape), array.dtype))
+                graph.values[index] = Value(tuple(array.shape), array.dtype, "captured", "a captured array")
+                graph.held.add(index)
+        elif kind == "primitive":
+            graph.nodes.append(
+                Node(
+                    event["name"],
+                    tuple(self._value(a) for a in event["inputs"]),
+                    tuple(self._value(a) for a in event["outputs"]),
+                    tuple(event["arguments"]),
+                )
+            )
+
+    def _value(self, described: tuple[str, Any, mx.Dtype]) -> int:
+        name, shape, dtype = described
+        if name not in self._names:
+            self._names[name] = len(self.graph.values)
+            self.graph.values.append(Value(tuple(shape), dtype))
+        return self._names[name]
+
+
+class _Slot:
+    """A place in the state that holds an array."""
+
+    def __init__(self, container: Any, key: Any, array: mx.array, role: str, label: str) -> None:
+        self.container, self.key, self.array, self.role, self.label = container, key, array, role, label
+
+    def put(self, array: mx.array) -> None:
+        if isinstance(self.container, dict):
+            dict.__setitem__(self.container, self.key, array)
+        elif isinstance(self.container, list):
+            self.container[self.key] = array
+        else:
+            vars(self.container)[self.key] = array
+
+
+def _slots(state: Any) -> Iterator[_Slot]:
+    """Every array in the state, with its place, in a fixed order."""
+    from mlx.nn import Module
+    from mlx.optimizers import Optimizer
+
+    seen: set[int] = set()
+    random_state = id(mx.random.state)
+
+    def walk(node: Any, role: str, label: str) -> Iterator[_Slot]:
+        if id(node) in seen or id(node) == random_state:
+            return
+        if isinstance(node, (dict, list, tuple)) or isinstance(node, Optimizer):
+            seen.add(id(node))
+        if isinstance(node, Module):
+            role = "parameter"
+        elif isinstance(node, Optimizer):
+            yield from walk(node.state, "optimizer", label or "optimizer")
+            return
+        items: list[tuple[Any, Any]] = []
+        if isinstance(node, dict):
+            items = list(node.items())
+        elif isinstance(node, (list, tuple)):
+            items = list(enumerate(node))
+        for key, child in items:
+            path = f"{label}.{key}" if label else str(key)
+            if isinstance(child, mx.array):
+                if not isinstance(node, tuple):
+                    yield _Slot(node, key, child, role, path)
+            else:
+                yield from walk(child, role, path)
+
+    top = state if isinstance(state, (tuple, list)) else (state,)
+    for child in top:
+        yield from walk(child, "state", "")
+
+
+def _leaves(tree: Any, label: str) -> Iterator[tuple[str, Any]]:
+    """Every array or array description in nested arguments, with where it stands."""
+    if isinstance(tree, (mx.array, ArraySpec)):
+        yield label, tree
+    elif isinstance(tree, dict):
+        for key, child in tree.items():
+            yield from _leaves(child, f"{label}.{key}")
+    elif isinstance(tree, (list, tuple)):
+        for i, child in enumerate(tree):
+            yield from _leaves(child, f"{label}[{i}]")
+
+
+def _rebuild(tree: Any, place: dict[int, mx.array]) -> Any:
+    """The same arguments with tracers for arrays."""
+    if isinstance(tree, (mx.array, ArraySpec)):
+        return place[id(tree)]
+    if isinstance(tree, dict):
+        return {key: _rebuild(child, place) for key, child in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_rebuild(child, place) for child in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_rebuild(child, place) for child in tree)
+    return tree
