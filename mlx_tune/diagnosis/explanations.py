@@ -99,10 +99,12 @@ ENTRIES: tuple[Entry, ...] = (
         "macOS ended work that kept the GPU from drawing the screen for too long. Memory is not the trouble: one "
         "command buffer took too much time, which long prompts and large convolutions do.",
         (
-            "Put less into a command buffer: `MLX_MAX_OPS_PER_BUFFER=10 MLX_MAX_MB_PER_BUFFER=10` in the environment, "
-            "a smaller `--prefill-step-size`, a smaller batch.",
-            "Call `mx.eval` more often, so that graphs stay short.",
-            "Let the display sleep, or work over ssh: the watchdog protects a screen that is in use.",
+            "Let the display sleep: the watchdog protects a screen that is in use, and this is what helped everybody.",
+            "Ask for less at once: a smaller `--prefill-step-size`, a smaller batch, `mx.eval` after parts of the work.",
+            "Put less into a command buffer: `MLX_MAX_OPS_PER_BUFFER=10 MLX_MAX_MB_PER_BUFFER=10` in the environment. It "
+            "does not help where a single operation takes too long.",
+            "On macOS 26 some report that `AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1` in the environment helps, at the price of a "
+            "screen that stutters.",
         ),
         (_MLX + "issues/3267",),
     ),

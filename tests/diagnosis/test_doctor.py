@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -201,3 +202,15 @@ def test_the_child_runs_as_a_module():
     by_name = {one.name: one for one in checks.all_checks()}
     found = doctor.run_in_child(by_name["python"], python=sys.executable)
     assert (found.name, found.status) == ("python", "pass")
+
+
+def test_the_doctor_imports_neither_mlx_nor_what_needs_it():
+    code = (
+        "import sys; import mlx_tune.diagnosis, mlx_tune.diagnosis.checks as c; c.all_checks();"
+        "import mlx_tune.cli.doctor;"
+        "print([name for name in sys.modules if name.split('.')[0] in ('mlx', 'mlx_lm', 'numpy', 'rich')])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=doctor.child_environment(), check=True
+    )
+    assert ended.stdout.strip() == "[]"
