@@ -127,3 +127,21 @@ def test_a_container_bounds_the_ram_and_the_room(monkeypatch):
 def test_macos_version(monkeypatch, text, version):
     monkeypatch.setattr(devices.platform, "mac_ver", lambda: (text, ("", "", ""), ""))
     assert devices.macos_version() == version
+
+
+def test_a_stand_in_for_metal_is_believed(monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 5})
+    assert devices.metal_info() == {"max_recommended_working_set_size": 5}
+
+
+def test_metal_is_asked_by_name_where_the_cpu_is_the_default_device(monkeypatch):
+    gpu = {"device_name": "Apple M4", "memory_size": 7}
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda device=None: {"device_name": "CPU"} if device is None else gpu)
+    assert devices.metal_info() == gpu
+
+
+def test_without_metal_there_is_nothing_to_say_about_it(monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert devices.metal_info() is None

@@ -243,3 +243,28 @@ def test_a_budget_keeps_its_origin_through_copies_and_json():
         assert twin.source == "a counter"
         assert twin.rooms == budget.rooms
     assert json.dumps({"budget_bytes": budget}) == '{"budget_bytes": 5}'
+
+
+def test_the_open_limit_is_the_innermost_one():
+    assert memory.open_limit_bytes() is None
+    with memory_limit("20GB"):
+        with memory_limit("10GB"):
+            assert memory.open_limit_bytes() == 10 * 10**9
+        assert memory.open_limit_bytes() == 20 * 10**9
+    assert memory.open_limit_bytes() is None
+
+
+def test_a_watcher_hears_of_a_limit_before_it_is_set_and_may_refuse(monkeypatch):
+    heard = []
+
+    def refuse(limit):
+        heard.append((limit, mx.get_memory_limit()))
+        raise UserWarning("no")
+
+    before = mx.get_memory_limit()
+    monkeypatch.setattr(memory, "limit_watchers", [refuse])
+    with pytest.raises(UserWarning, match="no"):
+        memory_limit("20GB").__enter__()
+    assert heard == [(20 * 10**9, before)]
+    assert mx.get_memory_limit() == before
+    assert memory.open_limit_bytes() is None

@@ -100,11 +100,11 @@ ENTRIES: tuple[Entry, ...] = (
         "command buffer took too much time, which long prompts and large convolutions do.",
         (
             "Let the display sleep: the watchdog protects a screen that is in use, and this is what helped everybody.",
-            "Ask for less at once: a smaller `--prefill-step-size`, a smaller batch, `mx.eval` after parts of the work.",
-            "Put less into a command buffer: `MLX_MAX_OPS_PER_BUFFER=10 MLX_MAX_MB_PER_BUFFER=10` in the environment. It "
-            "does not help where a single operation takes too long.",
-            "On macOS 26 some report that `AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1` in the environment helps, at the price of a "
-            "screen that stutters.",
+            "Ask for less at once: a smaller `--prefill-step-size`, a smaller batch, `mx.eval` between its parts.",
+            "Put less into a command buffer: `MLX_MAX_OPS_PER_BUFFER=10 MLX_MAX_MB_PER_BUFFER=10` in the environment. "
+            "It does not help where a single operation takes too long.",
+            "On macOS 26 some report that `AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1` in the environment helps, at the price of "
+            "a screen that stutters.",
         ),
         (_MLX + "issues/3267",),
     ),
@@ -163,6 +163,18 @@ ENTRIES: tuple[Entry, ...] = (
             "In an app bundle, put `mlx.metallib` beside `libmlx.dylib`.",
         ),
         ("https://github.com/exo-explore/exo/issues/1327", _MLX + "blob/main/mlx/backend/metal/device.cpp"),
+    ),
+    Entry(
+        "A Metal kernel that cannot be loaded or built",
+        r"\[metal::Device\] Unable to (load (kernel|function)|build metal library)",
+        "[metal::Device] Unable to build metal library from source\nerror: invalid value 'metal3.1' in '-std=metal3.1'",
+        "Metal refuses a kernel: macOS is older than MLX needs, the library beside it is of another version, or one of "
+        "your own (`mx.fast.metal_kernel`) does not compile. The compiler's words follow in the error.",
+        (
+            "uv pip install --force-reinstall mlx mlx-metal   # so that the library and MLX are of one version",
+            "Update macOS: MLX needs 14, some kernels need later ones.",
+        ),
+        ("https://github.com/ml-explore/mlx-examples/issues/1102", _MLX + "blob/main/mlx/backend/metal/device.cpp"),
     ),
     Entry(
         "No Metal device",
@@ -269,6 +281,27 @@ ENTRIES: tuple[Entry, ...] = (
             "`state = [model.state, optimizer.state, mx.random.state]`.",
         ),
         (_MLX + "issues/1083",),
+    ),
+    Entry(
+        "A compiled function that captures its own input",
+        r"\[compile\] Attempting to compile a function with uncaptured inputs",
+        "[compile] Attempting to compile a function with uncaptured inputs is not allowed.",
+        "An array that goes into the compiled function as an argument or as declared state is used in it directly too, "
+        "captured from outside. The one is a placeholder while the function is traced, the other is not.",
+        (
+            "Use the argument inside the function, not the variable outside: `mx.compile(lambda a: a + x)(x)` fails.",
+            "For a model, let the function reach it through what is declared: `mx.compile(step, inputs=state, "
+            "outputs=state)` with `state = [model.state, optimizer.state, mx.random.state]`.",
+        ),
+        (_MLX + "pull/1401", _MLX + "blob/main/mlx/compile.cpp"),
+    ),
+    Entry(
+        "bfloat16 to NumPy",
+        r"PEP 3118 buffer format string",
+        "'bfloat16' is not a valid PEP 3118 buffer format string",
+        "NumPy has no bfloat16, so `np.array(x)` of such an array fails.",
+        ("Convert first: `np.array(x.astype(mx.float32))`.",),
+        (_MLX + "issues/3974",),
     ),
     Entry(
         "Quantized input on the CPU",

@@ -54,7 +54,7 @@ class wired_limit:  # noqa: N801 - used as a function
     says why; `MLX_TUNE_NO_WIRING=1` does that anywhere.
 
     Args:
-        wanted: A model (`nn.Module`, or any tree of arrays): its parameters, tied ones once, plus `headroom`.
+        model: A model (`nn.Module`, or any tree of arrays): its parameters, tied ones once, plus `headroom`.
             Bytes, or text such as "24GB". None: as much as this machine may wire.
         headroom: The share to add to a model for what computing with it makes, such as its key-value cache: 0.2
             or "20%". Bytes are taken as they are.
@@ -84,13 +84,14 @@ class wired_limit:  # noqa: N801 - used as a function
         19660
     """
 
-    def __init__(self, wanted: Any = None, headroom: float | str = "20%", streams: Iterable[Any] = ()) -> None:
+    def __init__(self, model: Any = None, headroom: float | str = "20%", streams: Iterable[Any] = ()) -> None:
         """Check the arguments. What a model holds is read when the block is entered."""
-        limits.check_wanted(wanted)
-        self._wanted = wanted
+        limits.check_wanted(model)
+        self._model = model
         self._headroom = parse_fraction(headroom)
         self._streams = tuple(streams)
-        self._finalizers: list[weakref.finalize[..., Any]] = []
+        # One entry for each time that this block was entered and not left; None where nothing was wired.
+        self._entries: list[weakref.finalize[..., Any] | None] = []
         self.applied = False
         self.limit_bytes = 0
         self.requested_bytes = 0
@@ -99,12 +100,14 @@ class wired_limit:  # noqa: N801 - used as a function
     def __enter__(self) -> Self:
         """Ask for the memory; never fails for what the backend lacks."""
         capacity = limits.read_capacity()
-        request = limits.read_request(self._wanted, self._headroom, capacity.cap_bytes)
+        request = limits.read_request(self._model, self._headroom, capacity.cap_bytes)
         self.applied, self.limit_bytes, self.requested_bytes = False, 0, total_bytes([request])
         self.reason = capacity.reason
         if os.environ.get(OFF_VARIABLE, "0") not in ("", "0"):
             self.reason = f"{OFF_VARIABLE} is set in the environment"
-        if not self.reason:
+        if self.reason:
+            self._entries.append(None)
+        else:
             self._ask(request, capacity)
         return self
 
@@ -113,12 +116,13 @@ class wired_limit:  # noqa: N801 - used as a function
             token, limit = registry.enter(request, capacity.cap_bytes)
         except (RuntimeError, ValueError) as error:
             self.reason = f"the backend refused the limit: {error}"
+            self._entries.append(None)
             warnings.warn(f"Nothing is wired: {self.reason}", RuntimeWarning, stacklevel=3)
             return
         # Whoever drops an entered block without leaving it, a generator that nobody finished for one, has left it.
         finalizer = weakref.finalize(self, registry.leave, token)
         finalizer.atexit = False  # the limit ends with the process
-        self._finalizers.append(finalizer)
+        self._entries.append(finalizer)
         self.applied, self.limit_bytes = True, limit
         if self.requested_bytes > limit:
             self.reason = (
@@ -147,30 +151,26 @@ class wired_limit:  # noqa: N801 - used as a function
         A stream that cannot be synchronized raises only where the block itself did not; the limit is restored first.
         """
         trouble: BaseException | None = None
-        try:
-            if self.applied:
-                self._synchronize()
-        except BaseException as failure:
-            trouble = failure
-        try:
-            self._leave()
-        except Exception as failure:
-            trouble = trouble or failure
+        for end in (*self._synchronizers(), self._leave):
+            try:
+                end()
+            except BaseException as failure:  # an interrupt too must not keep the limit from being restored
+                trouble = trouble or failure
         if trouble is None:
             return
         if error is None:
             raise trouble
         error.add_note(f"wired_limit could not end cleanly: {type(trouble).__name__}: {trouble}")
 
-    def _synchronize(self) -> None:
+    def _synchronizers(self) -> list[Callable[[], None]]:
         import mlx.core as mx
 
-        for stream in self._streams:
-            mx.synchronize(stream)
+        return [functools.partial(mx.synchronize, stream) for stream in self._streams] if self.applied else []
 
     def _leave(self) -> None:
-        if self._finalizers:
-            self._finalizers.pop()()
+        finalizer = self._entries.pop()
+        if finalizer is not None:
+            finalizer()
 
     def __call__(self, function: _Function) -> _Function:
         """Wire for as long as each call of the function runs; for a generator or coroutine, until it ends.
@@ -210,7 +210,7 @@ class wired_limit:  # noqa: N801 - used as a function
         return wrapped
 
     def _again(self) -> wired_limit:
-        return wired_limit(self._wanted, self._headroom, self._streams)
+        return wired_limit(self._model, self._headroom, self._streams)
 
     def __str__(self) -> str:
         """One line."""

@@ -1,9 +1,12 @@
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 import mlx_tune as mt
 from mlx_tune.diagnosis import explanations
+
+CAPTURED = mx.array(1.0)
 
 
 @pytest.mark.parametrize("entry", explanations.ENTRIES, ids=lambda entry: entry.name)
@@ -19,6 +22,8 @@ def test_each_entry_explains_its_own_example_and_no_earlier_one_takes_it(entry):
     [
         (lambda: mx.quantize(mx.zeros((4, 100))), "A width that the group size does not divide"),
         (lambda: mx.compile(lambda x: x * x.item())(mx.array(2.0)), "Evaluating inside a transformation"),
+        (lambda: mx.compile(lambda x: x + CAPTURED)(CAPTURED), "A compiled function that captures its own input"),
+        (lambda: np.array(mx.zeros(3, mx.bfloat16)), "bfloat16 to NumPy"),
     ],
 )
 def test_errors_that_mlx_raises_here_are_known(fault, name):

@@ -170,6 +170,33 @@ def test_a_failing_synchronize_restores_and_is_raised(metal):
     assert metal.limit == 0
 
 
+def test_a_failing_stream_does_not_keep_the_others_from_being_waited_for(metal):
+    metal.broken_streams.add("broken")
+    with pytest.raises(RuntimeError, match="Command buffer"), mt.wired_limit(100, streams=["broken", "sound"]):
+        metal.calls.clear()
+    assert metal.calls == [("synchronize", "broken"), ("synchronize", "sound"), ("set", 0)]
+
+
+def test_an_interrupted_synchronize_restores_too(metal, monkeypatch):
+    def interrupted(stream):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mx, "synchronize", interrupted)
+    with pytest.raises(KeyboardInterrupt), mt.wired_limit(100, streams=["one"]):
+        assert metal.limit == 100
+    assert metal.limit == 0
+
+
+def test_an_entry_that_wires_nothing_takes_no_other_with_it(metal, monkeypatch):
+    block = mt.wired_limit(100)
+    with block:
+        monkeypatch.setenv("MLX_TUNE_NO_WIRING", "1")
+        with block:
+            assert metal.limit == 100
+        assert metal.limit == 100
+    assert metal.limit == 0
+
+
 def test_a_failing_synchronize_never_hides_the_users_exception(metal):
     metal.broken_streams.add("broken")
     with pytest.raises(KeyError, match="mine") as caught, mt.wired_limit(100, streams=["broken"]):
