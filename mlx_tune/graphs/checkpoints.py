@@ -17,10 +17,11 @@ def fold_checkpoints(graph: Graph) -> int:
     Returns:
         How many checkpoints were found.
     """
+    behind = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.name == "StopGradient"}
     differences = {
-        node.outputs[0]: i
-        for i, node in enumerate(graph.nodes)
-        if node.name == "Subtract" and node.inputs[0] == node.inputs[1]
+        node.outputs[0]
+        for node in graph.nodes
+        if node.name == "Subtract" and node.inputs[0] == behind.get(node.inputs[1], node.inputs[1])
     }
     # value -> the node that adds a difference of nothing to it
     sums: dict[int, int] = {}
@@ -38,7 +39,7 @@ def fold_checkpoints(graph: Graph) -> int:
         results = {v: graph.nodes[sums[v]].outputs[0] for v in passed}
         first, *others = sorted(sums[v] for v in passed)
         rewritten[first] = Node("CustomTransforms", (*primals, *passed), tuple(results[v] for v in passed), ())
-        rewritten |= {other: None for other in others}
+        rewritten |= dict.fromkeys(others)
         rewritten[i] = Node("Depends", (*primals, *(results.get(v, v) for v in values)), node.outputs, ())
     graph.nodes = [node for i, old in enumerate(graph.nodes) if (node := rewritten.get(i, old)) is not None]
     return sum(node is not None and node.name == "CustomTransforms" for node in rewritten.values())

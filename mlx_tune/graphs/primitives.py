@@ -358,7 +358,7 @@ def _convolution_arguments(node: Node) -> tuple:
 
 
 def _table(effect: Effect, source: str, names: str) -> dict[str, tuple[Effect, str]]:
-    return {name: (effect, source) for name in names.split()}
+    return dict.fromkeys(names.split(), (effect, source))
 
 
 #: Primitive, its effect on memory, and the file under mlx/backend that it follows.
@@ -372,7 +372,7 @@ CPU: dict[str, tuple[Effect, str]] = {
     **_table(
         binary,
         "common/binary.h",
-        "Add ArcTan2 BitwiseBinary Divide Equal Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr "
+        "Add ArcTan2 BitwiseBinary Divide Equal FloorDivide Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr "
         "Maximum Minimum Multiply NotEqual Power Remainder Subtract",
     ),
     **_table(binary_two, "cpu/binary.cpp", "DivMod"),

@@ -10,10 +10,12 @@ import mlx.core as mx
 from mlx_tune.errors import InvalidArgumentError, TraceError
 from mlx_tune.graphs.blame import explain_failure
 from mlx_tune.graphs.checkpoints import fold_checkpoints
+from mlx_tune.graphs.fusion import fuse
 from mlx_tune.graphs.graph import ArraySpec, Graph, Node, Value
 from mlx_tune.graphs.interception import Interception, intercepted
 from mlx_tune.graphs.recomputation import tracing
 from mlx_tune.graphs.surroundings import Surroundings
+from mlx_tune.graphs.unmerge import BuiltGraph, unmerge
 from mlx_tune.state import Snapshot
 
 
@@ -57,10 +59,12 @@ def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -
             f"The step leaves arrays outside of what it was said to change: {', '.join(left_behind)}. "
             "Return them, or pass what holds them in state=(model, optimizer, ...). Everything was put back."
         )
-    fold_checkpoints(recorder.graph)
-    recorder.graph.compiled = interception.compiled
-    recorder.graph.stand_ins = dict(interception.stand_ins)
-    return recorder.graph
+    graph = recorder.graph
+    graph.compiled, graph.stand_ins = interception.compiled, dict(interception.stand_ins)
+    if not graph.compiled:
+        graph = unmerge(graph, recorder.built) or graph
+    fold_checkpoints(graph)
+    return fuse(graph) if graph.compiled else graph
 
 
 class _Recorder:
@@ -111,7 +115,9 @@ class _Recorder:
             after = [slot.array for slot in _slots(state)]
             tracer_ids = {id(place[key]): key for key in before}
             kept.update(tracer_ids[id(a)] for a in after if id(a) in tracer_ids)
-            return [*outputs, *(a for a in after if id(a) not in tracer_ids)]
+            everything = [*outputs, *(a for a in after if id(a) not in tracer_ids)]
+            self.built = BuiltGraph(list(tracers), everything)
+            return everything
 
         if not arrays:
             arrays, unique[0] = [mx.array(0.0)], 0
