@@ -2,12 +2,15 @@
 
 from mlx_tune.checkpointing.blocks import CheckpointHandle, checkpoint_blocks, find_blocks
 from mlx_tune.checkpointing.keep import keep
+from mlx_tune.checkpointing.plan import plan_checkpoints
+from mlx_tune.checkpointing.planned import CheckpointPlan
 from mlx_tune.checkpointing.recompute import is_recomputing
 from mlx_tune.checkpointing.verify import GradientDifference, VerifyReport, verify_checkpoint
 from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, uncheckpoint
 
 __all__ = [
     "CheckpointHandle",
+    "CheckpointPlan",
     "GradientDifference",
     "VerifyReport",
     "checkpoint",
@@ -16,6 +19,7 @@ __all__ = [
     "is_checkpointed",
     "is_recomputing",
     "keep",
+    "plan_checkpoints",
     "uncheckpoint",
     "verify_checkpoint",
 ]

@@ -1,0 +1,231 @@
+"""What `plan_checkpoints` returns: which blocks, what that was predicted to need and what it needed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, unwrap
+from mlx_tune.errors import CheckpointError
+from mlx_tune.memory import memory_limit
+from mlx_tune.tables import render_table
+from mlx_tune.units import format_bytes, format_seconds
+
+# An empty array that is part of the model's state but not of its parameters. `mx.compile` keeps one trace for each
+# set of input shapes and looks at nothing else, so a step that was traced before its blocks were wrapped would go
+# on without them; with one array more among its inputs it is traced anew.
+_MARK = "_checkpoint_plan"
+_serials = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """One block of the plan.
+
+    Attributes:
+        path: Where it is in the model.
+        checkpointed: Whether the plan checkpoints it.
+        saved_bytes: How much lower the step's floor is with this block checkpointed, from the graph.
+        extra_seconds: How much longer the step takes with it checkpointed: its forward passes, measured alone.
+        kind: Blocks of one number do the same work; one of them was measured.
+    """
+
+    path: str
+    checkpointed: bool
+    saved_bytes: int
+    extra_seconds: float
+    kind: int
+
+
+@dataclass(frozen=True)
+class MeasuredChoice:
+    """A choice of blocks that was run for real.
+
+    Attributes:
+        checkpointed: How many blocks were checkpointed.
+        floor_bytes: The least the step needs under this choice, from its graph.
+        limit_bytes: The memory limit it ran fastest under with its peak within the budget.
+        peak_bytes: Its measured peak.
+        predicted_seconds: What its step was predicted to take; None for the first one measured.
+        seconds: What it took.
+        fits: Whether a limit was found under which the peak is within the budget.
+    """
+
+    checkpointed: int
+    floor_bytes: int
+    limit_bytes: int
+    peak_bytes: int
+    predicted_seconds: float | None
+    seconds: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Which blocks to checkpoint, and under which memory limit, for a step to fit its budget and be fast.
+
+    Attributes:
+        blocks: Every block of the model, in the order they run.
+        batch_size: The batch it was planned for.
+        predicted_peak_bytes: The floor of the step's memory from its graph: the peak that it cannot go below.
+        measured_peak_bytes: The peak of the real steps under `limit_bytes`.
+        predicted_seconds: Seconds of a step, from the time of another choice and the blocks' forward passes.
+        measured_seconds: Seconds of the fastest real step under `limit_bytes`.
+        limit_bytes: The memory limit under which the measured figures hold.
+        budget_bytes: What the peak was allowed to be.
+        choices: Every choice that was run, in the order tried.
+        notes: What else there is to know.
+    """
+
+    blocks: tuple[PlannedBlock, ...]
+    batch_size: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    predicted_seconds: float
+    measured_seconds: float
+    limit_bytes: int
+    budget_bytes: int
+    choices: tuple[MeasuredChoice, ...]
+    notes: tuple[str, ...]
+    _model: nn.Module = field(repr=False, compare=False)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The blocks to checkpoint."""
+        return tuple(block.path for block in self.blocks if block.checkpointed)
+
+    def apply(self) -> AppliedPlan:
+        """Checkpoint the plan's blocks in the model it was made for.
+
+        Compiled steps are traced anew if the model's state is among their `inputs`, as it has to be for training.
+        The memory limit is not set: train in `with plan.applied():`, or under `memory_limit(plan.limit_bytes)`.
+
+        Returns:
+            A handle: `.undo()`, or a `with` block that undoes it at its end.
+        """
+        return AppliedPlan(self)
+
+    def undo(self) -> int:
+        """Undo `apply`; returns how many blocks were checkpointed."""
+        by_path = dict(self._model.named_modules())
+        self._model.pop(_MARK, None)
+        return sum(unwrap(by_path[path]) for path in self.paths if path in by_path)
+
+    @contextmanager
+    def applied(self) -> Iterator[CheckpointPlan]:
+        """A `with` block in which the blocks are checkpointed and the plan's memory limit is set."""
+        with self.apply(), memory_limit(self.limit_bytes):
+            yield self
+
+    def __str__(self) -> str:
+        """The table of blocks, and the figures below it."""
+        rows: list[list[object]] = []
+        for first, last, block in _runs(self.blocks):
+            path = first.path if first is last else f"{first.path} to {last.path}"
+            rows.append(
+                [
+                    path,
+                    "checkpoint" if block.checkpointed else "",
+                    format_bytes(block.saved_bytes),
+                    format_seconds(block.extra_seconds),
+                ]
+            )
+        count = len(self.paths)
+        notes = [
+            f"Peak: at least {format_bytes(self.predicted_peak_bytes)} predicted, "
+            f"{format_bytes(self.measured_peak_bytes)} measured under a memory limit of "
+            f"{format_bytes(self.limit_bytes)}; the budget is {format_bytes(self.budget_bytes)}.",
+            f"Step: {format_seconds(self.predicted_seconds)} predicted, "
+            f"{format_seconds(self.measured_seconds)} measured.",
+        ]
+        for choice in self.choices:
+            outcome = (
+                f"{format_seconds(choice.seconds)} a step" if choice.fits else "no limit held it within the budget"
+            )
+            notes.append(
+                f"Tried {choice.checkpointed} of {len(self.blocks)} checkpointed: {outcome}, "
+                f"peak {format_bytes(choice.peak_bytes)}."
+            )
+        return render_table(
+            ["block", "plan", "saves", "costs"],
+            rows,
+            title=f"Checkpoint plan at batch size {self.batch_size}: {count} of {len(self.blocks)} blocks",
+            notes=[*notes, *self.notes],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        plain = ["batch_size", "predicted_peak_bytes", "measured_peak_bytes", "predicted_seconds"]
+        plain += ["measured_seconds", "limit_bytes", "budget_bytes"]
+        return {
+            "blocks": [asdict(block) for block in self.blocks],
+            **{name: getattr(self, name) for name in plain},
+            "choices": [asdict(choice) for choice in self.choices],
+            "notes": list(self.notes),
+        }
+
+
+class AppliedPlan:
+    """Blocks that a plan has checkpointed, until they are undone."""
+
+    def __init__(self, plan: CheckpointPlan) -> None:
+        """Checkpoint them."""
+        self.plan = plan
+        self._undo = apply_choice(plan._model, plan.paths)
+
+    def undo(self) -> int:
+        """Make the blocks what they were before; returns how many were undone. A second call does nothing."""
+        undo, self._undo = self._undo, lambda: 0
+        return undo()
+
+    def __enter__(self) -> AppliedPlan:
+        """Nothing more: the blocks are checkpointed already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Undo."""
+        self.undo()
+
+
+def apply_choice(model: nn.Module, paths: tuple[str, ...]) -> Any:
+    """Checkpoint the named blocks that are not yet, and have compiled steps traced anew.
+
+    Args:
+        model: The model.
+        paths: Where the blocks are.
+
+    Returns:
+        A function that undoes it and returns how many blocks it undid.
+
+    Raises:
+        CheckpointError: The model has no such block; nothing is changed.
+    """
+    by_path = dict(model.named_modules())
+    missing = [path for path in paths if path not in by_path]
+    if missing:
+        raise CheckpointError(
+            f"The model has no block {missing[0]!r} any more: it was changed after the plan was made. Plan again."
+        )
+    wrapped = [by_path[path] for path in paths if not is_checkpointed(by_path[path])]
+    for block in wrapped:
+        checkpoint(block)
+    model[_MARK] = mx.zeros((0, next(_serials)))
+
+    def undo() -> int:
+        model.pop(_MARK, None)
+        return sum(unwrap(block) for block in wrapped)
+
+    return undo
+
+
+def _runs(blocks: tuple[PlannedBlock, ...]) -> Iterator[tuple[PlannedBlock, PlannedBlock, PlannedBlock]]:
+    """Neighbouring blocks that share everything but their path, as the first, the last and one of them."""
+    for _, group in itertools.groupby(blocks, lambda b: (b.kind, b.checkpointed, b.saved_bytes, b.extra_seconds)):
+        members = list(group)
+        yield members[0], members[-1], members[0]
