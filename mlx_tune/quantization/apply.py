@@ -204,7 +204,7 @@ def check_backend(plan: QuantizationPlan) -> None:
     """
     for wanted in {layer.format for layer in plan.layers if layer.format is not None}:
         weight = mx.ones((wanted.group_size, 2 * wanted.group_size), dtype=mx.bfloat16)
-        inputs = mx.ones((1, 2 * wanted.group_size), dtype=mx.bfloat16)
+        inputs = mx.ones((2, 2 * wanted.group_size), dtype=mx.bfloat16)  # one row alone has a kernel of its own
         try:
             packed, scales, *biases = mx.quantize(weight, wanted.group_size, wanted.bits, mode=wanted.mode)
             if wanted.quantize_input:

@@ -16,12 +16,12 @@ from mlx_tune.quantization.accuracy import Accuracy
 from mlx_tune.quantization.apply import LayerOutcome, apply_layer, check_backend, check_finite
 from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.batches import Batch, read_batches, token_rows
-from mlx_tune.quantization.evaluation import Loss, OutputStore, prepare
+from mlx_tune.quantization.evaluation import Comparison, Loss, OutputStore, prepare
 from mlx_tune.quantization.layout import check_request, lay_out
 from mlx_tune.quantization.plan import QuantizationPlan
 from mlx_tune.quantization.report import LayerReport, QuantizationReport, layer_report
 from mlx_tune.quantization.search import Effort
-from mlx_tune.quantization.speed import SpeedComparison, compare_speed, measure_speed
+from mlx_tune.quantization.speed import Speed, SpeedComparison, compare_speed, measure_speed
 from mlx_tune.quantization.statistics import overlap
 from mlx_tune.quantization.transaction import Transaction
 from mlx_tune.units import format_percent
@@ -114,15 +114,14 @@ def quantize_model(
         if judge:
             comparison = prepare(model, judge, loss, warnings=warnings)
             comparison.record(model, store, progress=progress)
-            before = measure_speed(model, comparison.parts[0], tokens_in=comparison.kind == "tokens")
+            before = _time(model, comparison)
         transaction = stack.enter_context(Transaction(model))
         with track_memory() as memory:
             outcomes = _carry_out(plan, transaction, learn, progress)
         accuracy = speed = None
         if comparison is not None and before is not None:
             accuracy = comparison.judge(model, store, progress=progress)
-            after = measure_speed(model, comparison.parts[0], tokens_in=comparison.kind == "tokens")
-            speed = compare_speed(before, after)
+            speed = compare_speed(before, _time(model, comparison))
         return _report(plan, outcomes, memory, accuracy, speed, tuple(transaction.notes))
 
 
@@ -166,10 +165,12 @@ def quantization_report(
     with same_random_stream():
         comparison = prepare(reference, judge, loss, warnings=_overlap_warning(judge, learn))
         accuracy = comparison.side_by_side(model, reference, progress=progress)
-        tokens_in = comparison.kind == "tokens"
-        first = comparison.parts[0]
-        speeds = [measure_speed(m, first, tokens_in=tokens_in) for m in (reference, model)]
-        return replace(compare_layers(model, reference), accuracy=accuracy, speed=compare_speed(*speeds))
+        speed = compare_speed(_time(reference, comparison), _time(model, comparison))
+        return replace(compare_layers(model, reference), accuracy=accuracy, speed=speed)
+
+
+def _time(model: nn.Module, comparison: Comparison) -> Speed:
+    return measure_speed(model, comparison.parts[0], tokens_in=comparison.kind == "tokens", loss=comparison.loss)
 
 
 def _carry_out(

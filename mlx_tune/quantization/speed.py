@@ -77,15 +77,18 @@ class SpeedComparison:
         )
 
 
-def measure_speed(model: nn.Module, batch: Batch, *, tokens_in: bool) -> Speed:
+def measure_speed(model: nn.Module, batch: Batch, *, tokens_in: bool, loss: Callable[..., Any] | None = None) -> Speed:
     """Time a model with its weights as they are stored.
 
     Args:
         model: Any model.
         batch: What it is called with.
         tokens_in: Whether it predicts tokens, so that a prompt and a single token are timed apart.
+        loss: What to time instead of the model alone, called with the model and the batch.
     """
     with evaluation_mode(model):
+        if loss is not None:
+            return Speed(None, _median_seconds(lambda: loss(model, *batch.arguments)), None)
         if not tokens_in:
             return Speed(None, _median_seconds(lambda: model(*batch.arguments)), None)
         assert batch.tokens is not None

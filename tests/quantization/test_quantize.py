@@ -1,0 +1,353 @@
+import math
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from quantization import toys
+
+import mlx_tune as mt
+from mlx_tune.errors import BackendError, QuantizationError
+from mlx_tune.quantization import quantization_config
+from mlx_tune.quantization.dense import dense_twin, dequantized_weight
+from mlx_tune.quantization.lazy import is_unevaluated
+from mlx_tune.quantization.modes import AFFINE_BITS, AFFINE_GROUP_SIZES
+from mlx_tune.quantization.sites import module_at
+
+
+def quiet(model: nn.Module, *args, **kwargs) -> mt.QuantizationReport:
+    return mt.quantize_model(model, *args, progress=False, **kwargs)
+
+
+@pytest.mark.parametrize("bits", AFFINE_BITS)
+@pytest.mark.parametrize("group_size", AFFINE_GROUP_SIZES)
+def test_nearest_is_mx_quantize(bits: int, group_size: int) -> None:
+    weight = mx.random.normal((16, 128), key=mx.random.key(0)).astype(mx.bfloat16)
+    model = nn.Sequential(nn.Linear(128, 16, bias=False))
+    model.layers[0].weight = weight
+    report = quiet(model, bits, group_size, method="nearest")
+    packed, scales, biases = mx.quantize(weight, group_size, bits)
+    layer = model.layers[0]
+    assert all(
+        mx.array_equal(a, b).item()
+        for a, b in zip((layer.weight, layer.scales, layer.biases), (packed, scales, biases), strict=True)
+    )
+    before = np.array(weight.astype(mx.float32), dtype=np.float64)
+    after = mx.dequantize(packed, scales.astype(mx.float32), biases.astype(mx.float32), group_size, bits)
+    error = before - np.array(after, dtype=np.float64)
+    expected = 10 * math.log10((before**2).sum() / (error**2).sum())
+    assert report.layers[0].snr_db == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("make", [toys.llama, lambda: toys.llama(tied=False), toys.qwen3_moe, toys.gemma2, toys.lfm2])
+@pytest.mark.parametrize("method", ["nearest", "optimal"])
+def test_it_quantizes_what_the_plan_says_and_the_model_still_runs(make, method: str) -> None:
+    model = make()
+    plan = mt.plan_quantization(model, 4, 64, method=method)
+    report = quiet(model, 4, 64, method=method)
+    assert [x.path for x in report.layers] == [x.path for x in plan.layers]
+    assert report.size_before_bytes == plan.size_before_bytes
+    assert report.size_after_bytes == plan.size_after_bytes == sum(a.nbytes for a in toys.arrays_of(model).values())
+    assert all(15 < x.snr_db < 60 for x in report.layers)
+    assert {x.method for x in report.layers} == {method}
+    assert mx.isfinite(model(toys.tokens())).all().item()
+
+
+def test_optimal_is_the_default_and_better_than_nearest() -> None:
+    default, nearest = toys.llama(), toys.llama()
+    ours, theirs = quiet(default, 4, 64), quiet(nearest, 4, 64, method="nearest")
+    assert ours.method == "optimal"
+    assert ours.size_after_bytes == theirs.size_after_bytes
+    assert all(a.snr_db > b.snr_db for a, b in zip(ours.layers, theirs.layers, strict=True))
+
+
+def test_tied_modules_share_packed_arrays() -> None:
+    model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96))
+    model.layers[1].weight = model.layers[0].weight
+    quiet(model, 4, 64)
+    embedding, head = model.layers
+    assert isinstance(embedding, nn.QuantizedEmbedding)
+    assert isinstance(head, nn.QuantizedLinear)
+    assert embedding.weight is head.weight
+    assert embedding.scales is head.scales
+
+
+def test_a_module_in_two_places_stays_one() -> None:
+    layer = nn.Linear(64, 64)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    quiet(model, 4, 64)
+    assert model.layers[0] is model.layers[2]
+    assert isinstance(model.layers[0], nn.QuantizedLinear)
+
+
+def test_bias_flags_and_the_random_stream_survive() -> None:
+    model = toys.vision()
+    model.head.freeze(keys="bias")
+    model.wide._training = False
+    bias = model.head.bias
+    mx.random.seed(11)
+    expected = mx.random.uniform().item()
+    mx.random.seed(11)
+    quiet(model, 4, 64, evaluation=[mx.ones((2, 8, 8, 3))])
+    assert mx.random.uniform().item() == expected
+    assert model.head.bias is bias
+    assert "bias" in model.head._no_grad
+    assert model.wide.training is False
+    assert model.head.training is True
+    assert isinstance(model.patch, nn.Conv2d)
+
+
+# Everything that can be wrong is found before anything is changed.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (dict(bits=64, group_size=4), "swapped"),
+        (dict(bits=7), "bits=7"),
+        (dict(group_size=16), "group_size=16"),
+        (dict(mode="fp4"), "mode='fp4'"),
+        (dict(method="gptq"), "method='gptq' learns from text or other inputs: pass calibration"),
+        (dict(method="dwq"), "method='dwq' learns"),
+        (dict(overrides={"nothing": False}), "no layer matches 'nothing'"),
+        (dict(evaluation=[]), "evaluation holds no batches"),
+        (dict(evaluation=[mx.zeros((3, 3))]), "cannot be called with evaluation"),
+        (dict(calibration=mx.zeros((3, 3))), "Write calibration="),
+        (dict(loss=3), "loss=3 must be a function"),
+    ],
+)
+def test_bad_input_changes_nothing(arguments: dict, text: str) -> None:
+    model = toys.vision()
+    before = toys.arrays_of(model)
+    with pytest.raises(QuantizationError, match=text):
+        quiet(model, **arguments)
+    assert toys.same_arrays(before, toys.arrays_of(model))
+    assert type(model.head) is nn.Linear
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_found_first(value: float) -> None:
+    model = toys.llama()
+    layer = model.layers[1].mlp.up_proj
+    layer.weight[3, 5] = value
+    with pytest.raises(QuantizationError, match=r"model\.layers\.1\.mlp\.up_proj \(1 of 8,192 weights\)"):
+        quiet(model)
+    assert type(model.model.embed_tokens) is nn.Embedding
+
+
+def test_quantizing_twice_offers_requantize() -> None:
+    model = toys.llama()
+    quiet(model, 8, 64)
+    with pytest.raises(QuantizationError, match="requantize=True"):
+        quiet(model, 4, 64)
+    reference = toys.llama()
+    report = quiet(model, 4, 64, requantize=True, evaluation=[toys.tokens()])
+    assert {x.bits for x in report.layers} == {4}
+    assert report.bits_per_weight < 5
+    direct = toys.llama()
+    expected = quiet(direct, 4, 64)
+    for ours, theirs in zip(report.layers, expected.layers, strict=True):
+        assert ours.snr_db == pytest.approx(theirs.snr_db, abs=0.7)
+    assert type(reference.model.embed_tokens) is nn.Embedding
+
+
+def test_a_requantized_model_of_experts_keeps_its_classes() -> None:
+    model = toys.qwen3_moe()
+    quiet(model, 8, 64)
+    kinds = [type(m) for m in model.modules()]
+    quiet(model, 4, 64, requantize=True)
+    assert [type(m) for m in model.modules()] == kinds
+    assert mx.isfinite(model(toys.tokens())).all().item()
+
+
+@pytest.mark.parametrize("fail_at", [0, 7, 14])
+def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at: int) -> None:
+    import mlx_tune.quantization.apply as apply
+
+    model = toys.llama()
+    before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
+    calls = []
+
+    def pack(*arguments, **options):
+        calls.append(1)
+        if len(calls) > fail_at:
+            raise MemoryError("no more")
+        return real(*arguments, **options)
+
+    real = apply.pack
+    monkeypatch.setattr(apply, "pack", pack)
+    mx.random.seed(1)
+    expected = mx.random.uniform().item()
+    mx.random.seed(1)
+    with pytest.raises(MemoryError, match="no more"):
+        quiet(model)
+    assert toys.same_arrays(before, toys.arrays_of(model))
+    assert [type(m) for m in model.modules()] == kinds
+    assert mx.random.uniform().item() == expected
+
+
+def test_so_does_one_while_evaluating(monkeypatch) -> None:
+    from mlx_tune.quantization.evaluation import Comparison
+
+    def judge(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Comparison, "judge", judge)
+    model = toys.llama()
+    before = toys.arrays_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(model, evaluation=[toys.tokens()])
+    assert toys.same_arrays(before, toys.arrays_of(model))
+
+
+# Memory
+
+
+def big(width: int = 1024, layers: int = 6) -> nn.Sequential:
+    mx.random.seed(0)
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    model.set_dtype(mx.bfloat16)
+    mx.eval(model.parameters())
+    return model
+
+
+def test_peak_memory_is_the_model_and_its_largest_block() -> None:
+    model = big()
+    start = mx.get_active_memory()
+    layer = 1024 * 1024 * 2
+    with mt.track_memory() as memory:
+        quiet(model, 4, 64, method="nearest")
+    # What a layer takes to work on: a float32 copy for its error, its reconstruction and their difference.
+    assert memory.peak_bytes <= start + 7 * layer
+    assert memory.active_bytes < start - 4 * layer
+
+
+def test_a_lazily_loaded_model_is_never_whole_in_memory(tmp_path) -> None:
+    model = big()
+    total = 6 * 1024 * 1024 * 2
+    mx.save_safetensors(str(tmp_path / "w.safetensors"), toys.arrays_of(model))
+    model.load_weights(str(tmp_path / "w.safetensors"))
+    start = mx.get_active_memory()
+    with mt.track_memory() as memory:
+        report = quiet(model, 4, 64, method="nearest")
+    assert memory.active_bytes - start < 0.3 * total
+    one = total // 6
+    assert memory.peak_bytes - start < 0.3 * total + 7 * one
+    assert len(report.layers) == 6
+
+
+def test_a_lazily_loaded_model_stays_lazy_after_a_failure(tmp_path, monkeypatch) -> None:
+    import mlx_tune.quantization.quantize as quantize
+
+    def fail(*_):
+        raise RuntimeError("late")
+
+    model = big(layers=2)
+    expected = toys.arrays_of(model)
+    mx.save_safetensors(str(tmp_path / "w.safetensors"), expected)
+    model.load_weights(str(tmp_path / "w.safetensors"))
+    monkeypatch.setattr(quantize, "_report", fail)
+    with pytest.raises(RuntimeError, match="late"):
+        quiet(model, 4, 64, method="nearest")
+    assert all(is_unevaluated(layer.weight) for layer in model.layers)
+    assert toys.same_arrays(expected, toys.arrays_of(model))
+
+
+# Modes
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("make", [toys.llama, toys.qwen3_moe])
+def test_other_modes(mode: str, make) -> None:
+    model = make()
+    report = quiet(model, mode=mode)
+    assert {x.mode for x in report.layers} <= {mode, "affine"}
+    assert report.size_after_bytes == sum(a.nbytes for a in toys.arrays_of(model).values())
+    assert mx.isfinite(model(toys.tokens())).all().item()
+    assert quantization_config(model)["mode"] == mode
+
+
+@pytest.mark.cpu_only
+def test_activations_are_refused_where_the_backend_cannot() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    with pytest.raises(BackendError, match="no quantizing a layer's inputs in mode 'nvfp4' on this backend"):
+        quiet(model, mode="nvfp4", activations=True)
+    assert type(model.layers[0]) is nn.Linear
+
+
+# Twins
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp8"])
+def test_a_dense_twin_computes_the_same(mode: str) -> None:
+    layer = nn.Linear(64, 32)
+    packed = layer.to_quantized(*((32, 8) if mode == "mxfp8" else (64, 4)), mode=mode)
+    twin = dense_twin(packed)
+    x = mx.random.normal((3, 64))
+    assert type(twin) is nn.Linear
+    np.testing.assert_allclose(np.array(twin(x)), np.array(packed(x)), rtol=1e-4, atol=1e-4)
+    assert dense_twin(layer) is layer
+    assert dequantized_weight(packed).dtype == mx.float32
+
+
+def test_experts_with_a_scale_of_their_own() -> None:
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    layer = SwitchLinear(64, 32, 4, bias=False)
+    packed = layer.to_quantized(16, 4, mode="nvfp4", global_scale=True)
+    error = mx.abs(dequantized_weight(packed) - layer.weight).max().item()
+    assert error < 0.05
+    assert type(dense_twin(packed)) is SwitchLinear
+
+
+# config.json
+
+
+def test_the_config_names_what_differs() -> None:
+    model = toys.llama(tied=False)
+    quiet(model, 4, 64, overrides={"lm_head": dict(bits=8, group_size=32)}, skip="*.0.*.o_proj")
+    assert quantization_config(model) == {
+        "group_size": 64,
+        "bits": 4,
+        "mode": "affine",
+        "lm_head": {"group_size": 32, "bits": 8, "mode": "affine"},
+        "model.layers.0.self_attn.o_proj": False,
+    }
+    assert quantization_config(toys.llama()) == {}
+
+
+# Comparing any two models
+
+
+def test_quantization_report_of_two_models() -> None:
+    reference, model = toys.llama(), toys.llama()
+    expected = quiet(model, 3, 64, evaluation=[toys.tokens()])
+    found = mt.quantization_report(model, reference, [toys.tokens()])
+    assert found.size_before_bytes == expected.size_before_bytes
+    assert found.size_after_bytes == expected.size_after_bytes
+    assert found.bits_per_weight == expected.bits_per_weight
+    assert [x.path for x in found.layers] == [x.path for x in expected.layers]
+    for a, b in zip(found.layers, expected.layers, strict=True):
+        assert a.snr_db == pytest.approx(b.snr_db, abs=1e-3)
+    assert found.accuracy.mean_kl == pytest.approx(expected.accuracy.mean_kl, rel=1e-5)
+    assert module_at(model, "model.layers.0.mlp.up_proj").bits == 3
+
+
+def test_models_that_do_not_belong_together() -> None:
+    with pytest.raises(QuantizationError, match="not two versions of one model"):
+        mt.quantization_report(toys.vision(), nn.Sequential(toys.vision()), [mx.ones((2, 8, 8, 3))])
+    small = toys.llama(vocab_size=128)
+    with pytest.raises(QuantizationError, match=r"differ in shape|not two versions"):
+        mt.quantization_report(small, toys.llama(), [toys.tokens()])
+
+
+def test_importing_the_package_is_light() -> None:
+    import subprocess
+
+    code = (
+        "import sys, mlx_tune.quantization;"
+        "print([m for m in ('mlx_lm', 'transformers', 'rich', 'matplotlib', 'numpy', 'psutil') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
