@@ -96,6 +96,22 @@ class Solver:
         scales, biases = (x.reshape(rows, -1).astype(self._dtype) for x in (scale, bias))
         return packed, scales, biases
 
+    def pairs(self, groups: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+        """The best scale and bias of each group, as stored, in float32.
+
+        Args:
+            groups: `[groups, group size]` float32.
+            weights: What a squared error in each place counts, `[group size]`.
+
+        Returns:
+            Two arrays `[1, groups]`.
+        """
+        best, _ = self._solve(
+            groups.astype(self._dtype), mx.tile(weights[:, None], (1, groups.shape[0])), False, groups
+        )
+        scale, bias, _ = self._kernels.store(best.scale, best.bias, mx.array(0.0))
+        return scale, bias
+
     def lies_on_grid(self, probe: mx.array) -> bool:
         """Whether some of these groups are a grid already, which the plain search does not find."""
         plain, _ = self._solve(probe, None, False)
@@ -104,9 +120,11 @@ class Solver:
         found = (grid.error < 0.25 * plain.error) & (plain.error > 1e-9 * energy)
         return bool(found.any().item())
 
-    def _solve(self, groups: mx.array, weights: mx.array | None, on_grid: bool) -> tuple[_Best, mx.array]:
+    def _solve(
+        self, groups: mx.array, weights: mx.array | None, on_grid: bool, exact: mx.array | None = None
+    ) -> tuple[_Best, mx.array]:
         search, top = self._search, self._top
-        g = mx.contiguous(groups.astype(mx.float32).T)
+        g = mx.contiguous((groups if exact is None else exact).astype(mx.float32).T)
         _, scale, bias = mx.quantize(groups, group_size=self._size, bits=self._bits)
         scale, bias = (x.astype(mx.float32).reshape(1, -1) for x in (scale, bias))
         best = _Best(mx.full(scale.shape, float("inf")), scale, bias)

@@ -1,0 +1,279 @@
+"""GPTQ on a model: block after block, each given what the quantized ones before it hand on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tune.errors import QuantizationError
+from mlx_tune.progress import Bar, progress_bar
+from mlx_tune.quantization.affine import quantize_affine
+from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, widen
+from mlx_tune.quantization.batches import Batch
+from mlx_tune.quantization.capture import Step, forward_steps, intercepted, model_arguments, run_until
+from mlx_tune.quantization.dense import dense_twin, dequantize_arrays
+from mlx_tune.quantization.gptq import output_error, quantize_gptq
+from mlx_tune.quantization.lazy import number, read_array
+from mlx_tune.quantization.moments import InputMoments
+from mlx_tune.quantization.plan import LayerPlan
+from mlx_tune.quantization.search import Effort
+
+Arrays = tuple[mx.array, mx.array, mx.array]
+
+#: One batch in so many is kept aside to judge each layer on.
+_HELD_OUT_EVERY = 8
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """What became of one layer.
+
+    Attributes:
+        path: Where it stands first.
+        method: "gptq", or "optimal" where that was no worse.
+        output_error: Squared error of its outputs over their squares, on calibration that it did not learn from where
+            there is more than one batch; None where it was given no inputs.
+        optimal_output_error: The same for "optimal".
+        note: Why it fell back, if it did.
+    """
+
+    path: str
+    method: str
+    output_error: float | None
+    optimal_output_error: float | None
+    note: str | None = None
+
+
+def gptq_model(
+    model: nn.Module,
+    layers: Sequence[LayerPlan],
+    calibration: Sequence[Batch],
+    *,
+    install: Callable[[LayerPlan, Arrays], None],
+    effort: Effort = "fast",
+    progress: bool = False,
+) -> list[CalibratedLayer]:
+    """Quantize the planned layers of a model with GPTQ.
+
+    A block's inputs come from the quantized blocks before it. Where the model hands a block's output straight to the
+    next, as nearly all do, each batch runs through each block twice; where it does not, the model is run from its
+    start for every block. A tied embedding goes first, by what the head is given: the blocks then learn from its
+    lookups.
+
+    Args:
+        model: The model; `install` changes it.
+        layers: Affine layers of its plan.
+        calibration: Batches; one in eight judges instead of teaching.
+        install: Puts a layer's packed weights into the model.
+        effort: "fast" or "best".
+        progress: Show a progress line.
+
+    Returns:
+        What became of each layer, in the plan's order.
+
+    Raises:
+        QuantizationError: There are no batches, or inputs are not finite.
+
+    Example:
+        >>> from mlx_tune.quantization.apply import install
+        >>> from mlx_tune.quantization.batches import read_batches
+        >>> from mlx_tune.quantization.layout import plan_quantization
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        >>> batches = read_batches([mx.random.normal((32, 64)) for _ in range(8)], "calibration")
+        >>> layers = plan_quantization(model, 3, 64).layers
+        >>> [layer.method for layer in gptq_model(model, layers, batches, install=install)]
+        ['gptq', 'gptq']
+    """
+    if not calibration:
+        raise QuantizationError("GPTQ learns from batches: calibration is empty.")
+    with progress_bar("gptq", len(layers), enabled=progress) as bar:
+        run = _Run(model, list(layers), list(calibration), install, effort, bar)
+        done = run.all()
+    return [done[layer.path] for layer in layers]
+
+
+class _Run:
+    """One pass over a model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[LayerPlan],
+        batches: list[Batch],
+        install: Callable[[LayerPlan, Arrays], None],
+        effort: Effort,
+        bar: Bar,
+    ) -> None:
+        self._model, self._layers, self._batches = model, layers, batches
+        self._install, self._effort, self._bar = install, effort, bar
+        self._states: list[mx.array] = []
+        self._states_of: str | None = None  # the step whose outputs `_states` are
+        self._extras: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def all(self) -> dict[str, CalibratedLayer]:
+        done: dict[str, CalibratedLayer] = {}
+        modules = {path: layer.module for layer in self._layers for path in layer.paths}
+        with self._running():
+            steps = forward_steps(self._model, self._batches[0], list(modules.items()))
+        heads = [layer for layer in self._layers if isinstance(layer.module, nn.Embedding)]
+        for layer in heads:
+            done[layer.path] = self._embedding(layer, steps)
+        for i, step in enumerate(steps):
+            mine = [x for x in self._layers if x.path not in done and self._belongs(x, step)]
+            following = steps[i + 1] if i + 1 < len(steps) and steps[i + 1].follows == step.path else None
+            if not mine and following is None and step.follows is None:
+                continue
+            inputs = self._enter(step)
+            if mine:
+                learned, judged = self._moments(step, mine, inputs)
+                for layer in mine:
+                    done[layer.path] = self._solve(layer, learned.of(layer.path), judged)
+            if following is not None:
+                self._advance(step, inputs)
+        for layer in self._layers:
+            if layer.path not in done:
+                done[layer.path] = self._fall_back(layer, "no calibration input reached it")
+        return done
+
+    @staticmethod
+    def _belongs(layer: LayerPlan, step: Step) -> bool:
+        return any(path == step.path or path.startswith(f"{step.path}.") for path in layer.paths)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Evaluation mode and, where the device is a CPU, float32, which alone is fast there."""
+        with evaluation_mode(self._model):
+            if mx.default_device() == mx.Device(mx.cpu):
+                with float32_arithmetic(self._model):
+                    yield
+            else:
+                yield
+
+    def _enter(self, step: Step) -> list[mx.array] | None:
+        """The step's first arguments for every batch, or None where only the whole model can call it."""
+        if step.follows is not None and step.follows == self._states_of:
+            return self._states
+        if step.calls != 1 or step.like != step.path:
+            return None
+        states: list[mx.array] = []
+        extras: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def take(module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
+            if arguments and isinstance(arguments[0], mx.array):
+                states.append(arguments[0])
+                extras.append((arguments[1:], keywords))
+            return None
+
+        with self._running():
+            for batch in self._batches:
+                run_until(self._model, batch, step.module, 1, take)
+                mx.eval(states[-1:], extras[-1:])
+        if len(states) != len(self._batches):
+            return None
+        self._extras[step.path] = extras
+        return states
+
+    def _call(self, step: Step, inputs: list[mx.array], i: int) -> Any:
+        arguments, keywords = self._extras[step.like][i]
+        return step.module(inputs[i], *arguments, **keywords)
+
+    def _moments(
+        self, step: Step, layers: list[LayerPlan], inputs: list[mx.array] | None
+    ) -> tuple[InputMoments, InputMoments | None]:
+        modules = {layer.path: layer.module for layer in layers}
+        learned = InputMoments(modules)
+        held = len(self._batches) > 1
+        judged = InputMoments(modules) if held else None
+        for i, batch in enumerate(self._batches):
+            # The last of each eight judges, and the last of all where there are fewer.
+            aside = held and (
+                i % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 or len(self._batches) - 1 == i < _HELD_OUT_EVERY
+            )
+            into = judged if aside and judged is not None else learned
+            with self._running(), intercepted(modules.values(), into.hook()):
+                if inputs is not None:
+                    mx.eval(self._call(step, inputs, i))
+                else:
+                    mx.eval(self._model(*self._arguments(batch)))
+            into.collect()
+        return learned, judged
+
+    @staticmethod
+    def _arguments(batch: Batch) -> tuple[Any, ...]:
+        arguments: tuple[Any, ...] = widen(model_arguments(batch))
+        return arguments
+
+    def _advance(self, step: Step, inputs: list[mx.array] | None) -> None:
+        """Run the step, quantized by now, on every batch."""
+        if inputs is None or step.like not in self._extras:
+            self._states_of = None
+            return
+        with self._running():
+            for i in range(len(inputs)):
+                output = self._call(step, inputs, i)
+                mx.eval(output)
+                inputs[i] = output  # the input is not needed any more
+        self._states, self._states_of = inputs, step.path
+
+    def _embedding(self, layer: LayerPlan, steps: list[Step]) -> CalibratedLayer:
+        """A tied embedding, by the final hidden states; one that is only looked up has nothing to correct."""
+        step = next((s for s in steps if s.path in layer.paths), None)
+        if step is None or step.calls < 2:
+            return self._fall_back(layer, "lookups only: there is no sum in which columns could make up for each other")
+        learned, judged = self._moments(step, [layer], None)
+        return self._solve(layer, learned.of(layer.path), judged)
+
+    def _solve(self, layer: LayerPlan, moments: mx.array | None, judged: InputMoments | None) -> CalibratedLayer:
+        if moments is None:
+            return self._fall_back(layer, "no calibration input reached it")
+        assert layer.format is not None
+        self._bar.update(text=layer.path)
+        weight = read_array(dense_twin(layer.module)["weight"])
+        bits, size = layer.format.bits, layer.format.group_size
+        optimal = quantize_affine(weight, bits, size, effort=self._effort)
+        test = judged.of(layer.path) if judged is not None else None
+        stacked = weight.ndim == 3
+        parts = []
+        for e in range(weight.shape[0] if stacked else 1):
+            at: Any = e if stacked else slice(None)
+            start = tuple(a[at] for a in optimal)
+            parts.append(quantize_gptq(weight[at], moments[at], bits, size, effort=self._effort, start=start))  # type: ignore[arg-type]
+        columns: Any = list(zip(*parts, strict=True))[:3]
+        found: Arrays = tuple(mx.stack(list(a)) if stacked else a[0] for a in columns)  # type: ignore[assignment]
+        metric = moments if test is None else test
+        errors = [_error(weight, arrays, metric, bits, size) for arrays in (found, optimal)]
+        better = errors[0] < errors[1]
+        self._install(layer, found if better else optimal)
+        self._bar.advance()
+        note = None
+        if not better:
+            note = f"kept 'optimal': gptq's output error was {errors[0]:.3g} against {errors[1]:.3g}"
+        return CalibratedLayer(layer.path, "gptq" if better else "optimal", min(errors), errors[1], note)
+
+    def _fall_back(self, layer: LayerPlan, why: str) -> CalibratedLayer:
+        assert layer.format is not None
+        weight = read_array(dense_twin(layer.module)["weight"])
+        arrays = quantize_affine(weight, layer.format.bits, layer.format.group_size, effort=self._effort)
+        self._install(layer, arrays)
+        self._bar.advance()
+        return CalibratedLayer(layer.path, "optimal", None, None, f"kept 'optimal': {why}")
+
+
+def _error(weight: mx.array, arrays: Arrays, moments: mx.array, bits: int, size: int) -> float:
+    """Relative output error; over a stack of experts, of all their outputs together."""
+    after = dequantize_arrays(*arrays, group_size=size, bits=bits)
+    if weight.ndim == 2:
+        return output_error(weight, after, moments)
+    energies = [_energy(w.astype(mx.float32), h) for w, h in zip(weight, moments, strict=True)]
+    errors = [output_error(w, a, h) for w, a, h in zip(weight, after, moments, strict=True)]
+    total = sum(energies)
+    return sum(e * n for e, n in zip(errors, energies, strict=True)) / total if total > 0 else 0.0
+
+
+def _energy(weight: mx.array, moments: mx.array) -> float:
+    return number(((weight @ moments) * weight).sum())
