@@ -4,8 +4,25 @@ Tokens out of real text, models from and to folders that stock mlx-lm reads, and
 generator driven with what the rest of the library measured.
 """
 
+from mlx_tune.lm.fitting import autobatch, autofit, estimate_memory
 from mlx_tune.lm.loading import load
+from mlx_tune.lm.result import LossReport, TrainingResult
 from mlx_tune.lm.saving import save_quantized
+from mlx_tune.lm.steps import TrainingStep, training_step
 from mlx_tune.lm.tokens import read_texts, token_batches
+from mlx_tune.lm.training import train
 
-__all__ = ["load", "read_texts", "save_quantized", "token_batches"]
+__all__ = [
+    "LossReport",
+    "TrainingResult",
+    "TrainingStep",
+    "autobatch",
+    "autofit",
+    "estimate_memory",
+    "load",
+    "read_texts",
+    "save_quantized",
+    "token_batches",
+    "train",
+    "training_step",
+]

@@ -1,0 +1,216 @@
+"""The searches of this library over mlx-lm's training step: memory, batch, and all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.lm.steps import training_step
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.optimizers import Optimizer
+
+    from mlx_tune.batching import AutobatchResult
+    from mlx_tune.fitting import Fit
+    from mlx_tune.graphs import MemoryEstimate
+
+Budget = str | SupportsIndex | float | None
+Loss = Callable[..., tuple["mx.array", "mx.array"]]
+
+
+def autobatch(
+    model: nn.Module,
+    dataset: Any,
+    args: Any = None,
+    *,
+    optimizer: Optimizer | None = None,
+    valid_set: Any = None,
+    loss: Loss | None = None,
+    budget: Budget = None,
+    max_batch: int | None = None,
+    **options: Any,
+) -> AutobatchResult:
+    """Find the largest batch that mlx-lm's trainer can train a model with in a memory budget.
+
+    The trial is mlx-lm's own training step on the longest batch that the data set can give, so that no later batch
+    needs more. Batches divide by the number of ranks, and are no larger than the data set, as mlx-lm wants it.
+
+    Args:
+        model: The model as it will be trained: adapters added, layers frozen, blocks checkpointed.
+        dataset: What mlx-lm's trainer takes, or any sequence of `(tokens, offset)`.
+        args: mlx-lm's `TrainingArgs`: `max_seq_length` and `grad_accumulation_steps` count, and `grad_checkpoint`
+            checkpoints every block during the search; its defaults by default.
+        optimizer: The optimizer; Adam, as mlx-lm's default, where None.
+        valid_set: The validation set, if there is one: mlx-lm evaluates with the training batch, which therefore
+            cannot be larger than it.
+        loss: As mlx-lm's trainer takes it.
+        budget: Bytes, text such as "24GB", a share of what is free such as 0.8, or None for `memory_budget()`.
+        max_batch: The largest batch to consider.
+        **options: Whatever else `mlx_tune.autobatch` takes, such as `target_batch` or `prefer`.
+
+    Returns:
+        What `mlx_tune.autobatch` returns. Hand it to `lm.train(..., fit=result)`, or set `TrainingArgs.batch_size`
+        and train under `result.applied()`.
+
+    Raises:
+        InvalidArgumentError: An empty data set, nothing to train, or `target_batch` together with accumulation.
+        BudgetError: Not even one row for each rank fits.
+
+    Example:
+        ```python
+        result = lm.autobatch(model, train_set, TrainingArgs(max_seq_length=1024), budget="24GB")
+        ```
+    """
+    from mlx_lm.tuner.trainer import TrainingArgs
+
+    import mlx_tune
+
+    args = TrainingArgs() if args is None else args
+    if options.get("target_batch") is not None:
+        _refuse_accumulation(args)
+        # Micro-batches add to kept gradients: that is the step that has to fit.
+        args = _with_accumulation(args)
+    with (
+        _checkpointed(model, args),
+        training_step(model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss) as ready,
+    ):
+        return mlx_tune.autobatch(
+            ready.step,
+            ready.make_batch,
+            budget=budget,
+            max_batch=ready.max_batch if max_batch is None else min(max_batch, ready.max_batch),
+            multiple_of=ready.multiple_of,
+            state=ready.state,
+            **_group(ready.multiple_of),
+            **options,
+        )
+
+
+def estimate_memory(
+    model: nn.Module,
+    dataset: Any,
+    args: Any = None,
+    *,
+    optimizer: Optimizer | None = None,
+    loss: Loss | None = None,
+) -> MemoryEstimate:
+    """Compute the memory that mlx-lm's training step needs at the least, without running it.
+
+    Args:
+        model: The model as it will be trained.
+        dataset: What mlx-lm's trainer takes.
+        args: mlx-lm's `TrainingArgs`: `batch_size`, `max_seq_length`, `grad_accumulation_steps` and
+            `grad_checkpoint` count.
+        optimizer: The optimizer; Adam where None.
+        loss: As mlx-lm's trainer takes it.
+
+    Returns:
+        What `mlx_tune.estimate_memory` returns, for the longest batch.
+
+    Example:
+        ```python
+        print(lm.estimate_memory(model, train_set, TrainingArgs(batch_size=8)))
+        ```
+    """
+    from mlx_lm.tuner.trainer import TrainingArgs
+
+    import mlx_tune
+
+    args = TrainingArgs() if args is None else args
+    with _checkpointed(model, args), training_step(model, _optimizer(optimizer), dataset, args, loss=loss) as ready:
+        return mlx_tune.estimate_memory(ready.step, ready.make_batch(args.batch_size), state=ready.state)
+
+
+def autofit(
+    model: nn.Module,
+    dataset: Any,
+    args: Any = None,
+    *,
+    optimizer: Optimizer | None = None,
+    valid_set: Any = None,
+    loss: Loss | None = None,
+    budget: Budget = None,
+    target_batch: int | None = None,
+    **options: Any,
+) -> Fit:
+    """Choose checkpoints, batch, accumulation and limit together for mlx-lm's trainer: the most tokens a second.
+
+    Args:
+        model: The model as it will be trained, no block checkpointed.
+        dataset: What mlx-lm's trainer takes.
+        args: mlx-lm's `TrainingArgs`; `max_seq_length` counts.
+        optimizer: The optimizer; Adam where None.
+        valid_set: The validation set, if there is one; a batch is no larger than it.
+        loss: As mlx-lm's trainer takes it.
+        budget: As for `mlx_tune.autofit`.
+        target_batch: Rows that make up an update of the optimizer; None for whatever is fastest.
+        **options: Whatever else `mlx_tune.autofit` takes.
+
+    Returns:
+        What `mlx_tune.autofit` returns. Hand it to `lm.train(..., fit=fit)`.
+
+    Example:
+        ```python
+        fit = lm.autofit(model, train_set, args, budget="24GB", target_batch=64)
+        ```
+    """
+    from mlx_lm.tuner.trainer import TrainingArgs
+
+    import mlx_tune
+
+    args = TrainingArgs() if args is None else args
+    if target_batch is not None:
+        _refuse_accumulation(args)
+        args = _with_accumulation(args)
+    with training_step(model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss) as ready:
+        return mlx_tune.autofit(
+            model,
+            ready.step,
+            ready.make_batch,
+            budget=budget,
+            target_batch=target_batch,
+            state=ready.state,
+            max_batch=ready.max_batch,
+            multiple_of=ready.multiple_of,
+            **_group(ready.multiple_of),
+            **options,
+        )
+
+
+def _optimizer(optimizer: Optimizer | None) -> Optimizer:
+    from mlx.optimizers import Adam
+
+    return Adam(learning_rate=1e-5) if optimizer is None else optimizer
+
+
+def _checkpointed(model: nn.Module, args: Any) -> AbstractContextManager[Any]:
+    """Every block checkpointed for as long as the search runs, where the arguments ask for it."""
+    import mlx_tune
+
+    return mlx_tune.checkpoint_blocks(model) if args.grad_checkpoint else nullcontext()
+
+
+def _refuse_accumulation(args: Any) -> None:
+    if args.grad_accumulation_steps != 1:
+        raise InvalidArgumentError(
+            f"target_batch and grad_accumulation_steps={args.grad_accumulation_steps} both say how many batches make "
+            "an update: leave grad_accumulation_steps at 1, the search chooses it."
+        )
+
+
+def _with_accumulation(args: Any) -> Any:
+    return replace(args, grad_accumulation_steps=2)
+
+
+def _group(ranks: int) -> dict[str, Any]:
+    """What makes ranks agree on an answer."""
+    if ranks == 1:
+        return {}
+    import mlx.core as mx
+
+    return {"group": mx.distributed.init()}

@@ -1,0 +1,233 @@
+"""mlx-lm's training step as `step`, `make_batch` and `state`: what the searches of this library take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.state import Snapshot
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.optimizers import Optimizer
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One step of mlx-lm's trainer, and what a search for its batch has to know.
+
+    Attributes:
+        step: `step(batch)` runs a step and returns the loss first, then the number of tokens, nothing evaluated.
+        make_batch: `make_batch(n)` returns the longest batch that training with `batch_size=n` can meet: tokens
+            `[n / ranks, length]` and, for each row, where its loss begins and ends, `[n / ranks, 2]`.
+        state: What a step changes: the model and the optimizer.
+        length: Tokens in a row of that batch, padding included.
+        max_batch: The largest batch that the data sets allow.
+        multiple_of: Batches must divide by this: the number of ranks.
+        accumulation_steps: Batches to an update of the optimizer. Where it is above 1, `step` is the one that holds
+            most: the one that adds to gradients kept from before, and updates.
+    """
+
+    step: Callable[[Any], tuple[mx.array, mx.array]]
+    make_batch: Callable[[int], tuple[mx.array, mx.array]]
+    state: tuple[nn.Module, Optimizer]
+    length: int
+    max_batch: int
+    multiple_of: int
+    accumulation_steps: int
+
+
+@contextmanager
+def training_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    train_set: Any,
+    args: Any,
+    *,
+    valid_set: Any = None,
+    loss: Callable[..., tuple[mx.array, mx.array]] | None = None,
+) -> Iterator[TrainingStep]:
+    """Make a model ready for training as mlx-lm trains, hand out its step, and put the model back as it was.
+
+    Nothing is evaluated here: a model that was loaded lazily stays on disk until the step runs.
+
+    The step is compiled as `mlx_lm.tuner.trainer.train` compiles its own, and again whenever blocks have been
+    checkpointed or unwrapped in the meantime: MLX keeps compiled graphs by the shapes of what goes in, so that an
+    older one would go on running. Gradients are averaged over the ranks of `mlx.launch`.
+
+    Args:
+        model: The model, with its adapters, frozen as it will be trained.
+        optimizer: The optimizer. Its state is made for the block if it has none.
+        train_set: What mlx-lm's trainer takes: a `CacheDataset`, one of mlx-lm's data sets, or any sequence of
+            `(tokens, offset)`.
+        args: mlx-lm's `TrainingArgs`; `max_seq_length` and `grad_accumulation_steps` are used.
+        valid_set: As `train_set`. mlx-lm evaluates with the training batch, which therefore cannot be larger.
+        loss: As mlx-lm's trainer takes it; its default by default.
+
+    Yields:
+        The step.
+
+    Raises:
+        InvalidArgumentError: No row to train on, nothing to train in the model, or accumulation below 1.
+    """
+    accumulation = args.grad_accumulation_steps
+    if accumulation < 1:
+        raise InvalidArgumentError(f"grad_accumulation_steps={accumulation}: it must be at least 1.")
+    if not _trainable(model):
+        raise InvalidArgumentError("The model has nothing to train: add adapters, or unfreeze layers, first.")
+    import mlx.core as mx
+
+    world = mx.distributed.init()
+    rows = as_rows(train_set)
+    max_batch = largest_batch(rows, None if valid_set is None else as_rows(valid_set), world.size())
+    make_batch = longest_batches(rows, args.max_seq_length, world)
+    with ExitStack() as undo:
+        undo.callback(set_training, [(module, module.training) for module in model.modules()])
+        if not getattr(optimizer, "_initialized", True):
+            undo.enter_context(Snapshot(optimizer))
+            optimizer.init(model.trainable_parameters())
+        model.train()
+        yield TrainingStep(
+            step=_compiled_step(model, optimizer, loss, accumulation),
+            make_batch=make_batch,
+            state=(model, optimizer),
+            length=make_batch.length,
+            max_batch=max_batch,
+            multiple_of=world.size(),
+            accumulation_steps=accumulation,
+        )
+
+
+def _trainable(model: nn.Module) -> bool:
+    from mlx.utils import tree_flatten
+
+    return bool(tree_flatten(model.trainable_parameters()))
+
+
+def set_training(flags: list[tuple[nn.Module, bool]]) -> None:
+    """Put back each module's own training flag: `model.train()` sets the same one everywhere."""
+    for module, training in flags:
+        module._training = training
+
+
+def _compiled_step(
+    model: nn.Module, optimizer: Optimizer, loss: Callable[..., Any] | None, accumulation: int
+) -> Callable[[Any], tuple[mx.array, mx.array]]:
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.nn.utils import average_gradients
+    from mlx.utils import tree_map
+    from mlx_lm.tuner.trainer import default_loss
+
+    loss_and_gradients = nn.value_and_grad(model, default_loss if loss is None else loss)
+    state = [model.state, optimizer.state, mx.random.state]
+
+    def update(batch: Any, kept: Any) -> tuple[mx.array, mx.array]:
+        (value, tokens), gradients = loss_and_gradients(model, *batch)
+        if kept is not None:
+            gradients = tree_map(mx.add, gradients, kept)
+        gradients = average_gradients(gradients)
+        if accumulation > 1:
+            gradients = tree_map(lambda g: g / accumulation, gradients)
+        optimizer.update(model, gradients)
+        return value, tokens
+
+    kept = None
+    if accumulation > 1:
+        kept = tree_map(mx.zeros_like, model.trainable_parameters())
+    compiled: dict[tuple[type, ...], Any] = {}
+
+    def step(batch: Any) -> tuple[mx.array, mx.array]:
+        kinds = tuple(type(module) for module in model.modules())
+        if kinds not in compiled:
+            compiled.clear()
+            compiled[kinds] = partial(mx.compile, inputs=state, outputs=state)(partial(update))
+        return compiled[kinds](batch, kept)
+
+    return step
+
+
+def as_rows(dataset: Any) -> Sequence[tuple[Sequence[int], int]]:
+    """See a data set as mlx-lm's trainer does: rows of `(tokens, offset)`, made when they are first asked for.
+
+    Args:
+        dataset: A `CacheDataset`, one of mlx-lm's data sets, or any sequence of rows.
+
+    Raises:
+        InvalidArgumentError: The data set is empty.
+    """
+    from mlx_lm.tuner.datasets import CacheDataset
+
+    if len(dataset) == 0:
+        raise InvalidArgumentError("The data set has no rows.")
+    rows: Any = (
+        dataset if isinstance(dataset, CacheDataset) or not hasattr(dataset, "process") else CacheDataset(dataset)
+    )
+    return rows
+
+
+def largest_batch(train_rows: Any, valid_rows: Any | None, ranks: int) -> int:
+    """The largest batch that mlx-lm's trainer takes: no more than either data set has rows, for every rank as many.
+
+    Raises:
+        InvalidArgumentError: Fewer rows than ranks.
+    """
+    rows = len(train_rows) if valid_rows is None else min(len(train_rows), len(valid_rows))
+    if rows < ranks:
+        raise InvalidArgumentError(f"{rows} rows are too few for {ranks} ranks: each needs one for every batch.")
+    return rows // ranks * ranks
+
+
+class longest_batches:  # noqa: N801 - used as a function
+    """`make_batch` over a data set: its longest rows, padded and cut as mlx-lm does.
+
+    The batches are made by mlx-lm's own `iterate_batches` from a data set that has nothing but these rows.
+
+    Args:
+        rows: What `as_rows` returns.
+        max_length: mlx-lm's `max_seq_length`.
+        world: The group of ranks; each gets its own share of the rows.
+
+    Attributes:
+        length: Tokens in a row of every batch, padding included.
+    """
+
+    def __init__(self, rows: Any, max_length: int, world: Any) -> None:
+        """Find the longest rows; each row has to be tokenized for that, up to the first that fills `max_length`."""
+        self._world = world
+        self._max_length = max_length
+        seen: list[tuple[list[int], int]] = []
+        for i in range(len(rows)):
+            tokens, offset = row_of(rows[i])
+            seen.append((tokens[:max_length], min(offset, max_length)))
+            if len(tokens) >= max_length:
+                break  # no batch is longer
+        seen.sort(key=lambda row: -len(row[0]))
+        if not seen[0][0]:
+            raise InvalidArgumentError("The longest row of the data set has no tokens.")
+        self._rows = seen
+        self.length = int(self(world.size())[0].shape[1])
+
+    def __call__(self, n: int) -> tuple[mx.array, mx.array]:
+        """The longest batch of n rows, all ranks together; rows repeat where fewer were looked at."""
+        from mlx_lm.tuner.trainer import iterate_batches
+
+        if n < 1 or n % self._world.size():
+            raise InvalidArgumentError(
+                f"A batch of {n} rows does not divide among {self._world.size()} ranks: give a positive multiple."
+            )
+        rows = [self._rows[i % len(self._rows)] for i in range(n)]
+        # Longest last in mlx-lm's order as well: the sort there is stable and by length.
+        return next(iterate_batches(rows, n, self._max_length, comm_group=self._world))
+
+
+def row_of(row: Any) -> tuple[list[int], int]:
+    """The tokens of a row and where its loss begins, in whichever of mlx-lm's two forms it comes."""
+    if len(row) == 2 and hasattr(row[0], "__len__"):
+        return list(row[0]), int(row[1])
+    return list(row), 0

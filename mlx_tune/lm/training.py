@@ -1,0 +1,243 @@
+"""`lm.train`: mlx-lm's own trainer, run with what was found, and measured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mlx_tune.batching import AutobatchResult
+from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.lm.fitting import Budget, Loss, autofit
+from mlx_tune.lm.result import LossReport, TrainingResult
+from mlx_tune.lm.steps import as_rows, largest_batch, set_training
+from mlx_tune.memory import open_limit_bytes, track_memory
+from mlx_tune.wiring import wired_limit
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx.optimizers import Optimizer
+
+    from mlx_tune.fitting import Fit
+
+
+def train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    train_set: Any,
+    valid_set: Any = None,
+    args: Any = None,
+    *,
+    fit: Fit | AutobatchResult | Literal["auto"] | None = None,
+    budget: Budget = None,
+    target_batch: int | None = None,
+    loss: Loss | None = None,
+    training_callback: Any = None,
+) -> TrainingResult:
+    """Train with mlx-lm's own trainer, under the batch, checkpoints and limit that were found, and say what it took.
+
+    mlx-lm's loop does the training. Around it: blocks are checkpointed by this library, with the gradients of
+    the plain model, in place of mlx-lm's `grad_checkpoint`, and are plain again afterwards; the memory limit holds
+    for the run; the wired limit, which mlx-lm raises and leaves, is back at what it was; adapter files appear whole.
+    Under `mlx.launch` every rank calls this, and gradients are averaged as mlx-lm does.
+
+    Args:
+        model: The model as it is to be trained: adapters added, layers frozen.
+        optimizer: Any of MLX's.
+        train_set: What mlx-lm's trainer takes: a `CacheDataset`, one of mlx-lm's data sets, or any sequence of
+            `(tokens, offset)`.
+        valid_set: The same to evaluate on, or None.
+        args: mlx-lm's `TrainingArgs`; its defaults by default. `grad_checkpoint` checkpoints every block.
+        fit: What `autofit` or `autobatch` returned: its batch, accumulation, checkpoints and limit replace those of
+            `args`. "auto" calls `lm.autofit` first. `iters` stays the number of batches.
+        budget: For fit="auto": the memory to stay within.
+        target_batch: For fit="auto": rows that make up an update of the optimizer.
+        loss: As mlx-lm's trainer takes it.
+        training_callback: mlx-lm's `TrainingCallback`; it is told everything as by mlx-lm itself.
+
+    Returns:
+        Peak, footprint, rate, losses and everything that was chosen.
+
+    Raises:
+        InvalidArgumentError: A batch that mlx-lm would refuse: larger than a data set, or not divisible by the number
+            of ranks; `budget` or `target_batch` without fit="auto".
+        BudgetError: fit="auto", and not even one row fits.
+
+    Example:
+        ```python
+        result = lm.train(model, optimizer, train_set, valid_set, TrainingArgs(iters=600), fit="auto", budget="24GB")
+        print(result)
+        ```
+    """
+    from mlx_lm.tuner import trainer
+
+    args = trainer.TrainingArgs() if args is None else args
+    if fit != "auto" and (budget is not None or target_batch is not None):
+        raise InvalidArgumentError('budget and target_batch say how to search: pass fit="auto" with them.')
+    train_rows = as_rows(train_set)
+    valid_rows = as_rows(valid_set) if valid_set else None
+    chosen: Fit | AutobatchResult | None
+    if isinstance(fit, str):
+        if fit != "auto":
+            raise InvalidArgumentError(f'fit={fit!r}: pass "auto", or what autofit or autobatch returned.')
+        chosen = autofit(
+            model,
+            train_rows,
+            replace(args, grad_checkpoint=False),
+            optimizer=optimizer,
+            valid_set=valid_rows,
+            loss=loss,
+            budget=budget,
+            target_batch=target_batch,
+        )
+    else:
+        chosen = fit
+    # A Fit brings its own checkpoints; a batch that was searched for, or given, goes with those of the arguments.
+    every_block = args.grad_checkpoint and (chosen is None or isinstance(chosen, AutobatchResult))
+    args = replace(args, grad_checkpoint=False)
+    if chosen is not None:
+        args = replace(args, batch_size=chosen.batch_size, grad_accumulation_steps=chosen.accumulation_steps)
+    _check_batch(args.batch_size, train_rows, valid_rows)
+    return _run(model, optimizer, train_rows, valid_rows, args, chosen, every_block, loss, training_callback)
+
+
+def _run(
+    model: nn.Module,
+    optimizer: Optimizer,
+    train_rows: Any,
+    valid_rows: Any,
+    args: Any,
+    fit: Fit | AutobatchResult | None,
+    every_block: bool,
+    loss: Loss | None,
+    training_callback: Any,
+) -> TrainingResult:
+    """mlx-lm's trainer, with everything set around it and put back behind it."""
+    import mlx.core as mx
+    from mlx_lm.tuner import trainer
+
+    import mlx_tune
+
+    log = _recorder(training_callback)
+    with ExitStack() as around:
+        around.callback(set_training, [(module, module.training) for module in model.modules()])
+        if fit is not None:
+            around.enter_context(fit.applied())
+        if every_block:
+            around.enter_context(mlx_tune.checkpoint_blocks(model))
+        checkpointed = tuple(path for path, block in reversed(model.named_modules()) if mlx_tune.is_checkpointed(block))
+        limit = open_limit_bytes()
+        wired = around.enter_context(wired_limit(model))
+        files = around.enter_context(_appearing_whole(Path(args.adapter_file)))
+
+        def iterate_batches(**options: Any) -> Iterator[Any]:
+            # mlx-lm has just wired all that the system recommends; what was decided for this process holds.
+            if wired.applied:
+                mx.set_wired_limit(wired.limit_bytes)
+            for batch in trainer.iterate_batches(**options):
+                files.publish()
+                yield batch
+
+        memory = around.enter_context(track_memory())
+        trainer.train(
+            model=model,
+            optimizer=optimizer,
+            train_dataset=train_rows,
+            val_dataset=valid_rows,
+            args=replace(args, adapter_file=files.staged),
+            loss=trainer.default_loss if loss is None else loss,
+            iterate_batches=iterate_batches,
+            training_callback=log,
+        )
+        mx.synchronize()
+        files.publish()
+    return TrainingResult(
+        iterations=args.iters,
+        batch_size=args.batch_size,
+        accumulation_steps=args.grad_accumulation_steps,
+        ranks=mx.distributed.init().size(),
+        tokens=log.tokens,
+        tokens_per_second=log.tokens / log.seconds if log.seconds else 0.0,
+        seconds=memory.seconds,
+        peak_bytes=memory.peak_bytes,
+        cache_bytes=memory.cache_bytes,
+        footprint_bytes=memory.footprint_bytes,
+        limit_bytes=limit,
+        checkpointed=checkpointed,
+        wired=str(wired),
+        losses=tuple(log.losses),
+        validation_losses=tuple(log.validations),
+        adapter_file=str(args.adapter_file),
+        fit=None if fit is None else fit.to_dict(),
+    )
+
+
+def _check_batch(batch_size: int, train_rows: Any, valid_rows: Any) -> None:
+    """Refuse beforehand what mlx-lm would refuse in the middle."""
+    import mlx.core as mx
+
+    ranks = mx.distributed.init().size()
+    if batch_size < 1 or batch_size % ranks:
+        raise InvalidArgumentError(f"batch_size={batch_size}: it must be a positive multiple of the {ranks} ranks.")
+    if batch_size > largest_batch(train_rows, valid_rows, ranks):
+        rows = f"{len(train_rows)} training rows"
+        if valid_rows is not None:
+            rows += f" and {len(valid_rows)} validation rows (mlx-lm evaluates with the training batch)"
+        raise InvalidArgumentError(f"batch_size={batch_size} is more than the data has: {rows}.")
+
+
+def _recorder(inner: Any) -> Any:
+    """A callback that notes what mlx-lm reports, and hands it on to the user's own."""
+    from mlx_lm.tuner.callbacks import TrainingCallback
+
+    class Recorder(TrainingCallback):
+        def __init__(self) -> None:
+            self.losses: list[LossReport] = []
+            self.validations: list[LossReport] = []
+            self.tokens = 0
+            self.seconds = 0.0
+
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            tokens, rate = int(train_info["trained_tokens"]), float(train_info["tokens_per_second"])
+            self.seconds += (tokens - self.tokens) / rate
+            self.tokens = tokens
+            self.losses.append(LossReport(int(train_info["iteration"]), tokens, float(train_info["train_loss"]), rate))
+            if inner is not None:
+                inner.on_train_loss_report(train_info)
+
+        def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+            self.validations.append(LossReport(int(val_info["iteration"]), self.tokens, float(val_info["val_loss"])))
+            if inner is not None:
+                inner.on_val_loss_report(val_info)
+
+    return Recorder()
+
+
+class _Staging:
+    """Files that are written beside their place and renamed into it when they are whole."""
+
+    def __init__(self, target: Path, folder: Path) -> None:
+        self.target = target
+        self.staged = folder / target.name
+        self._folder = folder
+
+    def publish(self) -> None:
+        """Move every file that was written so far."""
+        for file in sorted(self._folder.iterdir()):
+            os.replace(file, self.target.parent / file.name)
+
+
+@contextmanager
+def _appearing_whole(target: Path) -> Iterator[_Staging]:
+    """A place for mlx-lm to save to, so that a run that is killed leaves no half of a file under a real name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
+    try:
+        yield _Staging(target, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

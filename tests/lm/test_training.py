@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from metal_stand_in import MetalStandIn, metal
+from mlx.utils import tree_flatten
+from mlx_lm.tuner import trainer
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+import mlx_tune as mt
+from mlx_tune import lm
+from mlx_tune.memory import open_limit_bytes
+
+__all__ = ["metal"]
+
+
+def weights(model) -> dict[str, mx.array]:
+    return {name: mx.array(value) for name, value in tree_flatten(model.parameters())}
+
+
+def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
+    return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]).item() for name in a)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    def make(**changes) -> trainer.TrainingArgs:
+        settings = {
+            "batch_size": 4,
+            "iters": 4,
+            "steps_per_report": 2,
+            "steps_per_eval": 2,
+            "steps_per_save": 2,
+            "val_batches": 1,
+            "max_seq_length": 64,
+            "adapter_file": tmp_path / "adapters" / "adapters.safetensors",
+        }
+        return trainer.TrainingArgs(**settings | changes)
+
+    return make
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_it_trains_what_mlx_lm_trains(toy, rows, arguments, tmp_path, checkpointed: bool) -> None:
+    theirs = toy(lora=True)
+    np.random.seed(0)
+    (tmp_path / "theirs").mkdir()
+    trainer.train(
+        theirs,
+        optim.AdamW(1e-2),
+        rows,
+        rows[:8],
+        args=arguments(adapter_file=tmp_path / "theirs" / "adapters.safetensors"),
+    )
+    ours = toy(lora=True)
+    np.random.seed(0)
+    result = lm.train(ours, optim.AdamW(1e-2), rows, rows[:8], arguments(grad_checkpoint=checkpointed))
+    assert same(weights(ours), weights(theirs))
+    assert len(result.checkpointed) == (3 if checkpointed else 0)
+    names = sorted(file.name for file in (tmp_path / "adapters").iterdir())
+    assert names == ["0000002_adapters.safetensors", "0000004_adapters.safetensors", "adapters.safetensors"]
+    for name in names:
+        a, b = (mx.load(str(tmp_path / folder / name)) for folder in ("adapters", "theirs"))
+        assert same(a, b)
+
+
+def test_the_result_says_what_the_run_did(toy, rows, arguments) -> None:
+    result = lm.train(toy(lora=True), optim.SGD(1e-2), rows, rows[:8], arguments(grad_accumulation_steps=2))
+    assert (result.iterations, result.batch_size, result.accumulation_steps, result.ranks) == (4, 4, 2, 1)
+    assert result.peak_bytes > 0
+    assert result.footprint_bytes > result.cache_bytes >= 0
+    assert result.tokens == result.losses[-1].tokens > 0
+    assert result.tokens_per_second > 0
+    assert [line.iteration for line in result.losses] == [2, 4]
+    assert [line.iteration for line in result.validation_losses] == [0, 1, 3]
+    assert result.limit_bytes is None
+    assert result.fit is None
+    assert result.loss_at(0) == result.losses[0].loss
+    assert result.loss_at(10**9) == result.losses[-1].loss
+    assert json.loads(json.dumps(result.to_dict()))["batch_size"] == 4
+    text = str(result)
+    assert "4 iterations of 4 rows x 2 = 8 an update" in text
+    assert "0 blocks checkpointed; not wired: " in text
+    assert "validation" in text
+
+
+def test_callbacks_are_told_as_by_mlx_lm(toy, rows, arguments) -> None:
+    class Callback(TrainingCallback):
+        def __init__(self) -> None:
+            self.told: list[tuple[str, int]] = []
+
+        def on_train_loss_report(self, train_info: dict) -> None:
+            self.told.append(("train", train_info["iteration"]))
+
+        def on_val_loss_report(self, val_info: dict) -> None:
+            self.told.append(("val", val_info["iteration"]))
+
+    plain, ours = Callback(), Callback()
+    trainer.train(toy(lora=True), optim.SGD(1e-2), rows, rows[:8], arguments(), training_callback=plain)
+    lm.train(toy(lora=True), optim.SGD(1e-2), rows, rows[:8], arguments(), training_callback=ours)
+    assert ours.told == plain.told == [("val", 0), ("val", 1), ("train", 2), ("val", 3), ("train", 4)]
+
+
+@pytest.fixture
+def adapters_exist(arguments):
+    arguments().adapter_file.parent.mkdir()
+
+
+pytestmark = pytest.mark.usefixtures("adapters_exist")
+
+
+def test_nothing_is_left_behind(toy, rows, arguments) -> None:
+    model = toy(lora=True)
+    kinds = [type(module) for module in model.modules()]
+    flags = [module.training for module in model.modules()]
+    calls = {kind: kind.__call__ for kind in kinds}
+    before = mx.set_memory_limit(2**40)
+    mx.set_memory_limit(before)
+    lm.train(model, optim.SGD(1e-2), rows, None, arguments(grad_checkpoint=True))
+    assert [type(module) for module in model.modules()] == kinds
+    assert [module.training for module in model.modules()] == flags
+    assert all(kind.__call__ is call for kind, call in calls.items())  # mlx-lm's own way patches the class for ever
+    assert mx.set_memory_limit(before) == before
+
+
+class PlantedError(RuntimeError):
+    pass
+
+
+def test_nothing_is_left_behind_by_a_run_that_fails(toy, rows, arguments) -> None:
+    model, seen = toy(lora=True), []
+
+    def loss(model, batch, lengths):
+        seen.append(mt.is_checkpointed(model.layers[0]))
+        raise PlantedError
+
+    kinds = [type(module) for module in model.modules()]
+    args = arguments(grad_checkpoint=True)
+    with pytest.raises(PlantedError):
+        lm.train(model, optim.SGD(1e-2), rows, None, args, loss=loss)
+    assert seen == [True]
+    assert [type(module) for module in model.modules()] == kinds
+    assert list(args.adapter_file.parent.iterdir()) == []
+
+
+def test_an_interrupted_run_keeps_what_was_saved_whole(toy, rows, arguments) -> None:
+    class Impatient(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict) -> None:
+            if train_info["iteration"] == 4:
+                raise KeyboardInterrupt
+
+    args = arguments(iters=8)
+    with pytest.raises(KeyboardInterrupt):
+        lm.train(toy(lora=True), optim.SGD(1e-2), rows, None, args, training_callback=Impatient())
+    names = sorted(file.name for file in args.adapter_file.parent.iterdir())
+    assert names == ["0000002_adapters.safetensors", "adapters.safetensors"]
+
+
+@dataclass
+class ChosenFit:
+    """What `autofit` returns, as far as training looks at it."""
+
+    model: nn.Module
+    batch_size: int = 2
+    accumulation_steps: int = 2
+    entered: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def applied(self):
+        self.entered.append("in")
+        with mt.memory_limit("3GB"), mt.checkpoint_blocks(self.model, every=2):
+            yield self
+        self.entered.append("out")
+
+    def to_dict(self):
+        return {"batch_size": self.batch_size}
+
+
+def test_a_fit_replaces_batch_accumulation_checkpoints_and_limit(toy, rows, arguments) -> None:
+    model = toy(lora=True)
+    fit = ChosenFit(model)
+    result = lm.train(model, optim.SGD(1e-2), rows, None, arguments(grad_checkpoint=True), fit=fit)
+    assert (result.batch_size, result.accumulation_steps) == (2, 2)
+    assert result.checkpointed == ("model.layers.0", "model.layers.2")  # the fit's, not every block
+    assert result.limit_bytes == 3_000_000_000
+    assert result.fit == {"batch_size": 2}
+    assert fit.entered == ["in", "out"]
+    assert open_limit_bytes() is None
+
+
+@pytest.mark.cpu_only
+def test_a_searched_batch_is_trained_with_under_its_limit(toy, rows, arguments) -> None:
+    model, optimizer = toy(lora=True), optim.AdamW(1e-3)
+    before = weights(model)
+    result = lm.autobatch(model, rows, arguments(), optimizer=optimizer, budget="24MB", max_batch=8, progress=False)
+    assert same(weights(model), before)
+    assert set(optimizer.state) == {"step", "learning_rate"}
+    run = lm.train(model, optimizer, rows, None, arguments(iters=6), fit=result)
+    assert run.batch_size == result.batch_size
+    assert run.limit_bytes == result.limit_bytes
+    assert run.peak_bytes <= result.budget_bytes
+
+
+def test_a_search_keeps_to_the_data_set(toy, rows, arguments) -> None:
+    result = lm.autobatch(toy(lora=True), rows[:5], arguments(), valid_set=rows[:3], budget="2GB", progress=False)
+    assert result.batch_size == 3
+    assert result.next_size is None
+
+
+def test_checkpoints_hold_during_a_search_that_asks_for_them(toy, rows, arguments) -> None:
+    model, seen = toy(lora=True), set()
+
+    def loss(model, batch, lengths):
+        seen.add(mt.is_checkpointed(model.layers[0]))
+        return trainer.default_loss(model, batch, lengths)
+
+    lm.autobatch(model, rows, arguments(grad_checkpoint=True), loss=loss, max_batch=1, budget="1GB", progress=False)
+    assert seen == {True}
+    assert not mt.is_checkpointed(model.layers[0])
+
+
+def test_the_wired_limit_that_mlx_lm_leaves_behind_is_put_back(toy, rows, arguments, metal: MetalStandIn) -> None:
+    model, during = toy(lora=True), []
+
+    class Watch(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict) -> None:
+            during.append(metal.limit)
+
+    metal.limit = 7 << 30
+    lm.train(model, optim.SGD(1e-2), rows, None, arguments(), training_callback=Watch())
+    assert metal.recommended_bytes in metal.limits  # mlx-lm does raise it to all of the working set
+    assert set(during) == {7 << 30}  # the model is far smaller than what was wired already
+    assert metal.limit == 7 << 30
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_every_kind_of_fine_tuning_learns(toy, rows, arguments, kind: str, quantized: bool) -> None:
+    model = toy()
+    model.freeze()
+    if quantized:
+        mt.quantize_model(model, 4, 64, progress=False)
+    if kind == "full":
+        for layer in model.layers[-1:]:
+            layer.unfreeze()
+    else:
+        linear_to_lora_layers(model, 2, {"rank": 4, "scale": 10.0, "dropout": 0.1}, use_dora=kind == "dora")
+    mx.random.seed(0)
+    np.random.seed(0)
+    result = lm.train(model, optim.Adam(1e-2), rows, None, arguments(iters=12, grad_checkpoint=True))
+    assert result.losses[-1].loss < result.losses[0].loss
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "text"),
+    [
+        ({"budget": "1GB"}, {}, 'pass fit="auto" with them'),
+        ({"target_batch": 8}, {}, 'pass fit="auto" with them'),
+        ({"fit": "automatic"}, {}, "fit='automatic': pass \"auto\""),
+        ({}, {"batch_size": 0}, "batch_size=0: it must be a positive multiple"),
+        ({}, {"batch_size": 9}, "31 training rows and 8 validation rows"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(toy, rows, arguments, options, changes, text) -> None:
+    with pytest.raises(mt.InvalidArgumentError, match=text):
+        lm.train(toy(lora=True), optim.SGD(1e-2), rows, rows[:8], arguments(**changes), **options)
+
+
+def test_a_target_batch_and_given_accumulation_contradict_each_other(toy, rows, arguments) -> None:
+    args = arguments(grad_accumulation_steps=4)
+    with pytest.raises(mt.InvalidArgumentError, match="grad_accumulation_steps=4 both say"):
+        lm.autobatch(toy(lora=True), rows, args, target_batch=8)
