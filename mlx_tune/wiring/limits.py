@@ -69,29 +69,6 @@ def read_capacity() -> Capacity:
     return Capacity(cap, recommended, memory)
 
 
-class ArrayKey:
-    """Which array this is, without keeping it alive: a training step replaces arrays while they are wired.
-
-    Two keys are equal when made of the same array, and a key whose array is gone equals no other. (Python hands
-    out one weak reference per object, so comparing those by identity does both. Comparing by `id` of the array
-    would confuse it with a later one at the same address.)
-    """
-
-    __slots__ = ("_reference",)
-
-    def __init__(self, array: Any) -> None:
-        """Note the array."""
-        self._reference = weakref.ref(array)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both were made of the same array."""
-        return isinstance(other, ArrayKey) and self._reference is other._reference
-
-    def __hash__(self) -> int:
-        """By identity."""
-        return id(self._reference)
-
-
 def read_request(wanted: Any, headroom: float, cap_bytes: int) -> Request:
     """Turn what `wired_limit` was given into a request.
 
@@ -104,24 +81,39 @@ def read_request(wanted: Any, headroom: float, cap_bytes: int) -> Request:
         The request; tied parameters are in it once.
 
     Raises:
-        InvalidArgumentError: Neither, or a model without arrays.
+        InvalidArgumentError: Not a size.
     """
     if wanted is None:
         return Request(extra_bytes=cap_bytes)
-    if isinstance(wanted, str | float) or (hasattr(wanted, "__index__") and not _is_array(wanted)):
+    if _is_size(wanted):
         return Request(extra_bytes=parse_bytes(wanted))
-    arrays = {ArrayKey(array): int(array.nbytes) for array in _arrays(wanted)}
-    if not arrays:
-        raise InvalidArgumentError(
-            f"There is no array in this {type(wanted).__name__}: give wired_limit a model, a tree of arrays, bytes, "
-            'text such as "24GB", or None for all that may be wired.'
-        )
-    return Request(arrays=arrays, headroom=headroom)
+    arrays: dict[int, int] = {}
+    references = []
+    for array in _arrays(wanted):
+        # A weak reference tells arrays apart without keeping them alive: a training step replaces them while they are
+        # wired. Python hands out one per object, so its address is a key as long as the request holds it; the
+        # array's own address might belong to another array by then.
+        reference = weakref.ref(array)
+        references.append(reference)
+        arrays[id(reference)] = array.nbytes
+    return Request(arrays=arrays, headroom=headroom, keys=tuple(references))
 
 
 def check_wanted(wanted: Any) -> None:
     """Raise `InvalidArgumentError` now for what `read_request` would refuse later."""
-    read_request(wanted, 0.0, 0)
+    if wanted is None:
+        return
+    if _is_size(wanted):
+        parse_bytes(wanted)
+    elif next(_arrays(wanted), None) is None:
+        raise InvalidArgumentError(
+            f"There is no array in this {type(wanted).__name__}: give wired_limit a model, a tree of arrays, bytes, "
+            'text such as "24GB", or None for all that may be wired.'
+        )
+
+
+def _is_size(wanted: Any) -> bool:
+    return isinstance(wanted, str | float) or (hasattr(wanted, "__index__") and not _is_array(wanted))
 
 
 def _is_array(value: Any) -> bool:

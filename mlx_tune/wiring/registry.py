@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,13 @@ class Request:
         arrays: The bytes of each array. An array that several requests name under the same key counts once.
         headroom: The share of the arrays' bytes to add for what computing with them makes.
         extra_bytes: Bytes asked for outright; added to everybody else's.
+        keys: Whatever has to live as long as the request for its arrays' keys to stay true.
     """
 
     arrays: Mapping[Any, int] = field(default_factory=dict)
     headroom: float = 0.0
     extra_bytes: int = 0
+    keys: tuple[Any, ...] = ()
 
 
 def total_bytes(requests: Iterable[Request]) -> int:
@@ -36,17 +38,21 @@ def total_bytes(requests: Iterable[Request]) -> int:
         >>> total_bytes([model, model, Request(extra_bytes=5)])
         125
     """
-    counted: dict[Hashable, tuple[int, float]] = {}
     extra = 0
+    by_headroom: dict[float, list[Request]] = {}
     for request in requests:
         extra += request.extra_bytes
-        for key, size in request.arrays.items():
-            seen = counted.get(key)
-            counted[key] = (size, request.headroom if seen is None else max(seen[1], request.headroom))
-    by_headroom: dict[float, int] = {}
-    for size, headroom in counted.values():
-        by_headroom[headroom] = by_headroom.get(headroom, 0) + size
-    return extra + sum(size + math.floor(size * headroom) for headroom, size in by_headroom.items())
+        by_headroom.setdefault(request.headroom, []).append(request)
+    # The largest headroom first: an array that was counted under it is not counted again.
+    seen: dict[Any, int] = {}
+    total = 0
+    for headroom in sorted(by_headroom, reverse=True):
+        before = sum(seen.values())
+        for request in by_headroom[headroom]:
+            seen = {**request.arrays, **seen} if seen else dict(request.arrays)
+        added = sum(seen.values()) - before
+        total += added + math.floor(added * headroom)
+    return extra + total
 
 
 def rule(requests: Iterable[Request], baseline_bytes: int, cap_bytes: int) -> int:
