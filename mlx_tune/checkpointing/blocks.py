@@ -72,7 +72,7 @@ class CheckpointHandle:
             for path in self.paths
         ]
         return render_table(
-            ["block", "class", "checkpointed here"],
+            ["block", "class", "checkpointed"],
             rows,
             title=f"{len(self.paths)} of {self.found} blocks checkpointed",
         )

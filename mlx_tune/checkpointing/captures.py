@@ -243,12 +243,12 @@ def _partial(walk: Walk, value: Any) -> Any:
     return value
 
 
-def _opaque_callable(walk: Walk, value: Any) -> Any:
-    # mx.compile, mx.checkpoint, mx.grad and the like hold the function they wrap where only the collector sees it.
+def _transformed(walk: Walk, value: Any) -> Any:
+    # mx.compile, mx.checkpoint, mx.grad and the like hold the function they wrap, and compile the state it was given
+    # as inputs=, where only the garbage collector sees them.
     if walk._visit(value):
         for held in gc.get_referents(value):
-            if isinstance(held, FunctionType | MethodType | partial) or callable(held):
-                walk._encode(held)
+            walk._encode(held)
     return value
 
 
@@ -344,6 +344,8 @@ def _class_arrays(kind: type) -> list[tuple[type, tuple[str, ...]]]:
     return [(base, names) for base in kind.__mro__ if not _is_foreign(base.__module__) and (names := _scan(base)[1])]
 
 
+_TRANSFORMED = {type(mx.compile(abs)), type(mx.checkpoint(abs)), type(mx.custom_function(abs))}
+
 _KINDS: dict[type, Callable[[Walk, Any], Any]] = {
     mx.array: _array,
     tuple: _tuple,
@@ -366,8 +368,8 @@ def _handler(kind: type) -> Callable[[Walk, Any], Any]:
     for base, handler in ((tuple, _tuple), (dict, _dict), (list, _list), (deque, _list), (set, _set)):
         if issubclass(kind, base):
             return handler
-    if kind.__module__ == "mlx.core" and any("__call__" in vars(base) for base in kind.__mro__):
-        return _opaque_callable
+    if kind in _TRANSFORMED:
+        return _transformed
     root, _, below = kind.__module__.partition(".")
     if _is_foreign(root) and (root != "mlx" or below.partition(".")[0] == "core"):
         return _leave

@@ -120,7 +120,7 @@ class VerifyReport:
         return render_table(
             ["parameter", "largest gradient", "difference", "allowed", ""],
             rows,
-            title=f"{len(self.blocks)} checkpointed blocks against none",
+            title=f"{len(self.blocks)} checkpointed block{'' if len(self.blocks) == 1 else 's'} against none",
             notes=notes,
         )
 
@@ -188,12 +188,12 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
         (_compared(path, plain[path], checked[path], noise[path]) for path in plain),
         key=lambda p: (p.ok, -p.difference / (p.largest or 1.0), p.path),
     )
-    loss_value = float(value.item())
+    loss_value = _number(value)
     return VerifyReport(
         blocks=blocks,
         loss=loss_value,
         loss_difference=_difference(value, checked_value),
-        loss_tolerance=_RELATIVE.get(value.dtype, 1e-6) * max(abs(loss_value), 1e-30),
+        loss_tolerance=_RELATIVE.get(value.dtype, 1e-6) * (abs(loss_value) if math.isfinite(loss_value) else 0.0),
         parameters=tuple(parameters),
     )
 
@@ -253,12 +253,12 @@ def _difference(a: mx.array, b: mx.array) -> float:
     """The largest absolute difference, with no-numbers in the same place being the same."""
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     same = (a == b) | (mx.isnan(a) & mx.isnan(b))
-    largest = float(mx.max(mx.where(same, 0.0, mx.abs(a - b))).item()) if a.size else 0.0
+    largest = _number(mx.max(mx.where(same, 0.0, mx.abs(a - b)))) if a.size else 0.0
     return math.inf if math.isnan(largest) else largest
 
 
 def _compared(path: str, plain: mx.array, checked: mx.array, noise: float) -> GradientDifference:
-    largest = float(mx.max(mx.abs(plain.astype(mx.float32))).item()) if plain.size else 0.0
+    largest = _number(mx.max(mx.abs(plain.astype(mx.float32)))) if plain.size else 0.0
     return GradientDifference(
         path=path,
         largest=largest,
@@ -267,3 +267,8 @@ def _compared(path: str, plain: mx.array, checked: mx.array, noise: float) -> Gr
         tolerance=max(_RELATIVE.get(plain.dtype, 1e-6) * (largest if math.isfinite(largest) else 0.0), 2 * noise),
         became_zero=largest > 0 and not bool(mx.any(checked != 0).item()),
     )
+
+
+def _number(array: mx.array) -> float:
+    value: Any = array.item()
+    return float(value)

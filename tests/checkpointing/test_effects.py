@@ -1,0 +1,204 @@
+"""What a block writes is written once; what it logs and counts is there for both runs."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from checkpointing.contract import bare_checkpoint
+from mlx_lm.models.cache import KVCache
+
+import mlx_tune as mt
+
+
+class CachedBlock(nn.Module):
+    """Attention-like: appends to a cache that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def __call__(self, x, cache):
+        keys = self.inner(x)
+        keys, values = cache.update_and_fetch(keys[None, None], keys[None, None] * 2)
+        return (keys * values).sum(axis=(0, 1, 2)) + x
+
+
+class ListCache:
+    """A cache with the arrays in a list and its position next to it."""
+
+    def __init__(self):
+        self.parts = []
+        self.offset = 0
+
+    def update_and_fetch(self, keys, values):
+        self.parts.append((keys, values))
+        self.offset += keys.shape[2]
+        return mx.concatenate([k for k, _ in self.parts], 2), mx.concatenate([v for _, v in self.parts], 2)
+
+
+def held(cache):
+    if isinstance(cache, ListCache):
+        return [part for pair in cache.parts for part in pair]
+    return list(cache.state)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", [KVCache, ListCache])
+def test_cache_is_written_once(kind):
+    """Two calls of the block on one cache in a step, so that the second reads what the first wrote."""
+    results = []
+    for wrap in (False, True):
+        mx.random.seed(0)
+        block = CachedBlock()
+        if wrap:
+            mt.checkpoint(block)
+        cache = kind()
+        cache.update_and_fetch(mx.ones((1, 1, 2, 4)), mx.ones((1, 1, 2, 4)))
+
+        def loss(x, block=block, cache=cache):
+            return (block(block(x, cache), cache) ** 2).mean()
+
+        value, gradient = nn.value_and_grad(block, loss)(mx.ones((3, 4)))
+        mx.eval(value, gradient)
+        results.append((value, gradient["inner"], cache.offset, held(cache)))
+    (value, gradient, offset, state), (value2, gradient2, offset2, state2) = results
+    assert offset == offset2 == 8
+    assert value.item() == value2.item()
+    for name in gradient:
+        assert mx.allclose(gradient[name], gradient2[name], rtol=1e-6, atol=1e-6)
+    assert len(state) == len(state2)
+    assert all(mx.array_equal(a, b) for a, b in zip(state, state2, strict=True))
+
+
+def test_mx_checkpoint_writes_the_cache_twice():
+    block, cache = bare_checkpoint(CachedBlock()), KVCache()
+    nn.value_and_grad(block, lambda x: block(x, cache).sum())(mx.ones((3, 4)))
+    assert cache.offset == 6
+
+
+def test_running_statistics_are_updated_once():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm(4)
+
+        def __call__(self, x):
+            return self.norm(x) * 2
+
+    x = mx.arange(12).reshape(3, 4).astype(mx.float32)
+    means = []
+    for wrap in (lambda block: block, mt.checkpoint, bare_checkpoint):
+        block = wrap(Block())
+        mx.eval(nn.value_and_grad(block, lambda x, block=block: block(x).sum())(x), block.state)
+        means.append(block.norm.running_mean.tolist())
+    assert means[0] == means[1] != means[2]
+
+
+def test_logs_and_counters_see_both_runs():
+    log, counts, holder, number = [], Counter(), SimpleNamespace(calls=0), 0
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+            self.calls = 0
+            self.seen = []
+
+        def __call__(self, x):
+            nonlocal number
+            self.calls += 1
+            self.seen.append(mt.is_recomputing())
+            log.append(x.shape)
+            counts["block"] += 1
+            holder.calls += 1
+            number += 1
+            return self.inner(x)
+
+    block = mt.checkpoint(Block())
+    for _ in range(3):
+        mx.eval(nn.value_and_grad(block, lambda x: block(x).sum())(mx.ones((1, 2))))
+    assert block.calls == counts["block"] == holder.calls == number == len(log) == 6
+    assert block.seen == [False, True] * 3
+
+
+def test_second_run_starts_from_what_the_first_one_found():
+    """A block that changes what it reads: the second run must not see the change."""
+
+    class Switching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = mx.array(3.0)
+            self.step = 0
+            self.first = True
+            self.table = None
+
+        def __call__(self, x):
+            scale = 1.0 if self.first else 100.0
+            self.first = False
+            self.step += 1
+            if self.table is None:
+                self.table = mx.array([10.0])
+            return x * x * self.weight * scale * self.step * self.table
+
+    gradients = []
+    for wrap in (lambda block: block, mt.checkpoint):
+        block = wrap(Switching())
+        gradients.append(mx.grad(lambda x, block=block: block(x).sum())(mx.array([2.0])).item())
+        assert block.table.item() == 10.0
+        assert block.first is False
+    assert gradients == [120.0, 120.0]
+
+
+def test_written_values_carry_gradients():
+    """What one block writes and the loss reads, such as an auxiliary loss."""
+
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.parts = {"deep": [None]}
+
+        def __call__(self, x):
+            y = self.inner(x)
+            self.auxiliary = mx.square(y).mean()
+            self.parts["deep"] = [y * 3, {"last": mx.sin(y)}]
+            return mx.tanh(y)
+
+    gradients = []
+    for wrap in (False, True):
+        mx.random.seed(0)
+        block = Router()
+        if wrap:
+            mt.checkpoint(block)
+
+        def loss(x, block=block):
+            y = block(x)
+            first, rest = block.parts["deep"]
+            return y.sum() + block.auxiliary + first.sum() + rest["last"].sum()
+
+        gradients.append(nn.value_and_grad(block, loss)(mx.ones((2, 4)))[1]["inner"]["weight"])
+    assert mx.allclose(*gradients, rtol=1e-6, atol=0)
+
+
+def test_nothing_is_held_when_the_gradients_are_dropped():
+    """Evaluate the loss alone: what the gradient would have needed goes with it (mx.checkpoint holds on to it)."""
+
+    def held_bytes(wrap):
+        mx.random.seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(4)))
+        mx.eval(model.parameters())
+        for layer in model.layers:
+            wrap(layer)
+        x = mx.random.normal((512, 256))
+        mx.eval(x)
+        before = mx.get_active_memory()
+        value, gradient = nn.value_and_grad(model, lambda x: model(x).square().mean())(x)
+        mx.eval(value)
+        del value, gradient
+        return mx.get_active_memory() - before
+
+    plain, ours = held_bytes(lambda layer: layer), held_bytes(mt.checkpoint)
+    assert ours <= plain + 1024
+    assert held_bytes(bare_checkpoint) > ours + 512 * 256 * 4

@@ -1,0 +1,258 @@
+"""Whole models: which blocks are wrapped, shared and frozen weights, derivatives of derivatives, mlx-lm."""
+
+import importlib
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from checkpointing.contract import assert_same, train
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+import mlx_tune as mt
+
+
+class Block(nn.Module):
+    def __init__(self, width=16, inner=None):
+        super().__init__()
+        self.inner = inner if inner is not None else nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(0.3)
+
+    def __call__(self, x):
+        return x + self.dropout(mx.tanh(self.inner(self.norm(x))))
+
+
+class OtherBlock(Block):
+    def __call__(self, x):
+        return x * 0.5 + self.dropout(nn.relu(self.inner(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def square(model, x):
+    return mx.square(model(x)).mean()
+
+
+X = mx.random.normal((3, 16), key=mx.random.key(1))
+
+
+def six():
+    return Model([Block() for _ in range(6)])
+
+
+def mixed():
+    return Model([Block(), OtherBlock(), Block(), OtherBlock()])
+
+
+def tied():
+    shared = nn.Linear(16, 16)
+    return Model([Block(inner=shared) for _ in range(3)])
+
+
+def repeated():
+    return Model([Block()] * 3)
+
+
+def frozen():
+    model = six()
+    model.freeze()
+    for layer in model.layers[::2]:
+        layer.inner.unfreeze()
+    return model
+
+
+def twice(model):
+    mt.checkpoint_blocks(model)
+    mt.checkpoint_blocks(model)
+
+
+def nested(model):
+    for layer in model.layers:
+        mt.checkpoint(layer)
+        mt.checkpoint(layer.inner)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("make", "wrap", "kinds", "plain_calls", "calls", "relative"),
+    [
+        (six, mt.checkpoint_blocks, [Block], 6, 12, 0),
+        (six, lambda model: mt.checkpoint_blocks(model, every=3), [Block], 6, 8, 0),
+        (six, twice, [Block], 6, 12, 0),
+        (six, nested, [Block], 6, 12, 0),
+        (six, nested, [nn.Linear], 6, 18, 0),
+        (mixed, mt.checkpoint_blocks, [Block, OtherBlock], 4, 8, 0),
+        (tied, mt.checkpoint_blocks, [Block], 3, 6, 1e-6),
+        (repeated, mt.checkpoint_blocks, [Block], 3, 6, 1e-6),
+        (frozen, mt.checkpoint_blocks, [Block], 6, 12, 0),
+    ],
+    ids=["all", "every third", "twice", "nested", "nested inner", "mixed", "tied", "repeated", "frozen"],
+)
+def test_models(make, wrap, kinds, plain_calls, calls, relative):
+    plain = train(make, square, X, count=kinds, steps=1)
+    checked = train(make, square, X, count=kinds, steps=1, wrap=wrap)
+    assert (plain.calls, checked.calls) == (plain_calls, calls)
+    assert_same(plain, checked, relative)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(("make", "wrap"), [(tied, mt.checkpoint_blocks), (tied, nested)], ids=["tied", "nested"])
+def test_compiled_models(make, wrap):
+    plain = train(make, square, X, compiled=True, count=[Block])
+    checked = train(make, square, X, compiled=True, count=[Block], wrap=wrap)
+    assert (plain.calls, checked.calls) == (3, 6)
+    assert_same(plain, checked, 1e-6)
+
+
+def test_second_order():
+    """A penalty on the gradient of the input, as in WGAN-GP: the gradient of a gradient."""
+    model, x = Model([Block(), Block()]), X
+
+    def penalty(model, x):
+        mx.random.seed(3)
+        return mx.square(mx.grad(lambda x: square(model, x))(x)).sum()
+
+    plain = nn.value_and_grad(model, penalty)(model, x)
+    handle = mt.checkpoint_blocks(model)
+    checked = nn.value_and_grad(model, penalty)(model, x)
+    handle.undo()
+    assert plain[0].item() == checked[0].item()
+    for a, b in zip(plain[1]["layers"], checked[1]["layers"], strict=True):
+        expected, found = a["inner"]["weight"], b["inner"]["weight"]
+        assert mx.abs(expected - found).max().item() <= 1e-5 * mx.abs(expected).max().item()
+
+
+def test_forward_derivatives_and_vmap():
+    weight = mx.array([[0.3, -0.2], [0.1, 0.4]])
+
+    def plain(x):
+        return mx.tanh(x @ weight)
+
+    fast, x = mt.checkpoint(plain), mx.array([0.5, -1.0])
+    assert mx.array_equal(mx.jvp(fast, [x], [x])[1][0], mx.jvp(plain, [x], [x])[1][0])
+    many = mx.stack([x, 2 * x, -x])
+    assert mx.allclose(mx.vmap(fast)(many), plain(many))
+
+
+ARGUMENTS = {
+    "llama": {
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+    },
+    "qwen3_moe": {
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
+        "moe_intermediate_size": 32,
+        "head_dim": 16,
+        "rope_theta": 1e4,
+        "max_position_embeddings": 64,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    },
+    "gemma2": {
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-5,
+        "query_pre_attn_scalar": 16,
+    },
+    "qwen3_next": {
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 1,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 32,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 32,
+        "head_dim": 16,
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "max_position_embeddings": 64,
+        "full_attention_interval": 2,
+    },
+}
+
+
+def language_model(name):
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    sizes = {"model_type": name, "hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 53, **ARGUMENTS[name]}
+    return module.Model(module.ModelArgs.from_dict(sizes))
+
+
+def next_token(model, tokens):
+    return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+
+TOKENS = mx.random.randint(0, 53, (2, 9), key=mx.random.key(2))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_mlx_lm_models(name):
+    block = type(language_model(name).layers[0])
+    plain = train(lambda: language_model(name), next_token, TOKENS, count=[block], steps=1)
+    checked = train(lambda: language_model(name), next_token, TOKENS, count=[block], steps=1, wrap=mt.checkpoint_blocks)
+    assert (plain.calls, checked.calls) == (3, 6)
+    assert_same(plain, checked)
+
+
+@pytest.mark.cpu_only
+def test_lora_with_dropout_on_a_quantized_llama():
+    def make():
+        model = language_model("llama")
+        nn.quantize(model, group_size=32, bits=4)
+        model.freeze()
+        linear_to_lora_layers(model, 3, {"rank": 4, "dropout": 0.3, "scale": 2.0})
+        for _, module in model.named_modules():
+            if hasattr(module, "lora_b"):
+                module.lora_b = mx.random.normal(module.lora_b.shape) * 0.1
+        return model
+
+    plain = train(make, next_token, TOKENS)
+    assert_same(plain, train(make, next_token, TOKENS, wrap=mt.checkpoint_blocks))
+    assert len([name for name in plain.arrays if name.startswith("step 0 gradient")]) > 8
+
+
+def test_mlx_lm_changes_the_class_for_every_instance(monkeypatch):
+    """What `grad_checkpoint` of mlx-lm does, next to what is done here."""
+    from mlx_lm.tuner.trainer import grad_checkpoint
+
+    def theirs(model):
+        grad_checkpoint(model.layers[0])
+        grad_checkpoint(model.layers[0])
+
+    kind = type(language_model("llama").layers[0])
+    before = kind.__call__
+    monkeypatch.setattr(kind, "__call__", before)
+    model = language_model("llama")
+    theirs(model)
+    assert kind.__call__ is not before, "every llama of this process is changed"
+    monkeypatch.undo()
+    mt.checkpoint_blocks(model)
+    assert kind.__call__ is before

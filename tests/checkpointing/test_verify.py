@@ -1,0 +1,139 @@
+"""The report that a doubting user runs."""
+
+import json
+import random
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_tune as mt
+from mlx_tune.checkpointing.verify import GradientDifference, VerifyReport
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm(4)
+        self.dropout = nn.Dropout(0.5)
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x + self.dropout(mx.tanh(self.norm(self.inner(x))))
+
+
+class Unsteady(Block):
+    """Draws from Python's own random numbers, which are not repeated."""
+
+    def __call__(self, x):
+        return super().__call__(x) * (1 + random.random())
+
+
+def loss(model, x):
+    return mx.square(model(x)).mean()
+
+
+X = mx.random.normal((8, 4), key=mx.random.key(4))
+
+
+def state_of(model):
+    return {name: (id(array), array.tolist()) for name, array in tree_flatten(model.state)}, [
+        (type(module), dict(vars(module))) for module in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: None, mt.checkpoint_blocks, lambda m: mt.checkpoint(m.layers[1])])
+def test_right_gradients_and_an_untouched_model(wrap):
+    model = nn.Sequential(Block(), Block(), Block())
+    mx.eval(model.parameters())
+    wrap(model)
+    model.layers[2].eval()
+    mx.random.seed(6)
+    before = state_of(model)
+    report = mt.verify_checkpoint(model, loss, X)
+    assert state_of(model) == before
+    assert mx.random.state[0].tolist() == [0, 6]
+    assert report.ok
+    assert report.wrong == ()
+    assert report.loss > 0
+    assert len(report.parameters) == 12
+    assert "Checkpointing changes no gradient." in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["ok"] is True
+
+
+def test_the_blocks_it_names():
+    model = nn.Sequential(Block(), Block())
+    assert mt.verify_checkpoint(model, lambda x: loss(model, x), X).blocks == ("layers.0", "layers.1")
+    mt.checkpoint(model.layers[1])
+    assert mt.verify_checkpoint(model, loss, X).blocks == ("layers.1",)
+    assert mt.verify_checkpoint(mt.checkpoint(Block()), loss, X).blocks == ("(model)",)
+
+
+def test_a_block_that_cannot_be_repeated_is_found():
+    random.seed(3)
+    model = nn.Sequential(Block(), Unsteady())
+    state = random.getstate()
+    report = mt.verify_checkpoint(model, lambda model, x: (loss(model, x), 3), X)
+    assert random.getstate() == state
+    assert not report.ok
+    assert {p.path for p in report.wrong} >= {"layers.1.inner.weight"}
+    assert "WRONG: the block does something else when it is run again." in str(report)
+    assert "gradients are wrong." in str(report)
+
+
+def test_gradients_that_became_zero_are_flagged():
+    entry = GradientDifference("w", largest=1.0, difference=1.0, noise=0.0, tolerance=1e-6, became_zero=True)
+    fine = GradientDifference("b", largest=1.0, difference=0.0, noise=0.0, tolerance=1e-6, became_zero=False)
+    report = VerifyReport(("layers.0",), 2.0, 0.0, 1e-6, (entry, fine))
+    assert str(report) == (
+        "1 checkpointed block against none\n"
+        "parameter  largest gradient  difference  allowed\n"
+        "---------  ----------------  ----------  -------  ----\n"
+        "w                         1           1    1e-06  ZERO\n"
+        "b                         1           0    1e-06  ok\n"
+        "loss 2, difference 0\n"
+        "1 of 2 gradients are wrong.\n"
+        "ZERO: the block uses this parameter where checkpoint() cannot see it. Pass it as an argument, or make it an "
+        "attribute of the block."
+    )
+
+
+def test_long_tables_are_cut():
+    entries = tuple(GradientDifference(f"w{i}", 1.0, 0.0, 0.0, 1e-6, False) for i in range(25))
+    assert "and 5 more, none worse" in str(VerifyReport(("a", "b"), 2.0, 0.0, 1e-6, entries))
+
+
+def test_not_a_number_in_both_is_the_same_and_in_one_is_not():
+    model = nn.Sequential(Block(), Block())
+    model.layers[0].inner.weight = mx.full((4, 4), float("nan"))
+    assert mt.verify_checkpoint(model, loss, X).ok
+
+
+def test_a_failing_loss_leaves_the_model_as_it_was():
+    model = nn.Sequential(Block(), Block())
+    mx.eval(model.parameters())
+    before = state_of(model)
+
+    def failing(model, x):
+        model(x)
+        raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        mt.verify_checkpoint(model, failing, X)
+    assert state_of(model) == before
+    with pytest.raises(TypeError, match="missing"):
+        mt.verify_checkpoint(model, lambda a, b, c, d: 0, X)
+
+
+def test_wrong_arguments():
+    with pytest.raises(mt.InvalidArgumentError, match="was given int"):
+        mt.verify_checkpoint(3, loss, X)
+    model = nn.Sequential(Block(), Block())
+    model.freeze()
+    with pytest.raises(mt.InvalidArgumentError, match="no trainable parameters"):
+        mt.verify_checkpoint(model, loss, X)
+    with pytest.raises(mt.CheckpointError, match="no repeated block"):
+        mt.verify_checkpoint(nn.Linear(4, 4), loss, X)
