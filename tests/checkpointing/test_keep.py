@@ -89,7 +89,7 @@ def test_memory_lies_between_plain_and_checkpointed():
             wrap(layer)
         mx.eval(model.parameters(), x)
         gradient = nn.value_and_grad(model, lambda x, model=model: mx.square(model(x)).mean())
-        # A limit of one byte: MLX waits for what it has started, so that the peak does not depend on the machine's load.
+        # A limit of one byte: MLX waits for what it has started, so that the peak is the same on a busy machine.
         with mt.memory_limit(1), mt.track_memory() as memory:
             value, grads = gradient(x)
             mx.eval(value, grads)
