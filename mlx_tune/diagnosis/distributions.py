@@ -45,6 +45,8 @@ def installed(paths: Sequence[str] | None = None) -> dict[str, Installed]:
     wanted = {"mlx", "mlx-lm", "mlx-tune", "mlx-tune-kit", "numpy", "transformers", *BACKENDS}
     found: dict[str, Installed] = {}
     for distribution in metadata.distributions(path=list(sys.path if paths is None else paths)):
+        if distribution.read_text("METADATA") is None and distribution.read_text("PKG-INFO") is None:
+            continue  # what an interrupted uninstall leaves
         name = str(distribution.metadata["Name"] or "").lower().replace("_", "-")
         if name in wanted and name not in found:
             found[name] = _read(name, distribution)
@@ -57,7 +59,7 @@ def _read(name: str, distribution: metadata.Distribution) -> Installed:
     ]
     hashes = {}
     for line in (distribution.read_text("RECORD") or "").splitlines():
-        path, digest, _ = line.rsplit(",", 2)
+        path, digest, *_ = *line.rsplit(",", 2), ""
         if path.rsplit("/", 1)[-1] in (*_LIBRARIES, "__init__.py") and digest.startswith("sha256="):
             hashes[path] = digest.removeprefix("sha256=")
     platforms = tuple(tag.rsplit("-", 1)[-1] for tag in tags)

@@ -190,6 +190,13 @@ def test_the_unrelated_distribution_of_the_same_name(site, names, status, words)
     assert words in result.summary
 
 
+def test_what_an_interrupted_uninstall_left_is_passed_over(site):
+    site.add("mlx", "0.32.4")
+    (site.path / "mlx_cpu-0.31.0.dist-info").mkdir()
+    (site.path / "mlx-0.32.4.dist-info" / "RECORD").write_text("\n\nonly a path\n")
+    assert set(site.found) == {"mlx"}
+
+
 def plant_mlx(path: Path, source: str) -> dict[str, str]:
     """A folder first on the path whose `mlx.core` does what the source says."""
     (path / "mlx").mkdir()
