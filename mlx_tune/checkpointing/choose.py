@@ -132,5 +132,5 @@ def limit_trials(
 
 
 def best_trial(trials: Sequence[StepTrial], budget_bytes: int) -> StepTrial | None:
-    """The fastest of the trials that stay within the budget."""
-    return min((t for t in trials if t.peak_bytes <= budget_bytes), key=lambda t: t.seconds, default=None)
+    """The trial with the highest limit among those that stay within the budget: less throttling is never slower."""
+    return max((t for t in trials if t.peak_bytes <= budget_bytes), key=lambda t: t.limit_bytes or 0, default=None)

@@ -16,13 +16,12 @@ from mlx_tune.checkpointing.choose import (
     ESTIMATE_MARGIN,
     OVERSHOOT,
     Choice,
-    best_trial,
     calibrated,
     cheapest_fitting,
-    limit_trials,
     relaxed,
 )
 from mlx_tune.checkpointing.costs import Calls, forward_seconds, kind_of, recorded
+from mlx_tune.checkpointing.measure import Measured, Measurements
 from mlx_tune.checkpointing.planned import CheckpointPlan, MeasuredChoice, PlannedBlock, apply_choice
 from mlx_tune.checkpointing.schedule import frontier
 from mlx_tune.checkpointing.wrap import is_checkpointed
@@ -30,7 +29,7 @@ from mlx_tune.errors import BudgetError, CheckpointError, InvalidArgumentError
 from mlx_tune.memory import MemoryBudget, resolve_budget
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.state import Snapshot
-from mlx_tune.timing import StepTrial, arrays_of, run_step
+from mlx_tune.timing import arrays_of
 from mlx_tune.units import format_bytes
 
 #: How far below the budget the floors of the measured choices lie. Nearer, a limit has to throttle hard; further
@@ -148,7 +147,6 @@ class _Planner:
         self.all: Choice = (True,) * len(blocks)
         self.batch: Any = None
         self.floors: dict[Choice, int] = {}
-        self.measured: dict[Choice, MeasuredChoice] = {}
         self.extra: list[float] = []
         # What is held beside the step counts towards its peak, and the estimate does not know of it.
         gc.collect()
@@ -174,6 +172,9 @@ class _Planner:
         choices = [s.checkpointed for s in frontier(chain, max(1, self.floor(self.none) // 500))]
         if self.floor(choices[-1]) > self.floor(self.all):
             choices.append(self.all)
+        self.real = Measurements(
+            self.model, self.paths, self.step, self.batch, self.state, int(self.budget), self.steps, self.bar
+        )
         best = self.search(choices, kinds)
         return self.result(best, kinds, saved)
 
@@ -252,19 +253,8 @@ class _Planner:
         self.bar.update(text=f"timing {path}")
         return forward_seconds(path, self.blocks[path], calls[path])
 
-    def predicted_seconds(self, choice: Choice) -> float | None:
-        """From the time of the leanest choice that was measured, and what the two choices compute twice."""
-        if not self.measured:
-            return None
-        known, measured = next(iter(self.measured.items()))
-        return max(0.0, measured.seconds - self.extra_seconds(known) + self.extra_seconds(choice))
-
-    def extra_seconds(self, choice: Choice) -> float:
-        """What a choice computes twice."""
-        return sum(s for s, yes in zip(self.extra, choice, strict=True) if yes)
-
-    def search(self, choices: list[Choice], kinds: list[int]) -> Choice:
-        """Measure the choices whose floors leave little, some and plenty of slack, and what lies beside the best."""
+    def search(self, choices: list[Choice], kinds: list[int]) -> Measured:
+        """Measure the choices whose floors leave little, some and plenty of slack; the fastest that fits."""
         wanted: list[Choice] = []
         for slack in SLACKS:
             limit = int(self.budget / (1 + slack))
@@ -272,88 +262,64 @@ class _Planner:
             choice = choices[-1] if index is None else relaxed(choices[index], kinds, self.extra, self.floor, limit)
             if choice not in wanted:
                 wanted.append(choice)
-        # The leanest first: it is the surest to fit, and the others are predicted from it.
-        for choice in reversed(wanted):
-            self.measure(choice)
-        best = self.best()
-        if best is None:
-            for choice in (choices[-1], self.all):
-                self.measure(choice)
-            best = self.best()
-        if best is None:
+        # The leanest first: it is the surest to fit.
+        fitting = [m for choice in reversed(wanted) if (m := self.real.fit(choice, self.floor(choice))).fits]
+        if not fitting:
+            fitting = [m for choice in (choices[-1], self.all) if (m := self.real.fit(choice, self.floor(choice))).fits]
+        if not fitting:
             raise self.no_limit_holds()
-        return best
+        # The one that computes least twice is the favourite: another has to be clearly faster, so that noise
+        # does not choose.
+        favourite, *others = sorted(fitting, key=lambda m: self.extra_seconds(m.choice))
+        for other in others:
+            favourite = self.real.faster(favourite, other)
+        return favourite
 
-    def best(self) -> Choice | None:
-        """The fastest measured choice that fits."""
-        fitting = [choice for choice, measured in self.measured.items() if measured.fits]
-        return min(fitting, key=lambda choice: self.measured[choice].seconds, default=None)
+    def predicted_seconds(self, best: Measured) -> float | None:
+        """From the time of the leanest other choice that was run, and what the two choices compute twice."""
+        others = [m for m in self.real.made.values() if m is not best]
+        if not others:
+            return None
+        known = max(others, key=lambda m: self.extra_seconds(m.choice))
+        return max(0.0, known.seconds - self.extra_seconds(known.choice) + self.extra_seconds(best.choice))
 
-    def measure(self, choice: Choice) -> None:
-        """Run a choice for real under the highest limit that keeps it within the budget."""
-        if choice in self.measured:
-            return
-        predicted = self.predicted_seconds(choice)
-        floor = self.floor(choice)
-        warm = False
-
-        def run(limit: int) -> StepTrial:
-            nonlocal warm
-            self.bar.update(text=f"{sum(choice)} of {len(choice)} blocks under {format_bytes(limit)}")
-            if not warm:
-                run_step(self.step, (self.batch,), self.state, limit)
-                warm = True
-            trials = [run_step(self.step, (self.batch,), self.state, limit) for _ in range(self.steps)]
-            return StepTrial(limit, max(t.peak_bytes for t in trials), min(t.seconds for t in trials))
-
-        undo = apply_choice(self.model, self.chosen(choice))
-        try:
-            trials = limit_trials(run, floor, int(self.budget))
-        finally:
-            undo()
-        best = best_trial(trials, int(self.budget))
-        shown = best or min(trials, key=lambda t: t.peak_bytes)
-        self.measured[choice] = MeasuredChoice(
-            checkpointed=sum(choice),
-            floor_bytes=floor,
-            limit_bytes=shown.limit_bytes or 0,
-            peak_bytes=shown.peak_bytes,
-            predicted_seconds=predicted,
-            seconds=shown.seconds,
-            fits=best is not None,
-        )
+    def extra_seconds(self, choice: Choice) -> float:
+        """What a choice computes twice."""
+        return sum(s for s, yes in zip(self.extra, choice, strict=True) if yes)
 
     def no_limit_holds(self) -> BudgetError:
         """The estimate said that it fits, and the measurement that it does not."""
-        least = min(self.measured.values(), key=lambda m: m.peak_bytes)
+        least = min(self.real.made.values(), key=lambda m: m.peak_bytes)
         return BudgetError(
             f"A step at batch size {self.batch_size} does not fit {format_bytes(self.budget)}: with "
-            f"{least.checkpointed} of {len(self.blocks)} blocks checkpointed it was predicted to need at least "
-            f"{format_bytes(least.floor_bytes)}, and its peak was {format_bytes(least.peak_bytes)} under a limit of "
-            f"{format_bytes(least.limit_bytes)}. Take a smaller batch, or a budget a few per cent larger.",
+            f"{sum(least.choice)} of {len(self.blocks)} blocks checkpointed it was predicted to need at least "
+            f"{format_bytes(self.floor(least.choice))}, and its peak was {format_bytes(least.peak_bytes)} under a "
+            f"limit of {format_bytes(least.limit_bytes)}. Take a smaller batch, or a budget a few per cent larger.",
             needed_bytes=least.peak_bytes,
             budget_bytes=int(self.budget),
         )
 
-    def result(self, best: Choice, kinds: list[int], saved: dict[int, int]) -> CheckpointPlan:
+    def result(self, best: Measured, kinds: list[int], saved: dict[int, int]) -> CheckpointPlan:
         """Put it all together."""
-        measured = self.measured[best]
         notes = []
         if math.isclose(self.floor(self.none), self.floor(self.all), rel_tol=0.01):
             notes.append("Checkpointing saves this step nothing: its peak lies outside the blocks.")
         return CheckpointPlan(
             blocks=tuple(
                 PlannedBlock(path, yes, saved[kind], seconds, kind)
-                for path, yes, seconds, kind in zip(self.paths, best, self.extra, kinds, strict=True)
+                for path, yes, seconds, kind in zip(self.paths, best.choice, self.extra, kinds, strict=True)
             ),
             batch_size=self.batch_size,
-            predicted_peak_bytes=self.floor(best),
-            measured_peak_bytes=measured.peak_bytes,
-            predicted_seconds=measured.seconds if measured.predicted_seconds is None else measured.predicted_seconds,
-            measured_seconds=measured.seconds,
-            limit_bytes=measured.limit_bytes,
+            predicted_peak_bytes=self.floor(best.choice),
+            measured_peak_bytes=best.peak_bytes,
+            predicted_seconds=self.predicted_seconds(best),
+            measured_seconds=best.seconds,
+            limit_bytes=best.limit_bytes,
             budget_bytes=int(self.budget),
-            choices=tuple(self.measured.values()),
+            choices=tuple(
+                MeasuredChoice(sum(m.choice), self.floor(m.choice), m.limit_bytes, m.peak_bytes, m.seconds, m.fits)
+                for m in self.real.made.values()
+            ),
             notes=tuple(notes),
             _model=self.model,
         )

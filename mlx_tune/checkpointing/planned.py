@@ -21,7 +21,8 @@ from mlx_tune.units import format_bytes, format_seconds
 # set of input shapes and looks at nothing else, so a step that was traced before its blocks were wrapped would go
 # on without them; with one array more among its inputs it is traced anew.
 _MARK = "_checkpoint_plan"
-_serials = itertools.count(1)
+# The array's length stands for the choice of blocks, so that a choice that was traced before is not traced again.
+_serials: dict[tuple[str, ...], int] = {}
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,9 @@ class MeasuredChoice:
     Attributes:
         checkpointed: How many blocks were checkpointed.
         floor_bytes: The least the step needs under this choice, from its graph.
-        limit_bytes: The memory limit it ran fastest under with its peak within the budget.
-        peak_bytes: Its measured peak.
-        predicted_seconds: What its step was predicted to take; None for the first one measured.
-        seconds: What it took.
+        limit_bytes: The highest memory limit tried that kept its peak within the budget.
+        peak_bytes: The highest peak under that limit.
+        seconds: The fastest step under that limit.
         fits: Whether a limit was found under which the peak is within the budget.
     """
 
@@ -61,7 +61,6 @@ class MeasuredChoice:
     floor_bytes: int
     limit_bytes: int
     peak_bytes: int
-    predicted_seconds: float | None
     seconds: float
     fits: bool
 
@@ -75,7 +74,8 @@ class CheckpointPlan:
         batch_size: The batch it was planned for.
         predicted_peak_bytes: The floor of the step's memory from its graph: the peak that it cannot go below.
         measured_peak_bytes: The peak of the real steps under `limit_bytes`.
-        predicted_seconds: Seconds of a step, from the time of another choice and the blocks' forward passes.
+        predicted_seconds: Seconds of a step, from the time of another choice and the blocks' forward passes; None
+            where no other choice was run, because this one fits with room to spare.
         measured_seconds: Seconds of the fastest real step under `limit_bytes`.
         limit_bytes: The memory limit under which the measured figures hold.
         budget_bytes: What the peak was allowed to be.
@@ -87,7 +87,7 @@ class CheckpointPlan:
     batch_size: int
     predicted_peak_bytes: int
     measured_peak_bytes: int
-    predicted_seconds: float
+    predicted_seconds: float | None
     measured_seconds: float
     limit_bytes: int
     budget_bytes: int
@@ -141,8 +141,12 @@ class CheckpointPlan:
             f"Peak: at least {format_bytes(self.predicted_peak_bytes)} predicted, "
             f"{format_bytes(self.measured_peak_bytes)} measured under a memory limit of "
             f"{format_bytes(self.limit_bytes)}; the budget is {format_bytes(self.budget_bytes)}.",
-            f"Step: {format_seconds(self.predicted_seconds)} predicted, "
-            f"{format_seconds(self.measured_seconds)} measured.",
+            (
+                "Step: "
+                if self.predicted_seconds is None
+                else f"Step: {format_seconds(self.predicted_seconds)} predicted, "
+            )
+            + f"{format_seconds(self.measured_seconds)} measured.",
         ]
         for choice in self.choices:
             outcome = (
@@ -215,7 +219,7 @@ def apply_choice(model: nn.Module, paths: tuple[str, ...]) -> Any:
     wrapped = [by_path[path] for path in paths if not is_checkpointed(by_path[path])]
     for block in wrapped:
         checkpoint(block)
-    model[_MARK] = mx.zeros((0, next(_serials)))
+    model[_MARK] = mx.zeros((0, _serials.setdefault(tuple(sorted(paths)), len(_serials) + 1)))
 
     def undo() -> int:
         model.pop(_MARK, None)

@@ -134,7 +134,8 @@ def in_turns(workload: Workload, batch: Any, ways: list[Way], turns: int) -> dic
         for way in ways if turn % 2 == 0 else reversed(ways):
             undo = apply_choice(workload.model, way.paths)
             try:
-                run_once(workload, batch, way.paths, way.limit_bytes)  # traces, and fills the cache
+                if turn == 0:
+                    run_once(workload, batch, way.paths, way.limit_bytes)  # traces and compiles
                 seconds[way.name].append(run_once(workload, batch, way.paths, way.limit_bytes).seconds)
             finally:
                 undo()

@@ -2,7 +2,6 @@
 
 from itertools import product
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,7 +113,7 @@ def test_the_limit_is_raised_by_what_the_overshoot_leaves():
     machine = Machine(floor=100, free=10_000, overshoot=20)
     trials = limit_trials(machine.run, 100, 1000)
     assert machine.limits == [833, 975]
-    assert best_trial(trials, 1000).peak_bytes == 853  # as fast: the tighter one is kept
+    assert best_trial(trials, 1000).peak_bytes == 995
 
 
 def test_one_trial_is_enough_where_the_limit_does_not_bind():
@@ -128,7 +127,6 @@ def test_nothing_fits_where_the_floor_was_underestimated():
     assert best_trial(trials, 1000) is None
 
 
-@pytest.mark.parametrize(("seconds", "fastest"), [([2.0, 1.0], 1), ([1.0, 2.0], 0)])
-def test_the_fastest_that_fits_is_the_best(seconds, fastest):
-    trials = [StepTrial(10, 10, seconds[0]), StepTrial(20, 20, seconds[1]), StepTrial(30, 30, 0.1)]
-    assert best_trial(trials, 25) is trials[fastest]
+def test_the_highest_limit_that_fits_is_the_best_however_long_it_happened_to_take():
+    trials = [StepTrial(10, 10, 1.0), StepTrial(20, 20, 1.1), StepTrial(30, 30, 0.1)]
+    assert best_trial(trials, 25) is trials[1]

@@ -1,0 +1,126 @@
+"""Real steps under a choice of blocks: the limit that holds it within the budget, and which of two is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_tune.checkpointing.choose import Choice, best_trial, limit_trials
+from mlx_tune.checkpointing.planned import apply_choice
+from mlx_tune.progress import Bar
+from mlx_tune.timing import StepTrial, compare, run_step
+from mlx_tune.units import format_bytes
+
+#: A choice whose fastest step took this much longer than another's is not timed against it once more.
+HOPELESS = 1.15
+
+
+@dataclass
+class Measured:
+    """What is known of one choice from real steps.
+
+    Attributes:
+        choice: The choice.
+        limit_bytes: The highest limit tried that kept its peak within the budget, or else the last one tried.
+        peak_bytes: The highest peak under that limit.
+        seconds: The fastest step under that limit.
+        fits: Whether the peak is within the budget.
+    """
+
+    choice: Choice
+    limit_bytes: int
+    peak_bytes: int
+    seconds: float
+    fits: bool
+
+
+class Measurements:
+    """Runs a step under choices of blocks, and remembers what came of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: tuple[str, ...],
+        step: Callable[[Any], Any],
+        batch: Any,
+        state: Any,
+        budget_bytes: int,
+        steps: int,
+        bar: Bar,
+    ) -> None:
+        """Note what to run; nothing is run yet."""
+        self.model, self.paths, self.step, self.batch, self.state = model, paths, step, batch, state
+        self.budget_bytes, self.steps, self.bar = budget_bytes, steps, bar
+        self.made: dict[Choice, Measured] = {}
+
+    def fit(self, choice: Choice, floor_bytes: int) -> Measured:
+        """Find the highest limit under which a choice stays within the budget.
+
+        Args:
+            choice: The choice.
+            floor_bytes: Its estimated floor.
+
+        Returns:
+            What was measured; from an earlier call where there was one.
+        """
+        if choice in self.made:
+            return self.made[choice]
+        warm = False
+
+        def run(limit: int) -> StepTrial:
+            nonlocal warm
+            self.bar.update(text=f"{sum(choice)} of {len(choice)} blocks under {format_bytes(limit)}")
+            if not warm:  # the first step traces and compiles
+                run_step(self.step, (self.batch,), self.state, limit)
+                warm = True
+            trials = [run_step(self.step, (self.batch,), self.state, limit) for _ in range(self.steps)]
+            return StepTrial(limit, max(t.peak_bytes for t in trials), min(t.seconds for t in trials))
+
+        undo = apply_choice(self.model, self.chosen(choice))
+        try:
+            trials = limit_trials(run, floor_bytes, self.budget_bytes)
+        finally:
+            undo()
+        best = best_trial(trials, self.budget_bytes)
+        shown = best or min(trials, key=lambda t: t.peak_bytes)
+        self.made[choice] = Measured(
+            choice, shown.limit_bytes or self.budget_bytes, shown.peak_bytes, shown.seconds, best is not None
+        )
+        return self.made[choice]
+
+    def faster(self, favourite: Measured, other: Measured) -> Measured:
+        """Time two choices in turns.
+
+        Args:
+            favourite: Wins unless the other is clearly faster.
+            other: A choice that was expected to be slower.
+
+        Returns:
+            The winner.
+        """
+        if other.seconds > HOPELESS * favourite.seconds:
+            return favourite
+        self.bar.update(text=f"{sum(favourite.choice)} against {sum(other.choice)} blocks")
+        seen = compare(
+            lambda: self.once(favourite), lambda: self.once(other), threshold=1.0, most_turns=max(3, 3 * self.steps)
+        )
+        return other if other.fits and seen.ratio * (1 + 2 * seen.uncertainty) < 1 else favourite
+
+    def once(self, measured: Measured) -> float:
+        """One more step of a choice under its limit; returns its seconds."""
+        undo = apply_choice(self.model, self.chosen(measured.choice))
+        try:
+            trial = run_step(self.step, (self.batch,), self.state, measured.limit_bytes)
+        finally:
+            undo()
+        measured.seconds = min(measured.seconds, trial.seconds)
+        measured.peak_bytes = max(measured.peak_bytes, trial.peak_bytes)
+        measured.fits = measured.peak_bytes <= self.budget_bytes
+        return trial.seconds
+
+    def chosen(self, choice: Choice) -> tuple[str, ...]:
+        """The paths of the checkpointed blocks."""
+        return tuple(path for path, yes in zip(self.paths, choice, strict=True) if yes)
