@@ -8,12 +8,14 @@ names. The walk knows arrays by identity; a tied weight is one array in two plac
 
 from __future__ import annotations
 
+import builtins
+import dis
 import gc
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import partial
-from types import CodeType, FunctionType, MethodType, SimpleNamespace
+from functools import cache, partial
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -272,7 +274,7 @@ def _function(walk: Walk, value: FunctionType) -> Any:
         walk._encode(value.__dict__)
     scope = value.__globals__
     named = []
-    for name in _global_names(value.__code__):
+    for name in _global_names(value.__code__, scope):
         held = scope.get(name, _MISSING)
         if held is _MISSING:
             continue
@@ -293,6 +295,7 @@ def _cell(walk: Walk, cell: Any) -> None:
         walk._push(Cell(cell))
 
 
+@cache
 def _is_foreign(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _FOREIGN
 
@@ -300,15 +303,23 @@ def _is_foreign(module: str | None) -> bool:
 _NAMES: WeakKeyDictionary[CodeType, tuple[str, ...]] = WeakKeyDictionary()
 
 
-def _global_names(code: CodeType) -> tuple[str, ...]:
-    """The names that code and the functions defined in it look up outside of themselves."""
+def _global_names(code: CodeType, scope: dict[str, Any]) -> tuple[str, ...]:
+    """The names that code and the functions defined in it look up outside of themselves, modules and classes apart."""
     names = _NAMES.get(code)
     if names is None:
-        found = dict.fromkeys(code.co_names)
+        found = dict.fromkeys(
+            instruction.argval
+            for instruction in dis.get_instructions(code)
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+        )
         for constant in code.co_consts:
             if isinstance(constant, CodeType):
-                found.update(dict.fromkeys(_global_names(constant)))
-        names = _NAMES[code] = tuple(found)
+                found.update(dict.fromkeys(_global_names(constant, scope)))
+        names = _NAMES[code] = tuple(
+            name
+            for name in found
+            if not isinstance(scope.get(name), ModuleType | type) and (name in scope or not hasattr(builtins, name))
+        )
     return names
 
 

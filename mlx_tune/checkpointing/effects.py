@@ -8,6 +8,7 @@ run did to them stays, as it does with a function that is called twice. `is_reco
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 import mlx.core as mx
@@ -28,8 +29,7 @@ def take_back(place: Place, before: Any, started_from: Any) -> None:
         started_from: What the second run found in it.
     """
     now = place.get()
-    is_state = not isinstance(place, ModuleAttributes) and (_holds_arrays(before) or _holds_arrays(now))
-    if is_state or _same(now, started_from):
+    if _same(now, started_from) or _is_state(place, before, now):
         place.put(before)
     elif isinstance(now, list):
         place.put(_carried_list(before, started_from, now))
@@ -37,12 +37,16 @@ def take_back(place: Place, before: Any, started_from: Any) -> None:
         place.put(_carried(before, started_from, now))
 
 
+def _is_state(place: Place, before: Any, now: Any) -> bool:
+    return not isinstance(place, ModuleAttributes) and (_holds_arrays(before) or _holds_arrays(now))
+
+
 def _same(a: Any, b: Any) -> bool:
     if len(a) != len(b):
         return False
     if isinstance(a, dict):
-        return all(key in b and b[key] is value for key, value in a.items())
-    return all(x is y for x, y in zip(a, b, strict=True))
+        return a.keys() == b.keys() and all(map(is_, a.values(), map(b.__getitem__, a)))
+    return all(map(is_, a, b))
 
 
 def _holds_arrays(value: Any, depth: int = 4) -> bool:

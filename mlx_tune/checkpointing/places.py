@@ -6,6 +6,7 @@ Each reads what it holds as a new dictionary or list, and puts such a reading ba
 from __future__ import annotations
 
 from functools import partial
+from operator import is_
 from types import FunctionType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -33,12 +34,14 @@ class Items:
 
     def get(self) -> dict[Any, Any]:
         """A copy, without what a subclass makes of reading."""
-        return dict(dict.items(self.held))
+        return dict.copy(self.held)
 
     def put(self, items: dict[Any, Any]) -> None:
         """Set what differs; where keys were added or removed, rebuild so that the order is the old one too."""
         held = self.held
-        if len(held) != len(items) or not all(map(dict.__contains__, [held] * len(items), items)):
+        if len(held) == len(items) and all(map(is_, dict.values(held), items.values())):
+            return
+        if dict.keys(held) != items.keys():
             dict.clear(held)
             dict.update(held, items)
             return
@@ -68,7 +71,7 @@ class Sequence:
     def put(self, items: list[Any]) -> None:
         """Replace the whole, where anything differs."""
         held = self.held
-        if len(held) == len(items) and all(a is b for a, b in zip(held, items, strict=True)):
+        if len(held) == len(items) and all(map(is_, held, items)):
             return
         held.clear()
         held.extend(items)
@@ -112,7 +115,7 @@ class Defaults:
     def put(self, items: list[Any]) -> None:
         """Set them where any differs."""
         now = self.held.__defaults__ or ()
-        if len(now) != len(items) or any(a is not b for a, b in zip(now, items, strict=True)):
+        if len(now) != len(items) or not all(map(is_, now, items)):
             self.held.__defaults__ = tuple(items) or None
 
 
@@ -130,7 +133,7 @@ class PartialArguments:
 
     def put(self, items: list[Any]) -> None:
         """Set them where any differs."""
-        if any(a is not b for a, b in zip(self.get(), items, strict=True)):
+        if not all(map(is_, self.get(), items)):
             function, arguments, named = items
             held: Any = self.held
             held.__setstate__((function, arguments, named, held.__dict__ or None))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import mlx.core as mx
@@ -108,14 +109,10 @@ class _Outputs:
 
 def _changed_keys(old: Any, new: Any) -> list[Any]:
     if isinstance(new, dict):
-        if len(old) == len(new) and all(map(_same, old.values(), new.values())):
+        if len(old) == len(new) and all(map(is_, old.values(), new.values())):
             return []
         return [key for key, value in new.items() if old.get(key, _MISSING) is not value]
     return [i for i, value in enumerate(new) if i >= len(old) or old[i] is not value]
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b
 
 
 class _Call:
