@@ -198,6 +198,14 @@ ENTRIES: tuple[Entry, ...] = (
         (_MLX + "issues/2390", _MLX + "issues/2402"),
     ),
     Entry(
+        "Another mlx is in the way",
+        r"No module named 'mlx\.core'|'mlx' is not a package",
+        "ModuleNotFoundError: No module named 'mlx.core'; 'mlx' is not a package",
+        "A file `mlx.py` or a folder `mlx` of your own, beside the script, is imported instead of MLX.",
+        ("Rename it; `python -c 'import mlx; print(mlx.__path__)'` says which it is.",),
+        ("https://docs.python.org/3/tutorial/modules.html#the-module-search-path",),
+    ),
+    Entry(
         "MLX and its backend do not match",
         r"undefined symbol: \S*mlx|Symbol not found: \S*mlx|core\..*\.so: undefined symbol",
         "ImportError: mlx/core.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN3mlx4core9cumulativeE",

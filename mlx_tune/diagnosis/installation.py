@@ -261,6 +261,7 @@ def mlx_import(python: str | None = None, environment: dict[str, str] | None = N
     if ended.returncode == 0:
         return passed(f"mlx.core {ended.stdout.strip()} imports")
     last = (ended.stderr.strip().splitlines() or [f"it ended with code {ended.returncode} and said nothing"])[-1]
+    last = last if len(last) <= 240 else f"{last[:237]}..."  # C++ names of a missing symbol go on for lines
     if ended.returncode < 0:
         last = f"the process was killed by signal {-ended.returncode}: {last}"
     known = explanations.find(ended.stderr)
