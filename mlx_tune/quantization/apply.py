@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from mlx_tune.quantization.lazy import number, read_array
 from mlx_tune.quantization.modes import Format
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.search import Effort
-from mlx_tune.quantization.sites import is_quantized, module_at, own_arrays
+from mlx_tune.quantization.sites import module_at, own_arrays
 from mlx_tune.quantization.transaction import original, swap
 
 #: Packed weights, scales, and biases where the mode has them.
@@ -34,12 +34,16 @@ class LayerOutcome:
         path: Where it stands first.
         method: How its codes were found: "nearest", "optimal", "gptq" or "dwq".
         snr_db: Power of the weights over the power of their error, in decibels; infinite where nothing was lost.
+        output_error: Squared error of its outputs over their squares, measured on calibration; None if it was not.
+        optimal_output_error: The same had it been quantized by "optimal".
         note: What else happened, such as a fallback with its reason.
     """
 
     path: str
     method: str
     snr_db: float
+    output_error: float | None = None
+    optimal_output_error: float | None = None
     note: str | None = None
 
 
@@ -62,7 +66,7 @@ def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
     del weight
     install(layer, packed)
     note = None if used == method else f"mode {layer.format.mode} has no search for better codes"
-    return LayerOutcome(layer.path, used, snr, note)
+    return LayerOutcome(layer.path, used, snr, note=note)
 
 
 def pack(weight: mx.array, wanted: Format, method: str, effort: Effort = "fast") -> tuple[PackedArrays, str]:
@@ -220,24 +224,28 @@ def check_backend(plan: QuantizationPlan) -> None:
             ) from error
 
 
-def outcomes_of(layers: Iterable[LayerPlan], methods: dict[str, str], notes: dict[str, str]) -> list[LayerOutcome]:
-    """What layers lost that are in the model already, against their originals of the open transaction.
+def outcome_of(
+    layer: LayerPlan,
+    method: str,
+    *,
+    note: str | None = None,
+    output_error: float | None = None,
+    optimal_output_error: float | None = None,
+) -> LayerOutcome:
+    """What a layer lost that is in the model already, against its original of the open transaction.
 
     Args:
-        layers: Planned layers, quantized by now.
-        methods: Path to the method that was used.
-        notes: Path to what else happened.
+        layer: A planned layer, quantized by now.
+        method: The method that was used.
+        note: What else happened.
+        output_error: As in `LayerOutcome`.
+        optimal_output_error: As in `LayerOutcome`.
     """
-    found = []
-    for layer in layers:
-        now, before = layer.module, original(layer.model, layer.path)
-        assert is_quantized(now)
-        assert layer.format is not None
-        weight = read_array(dense_twin(before)["weight"])
-        arrays = (now["weight"], now["scales"], now.get("biases"))
-        snr = signal_to_noise_db(weight, arrays, layer.format)
-        found.append(LayerOutcome(layer.path, methods[layer.path], snr, notes.get(layer.path)))
-    return found
+    assert layer.format is not None
+    now = layer.module
+    weight = read_array(dense_twin(original(layer.model, layer.path))["weight"])
+    snr = signal_to_noise_db(weight, (now["weight"], now["scales"], now.get("biases")), layer.format)
+    return LayerOutcome(layer.path, method, snr, output_error, optimal_output_error, note)
 
 
 def _hollow_copy(module: nn.Module, weight: mx.array) -> nn.Module:

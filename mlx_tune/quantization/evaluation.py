@@ -103,13 +103,14 @@ class Comparison:
     noise_floor_tokens: int = 0
     warnings: tuple[str, ...] = ()
 
-    def record(self, reference: nn.Module, store: OutputStore, *, progress: bool = False) -> None:
-        """Run the reference over all parts and put what it gave on disk."""
+    def record(self, reference: nn.Module, store: OutputStore, *, floor: bool = True, progress: bool = False) -> None:
+        """Run the reference over all parts and put what it gave on disk; with `floor`, in its own dtype as well."""
         with _measuring(reference, "reference", len(self.parts), progress) as bar:
             for part in self.parts:
                 store.put(self._run(reference, part))
                 bar.advance()
-        self._measure_floor(reference, store.get)
+        if floor:
+            self._measure_floor(reference, store.get)
 
     def judge(self, model: nn.Module, store: OutputStore, *, progress: bool = False) -> Accuracy:
         """Run the quantized model over all parts and compare with what was recorded."""

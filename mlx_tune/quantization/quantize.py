@@ -11,13 +11,17 @@ import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.memory import track_memory
-from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.accuracy import Accuracy
-from mlx_tune.quantization.apply import LayerOutcome, apply_layer, check_backend, check_finite
+from mlx_tune.quantization.apply import (
+    LayerOutcome,
+    check_backend,
+    check_finite,
+)
 from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.batches import Batch, read_batches, token_rows
 from mlx_tune.quantization.evaluation import Comparison, Loss, OutputStore, prepare
 from mlx_tune.quantization.layout import check_request, lay_out
+from mlx_tune.quantization.methods import carry_out
 from mlx_tune.quantization.plan import QuantizationPlan
 from mlx_tune.quantization.report import LayerReport, QuantizationReport, layer_report
 from mlx_tune.quantization.search import Effort
@@ -117,12 +121,12 @@ def quantize_model(
             before = _time(model, comparison)
         transaction = stack.enter_context(Transaction(model))
         with track_memory() as memory:
-            outcomes = _carry_out(plan, transaction, learn, progress)
+            outcomes, remarks = carry_out(plan, transaction, learn, loss=loss, progress=progress)
         accuracy = speed = None
         if comparison is not None and before is not None:
             accuracy = comparison.judge(model, store, progress=progress)
             speed = compare_speed(before, _time(model, comparison))
-        return _report(plan, outcomes, memory, accuracy, speed, tuple(transaction.notes))
+        return _report(plan, outcomes, memory, accuracy, speed, (*remarks, *transaction.notes))
 
 
 def quantization_report(
@@ -173,20 +177,6 @@ def _time(model: nn.Module, comparison: Comparison) -> Speed:
     return measure_speed(model, comparison.parts[0], tokens_in=comparison.kind == "tokens", loss=comparison.loss)
 
 
-def _carry_out(
-    plan: QuantizationPlan, transaction: Transaction, calibration: list[Batch], progress: bool
-) -> dict[str, LayerOutcome]:
-    """Quantize every layer of the plan."""
-    method = plan.method if plan.method == "nearest" else "optimal"
-    outcomes = {}
-    with progress_bar("quantizing", len(plan.layers), enabled=progress) as bar:
-        for layer in plan.layers:
-            bar.update(text=layer.path)
-            outcomes[layer.path] = apply_layer(layer, method, plan.effort)
-            bar.advance()
-    return outcomes
-
-
 def _report(
     plan: QuantizationPlan,
     outcomes: dict[str, LayerOutcome],
@@ -198,14 +188,14 @@ def _report(
     layers: list[LayerReport] = []
     for layer in plan.layers:
         outcome = outcomes[layer.path]
-        layers.append(layer_report(layer, outcome.method, outcome.snr_db, outcome.note))
+        layers.append(layer_report(layer, outcome))
     return QuantizationReport(
         method=plan.method,
         size_before_bytes=plan.size_before_bytes,
         size_after_bytes=plan.size_after_bytes,
         parameters=plan.parameters,
         layers=tuple(layers),
-        skipped=tuple(layer_report(layer, None, None, None) for layer in plan.skipped),
+        skipped=tuple(layer_report(layer, None) for layer in plan.skipped),
         rest_bytes=plan.rest_bytes,
         accuracy=accuracy,
         speed=speed,
@@ -226,7 +216,7 @@ def _to_target(
     from mlx_tune.quantization.target import allocate_to_target, parse_target
 
     target = parse_target(plan, target_bpw, target_bytes)
-    return allocate_to_target(plan, target, calibration=learn, progress=progress).plan
+    return allocate_to_target(plan, target, calibration=learn, evaluation=judge, progress=progress).plan
 
 
 def _overlap_warning(judge: list[Batch], learn: list[Batch]) -> tuple[str, ...]:

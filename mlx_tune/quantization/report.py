@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.quantization.accuracy import Accuracy, LanguageAccuracy
+from mlx_tune.quantization.apply import LayerOutcome
 from mlx_tune.quantization.plan import LayerPlan
 from mlx_tune.quantization.speed import SpeedComparison
 from mlx_tune.tables import render_table
@@ -36,6 +37,8 @@ class LayerReport:
             where it is left as it is or was not measured.
         reason: Why it is left as it is, or what else there is to know.
         cost_bytes: What leaving it costs, against the format of the rest.
+        output_error: Squared error of its outputs over their squares, measured on calibration by "gptq"; else None.
+        optimal_output_error: The same had it been quantized by "optimal".
     """
 
     path: str
@@ -51,6 +54,8 @@ class LayerReport:
     snr_db: float | None
     reason: str | None = None
     cost_bytes: int = 0
+    output_error: float | None = None
+    optimal_output_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
@@ -65,6 +70,8 @@ class LayerReport:
             "lossless": self.snr_db == math.inf,
             "reason": self.reason,
             "cost_bytes": self.cost_bytes,
+            "output_error": self.output_error,
+            "optimal_output_error": self.optimal_output_error,
         }
 
 
@@ -202,9 +209,9 @@ class QuantizationReport:
         )
 
 
-def layer_report(layer: LayerPlan, method: str | None, snr_db: float | None, note: str | None) -> LayerReport:
-    """A planned layer and what became of it."""
-    reasons = [text for text in (layer.reason, note) if text]
+def layer_report(layer: LayerPlan, outcome: LayerOutcome | None) -> LayerReport:
+    """A planned layer and what became of it, if anything did."""
+    reasons = [text for text in (layer.reason, outcome.note if outcome else None) if text]
     return LayerReport(
         path=layer.path,
         paths=layer.paths,
@@ -213,10 +220,12 @@ def layer_report(layer: LayerPlan, method: str | None, snr_db: float | None, not
         bits=layer.bits,
         group_size=layer.group_size,
         mode=layer.mode,
-        method=method,
+        method=outcome.method if outcome else None,
         bytes_before=layer.bytes_before,
         bytes_after=layer.bytes_after,
-        snr_db=snr_db,
+        snr_db=outcome.snr_db if outcome else None,
+        output_error=outcome.output_error if outcome else None,
+        optimal_output_error=outcome.optimal_output_error if outcome else None,
         reason="; ".join(reasons) or None,
         cost_bytes=layer.cost_bytes,
     )
@@ -230,6 +239,8 @@ def _decibels(value: float | None) -> str | None:
 
 def _remark(layer: LayerReport, method: str) -> str:
     parts = [layer.reason] if layer.reason else []
+    if layer.output_error is not None and layer.optimal_output_error:
+        parts.append(f"output error {layer.output_error / layer.optimal_output_error:.2f} of optimal's")
     if layer.method is not None and layer.method != method:
         parts.append(f"by {layer.method}")
     if layer.cost_bytes:

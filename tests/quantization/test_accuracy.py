@@ -222,7 +222,12 @@ def test_modes_classes_and_the_random_stream_come_back_after_an_error() -> None:
     mx.random.seed(5)
     expected = mx.random.uniform().item()
     mx.random.seed(5)
-    with pytest.raises(ZeroDivisionError), same_random_stream(), evaluation_mode(model), float32_arithmetic(model):
+    with (  # noqa: PT012
+        pytest.raises(ZeroDivisionError),
+        same_random_stream(),
+        evaluation_mode(model),
+        float32_arithmetic(model),
+    ):
         assert not any(m.training for m in model.modules())
         mx.random.uniform()
         raise ZeroDivisionError

@@ -86,8 +86,8 @@ def test_an_error_only_if_nothing_is_left() -> None:
 
 def test_a_layer_named_by_hand_must_be_possible() -> None:
     with pytest.raises(QuantizationError, match=r"overrides\['odd'\]: odd cannot be quantized: last axis 80"):
-        mt.plan_quantization(toys.vision(), 4, 64, overrides={"odd": dict(bits=8)})
-    plan = mt.plan_quantization(toys.vision(), 4, 64, overrides={"*": dict(bits=8, group_size=32)})
+        mt.plan_quantization(toys.vision(), 4, 64, overrides={"odd": {"bits": 8}})
+    plan = mt.plan_quantization(toys.vision(), 4, 64, overrides={"*": {"bits": 8, "group_size": 32}})
     assert formats(plan)["narrow"] == "8 bits, group 32"
     assert "odd" not in formats(plan)
 
@@ -97,7 +97,7 @@ def test_overrides_and_skip() -> None:
         toys.llama(tied=False),
         4,
         64,
-        overrides={"*.lm_head": dict(bits=8), "*.v_proj": dict(group_size=32), "*.0.*.v_proj": False},
+        overrides={"*.lm_head": {"bits": 8}, "*.v_proj": {"group_size": 32}, "*.0.*.v_proj": False},
         skip=["*.mlp.*"],
     )
     found = formats(plan)
@@ -112,17 +112,17 @@ def test_overrides_and_skip() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (dict(overrides={"*.lm_haed": dict(bits=8)}), r"no layer matches '\*\.lm_haed'. Layers are named like lm_head"),
-        (dict(skip="nonsense"), "skip: no layer matches 'nonsense'"),
-        (dict(overrides={"lm_head": dict(bits=9)}), r"overrides\['lm_head'\]: bits=9 is not supported"),
-        (dict(overrides={"lm_head": dict(width=9)}), "has 'width': only 'bits', 'group_size' and 'mode'"),
-        (dict(overrides={"lm_head": 8}), "must be a dict of bits"),
-        (dict(overrides=["lm_head"]), "must map patterns to formats"),
-        (dict(method="awq"), "method='awq' is unknown: choose one of nearest, optimal, gptq, dwq"),
-        (dict(effort="more"), "effort='more' is unknown"),
-        (dict(mode="mxfp4", method="gptq"), "mode='mxfp4' has neither"),
-        (dict(activations=True), "activations=True does not work in mode 'affine'"),
-        (dict(mode="mxfp4", activations=True), "nvfp4 and mxfp8 only"),
+        ({"overrides": {"*.lm_haed": {"bits": 8}}}, r"no layer matches '\*\.lm_haed'. Layers are named like lm_head"),
+        ({"skip": "nonsense"}, "skip: no layer matches 'nonsense'"),
+        ({"overrides": {"lm_head": {"bits": 9}}}, r"overrides\['lm_head'\]: bits=9 is not supported"),
+        ({"overrides": {"lm_head": {"width": 9}}}, "has 'width': only 'bits', 'group_size' and 'mode'"),
+        ({"overrides": {"lm_head": 8}}, "must be a dict of bits"),
+        ({"overrides": ["lm_head"]}, "must map patterns to formats"),
+        ({"method": "awq"}, "method='awq' is unknown: choose one of nearest, optimal, gptq, dwq"),
+        ({"effort": "more"}, "effort='more' is unknown"),
+        ({"mode": "mxfp4", "method": "gptq"}, "mode='mxfp4' has neither"),
+        ({"activations": True}, "activations=True does not work in mode 'affine'"),
+        ({"mode": "mxfp4", "activations": True}, "nvfp4 and mxfp8 only"),
     ],
 )
 def test_arguments_that_cannot_be_meant(arguments: dict, text: str) -> None:
@@ -163,7 +163,7 @@ def test_what_a_model_protects_is_protected_unless_overridden() -> None:
     assert "set by the model's quant_predicate" in str(plan)
     assert formats(plan)["model.layers.0.mlp.switch_mlp.up_proj"] == "3 bits, group 64"
     assert formats(mt.plan_quantization(model, 3, 64, overrides={gate: True}))[gate] == "3 bits, group 64"
-    assert formats(mt.plan_quantization(model, 3, 64, overrides={gate: dict(bits=2)}))[gate] == "2 bits, group 64"
+    assert formats(mt.plan_quantization(model, 3, 64, overrides={gate: {"bits": 2}}))[gate] == "2 bits, group 64"
 
 
 def test_routers_are_found_without_a_predicate() -> None:
@@ -205,7 +205,7 @@ def test_other_families(family) -> None:
 
 
 def test_a_mode_that_fixes_bits_and_group() -> None:
-    plan = mt.plan_quantization(toys.llama(), mode="mxfp8", overrides={"*embed_tokens": dict(bits=6)})
+    plan = mt.plan_quantization(toys.llama(), mode="mxfp8", overrides={"*embed_tokens": {"bits": 6}})
     found = formats(plan)
     assert found["model.embed_tokens"] == "6 bits, group 64"
     assert found["model.layers.0.self_attn.q_proj"] == "mxfp8"

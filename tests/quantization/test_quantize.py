@@ -104,17 +104,17 @@ def test_bias_flags_and_the_random_stream_survive() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (dict(bits=64, group_size=4), "swapped"),
-        (dict(bits=7), "bits=7"),
-        (dict(group_size=16), "group_size=16"),
-        (dict(mode="fp4"), "mode='fp4'"),
-        (dict(method="gptq"), "method='gptq' learns from text or other inputs: pass calibration"),
-        (dict(method="dwq"), "method='dwq' learns"),
-        (dict(overrides={"nothing": False}), "no layer matches 'nothing'"),
-        (dict(evaluation=[]), "evaluation holds no batches"),
-        (dict(evaluation=[mx.zeros((3, 3))]), "cannot be called with evaluation"),
-        (dict(calibration=mx.zeros((3, 3))), "Write calibration="),
-        (dict(loss=3), "loss=3 must be a function"),
+        ({"bits": 64, "group_size": 4}, "swapped"),
+        ({"bits": 7}, "bits=7"),
+        ({"group_size": 16}, "group_size=16"),
+        ({"mode": "fp4"}, "mode='fp4'"),
+        ({"method": "gptq"}, "method='gptq' learns from text or other inputs: pass calibration"),
+        ({"method": "dwq"}, "method='dwq' learns"),
+        ({"overrides": {"nothing": False}}, "no layer matches 'nothing'"),
+        ({"evaluation": []}, "evaluation holds no batches"),
+        ({"evaluation": [mx.zeros((3, 3))]}, "cannot be called with evaluation"),
+        ({"calibration": mx.zeros((3, 3))}, "Write calibration="),
+        ({"loss": 3}, "loss=3 must be a function"),
     ],
 )
 def test_bad_input_changes_nothing(arguments: dict, text: str) -> None:
@@ -306,7 +306,7 @@ def test_experts_with_a_scale_of_their_own() -> None:
 
 def test_the_config_names_what_differs() -> None:
     model = toys.llama(tied=False)
-    quiet(model, 4, 64, overrides={"lm_head": dict(bits=8, group_size=32)}, skip="*.0.*.o_proj")
+    quiet(model, 4, 64, overrides={"lm_head": {"bits": 8, "group_size": 32}}, skip="*.0.*.o_proj")
     assert quantization_config(model) == {
         "group_size": 64,
         "bits": 4,

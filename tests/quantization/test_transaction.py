@@ -1,7 +1,10 @@
 import shutil
 import tempfile
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,8 +16,16 @@ from mlx_tune.quantization.sites import module_at
 from mlx_tune.quantization.transaction import Transaction, original, swap
 
 
-class Failed(Exception):
+class FailedError(Exception):
     pass
+
+
+@contextmanager
+def failing(model: nn.Module, **options: Any) -> Iterator[Transaction]:
+    """A transaction whose block fails at its end."""
+    with pytest.raises(FailedError), Transaction(model, **options) as transaction:  # noqa: PT012
+        yield transaction
+        raise FailedError
 
 
 def wide(layers: int = 4, width: int = 512) -> nn.Sequential:
@@ -35,11 +46,10 @@ def quantize_all(model: nn.Sequential) -> None:
 def test_a_failure_puts_everything_back(tmp_path: Path) -> None:
     model = toys.llama(tied=False)
     before, modules = toys.arrays_of(model), [type(m) for m in model.modules()]
-    with pytest.raises(Failed), Transaction(model, folder=tmp_path):
+    with failing(model, folder=tmp_path):
         swap(model, "lm_head", model.lm_head.to_quantized(64, 4))
         swap(model, "model.layers.1.mlp.up_proj", nn.ReLU())
         swap(model, "model.layers.1.mlp.up_proj", nn.GELU())
-        raise Failed
     assert toys.same_arrays(before, toys.arrays_of(model))
     assert [type(m) for m in model.modules()] == modules
     assert list(tmp_path.iterdir()) == []
@@ -65,18 +75,17 @@ def test_replaced_weights_leave_memory(tmp_path: Path) -> None:
         assert mx.get_active_memory() < before - 3 * one
         assert mx.get_peak_memory() < before + one
         kept = mx.get_active_memory()
-        with pytest.raises(Failed), Transaction(model, folder=tmp_path):
-            raise Failed
+        with failing(model, folder=tmp_path):
+            pass
         assert mx.get_active_memory() == kept
 
 
 def test_undoing_needs_no_more_than_the_model_and_a_layer(tmp_path: Path) -> None:
     model = wide()
     before = mx.get_active_memory()
-    with pytest.raises(Failed), Transaction(model, folder=tmp_path):
+    with failing(model, folder=tmp_path):
         quantize_all(model)
         mx.reset_peak_memory()
-        raise Failed
     assert mx.get_peak_memory() <= before + 512 * 512 * 4
     assert mx.get_active_memory() == before
 
@@ -86,10 +95,9 @@ def test_a_lazily_loaded_model_is_lazy_again_after_a_failure(tmp_path: Path) -> 
     mx.save_safetensors(str(tmp_path / "w.safetensors"), toys.arrays_of(model))
     expected = toys.arrays_of(model)
     model.load_weights(str(tmp_path / "w.safetensors"))
-    with pytest.raises(Failed), Transaction(model):
+    with failing(model):
         for i in range(4):
             swap(model, f"layers.{i}", nn.ReLU())
-        raise Failed
     assert all(is_unevaluated(layer.weight) for layer in model.layers)
     assert toys.same_arrays(expected, toys.arrays_of(model))
 
@@ -108,10 +116,9 @@ def test_a_lazily_loaded_weight_is_not_written_anywhere(tmp_path: Path) -> None:
 def test_tied_weights_are_tied_again() -> None:
     model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96, bias=False))
     model.layers[1].weight = model.layers[0].weight
-    with pytest.raises(Failed), Transaction(model):
+    with failing(model):
         swap(model, "layers.0", nn.ReLU())
         swap(model, "layers.1", nn.ReLU())
-        raise Failed
     assert model.layers[0].weight is model.layers[1].weight
 
 
@@ -120,10 +127,9 @@ def test_a_module_in_two_places_is_one_again() -> None:
     model = nn.Sequential(layer, layer)
     before = toys.arrays_of(layer)
     del layer
-    with pytest.raises(Failed), Transaction(model):
+    with failing(model):
         swap(model, "layers.0", nn.ReLU())
         swap(model, "layers.1", nn.ReLU())
-        raise Failed
     assert model.layers[0] is model.layers[1]
     assert toys.same_arrays(before, toys.arrays_of(model.layers[0]))
 
@@ -131,9 +137,8 @@ def test_a_module_in_two_places_is_one_again() -> None:
 def test_a_module_that_somebody_holds_comes_back_itself() -> None:
     model = wide(1)
     held = model.layers[0]
-    with pytest.raises(Failed), Transaction(model):
+    with failing(model):
         swap(model, "layers.0", nn.ReLU())
-        raise Failed
     assert model.layers[0] is held
 
 
@@ -141,9 +146,8 @@ def test_frozen_sets_and_training_flags_come_back() -> None:
     model = wide(1)
     model.layers[0].freeze()
     model.layers[0]._training = False
-    with pytest.raises(Failed), Transaction(model):
+    with failing(model):
         swap(model, "layers.0", nn.ReLU())
-        raise Failed
     assert model.layers[0]._no_grad == {"weight"}
     assert model.layers[0].training is False
 
@@ -171,11 +175,10 @@ def test_a_full_disk_keeps_the_originals_in_memory_and_says_so(monkeypatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
     model = wide(2)
     before = toys.arrays_of(model)
-    with pytest.raises(Failed), Transaction(model) as transaction:
+    with failing(model) as transaction:
         quantize_all(model)
         assert len(transaction.notes) == 1
         assert "stayed in memory" in transaction.notes[0]
-        raise Failed
     assert toys.same_arrays(before, toys.arrays_of(model))
 
 

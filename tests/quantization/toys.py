@@ -5,16 +5,16 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-_LLAMA = dict(
-    model_type="llama",
-    hidden_size=64,
-    num_hidden_layers=2,
-    intermediate_size=128,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    rms_norm_eps=1e-5,
-    vocab_size=96,
-)
+_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 96,
+}
 
 
 def llama(*, tied: bool = True, dtype: mx.Dtype = mx.bfloat16, **changes: object) -> nn.Module:
@@ -32,26 +32,26 @@ def qwen3_moe() -> nn.Module:
     from mlx_lm.models import qwen3_moe as family
 
     mx.random.seed(7)
-    arguments = dict(
-        model_type="qwen3_moe",
-        hidden_size=64,
-        num_hidden_layers=1,
-        intermediate_size=128,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        moe_intermediate_size=64,
-        rms_norm_eps=1e-5,
-        vocab_size=96,
-        rope_theta=1e4,
-        tie_word_embeddings=False,
-        max_position_embeddings=128,
-        norm_topk_prob=True,
-    )
+    arguments = {
+        "model_type": "qwen3_moe",
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 64,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 96,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 128,
+        "norm_topk_prob": True,
+    }
     model = family.Model(family.ModelArgs(**arguments))  # type: ignore[arg-type]
     mx.eval(model.parameters())
     return model
@@ -61,17 +61,17 @@ def gemma2() -> nn.Module:
     from mlx_lm.models import gemma2 as family
 
     mx.random.seed(7)
-    arguments = dict(
-        model_type="gemma2",
-        hidden_size=64,
-        num_hidden_layers=2,
-        intermediate_size=128,
-        num_attention_heads=2,
-        head_dim=32,
-        rms_norm_eps=1e-5,
-        vocab_size=96,
-        num_key_value_heads=1,
-    )
+    arguments = {
+        "model_type": "gemma2",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 96,
+        "num_key_value_heads": 1,
+    }
     model = family.Model(family.ModelArgs(**arguments))  # type: ignore[arg-type]
     model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
@@ -83,25 +83,25 @@ def lfm2() -> nn.Module:
     from mlx_lm.models import lfm2 as family
 
     mx.random.seed(7)
-    arguments = dict(
-        model_type="lfm2",
-        vocab_size=96,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        norm_eps=1e-5,
-        conv_bias=False,
-        conv_L_cache=3,
-        block_dim=64,
-        block_ff_dim=128,
-        block_multiple_of=32,
-        block_ffn_dim_multiplier=1.0,
-        block_auto_adjust_ff_dim=False,
-        full_attn_idxs=[1],
-        rope_theta=1e4,
-    )
+    arguments = {
+        "model_type": "lfm2",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_dim": 64,
+        "block_ff_dim": 128,
+        "block_multiple_of": 32,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+        "full_attn_idxs": [1],
+        "rope_theta": 1e4,
+    }
     model = family.Model(family.ModelArgs(**arguments))  # type: ignore[arg-type]
     mx.eval(model.parameters())
     return model

@@ -1,0 +1,94 @@
+"""Carrying a plan out by the method that it names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_tune.progress import progress_bar
+from mlx_tune.quantization.apply import LayerOutcome, apply_layer, install, outcome_of
+from mlx_tune.quantization.batches import Batch
+from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
+from mlx_tune.quantization.transaction import Transaction
+
+
+def carry_out(
+    plan: QuantizationPlan,
+    transaction: Transaction,
+    calibration: list[Batch],
+    *,
+    loss: Any = None,
+    progress: bool = False,
+) -> tuple[dict[str, LayerOutcome], list[str]]:
+    """Quantize every layer of a plan.
+
+    Args:
+        plan: The plan.
+        transaction: The open one on its model.
+        calibration: What "gptq" and "dwq" learn from.
+        loss: What "dwq" trains on instead of the distance to the unquantized model.
+        progress: Show progress lines.
+
+    Returns:
+        What became of each layer by its path, and notes for the report.
+    """
+    if plan.method in ("nearest", "optimal"):
+        return _each(plan.layers, plan, progress), []
+    learnable = [layer for layer in plan.layers if layer.mode == "affine"]
+    others = [layer for layer in plan.layers if layer.mode != "affine"]
+    outcomes = _each(others, plan, progress)
+    outcomes |= _gptq(learnable, plan, calibration, progress)
+    if plan.method == "gptq":
+        return outcomes, []
+    return _dwq(outcomes, learnable, plan, transaction, calibration, loss, progress)
+
+
+def _each(layers: list[LayerPlan] | tuple[LayerPlan, ...], plan: QuantizationPlan, progress: bool) -> dict[str, Any]:
+    """One layer after another, each by its weights alone."""
+    method = "nearest" if plan.method == "nearest" else "optimal"
+    outcomes = {}
+    if layers:
+        with progress_bar("quantizing", len(layers), enabled=progress) as bar:
+            for layer in layers:
+                bar.update(text=layer.path)
+                outcomes[layer.path] = apply_layer(layer, method, plan.effort)
+                bar.advance()
+    return outcomes
+
+
+def _gptq(
+    layers: list[LayerPlan], plan: QuantizationPlan, calibration: list[Batch], progress: bool
+) -> dict[str, LayerOutcome]:
+    from mlx_tune.quantization.calibrated import gptq_model
+
+    done = gptq_model(plan.layers[0].model, layers, calibration, install=install, effort=plan.effort, progress=progress)
+    return {
+        layer.path: outcome_of(
+            layer,
+            found.method,
+            note=found.note,
+            output_error=found.output_error,
+            optimal_output_error=found.optimal_output_error,
+        )
+        for layer, found in zip(layers, done, strict=True)
+    }
+
+
+def _dwq(
+    outcomes: dict[str, LayerOutcome],
+    layers: list[LayerPlan],
+    plan: QuantizationPlan,
+    transaction: Transaction,
+    calibration: list[Batch],
+    loss: Any,
+    progress: bool,
+) -> tuple[dict[str, LayerOutcome], list[str]]:
+    from mlx_tune.quantization.dwq import train_dwq
+
+    model = plan.layers[0].model
+    reference = None if loss is not None else transaction.reference()
+    result = train_dwq(model, reference, calibration, loss=loss, progress=progress)
+    del reference
+    if result.loss_after < result.loss_before:
+        trained = {layer.path: outcome_of(layer, "dwq", note=outcomes[layer.path].note) for layer in layers}
+        outcomes = {**outcomes, **trained}
+    return outcomes, [result.summary]

@@ -1,0 +1,279 @@
+"""Meeting a size: bits and group sizes layer by layer where they cost least, checked against one choice for all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_tune.errors import QuantizationError
+from mlx_tune.progress import progress_bar
+from mlx_tune.quantization.allocate import allocate
+from mlx_tune.quantization.apply import apply_layer
+from mlx_tune.quantization.batches import Batch, read_batches, rows_at_most
+from mlx_tune.quantization.evaluation import Comparison, OutputStore, prepare
+from mlx_tune.quantization.modes import AFFINE_GROUP_SIZES, FIXED_MODES, Format
+from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan, bytes_in
+from mlx_tune.quantization.sensitivity import divergence_of, measure_divergences, weight_errors
+from mlx_tune.quantization.sites import why_not_quantizable
+from mlx_tune.quantization.transaction import Transaction
+from mlx_tune.units import format_bytes, parse_bytes
+
+#: Bits that a layer may get. One bit is left out: it costs more than leaving something else smaller would.
+_BITS = (2, 3, 4, 5, 6, 8)
+
+#: Tokens that sensitivities are measured on, and that both candidates are judged on.
+_SENSITIVITY_TOKENS, _CHECK_TOKENS = 2048, 8192
+
+#: What leaving a layer alone costs: nothing. Its key among the formats.
+_ALONE = None
+
+Formats = dict[str, "Format | None"]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A plan that meets a size.
+
+    Attributes:
+        plan: The plan; its notes say how the choice was made and what it was compared with.
+        costs: Path to the predicted divergence of the chosen format.
+    """
+
+    plan: QuantizationPlan
+    costs: Mapping[str, float]
+
+
+def parse_target(plan: QuantizationPlan, target_bpw: float | None, target_bytes: int | str | None) -> int:
+    """The target in bytes of all parameters.
+
+    Raises:
+        QuantizationError: Both were given, or one that cannot be meant.
+    """
+    if target_bpw is not None and target_bytes is not None:
+        raise QuantizationError(
+            f"target_bpw={target_bpw!r} and target_bytes={target_bytes!r} say the same in two ways: give one of them."
+        )
+    if target_bytes is not None:
+        return parse_bytes(target_bytes)
+    if isinstance(target_bpw, bool) or not isinstance(target_bpw, (int, float)) or not 0 < target_bpw < 64:
+        raise QuantizationError(f"target_bpw={target_bpw!r} must be a number of bits per weight, such as 4.5.")
+    return int(target_bpw * plan.parameters / 8)
+
+
+def allocate_to_target(
+    plan: QuantizationPlan,
+    target_bytes: int,
+    *,
+    calibration: Iterable[Any] | None = None,
+    evaluation: list[Batch] | None = None,
+    progress: bool = False,
+) -> Allocation:
+    """Choose a format for every layer of a plan that nothing else decides on.
+
+    Args:
+        plan: Whose layers to choose for.
+        target_bytes: What all parameters together must not exceed.
+        calibration: Batches to measure sensitivity on, and to check the choice; without, the weights' error counts.
+        evaluation: What to check on where there is no calibration.
+        progress: Show progress lines.
+
+    Raises:
+        QuantizationError: Not even the smallest formats fit.
+    """
+    batches = calibration if isinstance(calibration, list) and _are_batches(calibration) else None
+    learn = batches if batches is not None else read_batches(calibration, "calibration")
+    free = [layer for layer in plan.layers if not layer.fixed]
+    spent = plan.size_after_bytes - sum(layer.bytes_after for layer in free)
+    errors: dict[str, dict[Format, float]] = {}
+    with progress_bar("weight errors", len(free), enabled=progress) as bar:
+        for layer in free:
+            errors[layer.path] = weight_errors(layer, _formats_for(layer, plan.method), plan.method)
+            bar.advance()
+
+    sense, check = _split(learn)
+    if sense:
+        weights = _measured_weights(plan, free, errors, sense, target_bytes, progress)
+        basis = f"each layer's effect on the model's answers, measured on {_amount(sense)} of the calibration"
+    else:
+        weights = {layer.path: 1.0 for layer in free}
+        basis = "the weights' error, each layer counted alike, as there is no calibration"
+    options: list[list[tuple[int, float]]] = []
+    choices: list[list[Format | None]] = []
+    for layer in free:
+        formats: list[Format | None] = [*errors[layer.path], _ALONE]
+        choices.append(formats)
+        options.append(
+            [
+                (layer.bytes_before, 0.0)
+                if f is None
+                else (bytes_in(layer, f), weights[layer.path] * errors[layer.path][f])
+                for f in formats
+            ]
+        )
+    picked = allocate(options, target_bytes - spent)
+    if picked is None:
+        least = spent + sum(min(size for size, _ in layer) for layer in options)
+        raise QuantizationError(
+            f"The target of {format_bytes(target_bytes)} ({8 * target_bytes / plan.parameters:.3f} bits per weight) "
+            f"cannot be met: with every layer at its smallest the model takes {format_bytes(least)} "
+            f"({8 * least / plan.parameters:.3f} bits per weight), {format_bytes(spent)} of it in what is not up for "
+            "choice: layers with overrides, protected ones, those that cannot be quantized, and norms."
+        )
+    chosen = {layer.path: choices[i][picked[i]] for i, layer in enumerate(free)}
+    costs = {layer.path: options[i][picked[i]][1] for i, layer in enumerate(free)}
+    mixed = plan.with_formats(chosen, "left alone by the allocation")
+    notes = [
+        f"Mixed formats for at most {format_bytes(target_bytes)} "
+        f"({8 * target_bytes / plan.parameters:.3f} bits per weight), chosen by {basis}: {_spread(mixed)}."
+    ]
+    uniform = _best_uniform(plan, free, errors, weights, target_bytes - spent)
+    if uniform is None:
+        notes.append("No single format for all layers meets the target, so there was none to compare with.")
+    else:
+        mixed, verdict = _checked(mixed, uniform, check or (evaluation or []), bool(check), progress)
+        notes.append(verdict)
+    return Allocation(replace(mixed, notes=(*plan.notes, *notes)), costs)
+
+
+def _are_batches(values: list[Any]) -> bool:
+    return all(isinstance(value, Batch) for value in values)
+
+
+def _formats_for(layer: LayerPlan, method: str) -> list[Format]:
+    """Every format that the layer could have."""
+    inner = layer.shape[-1]
+    found = [Format(bits, size) for bits in _BITS for size in AFFINE_GROUP_SIZES if inner % size == 0]
+    if method in ("nearest", "optimal"):
+        for mode, (size, bits) in FIXED_MODES.items():
+            if inner % size == 0 and why_not_quantizable(layer.module, mode) is None:
+                found.append(Format(bits, size, mode))
+    if layer.format is not None and layer.format not in found:
+        found.append(layer.format)
+    return found
+
+
+def _measured_weights(
+    plan: QuantizationPlan,
+    free: list[LayerPlan],
+    errors: dict[str, dict[Format, float]],
+    batches: list[Batch],
+    target_bytes: int,
+    progress: bool,
+) -> dict[str, float]:
+    """Divergence of the model for each unit of a layer's weight error, measured near the size that is wanted."""
+    bits_each = 8 * target_bytes / plan.parameters
+
+    def probe(layer: LayerPlan) -> Format:
+        affine = [f for f in errors[layer.path] if f.mode == "affine"]
+        # Just below the target: errors large enough to measure, small enough to add up.
+        return min(affine, key=lambda f: (abs(f.bits + 0.5 - bits_each), abs(f.group_size - 64)))
+
+    measured = measure_divergences(
+        free[0].model, free, probe, batches, method=plan.method, effort=plan.effort, progress=progress
+    )
+    return {path: moved / error if error > 0 else 0.0 for path, (moved, error) in measured.items()}
+
+
+def _best_uniform(
+    plan: QuantizationPlan,
+    free: list[LayerPlan],
+    errors: dict[str, dict[Format, float]],
+    weights: dict[str, float],
+    budget: int,
+) -> QuantizationPlan | None:
+    """The best single format for all layers that are up for choice, within the same bytes."""
+    shared = set.intersection(*(set(errors[layer.path]) for layer in free))
+    fitting = [f for f in shared if sum(bytes_in(layer, f) for layer in free) <= budget]
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda f: (sum(weights[x.path] * errors[x.path][f] for x in free), str(f)))
+    return plan.with_formats({layer.path: best for layer in free})
+
+
+def _checked(
+    mixed: QuantizationPlan, uniform: QuantizationPlan, batches: list[Batch], held_out: bool, progress: bool
+) -> tuple[QuantizationPlan, str]:
+    """The better of both by measurement, and a sentence that says so."""
+    other = str(uniform.layers[-1].format) if uniform.layers else "nothing quantized"
+    free = [layer for layer in uniform.layers if not layer.fixed]
+    other = str(free[0].format) if free else other
+    size = f"{uniform.bits_per_weight:.3f} bits per weight"
+    if not batches:
+        return mixed, f"Not checked against {other} everywhere ({size}), for want of calibration or evaluation."
+    where = "calibration that was kept aside" if held_out else "the evaluation, as there is no calibration"
+    model = mixed.layers[0].model if mixed.layers else uniform.layers[0].model
+    comparison = prepare(model, batches, None)
+    with OutputStore() as store:
+        comparison.record(model, store, floor=False)
+        ours, theirs = (_trial(plan, comparison, store, progress) for plan in (mixed, uniform))
+    figures = (
+        f"divergence {ours:.4g} mixed, {theirs:.4g} with {other} everywhere ({size}), on {_amount(batches)} of {where}"
+    )
+    if ours <= theirs:
+        return mixed, f"Checked: {figures}."
+    return uniform, f"The mixed choice was rejected: {figures}. {other} is used everywhere."
+
+
+def _trial(plan: QuantizationPlan, comparison: Comparison, store: OutputStore, progress: bool) -> float:
+    """The divergence of a plan, carried out and undone."""
+    model = plan.layers[0].model
+    method = "nearest" if plan.method == "nearest" else "optimal"
+    with Transaction(model) as transaction, progress_bar("candidate", len(plan.layers), enabled=progress) as bar:
+        for layer in plan.layers:
+            apply_layer(layer, method, plan.effort)
+            bar.advance()
+        found = divergence_of(comparison.judge(model, store))
+        transaction.roll_back()
+    return found
+
+
+def _split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Batches to measure sensitivity on, and other ones to check the choice on."""
+    if not batches:
+        return [], []
+    if any(batch.tokens is None for batch in batches):
+        if len(batches) == 1:
+            return batches, batches
+        half = (len(batches) + 1) // 2
+        return batches[:half], batches[half:]
+    rows = [row for batch in batches for row in rows_at_most(batch, 1)]
+    if len(rows) == 1:
+        return rows, rows
+    length = max(row.arguments[0].shape[1] for row in rows)
+    first = max(1, min(len(rows) // 2, _SENSITIVITY_TOKENS // length))
+    second = max(1, min(len(rows) - first, _CHECK_TOKENS // length))
+    # Spread over the whole of it: neighbours are often cut from one document.
+    odd, even = rows[::2], rows[1::2]
+    return _joined(_spread_rows(odd, first)), _joined(_spread_rows(even, second))
+
+
+def _spread_rows(rows: list[Batch], count: int) -> list[Batch]:
+    step = max(1, len(rows) // max(1, count))
+    return rows[::step][:count]
+
+
+def _joined(rows: list[Batch]) -> list[Batch]:
+    """Rows of one length together, so that the model is called less often."""
+    import mlx.core as mx
+
+    by_length: dict[int, list[mx.array]] = {}
+    for row in rows:
+        assert row.tokens is not None
+        by_length.setdefault(row.tokens.shape[1], []).append(row.tokens)
+    stacked = [mx.concatenate(parts) for parts in by_length.values()]
+    return [Batch((tokens,), tokens) for tokens in stacked]
+
+
+def _amount(batches: list[Batch]) -> str:
+    tokens = sum(b.tokens.size for b in batches if b.tokens is not None)
+    return f"{tokens:,} tokens" if tokens else f"{len(batches)} batches"
+
+
+def _spread(plan: QuantizationPlan) -> str:
+    """How many layers got which format."""
+    counts = Counter(str(layer.format) for layer in plan.layers if not layer.fixed)
+    alone = sum(1 for layer in plan.skipped if layer.reason == "left alone by the allocation")
+    texts = [f"{count} x {name}" for name, count in sorted(counts.items())]
+    return "; ".join([*texts, *([f"{alone} x left alone"] if alone else [])])
