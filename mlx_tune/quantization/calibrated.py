@@ -28,6 +28,9 @@ Arrays = tuple[mx.array, mx.array, mx.array]
 #: One batch in so many is kept aside to judge each layer on.
 _HELD_OUT_EVERY = 8
 
+#: How much the relative error of a tied embedding's rows counts beside that of its logits.
+LOOKUP_SHARE = 1.0
+
 
 @dataclass(frozen=True)
 class CalibratedLayer:
@@ -132,7 +135,8 @@ class _Run:
             if mine:
                 learned, judged = self._moments(step, mine, inputs)
                 for layer in mine:
-                    done[layer.path] = self._solve(layer, learned.of(layer.path), judged)
+                    test = None if judged is None else judged.of(layer.path)
+                    done[layer.path] = self._solve(layer, learned.of(layer.path), test)
             if following is not None:
                 self._advance(step, inputs)
         for layer in self._layers:
@@ -226,9 +230,13 @@ class _Run:
         if step is None or step.calls < 2:
             return self._fall_back(layer, "lookups only: there is no sum in which columns could make up for each other")
         learned, judged = self._moments(step, [layer], None)
-        return self._solve(layer, learned.of(layer.path), judged)
+        moments = learned.of(layer.path)
+        test = None if judged is None else judged.of(layer.path)
+        weight = read_array(dense_twin(layer.module)["weight"])
+        # It is looked up as well, which takes each weight as it is: both relative errors count.
+        return self._solve(layer, *(None if m is None else _with_lookups(weight, m) for m in (moments, test)))
 
-    def _solve(self, layer: LayerPlan, moments: mx.array | None, judged: InputMoments | None) -> CalibratedLayer:
+    def _solve(self, layer: LayerPlan, moments: mx.array | None, test: mx.array | None) -> CalibratedLayer:
         if moments is None:
             return self._fall_back(layer, "no calibration input reached it")
         assert layer.format is not None
@@ -236,7 +244,6 @@ class _Run:
         weight = read_array(dense_twin(layer.module)["weight"])
         bits, size = layer.format.bits, layer.format.group_size
         optimal = quantize_affine(weight, bits, size, effort=self._effort)
-        test = judged.of(layer.path) if judged is not None else None
         stacked = weight.ndim == 3
         parts = []
         for e in range(weight.shape[0] if stacked else 1):
@@ -273,6 +280,13 @@ def _error(weight: mx.array, arrays: Arrays, moments: mx.array, bits: int, size:
     errors = [output_error(w, a, h) for w, a, h in zip(weight, after, moments, strict=True)]
     total = sum(energies)
     return sum(e * n for e, n in zip(errors, energies, strict=True)) / total if total > 0 else 0.0
+
+
+def _with_lookups(weight: mx.array, moments: mx.array, share: float = LOOKUP_SHARE) -> mx.array:
+    """The metric of a tied embedding: relative squared error of the logits plus that of the rows themselves."""
+    w = weight.astype(mx.float32)
+    rows = share / max(number(mx.square(w).sum()), 1e-30)
+    return moments / max(_energy(w, moments), 1e-30) + rows * mx.eye(moments.shape[0])
 
 
 def _energy(weight: mx.array, moments: mx.array) -> float:

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.affine import quantize_affine
+from mlx_tune.quantization.lazy import number
 from mlx_tune.quantization.packing import check_affine, dequantize_float32, pack
 from mlx_tune.quantization.search import Effort, Solver, plan_search
 
@@ -96,8 +97,7 @@ def quantize_gptq(
     plain = dequantize_float32(*optimal, bits, group_size)
     energy = _row_errors(w, h).sum()
     before = _row_errors(w - plain, h)
-    total = energy.item()
-    if not total > 0:
+    if not number(energy) > 0:
         return GptqResult(*optimal, 0.0, 0.0)
 
     order, groups = _order(diagonal, group_size)
@@ -117,7 +117,7 @@ def quantize_gptq(
     packed, scales, biases = (mx.where(better, new, old) for new, old in zip(found, optimal, strict=True))
     error = mx.minimum(after, before).sum() / energy
     mx.eval(packed, scales, biases, error)
-    return GptqResult(packed, scales, biases, error.item(), (before.sum() / energy).item())
+    return GptqResult(packed, scales, biases, number(error), number(before.sum() / energy))
 
 
 def output_error(weight: mx.array, approximation: mx.array, hessian: mx.array) -> float:
@@ -137,8 +137,8 @@ def output_error(weight: mx.array, approximation: mx.array, hessian: mx.array) -
         0.01
     """
     w, h = weight.astype(mx.float32), hessian.astype(mx.float32)
-    energy = _row_errors(w, h).sum().item()
-    error = _row_errors(w - approximation.astype(mx.float32), h).sum().item()
+    energy = number(_row_errors(w, h).sum())
+    error = number(_row_errors(w - approximation.astype(mx.float32), h).sum())
     return max(0.0, error / energy) if energy > 0 else 0.0
 
 

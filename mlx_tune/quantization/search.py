@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -246,8 +246,8 @@ def _kernels(cpu: bool, compiled: bool, dtype: mx.Dtype) -> _Kernels:
         scale, bias = mx.where(fits, slope, scale), mx.where(fits, mean - slope * mean_q, bias)
         return [scale, bias, inverse_of(scale)]
 
-    every = (codes, squares, moments, store, keep_better, fit)
-    return _Kernels(*(map(mx.compile, every) if compiled else every))
+    every: tuple[Any, ...] = (codes, squares, moments, store, keep_better, fit)
+    return _Kernels(*(mx.compile(kernel) if compiled else kernel for kernel in every))
 
 
 def _spread(low: float, high: float, count: int) -> list[float]:

@@ -1,0 +1,307 @@
+"""Training scales and biases against the unquantized model: distillation, with the codes left as they are.
+
+The idea is mlx-lm's DWQ (https://github.com/ml-explore/mlx-lm, `mlx_lm.dwq`). Differences: steps are measured in
+quantization steps of each group, so that rates need no guessing by bits; a few rates are tried briefly and the best
+goes on; batches kept aside decide when to stop and what is kept; any model, any batches, any loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from mlx_tune.errors import CheckpointError, QuantizationError
+from mlx_tune.memory import memory_budget, track_memory
+from mlx_tune.progress import Bar, progress_bar
+from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, widen
+from mlx_tune.quantization.batches import Batch
+from mlx_tune.quantization.capture import model_arguments
+from mlx_tune.quantization.evaluation import logits_of, output_arrays
+from mlx_tune.quantization.lazy import number
+from mlx_tune.quantization.trainable import NAMES, stored_pair, trainable_sites, trained_in_place
+
+#: Adam's step, in quantization steps at the ends of a group's grid; the best of these is found by trying.
+RATES = (0.01, 0.03, 0.1)
+
+#: One batch in so many is kept aside.
+_HELD_OUT_EVERY = 8
+
+#: `loss(model, *batch)`.
+Loss = Callable[..., Any]
+Parameters = list[dict[str, mx.array]]
+
+
+@dataclass(frozen=True)
+class DwqResult:
+    """What training did.
+
+    Attributes:
+        loss_before: On the batches kept aside: mean KL divergence in nats for logits, relative squared error for
+            other outputs, or the caller's loss.
+        loss_after: The same with what was kept; never more.
+        rate: The learning rate that was found best, in quantization steps.
+        steps: Training steps done, trials included.
+        layers: How many layers were trained.
+        checkpointed: Whether activations were recomputed to save memory.
+        note: Why nothing was kept, where nothing was.
+    """
+
+    loss_before: float
+    loss_after: float
+    rate: float
+    steps: int
+    layers: int
+    checkpointed: bool
+    note: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """One sentence for a report."""
+        if self.note is not None:
+            return f"dwq: {self.note}."
+        recomputed = ", activations recomputed" if self.checkpointed else ""
+        return (
+            f"dwq: {self.loss_before:.4g} to {self.loss_after:.4g} on calibration kept aside, "
+            f"in {self.steps} steps at a rate of {self.rate:g} quantization steps{recomputed}."
+        )
+
+
+def train_dwq(
+    model: nn.Module,
+    reference: Callable[..., Any] | None,
+    calibration: Sequence[Batch],
+    *,
+    loss: Loss | None = None,
+    rates: Sequence[float] = RATES,
+    epochs: int = 1,
+    checkpoint: bool | None = None,
+    progress: bool = True,
+) -> DwqResult:
+    """Train scales and biases of a quantized model's affine layers, in place.
+
+    Args:
+        model: The quantized model; it is changed only if that is better on the batches kept aside.
+        reference: The unquantized model, or anything that is called alike and gives what it would give. Not needed
+            with `loss`.
+        calibration: Batches; one in eight is kept aside and never trained on.
+        loss: `loss(model, *batch)`, a scalar, instead of the distance to the reference.
+        rates: Learning rates to try, in quantization steps.
+        epochs: How often to go through the batches.
+        checkpoint: Recompute activations of the model's blocks; by default where memory calls for it.
+        progress: Show a progress line with the loss on the batches kept aside.
+
+    Returns:
+        Losses before and after, and how they came about.
+
+    Raises:
+        QuantizationError: Fewer than two batches, nothing to train, or neither reference nor loss.
+
+    Example:
+        >>> from mlx_tune.quantization.batches import read_batches
+        >>> mx.random.seed(0)
+        >>> reference = nn.Sequential(nn.Linear(64, 32))
+        >>> model = nn.Sequential(nn.QuantizedLinear.from_linear(reference.layers[0], 64, 2))
+        >>> batches = read_batches([mx.random.normal((64, 64)) for _ in range(16)], "calibration")
+        >>> result = train_dwq(model, reference, batches, progress=False)
+        >>> result.loss_after < result.loss_before
+        True
+    """
+    if len(calibration) < 2:
+        raise QuantizationError(
+            f"calibration has {len(calibration)} batch: method='dwq' trains on some and judges on others, so it needs "
+            "two or more, better dozens. Split the batch along its first axis."
+        )
+    if reference is None and loss is None:
+        raise QuantizationError("Training needs the unquantized model as reference, or a loss.")
+    sites = trainable_sites(model)
+    if not sites:
+        raise QuantizationError("Nothing to train: no layer of the model has affine scales and biases.")
+    cpu = mx.default_device() == mx.Device(mx.cpu)
+    dtype = mx.float32 if cpu else sites[0].module["scales"].dtype
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        if isinstance(reference, nn.Module):
+            stack.enter_context(evaluation_mode(reference))
+            if cpu:
+                stack.enter_context(float32_arithmetic(reference))
+        layers = stack.enter_context(trained_in_place(model, sites, dtype))
+        if cpu:
+            stack.enter_context(float32_arithmetic(model))
+        bar = stack.enter_context(progress_bar("dwq", enabled=progress))
+        training = _Training(model, layers, reference, list(calibration), loss, bar)
+        result, best = training.run(tuple(rates), epochs, checkpoint)
+        training.put(best)
+        pairs = [stored_pair(layer) for layer in layers]
+        mx.eval(pairs)
+    if result.loss_after < result.loss_before:
+        for site, (scales, biases) in zip(sites, pairs, strict=True):
+            site.module["scales"], site.module["biases"] = scales, biases
+    return result
+
+
+class _Training:
+    """Adam on the trained numbers of some layers, batches kept aside deciding."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[nn.Module],
+        reference: Callable[..., Any] | None,
+        batches: list[Batch],
+        loss: Loss | None,
+        bar: Bar,
+    ) -> None:
+        self._model, self._layers, self._reference, self._loss = model, layers, reference, loss
+        aside = [i for i in range(len(batches)) if i % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1] or [len(batches) - 1]
+        self._judges = [batches[i] for i in aside]
+        self._lessons = [batch for i, batch in enumerate(batches) if i not in set(aside)]
+        self._bar = bar
+        self._steps = 0
+        self._gradient = mx.value_and_grad(self._loss_of)
+
+    def run(self, rates: tuple[float, ...], epochs: int, checkpoint: bool | None) -> tuple[DwqResult, Parameters]:
+        """Try the rates, go on with the best, and give back the best numbers seen."""
+        start: Parameters = [{name: layer[name] for name in NAMES} for layer in self._layers]
+        before = best_loss = self._judge(start)
+        best, best_rate = start, rates[0]
+        total = len(self._lessons) * epochs
+        trial = max(1, min(total // 8, 16))
+        every = max(4, total // 12)
+        self._bar.update(total=trial * len(rates) + total, text=f"held-out loss {before:.4g}")
+        with ExitStack() as stack:
+            checkpointed = checkpoint is not False and self._checkpoint(stack, start, forced=checkpoint is True)
+            tried = []
+            for rate in rates:
+                state = _Adam(start)
+                found = self._train(start, state, rate, range(trial), trial, decay=False)
+                loss = self._judge(found) if found is not None else math.inf
+                tried.append((loss, rate, found, state))
+                if found is not None and loss < best_loss:
+                    best_loss, best, best_rate = loss, found, rate
+            loss, rate, current, state = min(tried, key=lambda t: t[0])
+            worse = 0
+            step = trial
+            while current is not None and step < total and worse < 3:
+                stop = min(step + every, total)
+                current = self._train(current, state, rate, range(step, stop), total, decay=True)
+                step = stop
+                loss = self._judge(current) if current is not None else math.inf
+                worse = worse + 1 if loss >= best_loss else 0
+                if current is not None and loss < best_loss:
+                    best_loss, best, best_rate = loss, current, rate
+                self._bar.update(text=f"held-out loss {loss:.4g}, from {before:.4g}")
+        note = None if best_loss < before else "training made nothing better on the batches kept aside: left as it was"
+        result = DwqResult(before, best_loss, best_rate, self._steps, len(self._layers), checkpointed, note)
+        return result, best
+
+    def put(self, parameters: Parameters) -> None:
+        """Hand the layers their numbers."""
+        for layer, own in zip(self._layers, parameters, strict=True):
+            for name, value in own.items():
+                dict.__setitem__(layer, name, value)
+
+    def _checkpoint(self, stack: ExitStack, start: Parameters, forced: bool) -> bool:
+        """Recompute activations if one step without that would come near what memory there is."""
+        from mlx_tune.checkpointing.blocks import checkpoint_blocks
+
+        try:
+            handle = checkpoint_blocks(self._model)
+        except CheckpointError:
+            return False  # nothing is repeated in it
+        if not forced:
+            with track_memory() as memory:
+                mx.eval(self._gradient(start, self._lessons[0], self._targets(self._lessons[0])))
+            self.put(start)
+            # Without recomputation every block's activations are held at once: at worst so many times the peak now.
+            if memory.peak_bytes * len(handle.paths) < int(memory_budget()) // 2:
+                handle.undo()
+                return False
+        stack.callback(handle.undo)
+        return True
+
+    def _train(
+        self, parameters: Parameters, state: _Adam, rate: float, steps: range, total: int, decay: bool
+    ) -> Parameters | None:
+        """Some steps; None where the loss stopped being a number."""
+        for step in steps:
+            batch = self._lessons[step % len(self._lessons)]
+            loss, gradients = self._gradient(parameters, batch, self._targets(batch))
+            share = 0.5 * (1 + math.cos(math.pi * step / total)) if decay else 1.0
+            parameters = state.step(parameters, gradients, rate * share)
+            mx.eval(loss, parameters, state.moments)
+            self._steps += 1
+            self._bar.advance()
+            if not math.isfinite(number(loss)):
+                return None
+        return parameters
+
+    def _judge(self, parameters: Parameters) -> float:
+        losses, weights = [], []
+        for batch in self._judges:
+            losses.append(number(self._loss_of(parameters, batch, self._targets(batch))))
+            weights.append(batch.tokens.size if batch.tokens is not None else 1)
+        self.put(parameters)
+        loss = sum(a * w for a, w in zip(losses, weights, strict=True)) / sum(weights)
+        return loss if math.isfinite(loss) else math.inf
+
+    def _targets(self, batch: Batch) -> list[mx.array]:
+        if self._loss is not None:
+            return []
+        assert self._reference is not None
+        output = self._reference(*self._arguments(batch))
+        logits = logits_of(output)
+        # Targets are constants: evaluated now, so that their graph is not held with that of the model.
+        arrays = [logits] if batch.tokens is not None and logits.ndim == 3 else output_arrays(output)
+        mx.eval(arrays)
+        return arrays
+
+    def _arguments(self, batch: Batch) -> tuple[Any, ...]:
+        arguments: tuple[Any, ...] = widen(model_arguments(batch))
+        return arguments
+
+    def _loss_of(self, parameters: Parameters, batch: Batch, targets: list[mx.array]) -> mx.array:
+        self.put(parameters)
+        if self._loss is not None:
+            return mx.mean(self._loss(self._model, *batch.arguments))
+        output = self._model(*self._arguments(batch))
+        if batch.tokens is not None and len(targets) == 1 and targets[0].ndim == 3:
+            return _divergence(targets[0], logits_of(output))
+        pairs = list(zip(targets, output_arrays(output), strict=True))
+        error = sum((mx.square(a - b).sum() for a, b in pairs), mx.array(0.0))
+        energy = sum((mx.square(a).sum() for a, _ in pairs), mx.array(0.0))
+        return error / mx.maximum(energy, 1e-30)
+
+
+class _Adam:
+    """Adam (Kingma and Ba, 2014) on a list of dictionaries, without hidden state."""
+
+    def __init__(self, like: Parameters) -> None:
+        zeros = tree_map(mx.zeros_like, like)
+        self.moments: Any = (zeros, zeros)
+        self._count = 0
+
+    def step(self, parameters: Parameters, gradients: Any, rate: float) -> Parameters:
+        """Parameters after one step."""
+        self._count += 1
+        fast, slow = 0.9, 0.95  # short runs: the second moment must warm up within a few steps
+        m = tree_map(lambda a, g: fast * a + (1 - fast) * g, self.moments[0], gradients)
+        v = tree_map(lambda a, g: slow * a + (1 - slow) * g * g, self.moments[1], gradients)
+        self.moments = (m, v)
+        size = rate * math.sqrt(1 - slow**self._count) / (1 - fast**self._count)
+        moved: Parameters = tree_map(lambda p, a, b: p - size * a / (mx.sqrt(b) + 1e-12), parameters, m, v)
+        return moved
+
+
+def _divergence(before: mx.array, after: mx.array) -> mx.array:
+    """Mean KL divergence of the model from the reference, over tokens."""
+    before, after = before.astype(mx.float32), after.astype(mx.float32)
+    lx = before - mx.logsumexp(before, axis=-1, keepdims=True)
+    ly = after - mx.logsumexp(after, axis=-1, keepdims=True)
+    return (mx.exp(lx) * (lx - ly)).sum(-1).mean()
