@@ -37,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> Any:
     return load_tokenizer(folder)
 
 
-def small_llama(vocabulary: int, *, width: int = 128, layers: int = 4) -> tuple[nn.Module, dict[str, Any]]:
+def small_llama(vocabulary: int, *, width: int = 128, layers: int = 5) -> tuple[nn.Module, dict[str, Any]]:
     """Build mlx-lm's Llama at a size that two processor cores can train.
 
     Args:
@@ -99,7 +99,7 @@ def perplexity(model: nn.Module, batches: Iterable[mx.array]) -> float:
     training = model.training
     model.eval()
     try:
-        losses = [next_token_loss(model, batch).item() for batch in batches]
+        losses = [float(next_token_loss(model, batch)) for batch in batches]
     finally:
         model.train(training)
     return math.exp(sum(losses) / len(losses))

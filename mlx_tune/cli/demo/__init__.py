@@ -25,9 +25,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--text", metavar="PATH", help="a text file or a folder of them (default: the standard library's source)"
     )
     parser.add_argument(
-        "--budget", default="100MB", help="memory to train in; scarce on purpose, so that it matters (default: 100MB)"
+        "--budget", default="64MB", help="memory to train in; scarce on purpose, so that it matters (default: 64MB)"
     )
-    parser.add_argument("--steps", type=int, default=30, help="training steps (default: 30)")
+    parser.add_argument("--steps", type=int, default=24, help="training steps (default: 24)")
     parser.add_argument(
         "--out", metavar="DIR", default="mlx-tune-demo", help="a new folder for the models (default: mlx-tune-demo)"
     )
