@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.optimizers import Optimizer
 
 from mlx_tune import graphs
 from mlx_tune.checkpointing.blocks import Select, find_blocks
@@ -155,6 +156,7 @@ class _Planner:
 
     def plan(self) -> CheckpointPlan:
         """Estimate, time, choose, measure."""
+        initialize_optimizers(self.state, self.model)
         self.batch = self.make_batch(self.batch_size)
         if self.floor(self.all) > self.budget:
             raise self.does_not_fit()
@@ -323,3 +325,25 @@ class _Planner:
             notes=tuple(notes),
             _model=self.model,
         )
+
+
+def initialize_optimizers(state: Any, model: nn.Module) -> None:
+    """Give optimizers that have not run yet the state that they hold from the second step on; nothing is evaluated.
+
+    Args:
+        state: Where to look for optimizers.
+        model: Whose trainable parameters they update. Of several new optimizers it cannot be told which updates
+            what: then they are left as they are.
+    """
+    waiting, new = [state], []
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Optimizer):
+            if not node._initialized:
+                new.append(node)
+        elif isinstance(node, dict) and not isinstance(node, nn.Module):
+            waiting.extend(node.values())
+        elif isinstance(node, (list, tuple)):
+            waiting.extend(node)
+    if len(new) == 1:
+        new[0].init(model.trainable_parameters())

@@ -265,6 +265,21 @@ def test_blocks_are_listed_in_the_order_they_run():
     assert [b.kind for b in plan.blocks] == [0, 1, 1]
 
 
+def test_an_optimizer_that_has_not_run_yet_is_planned_for_with_its_state():
+    needed = []
+    for initialized in (True, False):
+        training = Training()
+        if not initialized:
+            training.optimizer = optim.Adam(1e-3)
+        before = training.everything()
+        with pytest.raises(BudgetError) as error:
+            training.plan(10_000)
+        assert training.everything() == before
+        assert training.optimizer._initialized == initialized
+        needed.append(error.value.needed_bytes - training.beside())
+    assert needed[0] == pytest.approx(needed[1], rel=0.01)
+
+
 def test_select_restricts_the_plan():
     plan = Training().plan(10**9, select="layers.[12]")
     assert [b.path for b in plan.blocks] == ["layers.1", "layers.2"]
