@@ -4,7 +4,8 @@ Tokens out of real text, models from and to folders that stock mlx-lm reads, and
 generator driven with what the rest of the library measured.
 """
 
-from mlx_tune.lm.fitting import autobatch, autofit, estimate_memory
+from mlx_tune.lm.adapters import add_adapters, make_optimizer
+from mlx_tune.lm.fitting import autobatch, autofit, estimate_memory, plan_checkpoints, verify_checkpoint
 from mlx_tune.lm.loading import load
 from mlx_tune.lm.result import LossReport, TrainingResult
 from mlx_tune.lm.saving import save_quantized
@@ -16,13 +17,17 @@ __all__ = [
     "LossReport",
     "TrainingResult",
     "TrainingStep",
+    "add_adapters",
     "autobatch",
     "autofit",
     "estimate_memory",
     "load",
+    "make_optimizer",
+    "plan_checkpoints",
     "read_texts",
     "save_quantized",
     "token_batches",
     "train",
     "training_step",
+    "verify_checkpoint",
 ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlx.optimizers import Optimizer
 
     from mlx_tune.batching import AutobatchResult
+    from mlx_tune.checkpointing import CheckpointPlan, VerifyReport
     from mlx_tune.fitting import Fit
     from mlx_tune.graphs import MemoryEstimate
 
@@ -179,6 +180,80 @@ def autofit(
             multiple_of=ready.multiple_of,
             **_group(ready.multiple_of),
             **options,
+        )
+
+
+def plan_checkpoints(
+    model: nn.Module,
+    dataset: Any,
+    args: Any = None,
+    *,
+    optimizer: Optimizer | None = None,
+    loss: Loss | None = None,
+    budget: Budget = None,
+    **options: Any,
+) -> CheckpointPlan:
+    """Choose the blocks to checkpoint so that `args.batch_size` fits a budget and mlx-lm's trainer runs fastest.
+
+    Args:
+        model: The model as it will be trained, no block checkpointed.
+        dataset: What mlx-lm's trainer takes.
+        args: mlx-lm's `TrainingArgs`.
+        optimizer: The optimizer; Adam where None.
+        loss: As mlx-lm's trainer takes it.
+        budget: As for `mlx_tune.plan_checkpoints`.
+        **options: Whatever else `mlx_tune.plan_checkpoints` takes.
+
+    Returns:
+        What `mlx_tune.plan_checkpoints` returns: train in `with plan.applied():`.
+
+    Example:
+        ```python
+        plan = lm.plan_checkpoints(model, train_set, TrainingArgs(batch_size=16), budget="24GB")
+        ```
+    """
+    from mlx_lm.tuner.trainer import TrainingArgs
+
+    import mlx_tune
+
+    args = TrainingArgs() if args is None else args
+    with training_step(model, _optimizer(optimizer), dataset, args, loss=loss) as ready:
+        return mlx_tune.plan_checkpoints(
+            model,
+            ready.step,
+            ready.make_batch,
+            batch_size=args.batch_size,
+            budget=budget,
+            state=ready.state,
+            **options,
+        )
+
+
+def verify_checkpoint(model: nn.Module, dataset: Any, args: Any = None, *, loss: Loss | None = None) -> VerifyReport:
+    """Compare a model's gradients with and without checkpointing, on the longest batch of its data.
+
+    Args:
+        model: The model as it will be trained.
+        dataset: What mlx-lm's trainer takes.
+        args: mlx-lm's `TrainingArgs`; `batch_size` and `max_seq_length` count.
+        loss: As mlx-lm's trainer takes it.
+
+    Returns:
+        What `mlx_tune.verify_checkpoint` returns; `.ok` is the verdict.
+
+    Example:
+        ```python
+        print(lm.verify_checkpoint(model, train_set, TrainingArgs(batch_size=1)))
+        ```
+    """
+    from mlx_lm.tuner.trainer import TrainingArgs, default_loss
+
+    import mlx_tune
+
+    args = TrainingArgs() if args is None else args
+    with training_step(model, _optimizer(None), dataset, args, loss=loss) as ready:
+        return mlx_tune.verify_checkpoint(
+            model, default_loss if loss is None else loss, *ready.make_batch(args.batch_size)
         )
 
 

@@ -12,19 +12,23 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
 
-def load(model: str | os.PathLike[str], *, lazy: bool = False) -> tuple[nn.Module, Any, dict[str, Any], Path]:
+def load(
+    model: str | os.PathLike[str], *, lazy: bool = False, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any, dict[str, Any], Path]:
     """Load what `mlx_lm.load` loads: a folder in mlx-lm's format, or a name on the hub.
 
     Args:
         model: A folder, or a name such as "mlx-community/Qwen3-0.6B-4bit", which needs a network or a filled cache.
         lazy: Leave the weights on disk until they are used.
+        trust_remote_code: Run Python files that come with the model, as `mlx_lm.load` does.
 
     Returns:
         The model, its tokenizer, its configuration and the folder that it was read from.
 
     Raises:
         InvalidArgumentError: A folder without a model in it.
-        MlxTuneError: A hub name, and no way to reach the hub.
+        MlxTuneError: A hub name, and no way to reach the hub; or a folder that mlx-lm cannot load, such as one of an
+            architecture that it does not know.
 
     Example:
         ```python
@@ -38,7 +42,16 @@ def load(model: str | os.PathLike[str], *, lazy: bool = False) -> tuple[nn.Modul
         raise InvalidArgumentError(f"{str(folder)!r} holds no config.json: it is not a model's folder.")
     if not any(folder.glob("model*.safetensors")):
         raise InvalidArgumentError(f"{str(folder)!r} holds no model*.safetensors: its weights are missing.")
-    loaded, tokenizer, config = mlx_lm.load(str(folder), lazy=lazy, return_config=True)
+    try:
+        loaded, tokenizer, config = mlx_lm.load(
+            str(folder),
+            lazy=lazy,
+            return_config=True,
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            trust_remote_code=trust_remote_code,
+        )
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise MlxTuneError(f"mlx-lm cannot load {str(folder)!r}: {type(error).__name__}: {error}") from error
     return loaded, tokenizer, config, folder
 
 

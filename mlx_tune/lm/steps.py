@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.lm.adapters import integer_parameters
 from mlx_tune.state import Snapshot
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ def training_step(
     accumulation = args.grad_accumulation_steps
     if accumulation < 1:
         raise InvalidArgumentError(f"grad_accumulation_steps={accumulation}: it must be at least 1.")
-    if not _trainable(model):
-        raise InvalidArgumentError("The model has nothing to train: add adapters, or unfreeze layers, first.")
+    check_trainable(model)
     import mlx.core as mx
 
     world = mx.distributed.init()
@@ -103,10 +103,22 @@ def training_step(
         )
 
 
-def _trainable(model: nn.Module) -> bool:
+def check_trainable(model: nn.Module) -> None:
+    """See that a model has something to train, and nothing that cannot be.
+
+    Raises:
+        InvalidArgumentError: Nothing trainable, or whole numbers among it, as in quantized layers that were unfrozen.
+    """
     from mlx.utils import tree_flatten
 
-    return bool(tree_flatten(model.trainable_parameters()))
+    if not tree_flatten(model.trainable_parameters()):
+        raise InvalidArgumentError("The model has nothing to train: add adapters, or unfreeze layers, first.")
+    codes = integer_parameters(model)
+    if codes:
+        raise InvalidArgumentError(
+            f"{len(codes)} trainable parameters are whole numbers, which have no gradient; the first is {codes[0]!r}. "
+            "Quantized layers were unfrozen: call lm.add_adapters(model, 'full'), which leaves their codes frozen."
+        )
 
 
 def set_training(flags: list[tuple[nn.Module, bool]]) -> None:

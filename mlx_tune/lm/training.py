@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_tune.batching import AutobatchResult
+from mlx_tune.checkpointing import CheckpointPlan
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm.fitting import Budget, Loss, autofit
 from mlx_tune.lm.result import LossReport, TrainingResult
-from mlx_tune.lm.steps import as_rows, largest_batch, set_training
+from mlx_tune.lm.steps import as_rows, check_trainable, largest_batch, set_training
 from mlx_tune.memory import open_limit_bytes, track_memory
 from mlx_tune.wiring import wired_limit
 
@@ -33,7 +34,7 @@ def train(
     valid_set: Any = None,
     args: Any = None,
     *,
-    fit: Fit | AutobatchResult | Literal["auto"] | None = None,
+    fit: Fit | AutobatchResult | CheckpointPlan | Literal["auto"] | None = None,
     budget: Budget = None,
     target_batch: int | None = None,
     loss: Loss | None = None,
@@ -53,8 +54,8 @@ def train(
             `(tokens, offset)`.
         valid_set: The same to evaluate on, or None.
         args: mlx-lm's `TrainingArgs`; its defaults by default. `grad_checkpoint` checkpoints every block.
-        fit: What `autofit` or `autobatch` returned: its batch, accumulation, checkpoints and limit replace those of
-            `args`. "auto" calls `lm.autofit` first. `iters` stays the number of batches.
+        fit: What `autofit`, `autobatch` or `plan_checkpoints` returned: its batch, accumulation, checkpoints and
+            limit replace those of `args`. "auto" calls `lm.autofit` first. `iters` stays the number of batches.
         budget: For fit="auto": the memory to stay within.
         target_batch: For fit="auto": rows that make up an update of the optimizer.
         loss: As mlx-lm's trainer takes it.
@@ -79,9 +80,10 @@ def train(
     args = trainer.TrainingArgs() if args is None else args
     if fit != "auto" and (budget is not None or target_batch is not None):
         raise InvalidArgumentError('budget and target_batch say how to search: pass fit="auto" with them.')
+    check_trainable(model)
     train_rows = as_rows(train_set)
     valid_rows = as_rows(valid_set) if valid_set else None
-    chosen: Fit | AutobatchResult | None
+    chosen: Fit | AutobatchResult | CheckpointPlan | None
     if isinstance(fit, str):
         if fit != "auto":
             raise InvalidArgumentError(f'fit={fit!r}: pass "auto", or what autofit or autobatch returned.')
@@ -101,7 +103,9 @@ def train(
     every_block = args.grad_checkpoint and (chosen is None or isinstance(chosen, AutobatchResult))
     args = replace(args, grad_checkpoint=False)
     if chosen is not None:
-        args = replace(args, batch_size=chosen.batch_size, grad_accumulation_steps=chosen.accumulation_steps)
+        args = replace(args, batch_size=chosen.batch_size)
+        if not isinstance(chosen, CheckpointPlan):  # a plan says nothing of accumulation
+            args = replace(args, grad_accumulation_steps=chosen.accumulation_steps)
     _check_batch(args.batch_size, train_rows, valid_rows)
     return _run(model, optimizer, train_rows, valid_rows, args, chosen, every_block, loss, training_callback)
 
@@ -112,7 +116,7 @@ def _run(
     train_rows: Any,
     valid_rows: Any,
     args: Any,
-    fit: Fit | AutobatchResult | None,
+    fit: Fit | AutobatchResult | CheckpointPlan | None,
     every_block: bool,
     loss: Loss | None,
     training_callback: Any,

@@ -13,7 +13,6 @@ from metal_stand_in import MetalStandIn, metal
 from mlx.utils import tree_flatten
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_tune as mt
 from mlx_tune import lm
@@ -201,7 +200,7 @@ def test_a_fit_replaces_batch_accumulation_checkpoints_and_limit(toy, rows, argu
 def test_a_searched_batch_is_trained_with_under_its_limit(toy, rows, arguments) -> None:
     model, optimizer = toy(lora=True), optim.AdamW(1e-3)
     before = weights(model)
-    result = lm.autobatch(model, rows, arguments(), optimizer=optimizer, budget="24MB", max_batch=8, progress=False)
+    result = lm.autobatch(model, rows, arguments(), optimizer=optimizer, budget="24MB", max_batch=4, progress=False)
     assert same(weights(model), before)
     assert set(optimizer.state) == {"step", "learning_rate"}
     run = lm.train(model, optimizer, rows, None, arguments(iters=6), fit=result)
@@ -211,8 +210,8 @@ def test_a_searched_batch_is_trained_with_under_its_limit(toy, rows, arguments) 
 
 
 def test_a_search_keeps_to_the_data_set(toy, rows, arguments) -> None:
-    result = lm.autobatch(toy(lora=True), rows[:5], arguments(), valid_set=rows[:3], budget="2GB", progress=False)
-    assert result.batch_size == 3
+    result = lm.autobatch(toy(lora=True), rows[:5], arguments(), valid_set=rows[:2], budget="2GB", progress=False)
+    assert result.batch_size == 2
     assert result.next_size is None
 
 
@@ -246,18 +245,28 @@ def test_the_wired_limit_that_mlx_lm_leaves_behind_is_put_back(toy, rows, argume
 @pytest.mark.parametrize("quantized", [False, True])
 def test_every_kind_of_fine_tuning_learns(toy, rows, arguments, kind: str, quantized: bool) -> None:
     model = toy()
-    model.freeze()
     if quantized:
-        mt.quantize_model(model, 4, 64, progress=False)
-    if kind == "full":
-        for layer in model.layers[-1:]:
-            layer.unfreeze()
-    else:
-        linear_to_lora_layers(model, 2, {"rank": 4, "scale": 10.0, "dropout": 0.1}, use_dora=kind == "dora")
+        nn.quantize(model, 64, 4)
+    lm.add_adapters(model, kind, num_layers=1, lora_parameters={"rank": 4, "scale": 10.0, "dropout": 0.1})
+    before = weights(model)
     mx.random.seed(0)
     np.random.seed(0)
-    result = lm.train(model, optim.Adam(1e-2), rows, None, arguments(iters=12, grad_checkpoint=True))
-    assert result.losses[-1].loss < result.losses[0].loss
+    few = rows[:4]
+    batch = next(trainer.iterate_batches(few, 4, 64))
+    first = trainer.default_loss(model, *batch)[0].item()
+    lm.train(model, optim.Adam(3e-3), few, None, arguments(iters=8, grad_checkpoint=True))
+    assert trainer.default_loss(model, *batch)[0].item() < first - 0.01
+    trained = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    assert all(mx.array_equal(value, before[name]) for name, value in weights(model).items() if name not in trained)
+
+
+def test_unfrozen_codes_are_refused_by_name(toy, rows, arguments) -> None:
+    model = toy()
+    nn.quantize(model, 64, 4)
+    model.layers[0].unfreeze()
+    for train in (lm.train, lambda m, o, d, v, a: lm.autobatch(m, d, a, optimizer=o, progress=False)):
+        with pytest.raises(mt.InvalidArgumentError, match=r"whole numbers.*weight.*add_adapters"):
+            train(model, optim.SGD(1e-2), rows, None, arguments())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""`mlx-tune autobatch`: the largest batch that a fine-tuning run can have."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mlx_tune.cli.arguments import make_parser, print_result
+from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
+from mlx_tune.cli.output import print_too_large, quiet_output, save_plot, show_progress
+from mlx_tune.errors import BudgetError
+
+_EXAMPLES = """\
+  mlx-tune autobatch --model models/mine --data data/
+  mlx-tune autobatch --model models/mine --data data/ --memory-budget 24GB --grad-checkpoint
+  mlx-tune autobatch --model models/mine --max-seq-length 1024 --target-batch 64 --json"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add `autobatch` and its options."""
+    parser = make_parser(
+        subparsers,
+        "autobatch",
+        "find the largest batch that a fine-tuning run can have",
+        description="Find the largest batch that mlx-lm's trainer can have in a memory budget, by real steps on the "
+        "longest batch, coming from below. The exit code is 1 where not even one row fits.",
+        examples=_EXAMPLES,
+    )
+    add_fine_tuning(parser, batch=False, checkpoint=True)
+    add_budget(parser)
+    parser.add_argument("--max-batch", type=int, metavar="N", help="the largest batch to consider")
+    parser.add_argument(
+        "--target-batch", type=int, metavar="N", help="rows to an update: answer batch and accumulation that make it"
+    )
+    parser.add_argument(
+        "--prefer",
+        choices=["largest", "fastest"],
+        default="largest",
+        help="fastest: the smallest batch within 2 %% of the best rate (default: largest)",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw peaks against batch sizes into an .svg or .png file")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Search and print the answer. Returns 1 where nothing fits, else 0."""
+    from mlx_tune import lm
+
+    try:
+        with quiet_output():
+            ready = prepare_run(arguments)
+            result = lm.autobatch(
+                ready.model,
+                ready.train_set,
+                ready.args,
+                optimizer=ready.optimizer,
+                valid_set=ready.valid_set,
+                budget=arguments.memory_budget,
+                max_batch=arguments.max_batch,
+                target_batch=arguments.target_batch,
+                prefer=arguments.prefer,
+                progress=show_progress(arguments),
+            )
+            save_plot(result, arguments.plot)
+    except BudgetError as error:
+        print_too_large(error, arguments)
+        return 1
+    print_result(result, as_json=arguments.json)
+    return 0

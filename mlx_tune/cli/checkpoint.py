@@ -1,0 +1,57 @@
+"""`mlx-tune checkpoint`: which blocks to checkpoint, or whether checkpointing keeps a model's gradients."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mlx_tune.cli.arguments import make_parser, print_result
+from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
+from mlx_tune.cli.output import print_too_large, quiet_output, show_progress
+from mlx_tune.errors import BudgetError
+
+_EXAMPLES = """\
+  mlx-tune checkpoint --model models/mine --data data/ --batch-size 16 --memory-budget 24GB
+  mlx-tune checkpoint --model models/mine --verify --batch-size 1 --max-seq-length 256"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add `checkpoint` and its options."""
+    parser = make_parser(
+        subparsers,
+        "checkpoint",
+        "choose the blocks to checkpoint, or verify a model's gradients under checkpointing",
+        description="Choose which blocks to checkpoint so that a batch fits a memory budget and trains fastest. With "
+        "--verify, compare gradients with and without checkpointing instead. The exit code is 1 where the batch does "
+        "not fit even with every block checkpointed, or where gradients differ.",
+        examples=_EXAMPLES,
+    )
+    add_fine_tuning(parser, batch=True, checkpoint=False)
+    add_budget(parser)
+    parser.add_argument("--verify", action="store_true", help="compare gradients with and without checkpointing")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan or verify, and print it. Returns 1 where nothing fits or gradients differ, else 0."""
+    from mlx_tune import lm
+
+    try:
+        with quiet_output():
+            ready = prepare_run(arguments)
+            if arguments.verify:
+                result: Any = lm.verify_checkpoint(ready.model, ready.train_set, ready.args)
+            else:
+                result = lm.plan_checkpoints(
+                    ready.model,
+                    ready.train_set,
+                    ready.args,
+                    optimizer=ready.optimizer,
+                    budget=arguments.memory_budget,
+                    progress=show_progress(arguments),
+                )
+    except BudgetError as error:
+        print_too_large(error, arguments)
+        return 1
+    print_result(result, as_json=arguments.json)
+    return 0 if not arguments.verify or result.ok else 1

@@ -1,0 +1,59 @@
+"""`mlx-tune fit`: checkpoints, batch, accumulation and limit together, for the most tokens a second."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mlx_tune.cli.arguments import make_parser, print_result
+from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
+from mlx_tune.cli.output import print_too_large, quiet_output, save_plot, show_progress
+from mlx_tune.errors import BudgetError
+
+_EXAMPLES = """\
+  mlx-tune fit --model models/mine --data data/
+  mlx-tune fit --model models/mine --data data/ --memory-budget 24GB --target-batch 64
+  mlx-tune fit --model models/mine --max-seq-length 4096 --json > fit.json"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add `fit` and its options."""
+    parser = make_parser(
+        subparsers,
+        "fit",
+        "choose checkpoints, batch, accumulation and limit together, for the most tokens a second",
+        description="Choose which blocks to checkpoint, the batch, its accumulation and the memory limit together, so "
+        "that mlx-lm's trainer gets the most tokens a second out of a memory budget. `mlx-tune lora --batch-size auto "
+        "--grad-checkpoint auto` does the same and then trains. The exit code is 1 where not even one row fits.",
+        examples=_EXAMPLES,
+    )
+    add_fine_tuning(parser, batch=False, checkpoint=False)
+    add_budget(parser)
+    parser.add_argument("--target-batch", type=int, metavar="N", help="rows that make up an update of the optimizer")
+    parser.add_argument("--plot", metavar="FILE", help="draw rate against memory into an .svg or .png file")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Search and print the choice. Returns 1 where nothing fits, else 0."""
+    from mlx_tune import lm
+
+    try:
+        with quiet_output():
+            ready = prepare_run(arguments)
+            fit = lm.autofit(
+                ready.model,
+                ready.train_set,
+                ready.args,
+                optimizer=ready.optimizer,
+                valid_set=ready.valid_set,
+                budget=arguments.memory_budget,
+                target_batch=arguments.target_batch,
+                progress=show_progress(arguments),
+            )
+            save_plot(fit, arguments.plot)
+    except BudgetError as error:
+        print_too_large(error, arguments)
+        return 1
+    print_result(fit, as_json=arguments.json)
+    return 0

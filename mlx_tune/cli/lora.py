@@ -1,0 +1,239 @@
+"""`mlx-tune lora`: `mlx_lm.lora`, with what is hard to choose by hand chosen by measurement."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_tune.cli.arguments import make_parser
+from mlx_tune.cli.output import print_too_large, quiet_output, show_progress, write_whole
+from mlx_tune.errors import BudgetError, InvalidArgumentError
+from mlx_tune.units import format_bytes
+
+_EXAMPLES = """\
+  mlx-tune lora --model models/mine --data data/ --train --batch-size auto
+  mlx-tune lora --model models/mine --data data/ --train --batch-size auto --grad-checkpoint auto --memory-budget 24GB
+  mlx-tune lora --config lora.yaml --batch-size auto --target-batch 64
+  mlx.launch -n 2 mlx-tune lora --model models/mine --data data/ --train --batch-size auto"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes what is ours, and leaves the rest to mlx-lm's own parser.
+
+    mlx-lm is imported when the command is used and not before: that takes seconds, and other commands have to work
+    where it is broken.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+        """Parse both sets of options into one namespace."""
+        from mlx_tune.lm.lora import lora_parser
+
+        own, rest = super().parse_known_args(args, namespace)
+        lora_parser(self.prog).parse_args(rest, own)
+        own.passed_on = rest
+        return own, []
+
+    def format_help(self) -> str:
+        """Our help, then mlx-lm's options."""
+        from mlx_tune.lm.lora import lora_parser
+
+        theirs = lora_parser(self.prog).format_help()
+        options = theirs[theirs.index("options:") :].replace("options:", "mlx_lm.lora's own options:", 1)
+        head, _, examples = super().format_help().partition("examples:\n")
+        return f"{head}{options}\nexamples:\n{examples}"
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add `lora` and its options."""
+    parser = make_parser(
+        subparsers,
+        "lora",
+        "fine-tune as mlx_lm.lora does, with batch, checkpoints and limit chosen by measurement",
+        description="Fine-tune with mlx-lm's own trainer. Every option and configuration file of mlx_lm.lora works "
+        "here; the options below take `auto` besides. What was chosen is printed before the training starts, with "
+        "the plain mlx_lm.lora command that comes nearest to it. The exit code is 1 where not even one row fits.",
+        examples=_EXAMPLES,
+    )
+    parser.__class__ = _Parser
+    parser.allow_abbrev = False
+    parser.add_argument("--batch-size", type=_count_or_auto, metavar="N|auto", help="rows in a batch (default: 4)")
+    parser.add_argument(
+        "--grad-checkpoint",
+        nargs="?",
+        const="on",
+        choices=["on", "off", "auto"],
+        help="checkpoint every block; auto chooses none, some or all (default: off)",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help='memory that auto stays within, such as 24GB or "80%%" (default: 90 %% of what this machine can give)',
+    )
+    parser.add_argument(
+        "--target-batch", type=int, metavar="N", help="rows that make up an update; auto chooses batch x accumulation"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    return parser
+
+
+def _count_or_auto(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor auto")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Choose, train, test. Returns 1 where nothing fits, else 0."""
+    from mlx_tune.lm.lora import test_loss
+    from mlx_tune.lm.preparation import prepare, read_settings
+
+    settings = _settings(arguments, read_settings)
+    say = partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    with quiet_output(arguments.json):
+        if not (settings["train"] or settings["test"]):
+            raise InvalidArgumentError("Nothing to do: give --train, --test or both.")
+        ready = prepare({**settings, **_numbers(settings)}, adapters=bool(settings["train"]))
+        result = None
+        if settings["train"]:
+            try:
+                result = _train(ready, settings, arguments, say)
+            except BudgetError as error:
+                print_too_large(error, arguments)
+                return 1
+        loss = test_loss(ready, trained=result is not None) if settings["test"] else None
+        if loss is not None and _is_first_rank():
+            say(f"Test loss {loss:.3f}, perplexity {math.exp(loss):.3f}.")
+    if _is_first_rank():
+        if arguments.json:
+            figures = {} if result is None else result.to_dict()
+            print(json.dumps(figures | ({} if loss is None else {"test_loss": loss}), indent=2))
+        elif result is not None:
+            print(f"\n{result}")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace, read_settings: Any) -> dict[str, Any]:
+    """mlx-lm's settings and ours, from flags, file and defaults."""
+    ours = {"json", "command", "passed_on", "config"}
+    given = {name: value for name, value in vars(arguments).items() if name not in ours}
+    if given["grad_checkpoint"] is not None:
+        given["grad_checkpoint"] = {"on": True, "off": False, "auto": "auto"}[given["grad_checkpoint"]]
+    settings: dict[str, Any] = {"memory_budget": None, "target_batch": None}
+    settings |= read_settings(given, arguments.config)
+    for name in ("batch_size", "grad_checkpoint"):
+        if isinstance(settings[name], str) and settings[name] != "auto":
+            raise InvalidArgumentError(f"{name}: {settings[name]!r} in the configuration file is not auto.")
+    automatic = "auto" in (settings["batch_size"], settings["grad_checkpoint"])
+    if settings["memory_budget"] is not None and not automatic:
+        raise InvalidArgumentError(
+            "--memory-budget has nothing to decide: give --batch-size auto, --grad-checkpoint auto or both."
+        )
+    if settings["target_batch"] is not None and settings["batch_size"] != "auto":
+        raise InvalidArgumentError("--target-batch is what --batch-size auto aims at: give both.")
+    return settings
+
+
+def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
+    """What mlx-lm's arguments need a value for until the search has found one."""
+    return {
+        "batch_size": 1 if settings["batch_size"] == "auto" else settings["batch_size"],
+        "grad_checkpoint": settings["grad_checkpoint"] is True,
+    }
+
+
+def _train(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace, say: Any) -> Any:
+    """Choose what is left to choose, say it, and train."""
+    from mlx_tune import lm
+    from mlx_tune.lm.lora import reporting_callback
+
+    fit = _choose(ready, settings, arguments)
+    final = {**ready.settings, "lora_parameters": _lora_parameters(ready.settings)}
+    if fit is not None:
+        final["batch_size"] = fit.batch_size
+        final["grad_accumulation_steps"] = getattr(fit, "accumulation_steps", settings["grad_accumulation_steps"])
+    if _is_first_rank():
+        if fit is not None:
+            say(f"{fit}\n")
+        say(_equivalent(final, fit, settings, arguments.passed_on) + "\n")
+        folder = Path(settings["adapter_path"])
+        write_whole(folder / "adapter_config.json", json.dumps(_plain(final), indent=4, sort_keys=True) + "\n")
+    callback = reporting_callback(_plain(final))
+    return lm.train(
+        ready.model, ready.optimizer, ready.train_set, ready.valid_set, ready.args, fit=fit, training_callback=callback
+    )
+
+
+def _choose(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace) -> Any:
+    """The search that belongs to what was left to us; None where nothing was."""
+    from mlx_tune import lm
+
+    batch, checkpoint = settings["batch_size"], settings["grad_checkpoint"]
+    shared = {
+        "optimizer": ready.optimizer,
+        "budget": settings["memory_budget"],
+        "progress": show_progress(arguments),
+    }
+    if batch == "auto":
+        search = lm.autofit if checkpoint == "auto" else lm.autobatch
+        return search(
+            ready.model,
+            ready.train_set,
+            ready.args,
+            valid_set=ready.valid_set,
+            target_batch=settings["target_batch"],
+            **shared,
+        )
+    if checkpoint == "auto":
+        return lm.plan_checkpoints(ready.model, ready.train_set, ready.args, **shared)
+    return None
+
+
+def _lora_parameters(settings: dict[str, Any]) -> Any:
+    return None if settings["fine_tune_type"] == "full" else settings["lora_parameters"]
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON can hold them."""
+    return {
+        k: v if isinstance(v, (str, int, float, bool, list, dict, type(None))) else str(v) for k, v in settings.items()
+    }
+
+
+def _equivalent(final: dict[str, Any], fit: Any, settings: dict[str, Any], typed: Sequence[str]) -> str:
+    """The plain command that comes nearest, and what it cannot say."""
+    words = ["mlx_lm.lora", *typed, "--batch-size", str(final["batch_size"])]
+    if final["grad_accumulation_steps"] > 1 and "--grad-accumulation-steps" not in typed:
+        words += ["--grad-accumulation-steps", str(final["grad_accumulation_steps"])]
+    if "--num-layers" not in typed:
+        words += ["--num-layers", str(final["num_layers"])]
+    paths = checkpointed_paths(fit)
+    if settings["grad_checkpoint"] is True or paths:
+        words.append("--grad-checkpoint")
+    lines = ["The plain command that comes nearest:", f"  {shlex.join(words)}"]
+    if paths:
+        lines.append(f"  (it checkpoints every block; here {len(paths)} are: {', '.join(paths)})")
+    limit = getattr(fit, "limit_bytes", None)
+    if limit is not None:
+        lines.append(f"  (it sets no memory limit; here it is {format_bytes(limit)}, without which the peak is higher)")
+    return "\n".join(lines)
+
+
+def checkpointed_paths(fit: Any) -> tuple[str, ...]:
+    """The blocks that a fit or a plan checkpoints; nothing for a batch search."""
+    plan = getattr(fit, "plan", fit)
+    return tuple(getattr(plan, "paths", ()))
+
+
+def _is_first_rank() -> bool:
+    import mlx.core as mx
+
+    return mx.distributed.init().rank() == 0

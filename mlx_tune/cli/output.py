@@ -1,0 +1,68 @@
+"""Where a subcommand's words go: results to standard output, everything else to standard error, files whole."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_tune.errors import BudgetError, InvalidArgumentError
+
+
+@contextlib.contextmanager
+def quiet_output(quiet: bool = True) -> Iterator[None]:
+    """Send what libraries print to standard error, so that standard output holds the result alone."""
+    if not quiet:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def show_progress(arguments: argparse.Namespace) -> bool:
+    """Whether a progress line is of use: somebody is watching."""
+    return sys.stderr.isatty()
+
+
+def print_too_large(error: BudgetError, arguments: argparse.Namespace) -> None:
+    """Say that something does not fit: as JSON on standard output where that was asked for, else as a line."""
+    text = " ".join(str(error).split())
+    if arguments.json:
+        answer = {"fits": False, "needed_bytes": error.needed_bytes, "budget_bytes": error.budget_bytes}
+        print(json.dumps({**answer, "message": text}, indent=2))
+    else:
+        print(text, file=sys.stderr)
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file that is either whole or not there.
+
+    Raises:
+        InvalidArgumentError: The place cannot be written to.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    except OSError as error:
+        raise InvalidArgumentError(f"{str(target)!r} cannot be written: {error.strerror}.") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(beside, 0o644)  # a temporary file is private, a report is not
+        os.replace(beside, target)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def save_plot(result: Any, path: str | None) -> None:
+    """Draw a result into a file, where one is named."""
+    if path is not None:
+        result.plot(path)

@@ -1,0 +1,177 @@
+"""`mlx-tune quantize`: a smaller model in a new folder, and a report of what that cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_tune.cli.arguments import add_json, add_model, make_parser, print_result
+from mlx_tune.cli.output import quiet_output, show_progress, write_whole
+from mlx_tune.errors import InvalidArgumentError
+
+_EXAMPLES = """\
+  mlx-tune quantize --model models/mine --mlx-path models/mine-4bit
+  mlx-tune quantize --model models/mine --mlx-path models/mine-3bit --bits 3 --method gptq --calibration text/
+  mlx-tune quantize --model models/mine --mlx-path models/small --target-bpw 3.5 --calibration text/ \\
+      --evaluation held-out.txt --report report.json
+  mlx-tune quantize --model models/mine --bits 4 --override 'lm_head=bits:8' --skip '*.layers.0.*' --plan"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add `quantize` and its options."""
+    parser = make_parser(
+        subparsers,
+        "quantize",
+        "quantize a model into a new folder, with a report of what that cost",
+        description="Quantize a model that mlx-lm loads into a new folder that mlx-lm loads. The folder appears whole "
+        "or not at all.",
+        examples=_EXAMPLES,
+    )
+    add_model(parser)
+    parser.add_argument("--mlx-path", metavar="DIR", help="the new folder (needed unless --plan)")
+    parser.add_argument("--plan", action="store_true", help="show what would happen to every layer, and do nothing")
+    formats = parser.add_argument_group("format")
+    formats.add_argument("--bits", "--q-bits", type=int, default=4, metavar="N", help="bits of a weight (default: 4)")
+    formats.add_argument(
+        "--group-size", "--q-group-size", type=int, default=64, metavar="N", help="weights to a scale (default: 64)"
+    )
+    formats.add_argument(
+        "--mode", "--q-mode", choices=["affine", "mxfp4", "mxfp8", "nvfp4"], default="affine", help="default: affine"
+    )
+    formats.add_argument(
+        "--target-bpw", type=float, metavar="X", help="choose widths layer by layer, at most X bits per weight in all"
+    )
+    formats.add_argument("--target-bytes", metavar="SIZE", help="the same, at most this many bytes in all, such as 4GB")
+    formats.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="PATTERN=FORMAT",
+        help="another format for layers by pattern, such as '*.lm_head=bits:8,group_size:32', or =true, =false",
+    )
+    formats.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="layers to leave alone")
+    formats.add_argument("--activations", action="store_true", help="quantize layers' inputs too, where MLX can")
+    formats.add_argument("--requantize", action="store_true", help="quantize layers that are quantized already anew")
+    how = parser.add_argument_group("method")
+    how.add_argument(
+        "--method",
+        choices=["nearest", "optimal", "gptq", "dwq"],
+        default="optimal",
+        help="gptq and dwq need --calibration (default: optimal)",
+    )
+    how.add_argument("--effort", choices=["fast", "best"], default="fast", help="default: fast")
+    how.add_argument(
+        "--calibration", metavar="FILE", help="text to learn from: a file, a folder, .jsonl or .npy tokens"
+    )
+    how.add_argument("--evaluation", metavar="FILE", help="other text, to measure accuracy and speed on")
+    how.add_argument("--num-samples", type=int, default=128, metavar="N", help="rows to learn from (default: 128)")
+    how.add_argument("--evaluation-samples", type=int, default=32, metavar="N", help="rows to measure on (default: 32)")
+    how.add_argument("--sequence-length", type=int, default=512, metavar="N", help="tokens in a row (default: 512)")
+    how.add_argument("--batch-size", type=int, default=4, metavar="N", help="rows in a batch (default: 4)")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice of rows (default: 0)")
+    parser.add_argument("--report", metavar="FILE", help="write the report as JSON")
+    add_json(parser)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Quantize, save, and print the report."""
+    import mlx.core as mx
+
+    import mlx_tune
+    from mlx_tune import lm
+
+    overrides = dict(parse_override(text) for text in arguments.override)
+    target = None if arguments.mlx_path is None else Path(arguments.mlx_path)
+    if not arguments.plan:
+        _check_target(target)
+    if arguments.method in ("gptq", "dwq") and arguments.calibration is None and not arguments.plan:
+        raise InvalidArgumentError(f"--method {arguments.method} learns from text: give it with --calibration FILE.")
+    with quiet_output():
+        model, tokenizer, config, folder = lm.load(arguments.model, lazy=True)
+        shared: dict[str, Any] = {
+            "mode": arguments.mode,
+            "overrides": overrides or None,
+            "skip": arguments.skip or None,
+            "method": arguments.method,
+            "effort": arguments.effort,
+            "activations": arguments.activations,
+            "requantize": arguments.requantize,
+            "target_bpw": arguments.target_bpw,
+            "target_bytes": arguments.target_bytes,
+            "calibration": _batches(tokenizer, arguments.calibration, arguments.num_samples, arguments),
+        }
+        mx.random.seed(arguments.seed)
+        if arguments.plan:
+            result: Any = mlx_tune.plan_quantization(model, arguments.bits, arguments.group_size, **shared)
+        else:
+            result = mlx_tune.quantize_model(
+                model,
+                arguments.bits,
+                arguments.group_size,
+                evaluation=_batches(tokenizer, arguments.evaluation, arguments.evaluation_samples, arguments),
+                progress=show_progress(arguments),
+                **shared,
+            )
+            lm.save_quantized(str(target), model, tokenizer, config, source=folder)
+    if arguments.report is not None:
+        write_whole(arguments.report, json.dumps(result.to_dict(), indent=2) + "\n")
+    print_result(result, as_json=arguments.json)
+    return 0
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Read a pattern and what its layers get.
+
+    Raises:
+        InvalidArgumentError: Not of the form that the text of the error shows.
+
+    Example:
+        >>> parse_override("*.lm_head=bits:8,group_size:32")
+        ('*.lm_head', {'bits': 8, 'group_size': 32})
+        >>> parse_override("model.layers.0.*=false")
+        ('model.layers.0.*', False)
+    """
+    pattern, equals, value = text.rpartition("=")
+    if equals and pattern and value in ("true", "false"):
+        return pattern, value == "true"
+    parts = dict(part.split(":", 1) for part in value.split(",") if part.count(":") == 1)
+    whole = {name: int(number) for name, number in parts.items() if name != "mode" and number.isdecimal()}
+    whole_or_mode: dict[str, Any] = {**whole, **({"mode": parts["mode"]} if "mode" in parts else {})}
+    known = set(whole_or_mode) <= {"bits", "group_size", "mode"}
+    if not pattern or not whole_or_mode or not known or len(whole_or_mode) != len(value.split(",")):
+        raise InvalidArgumentError(
+            f"--override {text!r}: give PATTERN=bits:8,group_size:32,mode:affine with at least one of the three, "
+            "or PATTERN=true, or PATTERN=false."
+        )
+    return pattern, whole_or_mode
+
+
+def _check_target(target: Path | None) -> None:
+    """Find out before the work that there is somewhere to put it."""
+    if target is None:
+        raise InvalidArgumentError("Name the new folder with --mlx-path, or ask for --plan alone.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InvalidArgumentError(f"--mlx-path {str(target)!r} is there already and not empty: name a new folder.")
+
+
+def _batches(tokenizer: Any, source: str | None, samples: int, arguments: argparse.Namespace) -> Any:
+    """Rows of text, at most so many, in batches; None where there is no text."""
+    if source is None:
+        return None
+    from mlx_tune import lm
+
+    for name, value in (("--batch-size", arguments.batch_size), ("samples", samples)):
+        if value < 1:
+            raise InvalidArgumentError(f"{name} {value}: it must be at least 1.")
+    batch_size = min(arguments.batch_size, samples)
+    return lm.token_batches(
+        tokenizer,
+        source,
+        batch_size=batch_size,
+        length=arguments.sequence_length,
+        max_batches=max(1, samples // batch_size),
+        seed=arguments.seed,
+    )

@@ -1,0 +1,84 @@
+"""What `mlx-tune lora` takes from `mlx_lm.lora` itself: its options, its reporting, its test."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.lm.preparation import FineTuning
+
+
+def lora_parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of `mlx_lm.lora`.
+
+    Args:
+        prog: What its usage and errors call the command.
+    """
+    from mlx_lm.lora import build_parser
+
+    parser: argparse.ArgumentParser = build_parser()
+    parser.prog = prog
+    parser.allow_abbrev = False
+    return parser
+
+
+def reporting_callback(settings: Mapping[str, Any]) -> Any:
+    """The callback that `report_to` names, as `mlx_lm.lora` makes it; None where it names none.
+
+    Raises:
+        InvalidArgumentError: A service that mlx-lm does not know, or that is not installed.
+    """
+    from mlx_lm.tuner.callbacks import get_reporting_callbacks
+
+    try:
+        return get_reporting_callbacks(
+            settings["report_to"],
+            project_name=settings["project_name"],
+            log_dir=settings["adapter_path"],
+            config=dict(settings),
+        )
+    except (ValueError, ImportError) as error:
+        raise InvalidArgumentError(f"report_to={settings['report_to']!r}: {error}") from error
+
+
+def test_loss(ready: FineTuning, *, trained: bool) -> float:
+    """The loss on the test set, by mlx-lm's own evaluation.
+
+    Args:
+        ready: The run.
+        trained: Whether the model has just been trained; adapters are loaded from their folder where not.
+
+    Returns:
+        Mean loss, in nats a token.
+
+    Raises:
+        InvalidArgumentError: No test set, no adapters in their folder, or ones of another model.
+    """
+    from mlx_lm.tuner.trainer import evaluate
+    from mlx_lm.tuner.utils import load_adapters
+
+    from mlx_tune.lm.steps import as_rows
+
+    settings = SimpleNamespace(**ready.settings)
+    if ready.test_set is None:
+        raise InvalidArgumentError(f"There is nothing to test on: {settings.data!r} has no test.jsonl.")
+    if not trained and settings.adapter_path != "":
+        try:
+            load_adapters(ready.model, settings.adapter_path)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InvalidArgumentError(
+                f"adapter_path={settings.adapter_path!r} cannot be loaded: {error}. To test the model without "
+                'adapters, give --adapter-path "".'
+            ) from error
+    rows = as_rows(ready.test_set)
+    loss = evaluate(
+        model=ready.model,
+        dataset=rows,
+        batch_size=min(ready.args.batch_size, len(rows)),
+        num_batches=settings.test_batches,
+        max_seq_length=settings.max_seq_length,
+    )
+    return float(loss)
