@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_tune import devices
 from mlx_tune.batching.limits import held
 from mlx_tune.batching.result import Trial
+from mlx_tune.batching.throttle import SHARES, Throttle
 from mlx_tune.errors import TrialError
 from mlx_tune.memory import track_memory
 from mlx_tune.units import format_bytes
@@ -20,14 +21,12 @@ MakeBatch = Callable[[int], Any]
 
 #: Texts of the errors by which MLX's allocators refuse; anything else that a step raises is the user's to see.
 _OUT_OF_MEMORY = ("out of memory", "unable to allocate", "maximum allowed buffer size", "insufficient memory")
-#: How many steps may look for the floor, whose single readings spread upwards by a few per cent.
-_FLOOR_TRIES = 3
-#: A reading this much above the prediction is taken again with dispatch held back at every operation.
-_FLOOR_SPREAD = 1.03
-#: How many trials, the smallest ones, look at the overshoot.
-_OVERSHOOT_TRIALS = 2
-#: The share of its floor that a step is taken to overshoot its limit by at least.
-_DEFAULT_OVERSHOOT = 0.05
+#: How many readings a floor is taken from where nothing is known of it; single ones spread upwards.
+_FLOOR_READINGS = 3
+#: A reading this much above the prediction is taken again, and floors that spread more than this are read often.
+_SPREAD = 1.02
+#: Trials below this share of the budget cost little enough to look at how peaks follow the memory limit.
+_SMALL = 0.25
 #: Swap that grows by more than this share of the budget says that the machine no longer copes.
 _SWAP_SHARE = 0.02
 
@@ -44,39 +43,43 @@ class _Reading:
 
 @dataclass
 class Probe:
-    """Runs trials, and remembers from one to the next how far a step overshoots its memory limit.
-
-    MLX looks at the limit after each operation's outputs are allocated, so a peak can exceed it by what one
-    operation allocates, and a step that is held back at all times takes its floor. Hence a limit of the budget less
-    the overshoot lets a step run as freely as the budget allows, and keeps it within.
+    """Runs trials, and remembers from one to the next how a step's peak follows its memory limit.
 
     Attributes:
         step: Runs one training step on a batch; returns arrays, the loss first.
         make_batch: Makes the longest batch of a size.
         state: What the step updates; evaluated with its results.
         budget_bytes: What peak and cache must stay within.
-        steps: How many real steps a trial takes under its limit.
+        throttle: What was learned about limits so far.
+        unit: What `Trial.items` counts: "tokens" or "rows".
     """
 
     step: Step
     make_batch: MakeBatch
     state: Any
     budget_bytes: int
-    steps: int
-    overshoot: float = _DEFAULT_OVERSHOOT
-    _overshoots: int = 0
+    throttle: Throttle = field(default_factory=Throttle)
+    unit: str = "rows"
     _warm: bool = False
+    _trials: int = 0
     _shapes: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
-    def trial(self, size: int, predicted_bytes: int | None) -> Trial:
+    def warm(self, size: int) -> None:
+        """Take the first step of all, which makes the optimizer's state, with dispatch held back."""
+        self._run(self._batch(size), 1, Trial(size, None, limit_bytes=1))
+        self._warm = True
+
+    def trial(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
         """Measure one batch size.
 
         Args:
             size: Rows in the batch.
-            predicted_bytes: The floor that is expected, or None where nothing is known.
+            predicted_bytes: The peak that is expected with dispatch held back, or None where nothing is known.
+            steps: How many real steps to take under the limit that is found.
 
         Returns:
-            The trial. A step that runs out of memory makes one that does not fit.
+            One trial for each memory limit that was needed; the last decides. A step that runs out of memory makes
+            one that does not fit.
 
         Raises:
             TrialError: The step or the batch cannot be measured: nothing was computed, the loss is no number.
@@ -85,91 +88,97 @@ class Probe:
         import mlx.core as mx
 
         swap = devices.swap_used_bytes()
-        before = Trial(size, predicted_bytes, None, None, self.budget_bytes, None, None, 0, fits=False)
+        trials = [Trial(size, predicted_bytes, limit_bytes=self.budget_bytes)]
         try:
-            trial = self._measure(before)
+            self._measure(trials, steps)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the arrays that did not fit
-            trial = _with(before, reason=f"out of memory ({_first_line(error)})")
+            trials[-1] = replace(trials[-1], fits=False, reason=f"out of memory ({_first_line(error)})")
         gc.collect()
         mx.clear_cache()
         swapped = max(0, devices.swap_used_bytes() - swap)
-        trial = _with(trial, footprint_bytes=devices.footprint_bytes(), swapped_bytes=swapped)
+        trials[-1] = replace(trials[-1], footprint_bytes=devices.footprint_bytes(), swapped_bytes=swapped)
         if swapped > _SWAP_SHARE * self.budget_bytes:
-            trial = _with(trial, fits=False, reason=f"the system swapped {format_bytes(swapped)}")
-        return trial
+            trials[-1] = replace(trials[-1], fits=False, reason=f"the system swapped {format_bytes(swapped)}")
+        return trials
 
-    def _measure(self, trial: Trial) -> Trial:
+    def _measure(self, trials: list[Trial], steps: int) -> None:
+        """Fill `trials` as far as the measurement gets."""
         import mlx.core as mx
 
-        size = trial.batch_size
-        batch = self._batch(size)
-        trial = _with(trial, items=count_items(batch, size)[0])
+        trial = trials[0]
+        batch = self._batch(trial.batch_size)
+        items, self.unit = count_items(batch, trial.batch_size)
+        trial = trials[0] = replace(trial, items=items)
         mx.clear_cache()
-        hold = self._holding_limit(trial.predicted_bytes)
         if not self._warm:
-            self._run(batch, 1, self._cache_room(self.budget_bytes), size)  # the first step makes the optimizer's state
+            self._run(batch, 1, trial)
             self._warm = True
-        floor = self._floor(batch, hold, trial)
-        trial = _with(trial, floor_bytes=floor, peak_bytes=floor, limit_bytes=hold)
-        if floor > self.budget_bytes:
-            return trial
-        if self._overshoots < _OVERSHOOT_TRIALS:
-            self._learn_overshoot(batch, floor, size)
-        limit = max(hold, self.budget_bytes - int(self.overshoot * floor))
-        trial = self._steps(trial, batch, limit)
-        if not trial.fits and limit > hold:
-            # The overshoot was larger than at the sizes before: remember, and hold the step back harder.
-            self.overshoot = max(self.overshoot, ((trial.peak_bytes or 0) - limit) / floor)
-            trial = self._steps(trial, batch, hold)
-        return trial
+        self._trials += 1
+        base = mx.get_active_memory()
+        small = trial.predicted_bytes is None or trial.predicted_bytes - base < _SMALL * (self.budget_bytes - base)
+        learning = self._trials == 1 or (self._trials == 2 and small)
+        readings = self._learn(batch, base, trial) if learning else self._floor(batch, base, trial)
+        floor = min(readings)
+        added = max(1, floor - base)
+        held = max(readings) if len(readings) >= _FLOOR_READINGS else base + int(self.throttle.spread * added)
+        trial = trials[0] = replace(trial, floor_bytes=floor, held_bytes=held, peak_bytes=held, limit_bytes=1)
+        while held <= self.budget_bytes:
+            share = self.throttle.share_within((self.budget_bytes - base) / added)
+            limit = self.throttle.limit_at(share, base, floor, self.budget_bytes)
+            trials[-1] = self._steps(replace(trial, limit_bytes=limit), batch, steps)
+            peak = trials[-1].peak_bytes or 0
+            self.throttle.note(share, (peak - base) / added)
+            if trials[-1].fits or share == 0:
+                return
+            trials.append(trial)  # not under this limit: once more under the next lower one
 
-    def _learn_overshoot(self, batch: Any, floor: int, size: int) -> None:
-        """See by how much of its floor a step exceeds a limit that is just too tight for it."""
-        limit = max(1, int(0.9 * floor))
-        if floor + max(0.2, 2 * self.overshoot) * floor > self.budget_bytes:
-            return  # no room for a reading that may run over
-        self._overshoots += 1
-        for _ in range(2):
-            reading = self._run(batch, limit, self._cache_room(limit), size)
-            self.overshoot = max(self.overshoot, (reading.peak_bytes - limit) / floor)
-
-    def _steps(self, trial: Trial, batch: Any, limit: int) -> Trial:
-        cache = self._cache_room(min(self.budget_bytes, limit + int(self.overshoot * (trial.floor_bytes or 0))))
-        readings = [self._run(batch, limit, cache, trial.batch_size) for _ in range(self.steps)]
-        peak = max(reading.peak_bytes for reading in readings)
-        cache_room = self._cache_room(peak)
-        if cache is not None and cache_room is not None:
-            cache = min(cache, cache_room)
-        return _with(
+    def _steps(self, trial: Trial, batch: Any, steps: int) -> Trial:
+        """Take real steps under the trial's limit, until one is above the budget."""
+        peak, seconds, taken = 0, float("inf"), 0
+        while taken < steps and peak <= self.budget_bytes:
+            # The cache gets what the peak so far leaves; before the first step that is nothing.
+            reading = self._run(batch, trial.limit_bytes, trial, self._cache_room(peak or self.budget_bytes))
+            peak, seconds, taken = max(peak, reading.peak_bytes), min(seconds, reading.seconds), taken + 1
+        return replace(
             trial,
             peak_bytes=peak,
-            limit_bytes=limit,
-            cache_limit_bytes=cache,
-            seconds=min(reading.seconds for reading in readings),
+            cache_limit_bytes=self._cache_room(peak),
+            seconds=seconds,
+            steps=taken,
             fits=peak <= self.budget_bytes,
         )
 
-    def _holding_limit(self, predicted_bytes: int | None) -> int:
-        """A limit low enough for the floor to show, and no lower than that takes: full throttling is slow."""
-        if not self._overshoots or predicted_bytes is None:
-            return 1
-        return max(1, int(predicted_bytes * (1 - max(2 * self.overshoot, 0.5))))
-
-    def _floor(self, batch: Any, limit: int, trial: Trial) -> int:
-        """The least that a step of this size needs: the smallest of a few readings, where the first surprises."""
-        expected = self.budget_bytes
-        if trial.predicted_bytes is not None and limit > 1:
-            expected = min(expected, int(_FLOOR_SPREAD * trial.predicted_bytes))
-        readings: list[int] = []
-        while len(readings) < _FLOOR_TRIES:
-            readings.append(self._run(batch, limit, self._cache_room(self.budget_bytes), trial.batch_size).peak_bytes)
-            if readings[-1] <= expected:
+    def _learn(self, batch: Any, base: int, trial: Trial) -> list[int]:
+        """Read the floor a few times, and see how peaks rise with the limit while there is room for that."""
+        readings = [self._run(batch, 1, trial).peak_bytes for _ in range(_FLOOR_READINGS)]
+        floor = min(readings)
+        added = max(1, floor - base)
+        self.throttle.note(SHARES[0], (max(readings) - base) / added)
+        for share in SHARES[1:]:
+            if not self.throttle.may_try((self.budget_bytes - base) / added):
                 break
-            limit, expected = 1, self.budget_bytes
-        return min(readings)
+            limit = self.throttle.limit_at(share, base, floor, self.budget_bytes)
+            peak = self._run(batch, limit, trial).peak_bytes
+            self.throttle.note(share, (peak - base) / added)
+        return readings
+
+    def _floor(self, batch: Any, base: int, trial: Trial) -> list[int]:
+        """Peaks with dispatch held back: one, or a few where they are known to spread or the first surprises."""
+        limit, expected = 1, self.budget_bytes
+        if trial.predicted_bytes is not None:
+            added = max(0, trial.predicted_bytes - base)
+            limit = max(1, base + int(self.throttle.holding_share * added / self.throttle.spread))
+            expected = min(expected, int(_SPREAD * trial.predicted_bytes))
+        readings = [self._run(batch, limit, trial).peak_bytes]
+        if readings[0] > expected and limit > 1:  # dispatch may not have been held back hard enough
+            readings = [self._run(batch, 1, trial).peak_bytes]
+        if self.throttle.spread > _SPREAD:
+            while len(readings) < _FLOOR_READINGS and readings[-1] <= self.budget_bytes:
+                readings.append(self._run(batch, 1, trial).peak_bytes)
+        return readings
 
     def _cache_room(self, held_bytes: int) -> int | None:
         """The cache limit with which arrays of `held_bytes` and cached buffers stay within the budget together."""
@@ -188,15 +197,16 @@ class Probe:
         if shapes and known != size:
             raise TrialError(
                 f"make_batch({known}) and make_batch({size}) return arrays of the same shapes, "
-                f"{', '.join(str(list(shape)) for shape in shapes)}: make_batch must return as many rows as it is asked "
-                f"for. If the data set holds no more than {known} rows, pass max_batch={known}."
+                f"{', '.join(str(list(shape)) for shape in shapes)}: make_batch must return as many rows as it is "
+                f"asked for. If the data set holds no more than {known} rows, pass max_batch={known}."
             )
         return batch
 
-    def _run(self, batch: Any, limit: int, cache_limit: int | None, size: int) -> _Reading:
+    def _run(self, batch: Any, limit: int, trial: Trial, cache_limit: int | None = None) -> _Reading:
         """Take one step under a limit, everything that it computes evaluated, and read the counters."""
         import mlx.core as mx
 
+        size = trial.batch_size
         gc.collect()
         before = mx.get_active_memory()
         with held(limit, cache_limit), track_memory() as memory:
@@ -275,12 +285,6 @@ def _default_cache_limit() -> int:
     limit = mx.set_cache_limit(0)
     mx.set_cache_limit(limit)
     return limit
-
-
-def _with(trial: Trial, **changes: Any) -> Trial:
-    from dataclasses import replace
-
-    return replace(trial, **changes)
 
 
 def _described(out: Any) -> str:

@@ -22,13 +22,15 @@ class Trial:
     Attributes:
         batch_size: Rows in the batch.
         predicted_bytes: The peak foreseen before the trial; None where nothing was known yet.
-        floor_bytes: The peak with dispatch held back, the least that a step of this size needs; None if the trial
-            did not get that far.
+        floor_bytes: The smallest peak with dispatch held back, the least that a step of this size needs; None if the
+            trial did not get that far.
+        held_bytes: The largest peak to reckon with while dispatch is held back.
         peak_bytes: The largest peak of the real steps under `limit_bytes`; None if the trial did not get that far.
         limit_bytes: The memory limit that those steps ran under.
         cache_limit_bytes: The cache limit that they ran under, or None where it was left alone.
         seconds: The fastest of those steps.
         items: Tokens in the batch, or rows where it holds no tokens.
+        steps: How many real steps `peak_bytes` and `seconds` come from.
         fits: Whether peak and cache stay within the budget under that limit.
         footprint_bytes: What the system charged the process with after the trial.
         swapped_bytes: How much the system's swap grew during the trial.
@@ -37,13 +39,15 @@ class Trial:
 
     batch_size: int
     predicted_bytes: int | None
-    floor_bytes: int | None
-    peak_bytes: int | None
     limit_bytes: int
-    cache_limit_bytes: int | None
-    seconds: float | None
-    items: int
-    fits: bool
+    peak_bytes: int | None = None
+    seconds: float | None = None
+    fits: bool = False
+    items: int = 0
+    floor_bytes: int | None = None
+    cache_limit_bytes: int | None = None
+    held_bytes: int | None = None
+    steps: int = 0
     footprint_bytes: int | None = None
     swapped_bytes: int = 0
     reason: str | None = None

@@ -57,6 +57,7 @@ def search(
     budget_bytes: int,
     *,
     shape: Callable[[int], float] | None = None,
+    start: int = 0,
 ) -> Found:
     """Find the largest of `sizes` that fits.
 
@@ -69,6 +70,7 @@ def search(
         budget_bytes: What a peak must not exceed.
         shape: Bytes that are expected at a size, from a model of the step. Only its differences count: the
             measured peaks say where it lies and how steep it is.
+        start: The position in `sizes` to begin at, where more than the smallest is known to be harmless.
 
     Returns:
         The answer, and how the size above it was ruled out.
@@ -81,9 +83,10 @@ def search(
     curve = _Curve(budget_bytes, shape)
     low, high = -1, len(sizes)  # positions: the largest that fitted, the smallest that did not
     stalled = 0
+    first = min(max(start, 0), len(sizes) - 1)
     while True:
-        position = _next_position(curve, sizes, low, high, stalled)
-        if position is None:
+        position = first if (low, high) == (-1, len(sizes)) else _next_position(curve, sizes, low, high, stalled)
+        if position is None or position < 0:
             return _answer(curve, sizes, low, high)
         size, width = sizes[position], high - low
         measured = measure(size, curve.predict(size) if low >= 0 else None)
@@ -110,7 +113,7 @@ class _Curve:
     above: dict[int, int] = field(default_factory=dict)
 
     def add(self, size: int, peak: int | None) -> None:
-        """Note the peak of a size that fits; sizes come in ascending order, as only larger ones are still of interest."""
+        """Note the peak of a size that fits. Sizes come in ascending order: only larger ones are still of interest."""
         if peak is not None:
             self.fitting.append((size, peak))
 
