@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from checkpointing.contract import assert_same, train, wrap_all, wrap_bare
+from checkpoint_contract import assert_same, train, wrap_all, wrap_bare
 from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.tuner.lora import LoRALinear
 

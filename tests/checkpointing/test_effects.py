@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from checkpointing.contract import bare_checkpoint
+from checkpoint_contract import bare_checkpoint
 from mlx_lm.models.cache import KVCache
 
 import mlx_tune as mt

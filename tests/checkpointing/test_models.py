@@ -5,7 +5,7 @@ import importlib
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from checkpointing.contract import assert_same, train
+from checkpoint_contract import assert_same, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_tune as mt
