@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 import mlx_tune.checkpointing.measure as measuring
 import mlx_tune.checkpointing.plan as planning
+import mlx_tune.checkpointing.survey as surveying
 from mlx_tune import BudgetError, CheckpointError, InvalidArgumentError, TraceError, checkpoint, is_checkpointed
 from mlx_tune import plan_checkpoints as plan_checkpoints_with_progress
 from mlx_tune.graphs import estimate_memory
@@ -245,7 +246,7 @@ def test_the_plan_is_the_fastest_of_all_choices_on_a_made_up_machine(monkeypatch
     training = Training(Model(hidden))
     machine = Machine(training, seconds)
     monkeypatch.setattr(measuring, "run_step", machine.run_step)
-    monkeypatch.setattr(planning, "forward_seconds", machine.forward_seconds)
+    monkeypatch.setattr(surveying, "forward_seconds", machine.forward_seconds)
     for share in (0.2, 0.5, 0.8):
         budget = between((machine.floors[(False,) * 4], min(machine.floors.values())), share)
         plan = training.plan(budget)
