@@ -21,9 +21,9 @@ _INTRODUCTION = """\
 
 Two commands find most trouble:
 
-```sh
-mlx-tune doctor                   # what is wrong with the installation or the machine, with a fix for each
-mlx-tune doctor --explain "TEXT"  # what an error of MLX means
+```console
+$ mlx-tune doctor                   # what is wrong with the installation or the machine, with a fix for each
+$ mlx-tune doctor --explain "TEXT"  # what an error of MLX means
 ```
 
 The same from Python, for the error that you have just caught:
