@@ -5,6 +5,7 @@ Each reads what it holds as a new dictionary or list, and puts such a reading ba
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import partial
 from operator import is_
 from types import FunctionType
@@ -25,29 +26,34 @@ class Place(Protocol):
 
 
 class Items:
-    """A dictionary: a plain one, a module's parameters, or an object's attributes."""
+    """A dictionary: a plain one, a module's parameters, or an object's attributes.
 
-    __slots__ = ("held",)
+    A subclass may make something else of reading and writing, so the class below is asked. An OrderedDict keeps its
+    order beside the dictionary, and has to be asked itself.
+    """
+
+    __slots__ = ("held", "kind")
 
     def __init__(self, held: dict[Any, Any]) -> None:
         self.held = held
+        self.kind: type[dict[Any, Any]] = OrderedDict if isinstance(held, OrderedDict) else dict
 
     def get(self) -> dict[Any, Any]:
-        """A copy, without what a subclass makes of reading."""
+        """A copy."""
         return dict.copy(self.held)
 
     def put(self, items: dict[Any, Any]) -> None:
         """Set what differs; where keys were added or removed, rebuild so that the order is the old one too."""
-        held = self.held
+        held, kind = self.held, self.kind
         if len(held) == len(items) and all(map(is_, dict.values(held), items.values())):
             return
         if dict.keys(held) != items.keys():
-            dict.clear(held)
-            dict.update(held, items)
+            kind.clear(held)
+            kind.update(held, items)
             return
         for key, value in items.items():
             if dict.__getitem__(held, key) is not value:
-                dict.__setitem__(held, key, value)
+                kind.__setitem__(held, key, value)
 
 
 class ModuleAttributes(Items):
