@@ -133,8 +133,8 @@ def lay_out(
     counted: set[int] = set()
     layers: list[LayerPlan] = []
     skipped: list[LayerPlan] = []
-    for group in _tied(drafts):
-        layer = _layer(model, base, group, counted)
+    for order, group in enumerate(_tied(drafts)):
+        layer = replace(_layer(model, base, group, counted), order=order)
         (skipped if layer.format is None else layers).append(layer)
     if not layers:
         raise QuantizationError(_nothing_left(skipped))

@@ -7,8 +7,10 @@ from typing import Any
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.apply import LayerOutcome, apply_layer, install, outcome_of
 from mlx_tune.quantization.batches import Batch
+from mlx_tune.quantization.dense import dense_twin
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
-from mlx_tune.quantization.transaction import Transaction
+from mlx_tune.quantization.sites import is_quantized, module_at
+from mlx_tune.quantization.transaction import Transaction, swap
 
 
 def carry_out(
@@ -33,6 +35,7 @@ def carry_out(
     """
     if plan.method in ("nearest", "optimal"):
         return _each(plan.layers, plan, progress), []
+    _unpack(plan.layers)
     learnable = [layer for layer in plan.layers if layer.mode == "affine"]
     others = [layer for layer in plan.layers if layer.mode != "affine"]
     outcomes = _each(others, plan, progress)
@@ -53,6 +56,17 @@ def _each(layers: list[LayerPlan] | tuple[LayerPlan, ...], plan: QuantizationPla
                 outcomes[layer.path] = apply_layer(layer, method, plan.effort)
                 bar.advance()
     return outcomes
+
+
+def _unpack(layers: tuple[LayerPlan, ...]) -> None:
+    """Give layers that are quantized anew unquantized modules, which the methods that run the model start from."""
+    for layer in layers:
+        twins: dict[int, Any] = {}
+        for path in layer.paths:
+            module = module_at(layer.model, path)
+            if is_quantized(module):
+                twin = twins.setdefault(id(module), dense_twin(module))
+                swap(layer.model, path, twin)
 
 
 def _gptq(

@@ -31,6 +31,7 @@ class LayerPlan:
         reason: Why it is left as it is, or differs from the rest.
         cost_bytes: What leaving it costs: its bytes less those it would have in the format of the rest.
         fixed: Whether an override, `skip` or the model itself decided, so that an allocation leaves it alone.
+        order: Its place among all layers of the model, left alone or not.
         model: The model that it is a layer of.
     """
 
@@ -45,6 +46,7 @@ class LayerPlan:
     reason: str | None = None
     cost_bytes: int = 0
     fixed: bool = False
+    order: int = 0
     model: nn.Module = field(repr=False, compare=False, kw_only=True)
 
     @property
@@ -135,15 +137,19 @@ class QuantizationPlan:
             formats: Path of a layer to its format.
             reason: Why, for the table.
         """
-        layers, skipped = [], list(self.skipped)
-        for layer in self.layers:
+        layers, skipped = [], []
+        for layer in sorted((*self.layers, *self.skipped), key=lambda layer: layer.order):
             chosen = formats.get(layer.path, layer.format)
             if chosen is None:
-                skipped.append(replace(layer, format=None, bytes_after=layer.bytes_before, reason=reason))
+                why = layer.reason if layer.format is None else reason
+                skipped.append(replace(layer, format=None, bytes_after=layer.bytes_before, reason=why))
             elif chosen == layer.format:
                 layers.append(layer)
             else:
-                layers.append(replace(layer, format=chosen, bytes_after=bytes_in(layer, chosen)))
+                why = None if layer.format is None else layer.reason
+                layers.append(
+                    replace(layer, format=chosen, bytes_after=bytes_in(layer, chosen), reason=why, cost_bytes=0)
+                )
         return replace(self, layers=tuple(layers), skipped=tuple(skipped))
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,9 +195,9 @@ class QuantizationPlan:
 
 def bytes_in(layer: LayerPlan, wanted: Format) -> int:
     """Bytes of a planned layer's arrays in another format."""
-    assert layer.format is not None
     item = ITEM_BYTES[layer.dtype]
-    return layer.bytes_after - layer.format.nbytes(layer.weights, item) + wanted.nbytes(layer.weights, item)
+    packed = layer.weights * item if layer.format is None else layer.format.nbytes(layer.weights, item)
+    return layer.bytes_after - packed + wanted.nbytes(layer.weights, item)
 
 
 #: Size of an element of each dtype that can be quantized.

@@ -202,8 +202,11 @@ def _problem(module: nn.Module, last_axis: int, target: Format) -> str | None:
     others = [size for size in AFFINE_GROUP_SIZES if affine and last_axis % size == 0]
     if others:
         return f"{text}; {max(others)} would do"
-    odd = "no group size of MLX divides it" if target.mode == "affine" else f"{target.mode} has no other group size"
-    return f"{text}; {odd}"
+    if not affine:
+        return f"{text}; mode {target.mode!r} has no other group size"
+    others = [size for size, _ in FIXED_MODES.values() if last_axis % size == 0]
+    hint = f"; mode 'nvfp4', in groups of {min(others)}, would do" if others else ""
+    return f"{text}; no group size of mode 'affine' divides it{hint}"
 
 
 def _fitting(module: nn.Module, last_axis: int, target: Format) -> Format | None:

@@ -10,11 +10,11 @@ import mlx.nn as nn
 
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.accuracy import Accuracy, LanguageAccuracy, LossAccuracy
-from mlx_tune.quantization.apply import PackedArrays, pack, quantized_module
+from mlx_tune.quantization.apply import PackedArrays, pack, quantized_module, signal_to_noise_db
 from mlx_tune.quantization.batches import Batch
-from mlx_tune.quantization.dense import dense_twin, dequantize_arrays
+from mlx_tune.quantization.dense import dense_twin
 from mlx_tune.quantization.evaluation import OutputStore, prepare
-from mlx_tune.quantization.lazy import number, read_array
+from mlx_tune.quantization.lazy import read_array
 from mlx_tune.quantization.modes import Format
 from mlx_tune.quantization.plan import LayerPlan
 from mlx_tune.quantization.search import Effort
@@ -36,14 +36,20 @@ def weight_errors(layer: LayerPlan, formats: Sequence[Format], method: str) -> d
     rows = weight.reshape(-1, weight.shape[-1])
     step = max(1, rows.shape[0] * rows.shape[1] // _SAMPLE_WEIGHTS)
     sample = mx.contiguous(rows[::step])
-    power = number(mx.square(sample.astype(mx.float32)).sum())
-    errors = {}
+    nearest = {wanted: _sample_error(sample, wanted, "nearest") for wanted in formats}
+    if method == "nearest":
+        return nearest
+    # The search is tried for one group size of each width; what it gains hardly depends on it.
+    gains: dict[tuple[int, str], float] = {}
     for wanted in formats:
-        (packed, scales, biases), _ = pack(sample, wanted, "nearest" if method == "nearest" else "optimal")
-        after = dequantize_arrays(packed, scales, biases, **wanted.parts())
-        error = number(mx.square(sample.astype(mx.float32) - after).sum())
-        errors[wanted] = error / power if power else 0.0
-    return errors
+        if wanted.mode == "affine" and (wanted.bits, wanted.mode) not in gains and nearest[wanted] > 0:
+            gains[wanted.bits, wanted.mode] = _sample_error(sample, wanted, "optimal") / nearest[wanted]
+    return {f: nearest[f] * gains.get((f.bits, f.mode), 1.0) for f in formats}
+
+
+def _sample_error(sample: mx.array, wanted: Format, method: str) -> float:
+    arrays, _ = pack(sample, wanted, method)
+    return _relative_error(sample, arrays, wanted)
 
 
 def measure_divergences(
@@ -99,8 +105,6 @@ def divergence_of(accuracy: Accuracy) -> float:
 
 
 def _relative_error(weight: mx.array, arrays: PackedArrays, wanted: Format) -> float:
-    from mlx_tune.quantization.apply import signal_to_noise_db
-
     return 10 ** (-signal_to_noise_db(weight, arrays, wanted) / 10)
 
 

@@ -14,7 +14,7 @@ from mlx_tune.quantization.apply import apply_layer
 from mlx_tune.quantization.batches import Batch, read_batches, rows_at_most
 from mlx_tune.quantization.evaluation import Comparison, OutputStore, prepare
 from mlx_tune.quantization.modes import AFFINE_GROUP_SIZES, FIXED_MODES, Format
-from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan, bytes_in
+from mlx_tune.quantization.plan import ITEM_BYTES, LayerPlan, QuantizationPlan, bytes_in
 from mlx_tune.quantization.sensitivity import divergence_of, measure_divergences, weight_errors
 from mlx_tune.quantization.sites import why_not_quantizable
 from mlx_tune.quantization.transaction import Transaction
@@ -84,7 +84,7 @@ def allocate_to_target(
     """
     batches = calibration if isinstance(calibration, list) and _are_batches(calibration) else None
     learn = batches if batches is not None else read_batches(calibration, "calibration")
-    free = [layer for layer in plan.layers if not layer.fixed]
+    free = [layer for layer in (*plan.layers, *plan.skipped) if _is_free(layer, plan.method)]
     spent = plan.size_after_bytes - sum(layer.bytes_after for layer in free)
     errors: dict[str, dict[Format, float]] = {}
     with progress_bar("weight errors", len(free), enabled=progress) as bar:
@@ -137,6 +137,16 @@ def allocate_to_target(
     return Allocation(replace(mixed, notes=(*plan.notes, *notes)), costs)
 
 
+def _is_free(layer: LayerPlan, method: str) -> bool:
+    """Whether a layer is up for choice: also one that is left alone only because of its group size."""
+    if layer.fixed:
+        return False
+    if layer.format is not None:
+        return True
+    whole = layer.dtype in ITEM_BYTES and layer.bytes_before >= layer.weights * ITEM_BYTES[layer.dtype]
+    return whole and why_not_quantizable(layer.module, "affine") is None and bool(_formats_for(layer, method))
+
+
 def _are_batches(values: list[Any]) -> bool:
     return all(isinstance(value, Batch) for value in values)
 
@@ -166,7 +176,7 @@ def _measured_weights(
     bits_each = 8 * target_bytes / plan.parameters
 
     def probe(layer: LayerPlan) -> Format:
-        affine = [f for f in errors[layer.path] if f.mode == "affine"]
+        affine = [f for f in errors[layer.path] if f.mode == "affine"] or list(errors[layer.path])
         # Just below the target: errors large enough to measure, small enough to add up.
         return min(affine, key=lambda f: (abs(f.bits + 0.5 - bits_each), abs(f.group_size - 64)))
 
@@ -184,12 +194,22 @@ def _best_uniform(
     budget: int,
 ) -> QuantizationPlan | None:
     """The best single format for all layers that are up for choice, within the same bytes."""
-    shared = set.intersection(*(set(errors[layer.path]) for layer in free))
-    fitting = [f for f in shared if sum(bytes_in(layer, f) for layer in free) <= budget]
+    every = dict.fromkeys(f for layer in free for f in errors[layer.path])
+
+    def plain(wanted: Format) -> Formats:
+        """That format for every layer that can have it."""
+        return {layer.path: wanted if wanted in errors[layer.path] else None for layer in free}
+
+    def size(wanted: Format) -> int:
+        return sum(bytes_in(x, wanted) if wanted in errors[x.path] else x.bytes_before for x in free)
+
+    def cost(wanted: Format) -> float:
+        return sum(weights[x.path] * errors[x.path].get(wanted, 0.0) for x in free)
+
+    fitting = [wanted for wanted in every if size(wanted) <= budget]
     if not fitting:
         return None
-    best = min(fitting, key=lambda f: (sum(weights[x.path] * errors[x.path][f] for x in free), str(f)))
-    return plan.with_formats({layer.path: best for layer in free})
+    return plan.with_formats(plain(min(fitting, key=cost)), "the format does not fit it")
 
 
 def _checked(

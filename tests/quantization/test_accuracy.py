@@ -5,7 +5,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from quantization import toys
+import quantization_toys as toys
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.accuracy import LanguageAccuracy, summarise_losses, summarise_outputs, summarise_tokens

@@ -1,9 +1,10 @@
 import itertools
 
-import mlx_tune.quantization.allocate as module
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import mlx_tune.quantization.allocate as module
 from mlx_tune.quantization.allocate import allocate
 
 Options = list[list[tuple[int, float]]]

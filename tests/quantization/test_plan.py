@@ -3,8 +3,8 @@ import json
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+import quantization_toys as toys
 from mlx.utils import tree_flatten
-from quantization import toys
 
 import mlx_tune as mt
 from mlx_tune.errors import QuantizationError
@@ -65,7 +65,10 @@ def test_what_does_not_fit_is_skipped_with_its_reason_and_its_cost() -> None:
     skipped = {layer.path: layer for layer in plan.skipped}
     assert skipped["patch"].reason == "Conv2d has no quantized form in MLX"
     assert skipped["narrow"].reason == "last axis 32 not divisible by 64; 32 would do"
-    assert skipped["odd"].reason == "last axis 80 not divisible by 64; no group size of MLX divides it"
+    assert skipped["odd"].reason == (
+        "last axis 80 not divisible by 64; no group size of mode 'affine' divides it; mode 'nvfp4', in groups of 16, "
+        "would do"
+    )
     weights = 80 * 128
     assert skipped["odd"].cost_bytes == weights * 4 - (weights // 2 + weights // 64 * 8)
     assert formats(plan) == {"wide": "4 bits, group 64", "head": "4 bits, group 64"}

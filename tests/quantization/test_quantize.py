@@ -5,7 +5,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from quantization import toys
+import quantization_toys as toys
 
 import mlx_tune as mt
 from mlx_tune.errors import BackendError, QuantizationError

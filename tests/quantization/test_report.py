@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from quantization import toys
+import quantization_toys as toys
 
 import mlx_tune as mt
 from mlx_tune.quantization.accuracy import LanguageAccuracy, LossAccuracy, OutputAccuracy

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from quantization import toys
+import quantization_toys as toys
 
 from mlx_tune.quantization.lazy import is_unevaluated
 from mlx_tune.quantization.sites import module_at

@@ -1,0 +1,147 @@
+"""Small models for these tests, random but repeatable."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 96,
+}
+
+
+def llama(*, tied: bool = True, dtype: mx.Dtype = mx.bfloat16, **changes: object) -> nn.Module:
+    from mlx_lm.models import llama as family
+
+    mx.random.seed(7)
+    arguments = {**_LLAMA, "tie_word_embeddings": tied, **changes}
+    model = family.Model(family.ModelArgs(**arguments))  # type: ignore[arg-type]
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return model
+
+
+def qwen3_moe() -> nn.Module:
+    from mlx_lm.models import qwen3_moe as family
+
+    mx.random.seed(7)
+    arguments = {
+        "model_type": "qwen3_moe",
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 64,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 96,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 128,
+        "norm_topk_prob": True,
+    }
+    model = family.Model(family.ModelArgs(**arguments))  # type: ignore[arg-type]
+    mx.eval(model.parameters())
+    return model
+
+
+def gemma2() -> nn.Module:
+    from mlx_lm.models import gemma2 as family
+
+    mx.random.seed(7)
+    arguments = {
+        "model_type": "gemma2",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 96,
+        "num_key_value_heads": 1,
+    }
+    model = family.Model(family.ModelArgs(**arguments))  # type: ignore[arg-type]
+    model.set_dtype(mx.bfloat16)
+    mx.eval(model.parameters())
+    return model
+
+
+def lfm2() -> nn.Module:
+    """A hybrid: short convolutions in some layers, attention in others."""
+    from mlx_lm.models import lfm2 as family
+
+    mx.random.seed(7)
+    arguments = {
+        "model_type": "lfm2",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_dim": 64,
+        "block_ff_dim": 128,
+        "block_multiple_of": 32,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+        "full_attn_idxs": [1],
+        "rope_theta": 1e4,
+    }
+    model = family.Model(family.ModelArgs(**arguments))  # type: ignore[arg-type]
+    mx.eval(model.parameters())
+    return model
+
+
+class Vision(nn.Module):
+    """A convolution, an odd width, a bias and a small head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, stride=4)
+        self.narrow = nn.Linear(32, 80)
+        self.odd = nn.Linear(80, 128)
+        self.wide = nn.Linear(128, 64, bias=False)
+        self.head = nn.Linear(64, 5)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.patch(x).reshape(x.shape[0], -1)
+        x = nn.relu(self.narrow(x))
+        return self.head(nn.relu(self.wide(nn.relu(self.odd(x)))))
+
+
+def vision() -> Vision:
+    mx.random.seed(7)
+    model = Vision()
+    mx.eval(model.parameters())
+    return model
+
+
+def tokens(rows: int = 4, length: int = 17, vocabulary: int = 96, seed: int = 0) -> mx.array:
+    return mx.random.randint(0, vocabulary, (rows, length), key=mx.random.key(seed))
+
+
+def arrays_of(model: nn.Module) -> dict[str, mx.array]:
+    from mlx.utils import tree_flatten
+
+    return dict(tree_flatten(model.parameters()))
+
+
+def same_arrays(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and mx.array_equal(a[k], b[k]).item() for k in a
+    )
