@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx_lm
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_tune as mt
+from mlx_tune import lm
+from mlx_tune.cli import main
+from mlx_tune.cli.quantize import parse_override
+
+
+@pytest.fixture
+def text(data_folder: Path) -> str:
+    return str(data_folder / "train.jsonl")
+
+
+def quantize(*words: object) -> int:
+    return main(["quantize", *map(str, words)])
+
+
+@pytest.mark.parametrize("model", ["tied", "untied", "moe", "sharded"])
+def test_every_kind_of_folder_becomes_one_that_mlx_lm_loads(model_folder, tmp_path: Path, capsys, model: str) -> None:
+    target = tmp_path / "out"
+    assert quantize("--model", model_folder(model), "--mlx-path", target, "--bits", 4, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    loaded, _ = mlx_lm.load(str(target))
+    size = sum(value.nbytes for _, value in tree_flatten(loaded.parameters()))
+    assert size == report["size_after_bytes"] < report["size_before_bytes"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]  # nothing of the writing is left
+
+
+def test_a_report_with_accuracy_is_written_whole(model_folder, text, tmp_path: Path, capsys) -> None:
+    report = tmp_path / "reports" / "report.json"
+    words = ["--evaluation", text, "--sequence-length", 32, "--evaluation-samples", 4, "--report", report]
+    assert quantize("--model", model_folder("tied"), "--mlx-path", tmp_path / "out", *words) == 0
+    written = json.loads(report.read_text())
+    assert written["accuracy"]["mean_kl"] >= 0
+    assert [file.name for file in report.parent.iterdir()] == ["report.json"]
+    assert "Quantization report" in capsys.readouterr().out
+
+
+def test_a_plan_changes_and_writes_nothing(model_folder, tmp_path: Path, capsys) -> None:
+    words = ["--model", model_folder("tied"), "--plan", "--override", "*.q_proj=bits:8", "--skip", "*.layers.0.*"]
+    assert quantize(*words, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    widths = {layer["path"]: layer["bits"] for layer in plan["layers"]}
+    assert widths["model.layers.1.self_attn.q_proj"] == 8
+    assert widths["model.layers.1.self_attn.k_proj"] == 4
+    assert "model.layers.0.self_attn.q_proj" not in widths
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("*.lm_head=bits:8", ("*.lm_head", {"bits": 8})),
+        ("a=bits:8,group_size:32,mode:affine", ("a", {"bits": 8, "group_size": 32, "mode": "affine"})),
+        ("a=true", ("a", True)),
+        ("a=false", ("a", False)),
+    ],
+)
+def test_overrides_are_read(value: str, expected) -> None:
+    assert parse_override(value) == expected
+
+
+@pytest.mark.parametrize("value", ["", "a", "=bits:8", "a=", "a=bits", "a=bits:x", "a=bits:8,", "a=width:3", "a=8"])
+def test_overrides_that_are_none_are_named(value: str) -> None:
+    with pytest.raises(mt.InvalidArgumentError, match="give PATTERN=bits:8"):
+        parse_override(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], "Name the new folder with --mlx-path"),
+        (["--mlx-path", "out", "--method", "gptq"], "--method gptq learns from text"),
+        (["--mlx-path", "out", "--bits", "7"], "bits=7"),
+        (["--mlx-path", "out", "--calibration", "nowhere.txt"], "no file or folder 'nowhere.txt'"),
+        (["--mlx-path", "taken"], "is there already and not empty"),
+        (["--mlx-path", "out", "--override", "lm_head"], "--override 'lm_head'"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(model_folder, tmp_path, monkeypatch, capsys, words, text) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    assert quantize("--model", model_folder("tied"), *words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert text in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_leaves_nothing_half_written(model_folder, tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("mlx_lm.utils.save_config", "mlx_tune.quantization.quantize.carry_out"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, interrupted)
+            code = quantize("--model", model_folder("tied"), "--mlx-path", tmp_path / "out", "--report", tmp_path / "r")
+        assert code == 130
+        assert list(tmp_path.iterdir()) == []
+        assert capsys.readouterr().err.endswith("mlx-tune quantize: interrupted\n")
+
+
+def test_quantizing_again_is_refused_unless_asked_for(model_folder, tmp_path: Path, capsys) -> None:
+    assert quantize("--model", model_folder("tied"), "--mlx-path", tmp_path / "a", "--bits", 8) == 0
+    assert quantize("--model", tmp_path / "a", "--mlx-path", tmp_path / "b") == 2
+    assert "requantize" in capsys.readouterr().err
+    assert quantize("--model", tmp_path / "a", "--mlx-path", tmp_path / "b", "--requantize") == 0
+    loaded, *_ = lm.load(tmp_path / "b")
+    assert loaded.layers[0].mlp.up_proj.bits == 4
