@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import time
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, SupportsIndex
 
-from mlx_tune.batching.forecast import Forecast, floor_of
-from mlx_tune.batching.probe import MakeBatch, Probe, Step, arrays_in
+from mlx_tune.batching import canary as canary_check
+from mlx_tune.batching.forecast import floor_of
+from mlx_tune.batching.isolation import IsolatedProbe
+from mlx_tune.batching.journal import Journal, Runner
+from mlx_tune.batching.probe import MakeBatch, Probe, Step
+from mlx_tune.batching.ranks import Ranks, SharedRunner
+from mlx_tune.batching.refusals import too_large, used_up
 from mlx_tune.batching.result import AutobatchResult, Trial
-from mlx_tune.batching.search import Found, Measured, search
-from mlx_tune.errors import BudgetError, InvalidArgumentError, TraceError
+from mlx_tune.batching.session import Session
+from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.memory import MemoryBudget, resolve_budget
-from mlx_tune.progress import Bar, progress_bar
+from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
-from mlx_tune.units import format_bytes
 
 #: Where no `max_batch` is given, sizes end here.
 _NO_MAXIMUM = 1 << 32
-#: A size predicted to take this share of the budget may be the answer, and gets its real steps at once.
-_NEAR = 0.85
-#: With an estimate, the first trial goes this far from the smallest size's floor towards the budget.
-_FIRST = 0.1
-#: An estimate this far above the budget rules the smallest size out without a trial.
-_CERTAIN = 1.1
 
 
 def autobatch(
-    step: Step,
-    make_batch: MakeBatch,
+    step: Step | None = None,
+    make_batch: MakeBatch | None = None,
     *,
     budget: str | SupportsIndex | float | None = None,
     min_batch: int = 1,
@@ -40,118 +38,229 @@ def autobatch(
     steps: int = 2,
     slowdown: float | None = None,
     prefer: Literal["largest", "fastest"] = "largest",
+    canary: bool = False,
+    isolate: bool = False,
+    factory: str | None = None,
+    trial_timeout: float | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    group: Any = None,
     progress: bool = True,
 ) -> AutobatchResult:
-    """Find the largest batch that fits a budget.
+    """Find the largest batch that fits a budget, exactly, and the memory limit that it fits under.
+
+    A batch fits if there is a memory limit, at or below the budget, under which the peak of real training steps
+    stays within the budget, cached buffers included. Sizes are approached from below: the step's graph says what
+    each needs, small trials correct that, and no size is run whose predicted peak is above the budget. Whatever the
+    trials change in `state`, and the random streams, is put back bit for bit, also when a trial raises or is
+    interrupted; it waits on disk meanwhile, so that trials have the memory that training will have.
 
     Args:
         step: Runs one real training step on a batch (forward, gradients, update) and returns arrays, the loss first.
-        make_batch: Makes a batch of n rows as long as they ever get.
+        make_batch: Makes a batch of n rows, as long as rows ever get.
         budget: Bytes, text such as "24GB", a share of what is free such as 0.8, or None for `memory_budget()`.
         min_batch: The smallest size that may be answered.
-        max_batch: The largest; None for no maximum.
+        max_batch: The largest, such as the rows of the data set; None for no maximum.
         multiple_of: Sizes must divide by this, such as the number of machines that share a batch.
-        target_batch: Answer a divisor of this, with the `accumulation_steps` that multiply to it.
+        target_batch: Answer a divisor of this, with the `accumulation_steps` that multiply to it exactly. The step
+            must then hold what accumulating holds, such as a second set of gradients.
         state: What the step updates, such as `(model, optimizer)`: afterwards it is what it was.
-        steps: Real steps that confirm each size.
-        slowdown: How much longer than unhindered a step may take.
+        steps: Real steps that the answer must stand. From the second on, the optimizer's state is there.
+        slowdown: Answer the largest batch whose steps take at most this share longer than unhindered ones.
         prefer: "largest", or "fastest" for the smallest batch within 2 % of the best rate.
-        progress: Show what is being tried on standard error.
+        canary: Check at the answer that the same rows, from the same weights, without dropout, give the same loss
+            at batch 1 and at this size.
+        isolate: Run each trial in a fresh process, built by `factory`. One that is killed, crashes or hangs counts
+            as not fitting.
+        factory: "module:function", which returns `(step, make_batch, state)`; for `isolate`.
+        trial_timeout: Seconds after which an isolated trial counts as hanging.
+        journal: A file in which trials are noted, so that an interrupted search, or one that took the machine down,
+            goes on from there.
+        group: The `mx.distributed` group to agree with; by default that of `mlx.launch`, where it is at work.
+        progress: Show on standard error what is being tried.
 
     Returns:
-        The batch size, the memory limit that it was measured under, and the trials.
+        The batch size, its limit and peak, and the trials; train inside `with result.applied():`.
 
     Raises:
-        InvalidArgumentError: Arguments that contradict one another.
-        BudgetError: Not even the smallest size fits.
-        TrialError: The step cannot be measured.
+        InvalidArgumentError: Arguments that contradict one another, or mean nothing.
+        BudgetError: Not even the smallest size fits; the text says by how much.
+        TrialError: The step or the batches cannot be measured; the text says why.
+        MlxTuneError: Too little free disk for what has to wait there.
+
+    Example:
+        >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
+        >>> model, optimizer = nn.Linear(256, 256), optim.SGD(0.01)
+        >>> grad = nn.value_and_grad(model, lambda model, x: (model(x) ** 2).mean())
+        >>> def step(x):
+        ...     loss, gradients = grad(model, x)
+        ...     optimizer.update(model, gradients)
+        ...     return loss
+        >>> result = autobatch(step, lambda n: mx.ones((n, 256)), budget="4MB", max_batch=64,
+        ...                    state=(model, optimizer), progress=False)
+        >>> result.batch_size, result.peak_bytes <= 4_000_000
+        (64, True)
     """
     sizes = _sizes(min_batch, max_batch, multiple_of, target_batch)
-    if steps < 1:
-        raise InvalidArgumentError(f"steps={steps}: a trial takes at least one step.")
-    bytes_allowed = resolve_budget(budget)
-    _check_room(bytes_allowed, state)
+    _check(steps, slowdown, prefer, isolate, factory, trial_timeout, canary, step, make_batch)
     started = time.perf_counter()
-    with progress_bar("autobatch", enabled=progress) as bar, Snapshot(state, spill=True):
-        session = _Session(Probe(step, make_batch, state, int(bytes_allowed)), sizes, steps, bar)
-        found = session.run()
-    if found.size is None:
-        raise _too_large(session, bytes_allowed)
-    return _result(found.size, found, session, bytes_allowed, target_batch, time.perf_counter() - started)
+    ranks = Ranks(group)
+    allowed = ranks.agree(lambda: resolve_budget(budget))
+    if ranks.size > 1:
+        allowed = _smallest(allowed, ranks)
+    note = Journal(_of_rank(journal, ranks), asked=budget, resolved=allowed) if journal is not None else None
+    if note is not None:
+        allowed = note.budget
+    with progress_bar("autobatch", enabled=progress and ranks.rank == 0) as bar:
+        if isolate:
+            isolated = IsolatedProbe(factory or "", _beside_parent(allowed), trial_timeout)
+            session = Session(_through(isolated, note, ranks), sizes, isolated.budget_bytes, steps, bar)
+            found = session.largest()
+            if found.size is None:
+                raise too_large(session, allowed)
+            size = _choose(session, found.size, slowdown, prefer)
+            unit = isolated.unit
+        else:
+            assert step is not None
+            assert make_batch is not None
+            ranks.agree(lambda: used_up(allowed, state))
+            with ranks.agree(lambda: Snapshot(state, spill=True)) as before:
+                probe = Probe(step, make_batch, state, int(allowed), restore=before.restore)
+                session = Session(_through(probe, note, ranks), sizes, int(allowed), steps, bar)
+                estimate = floor_of(step, make_batch, state)
+                session.look_ahead(ranks.largest_estimate(estimate), lambda n: ranks.agree(lambda: probe.warm(n)))
+                accept = _canary(step, make_batch, state, before, ranks) if canary else None
+                found = session.largest(accept)
+                if found.size is None:
+                    raise too_large(session, allowed, estimated=(step, make_batch, state))
+                size = _choose(session, found.size, slowdown, prefer)
+            unit = probe.unit
+    chosen = session.known[size]
+    following = found.size == size
+    return AutobatchResult(
+        batch_size=size,
+        accumulation_steps=1 if target_batch is None else target_batch // size,
+        peak_bytes=chosen.peak_bytes or 0,
+        limit_bytes=chosen.limit_bytes,
+        cache_limit_bytes=chosen.cache_limit_bytes,
+        budget_bytes=session.budget_bytes,
+        budget_source=str(allowed),
+        seconds=chosen.seconds or 0.0,
+        items_per_second=chosen.items_per_second or 0.0,
+        unit=unit,
+        trials=tuple(session.trials),
+        next_size=found.next_size if following else None,
+        next_bytes=found.next_bytes if following else None,
+        next_measured=found.next_measured and following,
+        search_seconds=time.perf_counter() - started,
+        notes=tuple(session.notes),
+    )
 
 
-class _Session:
-    """One search: remembers each size's trial, so that the answer can be looked at again."""
+def autobatch_by_length(
+    step: Step,
+    make_batch: Callable[[int, int], Any],
+    lengths: Sequence[int],
+    *,
+    budget: str | SupportsIndex | float | None = None,
+    **options: Any,
+) -> dict[int, AutobatchResult]:
+    """Find the largest batch for each length of bucketed data, all under one budget.
 
-    def __init__(self, probe: Probe, sizes: Sequence[int], steps: int, bar: Bar) -> None:
-        self.probe, self.sizes, self.steps, self.bar = probe, sizes, steps, bar
-        self.known: dict[int, Trial] = {}
-        self.trials: list[Trial] = []
-        self.notes: list[str] = []
-        self.forecast: Forecast | None = None
+    Longer rows come first: what fits at a length also fits at every shorter one, so the search there starts from it.
 
-    def run(self) -> Found:
-        """Search; an answer that has been through fewer real steps than asked for takes them, and may fail yet."""
-        start = self._look_ahead()
-        while True:
-            found = search(self._measure, self.sizes, self.probe.budget_bytes, shape=self.forecast, start=start)
-            if found.size is None or self.known[found.size].steps >= self.steps:
-                return found
-            self._try(found.size, self.known[found.size].held_bytes, self.steps)
+    Args:
+        step: As for `autobatch`.
+        make_batch: Makes a batch of n rows of a length: `make_batch(n, length)`.
+        lengths: The lengths of the buckets, in any order.
+        budget: As for `autobatch`; read once, for all lengths.
+        **options: What else `autobatch` takes, except `factory` and `isolate`.
 
-    def _look_ahead(self) -> int:
-        """Read the graph where that is possible; returns the position of the first size to try."""
-        self.bar.update(text="reading the step's graph")
-        estimate = floor_of(self.probe.step, self.probe.make_batch, self.probe.state)
-        budget = self.probe.budget_bytes
-        try:
-            smallest = estimate(self.sizes[0])
-            if smallest > _CERTAIN * budget:
-                self._rule_out(smallest)
-                return 0
-            self.probe.warm(self.sizes[0])  # from here on the optimizer's state is there to be counted
-            self.forecast = Forecast(estimate, self.sizes, budget)
-        except TraceError as error:
-            self.notes.append(f"two small trials took the place of an estimate: {str(error).splitlines()[0]}")
-            return 0
-        goal = smallest + _FIRST * (budget - smallest)
-        return max(0, bisect_right(self.sizes, goal, key=self.forecast) - 1)
+    Returns:
+        The result of each length, in ascending order of length.
 
-    def _rule_out(self, predicted: int) -> None:
-        """Note that the smallest size is predicted not to fit; it is not tried."""
-        size = self.sizes[0]
-        trial = Trial(size, predicted, self.probe.budget_bytes, floor_bytes=predicted, reason="predicted, not tried")
-        self.known[size] = trial
-        self.trials.append(trial)
+    Raises:
+        InvalidArgumentError: No lengths, or one that is below 1.
 
-    def _measure(self, size: int, predicted: int | None) -> Measured:
-        if size not in self.known:
-            near = predicted is not None and predicted >= _NEAR * self.probe.budget_bytes
-            self._try(size, predicted, self.steps if near else 1)
-        trial = self.known[size]
-        return Measured(trial.fits, trial.held_bytes)
+    Example:
+        >>> import mlx.core as mx, mlx.nn as nn
+        >>> model = nn.Embedding(64, 64)
+        >>> grad = nn.value_and_grad(model, lambda model, tokens: model(tokens).square().mean())
+        >>> results = autobatch_by_length(grad, lambda n, length: mx.ones((n, length), mx.int32), [16, 32],
+        ...                               budget="1MB", state=model, max_batch=8, progress=False)
+        >>> {length: result.batch_size for length, result in results.items()}
+        {16: 8, 32: 8}
+    """
+    if not lengths or min(lengths) < 1:
+        raise InvalidArgumentError(f"lengths={list(lengths)}: give at least one length, each of at least 1.")
+    if "isolate" in options or "factory" in options:
+        raise InvalidArgumentError("autobatch_by_length runs in this process: it takes neither isolate nor factory.")
+    allowed = resolve_budget(budget)
+    results: dict[int, AutobatchResult] = {}
+    for length in sorted(set(lengths), reverse=True):
+        results[length] = autobatch(
+            step,
+            lambda n, length=length: make_batch(n, length),
+            budget=allowed,
+            **options,  # type: ignore[misc]
+        )
+    return {length: results[length] for length in sorted(results)}
 
-    def _try(self, size: int, predicted: int | None, steps: int) -> None:
-        budget = format_bytes(self.probe.budget_bytes)
-        foreseen = "" if predicted is None else f", predicted {format_bytes(predicted)} of {budget}"
-        self.bar.update(text=f"trying batch size {size}{foreseen}")
-        if predicted is None and self.forecast is not None:
-            predicted = round(self.forecast(size))
-        trials = self.probe.trial(size, predicted, steps)
-        self.trials.extend(trials)
-        self.known[size] = trials[-1]
+
+def _through(runner: Runner, journal: Journal | None, ranks: Ranks) -> Runner:
+    """The runner with what is asked for around it: ranks agree on what their journals say."""
+    if journal is not None:
+        journal.runner, runner = runner, journal
+    return SharedRunner(runner, ranks) if ranks.size > 1 else runner
+
+
+def _choose(session: Session, answer: int, slowdown: float | None, prefer: str) -> int:
+    """The size to answer, the largest that fits being known."""
+    if slowdown is not None:
+        answer = session.within_slowdown(answer, slowdown)
+    return session.fastest(answer) if prefer == "fastest" else answer
+
+
+def _canary(
+    step: Step, make_batch: MakeBatch, state: Any, before: Snapshot, ranks: Ranks
+) -> Callable[[Trial], str | None]:
+    def accept(trial: Trial) -> str | None:
+        def wrong() -> str | None:
+            return canary_check.check(step, make_batch, state, trial.batch_size, trial.limit_bytes, before.restore)
+
+        own = ranks.agree(wrong)
+        all_fine = ranks.smallest(int(own is None))
+        return own or (None if all_fine else "the canary's loss is wrong on another rank")
+
+    return accept
+
+
+def _beside_parent(budget: MemoryBudget) -> int:
+    """What a child may use: the parent's own memory counts against the budget."""
+    import mlx.core as mx
+
+    mx.clear_cache()
+    left = int(budget) - mx.get_active_memory()
+    if left <= 0:
+        used_up(budget, ())
+    return left
+
+
+def _smallest(budget: MemoryBudget, ranks: Ranks) -> MemoryBudget:
+    smallest = ranks.smallest(int(budget))
+    return budget if smallest == int(budget) else MemoryBudget(smallest, "the smallest of all ranks")
+
+
+def _of_rank(journal: str | os.PathLike[str], ranks: Ranks) -> str:
+    """A file for each rank, as several may share a disk."""
+    return os.fspath(journal) + (f".rank{ranks.rank}" if ranks.size > 1 else "")
 
 
 def _sizes(min_batch: int, max_batch: int | None, multiple_of: int, target_batch: int | None) -> Sequence[int]:
     """Every size that may be answered, ascending."""
-    for name, value in (
-        ("min_batch", min_batch),
-        ("max_batch", max_batch),
-        ("multiple_of", multiple_of),
-        ("target_batch", target_batch),
-    ):
-        if value is not None and value < 1:
-            raise InvalidArgumentError(f"{name}={value}: give a whole number of at least 1.")
+    given = {"min_batch": min_batch, "max_batch": max_batch, "multiple_of": multiple_of, "target_batch": target_batch}
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InvalidArgumentError(f"{name}={value!r}: give a whole number of at least 1.")
     if max_batch is not None and min_batch > max_batch:
         raise InvalidArgumentError(f"min_batch={min_batch} is above max_batch={max_batch}: no size lies between.")
     first = -(-min_batch // multiple_of) * multiple_of
@@ -160,84 +269,43 @@ def _sizes(min_batch: int, max_batch: int | None, multiple_of: int, target_batch
     if target_batch is not None:
         sizes = tuple(n for n in range(first, min(last, target_batch) + 1, multiple_of) if target_batch % n == 0)
     if not sizes:
-        between = f"between min_batch={min_batch} and max_batch={max_batch}"
-        divides = "" if target_batch is None else f" and divides target_batch={target_batch}"
-        raise InvalidArgumentError(f"No multiple of {multiple_of} lies {between}{divides}.")
+        upper = "" if max_batch is None else f" and at most max_batch={max_batch}"
+        divides = "" if target_batch is None else f" that divides target_batch={target_batch}"
+        raise InvalidArgumentError(
+            f"There is no multiple of multiple_of={multiple_of}{divides}, at least min_batch={min_batch}{upper}."
+        )
     return sizes
 
 
-def _check_room(budget: MemoryBudget, state: Any) -> None:
-    """See that what is held already leaves something of the budget."""
-    import mlx.core as mx
-
-    held = mx.get_active_memory()
-    if held < int(budget):
-        return
-    own = sum(array.nbytes for array in arrays_in(state))
-    raise BudgetError(
-        f"The budget of {budget} is used up before the first step: MLX's arrays hold {format_bytes(held)}, "
-        f"{format_bytes(own)} of it the model and optimizer in state=. Give a larger budget, or make the model "
-        f"smaller first (mlx_tune.quantize_model).",
-        needed_bytes=held,
-        budget_bytes=int(budget),
-    )
-
-
-def _too_large(session: _Session, budget: MemoryBudget) -> BudgetError:
-    trial = session.known[session.sizes[0]]
-    size, needed = trial.batch_size, trial.held_bytes or trial.floor_bytes
-    if needed is None or trial.reason not in (None, "predicted, not tried"):
-        return BudgetError(
-            f"Batch size {size} does not fit the budget of {budget}: {trial.reason}.", budget_bytes=int(budget)
+def _check(
+    steps: int,
+    slowdown: float | None,
+    prefer: str,
+    isolate: bool,
+    factory: str | None,
+    trial_timeout: float | None,
+    canary: bool,
+    step: Step | None,
+    make_batch: MakeBatch | None,
+) -> None:
+    """Refuse arguments that contradict one another."""
+    if steps < 1:
+        raise InvalidArgumentError(f"steps={steps}: a trial takes at least one step; 2 have the optimizer's state.")
+    if slowdown is not None and not slowdown >= 0:
+        raise InvalidArgumentError(f"slowdown={slowdown}: give a share of at least 0, such as 0.02, or None.")
+    if prefer not in ("largest", "fastest"):
+        raise InvalidArgumentError(f'prefer={prefer!r}: give "largest" or "fastest".')
+    if isolate != (factory is not None):
+        raise InvalidArgumentError(
+            f"isolate={isolate} and factory={factory!r}: a trial in its own process needs both isolate=True and "
+            f'factory="module:function", which builds (step, make_batch, state) there.'
         )
-    how = "is predicted to take" if trial.peak_bytes is None else "takes"
-    return BudgetError(
-        f"Batch size {size} does not fit: a step {how} {format_bytes(needed)} with dispatch held back, which is "
-        f"{format_bytes(needed - int(budget))} above the budget of {budget}.{_advice(session)}",
-        needed_bytes=needed,
-        budget_bytes=int(budget),
-    )
-
-
-def _advice(session: _Session) -> str:
-    """What could be given up, out of the estimate."""
-    from mlx_tune.graphs import estimate_memory
-
-    probe = session.probe
-    try:
-        estimate = estimate_memory(probe.step, probe.make_batch(session.sizes[0]), state=probe.state)
-    except TraceError:
-        return " Shorter rows or mlx_tune.checkpoint_blocks(model) may bring it down."
-    return (
-        f" Of that, {format_bytes(estimate.activations_bytes)} are activations kept for the backward pass: "
-        f"mlx_tune.checkpoint_blocks(model) saves part of them, by computing them again."
-    )
-
-
-def _result(
-    size: int,
-    found: Found,
-    session: _Session,
-    budget: MemoryBudget,
-    target_batch: int | None,
-    seconds: float,
-) -> AutobatchResult:
-    chosen = session.known[size]
-    return AutobatchResult(
-        batch_size=size,
-        accumulation_steps=1 if target_batch is None else target_batch // size,
-        peak_bytes=chosen.peak_bytes or 0,
-        limit_bytes=chosen.limit_bytes,
-        cache_limit_bytes=chosen.cache_limit_bytes,
-        budget_bytes=int(budget),
-        budget_source=str(budget),
-        seconds=chosen.seconds or 0.0,
-        items_per_second=chosen.items_per_second or 0.0,
-        unit=session.probe.unit,
-        trials=tuple(session.trials),
-        next_size=found.next_size,
-        next_bytes=found.next_bytes,
-        next_measured=found.next_measured,
-        search_seconds=seconds,
-        notes=tuple(session.notes),
-    )
+    if trial_timeout is not None and not (isolate and trial_timeout > 0):
+        raise InvalidArgumentError(
+            f"trial_timeout={trial_timeout}: only a trial in its own process can be ended, after more than 0 seconds; "
+            f"pass isolate=True with it."
+        )
+    if canary and isolate:
+        raise InvalidArgumentError("canary=True runs in this process: leave it out with isolate=True.")
+    if not isolate and not (callable(step) and callable(make_batch)):
+        raise InvalidArgumentError(f"step={step!r}, make_batch={make_batch!r}: both must be functions.")

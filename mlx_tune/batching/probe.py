@@ -12,7 +12,7 @@ from mlx_tune import devices
 from mlx_tune.batching.limits import held
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.throttle import SHARES, Throttle
-from mlx_tune.errors import TrialError
+from mlx_tune.errors import MlxTuneError, TrialError
 from mlx_tune.memory import track_memory
 from mlx_tune.units import format_bytes
 
@@ -36,7 +36,6 @@ class _Reading:
     """What one step took."""
 
     peak_bytes: int
-    active_bytes: int
     seconds: float
     loss: Any
 
@@ -51,6 +50,7 @@ class Probe:
         state: What the step updates; evaluated with its results.
         budget_bytes: What peak and cache must stay within.
         throttle: What was learned about limits so far.
+        restore: Puts the state back as it was before the first trial.
         unit: What `Trial.items` counts: "tokens" or "rows".
     """
 
@@ -59,6 +59,7 @@ class Probe:
     state: Any
     budget_bytes: int
     throttle: Throttle = field(default_factory=Throttle)
+    restore: Callable[[], None] | None = None
     unit: str = "rows"
     _warm: bool = False
     _trials: int = 0
@@ -203,10 +204,20 @@ class Probe:
         return batch
 
     def _run(self, batch: Any, limit: int, trial: Trial, cache_limit: int | None = None) -> _Reading:
-        """Take one step under a limit, everything that it computes evaluated, and read the counters."""
+        """Take one step under a limit and read the counters; see that it computed a loss."""
+        reading = self._step_once(batch, limit, trial.batch_size, cache_limit)
+        if _fault(reading.loss) is not None and self.restore is not None:
+            # Many steps on the same rows may have driven the loss to zero, or off: look again from where it began.
+            self.restore()
+            reading = self._step_once(batch, limit, trial.batch_size, cache_limit)
+        fault = _fault(reading.loss)
+        if fault is not None:
+            raise TrialError(fault.format(size=trial.batch_size))
+        return reading
+
+    def _step_once(self, batch: Any, limit: int, size: int, cache_limit: int | None) -> _Reading:
         import mlx.core as mx
 
-        size = trial.batch_size
         gc.collect()
         before = mx.get_active_memory()
         with held(limit, cache_limit), track_memory() as memory:
@@ -225,29 +236,31 @@ class Probe:
                 f"A trial at batch size {size} ran no operation: step(batch) returned without computing anything, so "
                 f"every size would seem to fit. step must run the forward pass, the gradients and the update."
             )
-        loss = arrays[0]
-        _check_loss(loss, size)
-        return _Reading(memory.peak_bytes, memory.active_bytes, memory.seconds, loss)
+        return _Reading(memory.peak_bytes, memory.seconds, arrays[0])
 
 
-def _check_loss(loss: Any, size: int) -> None:
+def _fault(loss: Any) -> str | None:
+    """What is wrong with a loss, if anything."""
     import mlx.core as mx
 
-    values = loss.astype(mx.float32) if loss.dtype != mx.float32 else loss
+    values = loss.astype(mx.float32)
     if not bool(mx.all(mx.isfinite(values))):
-        raise TrialError(
-            f"The loss at batch size {size} is not finite. Check that step returns the loss first, and that a few "
-            f"steps at this learning rate do not diverge."
+        return (
+            "The loss at batch size {size} is not finite. Check that step returns the loss first, and that the first "
+            "steps do not diverge on this batch."
         )
     if not bool(mx.any(values != 0)):
-        raise TrialError(
-            f"The loss at batch size {size} is zero. A step that ran out of memory can leave zeros on some versions "
-            f"of MLX (mlx#4134), so this cannot be told from a result. Check that step returns the loss first."
+        return (
+            "The loss at batch size {size} is zero. A step that ran out of memory leaves zeros on some versions of "
+            "MLX (mlx#4134), so a zero proves nothing. Check that step returns the loss first."
         )
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception is one by which an allocator of MLX refuses."""
+    if isinstance(error, MlxTuneError):
+        return False  # ours, though its text may speak of memory
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(part in text for part in _OUT_OF_MEMORY)
 

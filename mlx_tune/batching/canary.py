@@ -1,0 +1,116 @@
+"""Do the numbers still hold at this size? The same rows must give the same loss at batch 1 and at batch n."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mlx_tune.batching.limits import held
+from mlx_tune.batching.probe import MakeBatch, Step, arrays_in
+from mlx_tune.errors import TrialError
+
+#: Losses of the same rows may differ by this share: sums are taken in another order, and half precision rounds.
+_SAME = 0.02
+
+
+def check(
+    step: Step,
+    make_batch: MakeBatch,
+    state: Any,
+    size: int,
+    limit_bytes: int,
+    restore: Callable[[], None],
+) -> str | None:
+    """Compare the loss of one row with that of the row `size` times over, from the same weights, dropout off.
+
+    Some versions of MLX report an allocation that failed on Metal by nothing but zeros (mlx#3979, mlx#4134).
+
+    Args:
+        step: Runs a step, returns the loss first.
+        make_batch: Makes a batch of n rows.
+        state: What the step updates.
+        size: The batch size in question.
+        limit_bytes: The memory limit to run under.
+        restore: Puts the state back.
+
+    Returns:
+        What is wrong, or None.
+
+    Raises:
+        TrialError: The check cannot be made: the arrays of a batch do not begin with the rows, or the loss is random.
+    """
+    with _dropout_off(state):
+        row = make_batch(1)
+        alone = _loss(step, row, state, limit_bytes, restore)
+        if abs(_loss(step, row, state, limit_bytes, restore) - alone) > 1e-6 * abs(alone):
+            raise TrialError(
+                "canary=True needs a loss that the weights and rows decide, but this one differs from run to run "
+                "even in evaluation mode: a compiled step keeps the dropout that it was compiled with. Pass the "
+                "step without mx.compile, or canary=False."
+            )
+        many = _loss(step, _repeat(row, size), state, limit_bytes, restore)
+    for expected in (alone, alone * size):  # a mean over rows, or a sum
+        if abs(many - expected) <= _SAME * abs(expected):
+            return None
+    return f"the canary's loss is {many:.6g} at this size and {alone:.6g} at batch 1, for the same rows"
+
+
+def _loss(step: Step, batch: Any, state: Any, limit_bytes: int, restore: Callable[[], None]) -> float:
+    import mlx.core as mx
+
+    training = _modules(state)
+    modes = [module.training for module in training]
+    restore()
+    for module, mode in zip(training, modes, strict=True):
+        module._training = mode  # restoring puts the training flag back, too
+    with held(limit_bytes, None):
+        out = step(batch)
+        mx.eval(arrays_in(out), arrays_in(state))
+    return float(arrays_in(out)[0].astype(mx.float32).mean().item())
+
+
+def _repeat(tree: Any, size: int) -> Any:
+    import mlx.core as mx
+
+    def repeat(array: Any) -> Any:
+        if not isinstance(array, mx.array):
+            return array
+        if array.ndim == 0 or array.shape[0] != 1:
+            raise TrialError(
+                f"canary=True repeats the row of make_batch(1), but one of its arrays has shape {list(array.shape)} "
+                f"and does not begin with an axis of one row. Pass canary=False."
+            )
+        return mx.repeat(array, size, axis=0)
+
+    if isinstance(tree, dict):
+        return {name: _repeat(value, size) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_repeat(value, size) for value in tree)
+    return repeat(tree)
+
+
+def _modules(state: Any) -> list[Any]:
+    import mlx.nn as nn
+
+    if isinstance(state, nn.Module):
+        return list(state.modules())
+    if isinstance(state, dict):
+        return [module for value in state.values() for module in _modules(value)]
+    if isinstance(state, (list, tuple)):
+        return [module for value in state for module in _modules(value)]
+    return []
+
+
+@contextmanager
+def _dropout_off(state: Any) -> Iterator[None]:
+    """Evaluation mode while the block runs, and every module's own mode afterwards."""
+    modules = _modules(state)
+    modes = [module.training for module in modules]
+    for module in modules:
+        module._training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module._training = mode

@@ -1,0 +1,149 @@
+"""A trial in a process of its own: one that is killed, crashes or hangs takes nothing with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_tune.batching.result import Trial
+from mlx_tune.batching.throttle import Throttle
+from mlx_tune.errors import InvalidArgumentError, TrialError
+from mlx_tune.units import format_seconds
+
+#: How much of what the child wrote to standard error goes into an error.
+_LINES = 12
+
+
+class IsolatedProbe:
+    """Runs each trial in a fresh process, which builds step, batches and state by calling the factory.
+
+    Args:
+        factory: "module:function"; the function takes nothing and returns `(step, make_batch, state)`.
+        budget_bytes: What the child must stay within; what the parent holds is off it already.
+        timeout: Seconds after which a trial counts as hanging, or None.
+
+    Raises:
+        InvalidArgumentError: The factory is not written as "module:function".
+    """
+
+    def __init__(self, factory: str, budget_bytes: int, timeout: float | None) -> None:
+        """Check the spelling; the factory itself is only ever called in children."""
+        module, _, function = factory.partition(":")
+        if not module or not function.isidentifier():
+            raise InvalidArgumentError(
+                f'factory={factory!r}: write it as "module:function"; the function returns (step, make_batch, state).'
+            )
+        self.factory, self.budget_bytes, self.timeout = factory, budget_bytes, timeout
+        self.throttle = Throttle()
+        self.unit = "rows"
+
+    def trial(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
+        """Measure one size in a child; one that does not come back makes a trial that does not fit.
+
+        Raises:
+            TrialError: The factory or the step raised; the child's own words are in the text.
+        """
+        request = {
+            "factory": self.factory,
+            "budget_bytes": self.budget_bytes,
+            "size": size,
+            "predicted_bytes": predicted_bytes,
+            "steps": steps,
+            "worst": list(self.throttle.worst.items()),
+            "path": [entry or os.getcwd() for entry in sys.path],
+        }
+        with tempfile.TemporaryDirectory(prefix="mlx_tune-") as folder:
+            answer, words = Path(folder) / "answer.json", Path(folder) / "stderr.txt"
+            (Path(folder) / "request.json").write_text(json.dumps(request))
+            with words.open("w") as stderr:
+                code = self._wait(folder, stderr)
+            if code == 0 and answer.exists():
+                return self._read(json.loads(answer.read_text()))
+            if code is None or code < 0:
+                return [
+                    Trial(size, predicted_bytes, limit_bytes=self.budget_bytes, reason=_how_it_died(code, self.timeout))
+                ]
+            tail = "\n".join(words.read_text(errors="replace").splitlines()[-_LINES:])
+            raise TrialError(
+                f"The trial of batch size {size} failed in its process (factory={self.factory!r}):\n{tail}"
+            )
+
+    def _wait(self, folder: str, stderr: Any) -> int | None:
+        """The child's exit code, negative for a signal; None if it had to be ended for taking too long."""
+        command = [sys.executable, "-m", "mlx_tune.batching.isolation", folder]
+        environment = dict(os.environ)
+        package = str(Path(__file__).parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])
+        child = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=environment, start_new_session=True)
+        try:
+            return child.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if child.poll() is None:  # too slow, or this process is being interrupted
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+    def _read(self, answer: dict[str, Any]) -> list[Trial]:
+        for share, peak in answer["worst"]:
+            self.throttle.note(float(share), peak)
+        self.unit = answer["unit"]
+        return [Trial(**trial) for trial in answer["trials"]]
+
+
+def _how_it_died(code: int | None, timeout: float | None) -> str:
+    if code is None:
+        return f"its process took longer than trial_timeout={format_seconds(timeout or 0)} and was ended"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"its process was ended by {name}"
+
+
+def load_factory(factory: str) -> Callable[[], Any]:
+    """Import "module:function"."""
+    import importlib
+
+    module, _, function = factory.partition(":")
+    found = getattr(importlib.import_module(module), function, None)
+    if not callable(found):
+        raise InvalidArgumentError(f"factory={factory!r}: module {module!r} has no function {function!r}.")
+    return found  # type: ignore[no-any-return]
+
+
+def _child(folder: Path) -> None:
+    """Run the one trial that the request in `folder` asks for, and leave the answer there."""
+    from dataclasses import asdict
+
+    from mlx_tune.batching.probe import Probe
+
+    request = json.loads((folder / "request.json").read_text())
+    sys.path[:] = [*request["path"], *(entry for entry in sys.path if entry not in request["path"])]
+    built = load_factory(request["factory"])()
+    if not isinstance(built, tuple) or len(built) != 3:
+        raise InvalidArgumentError(
+            f"factory={request['factory']!r} returned {type(built).__name__}: it must return (step, make_batch, state)."
+        )
+    step, make_batch, state = built
+    probe = Probe(step, make_batch, state, request["budget_bytes"])
+    for share, peak in request["worst"]:
+        probe.throttle.note(float(share), peak)
+    trials = probe.trial(request["size"], request["predicted_bytes"], request["steps"])
+    answer = {
+        "trials": [asdict(trial) for trial in trials],
+        "worst": list(probe.throttle.worst.items()),
+        "unit": probe.unit,
+    }
+    (folder / "answer.json").write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _child(Path(sys.argv[1]))

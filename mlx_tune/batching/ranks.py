@@ -1,0 +1,149 @@
+"""One answer for all: a search on several machines, each of which runs its own trials."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from mlx_tune.batching.journal import Runner
+from mlx_tune.batching.result import Trial
+from mlx_tune.errors import TraceError, TrialError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes that search together.
+
+    Every exchange carries whether its rank failed, so that when one raises, the others raise too instead of waiting
+    for it.
+
+    Args:
+        group: From `mx.distributed.init()`, or None: then the group of `mlx.launch`, where it started this process.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        """Join."""
+        if group is None and "MLX_RANK" in os.environ:
+            import mlx.core as mx
+
+            group = mx.distributed.init()
+        self.group = group
+        self.size: int = 1 if group is None else group.size()
+        self.rank: int = 0 if group is None else group.rank()
+
+    def _gather(self, row: Sequence[int]) -> list[list[int]]:
+        import mlx.core as mx
+
+        if self.size == 1:
+            return [list(row)]
+        flat = mx.distributed.all_gather(mx.array([row], mx.int64), group=self.group, stream=mx.cpu)
+        rows: Any = flat.tolist()
+        return [[int(value) for value in values] for values in rows]
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """Call a function on every rank.
+
+        Raises:
+            TrialError: It raised on another rank. Where it raised here, that exception.
+        """
+        result, error = self._attempt(function)
+        self._share([], error)
+        return result  # type: ignore[return-value]
+
+    def smallest(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        return min(row[0] for row in self._gather([value]))
+
+    def largest_estimate(self, estimate: Callable[[int], int]) -> Callable[[int], int]:
+        """An estimate of which every rank sees the largest; one rank's `TraceError` is everybody's."""
+        if self.size == 1:
+            return estimate
+
+        def shared(size: int) -> int:
+            untraceable: TraceError | None = None
+
+            def own() -> int:
+                nonlocal untraceable
+                try:
+                    return estimate(size)
+                except TraceError as error:
+                    untraceable = error
+                    return -1
+
+            value, error = self._attempt(own)
+            rows = self._share([-1 if value is None else value], error)
+            if any(row[0] < 0 for row in rows):
+                raise untraceable or TraceError("another rank's step cannot be traced")
+            return max(row[0] for row in rows)
+
+        return shared
+
+    @staticmethod
+    def _attempt(function: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+        try:
+            return function(), None
+        except BaseException as error:  # the others must hear of a Ctrl-C, too
+            return None, error
+
+    def _share(self, row: Sequence[int], error: BaseException | None) -> list[list[int]]:
+        """Exchange rows; raise on every rank if there was an error on any."""
+        rows = self._gather([int(error is not None), *row])
+        if error is not None:
+            raise error
+        failed = [rank for rank, values in enumerate(rows) if values[0]]
+        if failed:
+            raise TrialError(
+                f"Rank {failed[0]} raised during the search, so rank {self.rank} stops too: see that rank's own error."
+            )
+        return [values[1:] for values in rows]
+
+
+class SharedRunner:
+    """A runner whose trials fit only where they fit on every rank."""
+
+    def __init__(self, runner: Runner, ranks: Ranks) -> None:
+        """Wrap this rank's own runner."""
+        self.runner, self.ranks = runner, ranks
+
+    def trial(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
+        """Measure on every rank at once; the largest peaks, the slowest step and the lowest limit count."""
+        trials, error = self.ranks._attempt(lambda: self.runner.trial(size, predicted_bytes, steps))
+        own = trials[-1] if trials else Trial(size, predicted_bytes, limit_bytes=1)
+        row = [
+            own.fits,
+            _or(own.peak_bytes),
+            _or(own.held_bytes),
+            _or(own.floor_bytes),
+            own.limit_bytes,
+            _or(own.cache_limit_bytes),
+            -1 if own.seconds is None else round(own.seconds * 1e6),
+            own.steps,
+        ]
+        rows = self.ranks._share([int(value) for value in row], error)
+        fits, peak, held, floor, limit, cache, micros, taken = zip(*rows, strict=True)
+        unfit = [rank for rank, value in enumerate(fits) if not value]
+        reason = own.reason if self.ranks.rank in unfit or not unfit else f"it does not fit on rank {unfit[0]}"
+        combined = replace(
+            own,
+            fits=not unfit,
+            peak_bytes=_most(peak),
+            held_bytes=_most(held),
+            floor_bytes=_most(floor),
+            limit_bytes=min(limit),
+            cache_limit_bytes=None if min(cache) < 0 else min(cache),
+            seconds=None if min(micros) < 0 else max(micros) / 1e6,
+            steps=min(taken),
+            reason=reason,
+        )
+        return [*(trials or [])[:-1], combined]
+
+
+def _or(value: int | None) -> int:
+    return -1 if value is None else value
+
+
+def _most(values: Sequence[int]) -> int | None:
+    return max(values) if max(values) >= 0 else None

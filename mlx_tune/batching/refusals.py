@@ -1,0 +1,72 @@
+"""What `autobatch` says when nothing fits: by how much, and what could be given up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_tune.batching.probe import arrays_in
+from mlx_tune.batching.session import Session
+from mlx_tune.errors import BudgetError, TraceError
+from mlx_tune.memory import MemoryBudget
+from mlx_tune.units import format_bytes
+
+
+def used_up(budget: MemoryBudget, state: Any) -> None:
+    """See that what is held already leaves something of the budget.
+
+    Raises:
+        BudgetError: It does not; the text has the sizes.
+    """
+    import mlx.core as mx
+
+    held = mx.get_active_memory()
+    if held < int(budget):
+        return
+    own = sum(array.nbytes for array in {id(array): array for array in arrays_in(state)}.values())
+    raise BudgetError(
+        f"The budget of {budget} is used up before the first step: MLX's arrays hold {format_bytes(held)}, of which "
+        f"{format_bytes(own)} are the model and optimizer in state=. Give a larger budget, or make the model smaller "
+        f"first, such as with mlx_tune.quantize_model.",
+        needed_bytes=held,
+        budget_bytes=int(budget),
+    )
+
+
+def too_large(session: Session, budget: MemoryBudget, *, estimated: tuple[Any, Any, Any] | None = None) -> BudgetError:
+    """The error for a smallest size that does not fit.
+
+    Args:
+        session: The search.
+        budget: What it had.
+        estimated: Step, make_batch and state, for an estimate of what is kept for the backward pass.
+    """
+    trial = session.known[session.sizes[0]]
+    size, needed = trial.batch_size, trial.held_bytes or trial.predicted_bytes
+    untried = trial.peak_bytes is None and trial.held_bytes is None
+    if needed is None or needed <= session.budget_bytes or (trial.reason and trial.reason != "predicted, not tried"):
+        why = trial.reason or "its steps went above it"
+        return BudgetError(f"Batch size {size} does not fit the budget of {budget}: {why}.", budget_bytes=int(budget))
+    return BudgetError(
+        f"Batch size {size} does not fit: a step {'is predicted to take' if untried else 'takes'} "
+        f"{format_bytes(needed)} with dispatch held back, {format_bytes(needed - session.budget_bytes)} more than the "
+        f"budget of {budget}.{_advice(size, estimated)}",
+        needed_bytes=needed,
+        budget_bytes=int(budget),
+    )
+
+
+def _advice(size: int, estimated: tuple[Any, Any, Any] | None) -> str:
+    plain = " Shorter rows, or mlx_tune.checkpoint_blocks(model), may bring it down."
+    if estimated is None:
+        return plain
+    from mlx_tune.graphs import estimate_memory
+
+    step, make_batch, state = estimated
+    try:
+        activations = estimate_memory(step, make_batch(size), state=state).activations_bytes
+    except TraceError:
+        return plain
+    return (
+        f" {format_bytes(activations)} of it are activations kept for the backward pass, of which "
+        f"mlx_tune.checkpoint_blocks(model) saves a part by computing them again."
+    )
