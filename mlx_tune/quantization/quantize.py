@@ -91,6 +91,7 @@ def quantize_model(
         BackendError: MLX cannot do the mode on this backend.
 
     Example:
+        >>> import mlx.core as mx
         >>> model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
         >>> report = quantize_model(model, 8, 64, evaluation=[mx.random.normal((4, 128))], progress=False)
         >>> [(layer.path, layer.bits) for layer in report.layers], report.accuracy.relative_error < 0.01
@@ -155,6 +156,7 @@ def quantization_report(
         QuantizationError: The batches cannot be used, or outputs differ in shape.
 
     Example:
+        >>> import mlx.core as mx
         >>> reference = nn.Sequential(nn.Linear(64, 64))
         >>> model = nn.Sequential(nn.QuantizedLinear.from_linear(reference.layers[0], 64, 8))
         >>> report = quantization_report(model, reference, [mx.random.normal((4, 64))])
