@@ -50,10 +50,13 @@ class Measurements:
         budget_bytes: int,
         steps: int,
         bar: Bar,
+        *,
+        throttle: bool = True,
     ) -> None:
-        """Note what to run; nothing is run yet."""
+        """Note what to run; nothing is run yet. Without `throttle` the only limit tried is the budget itself."""
         self.model, self.paths, self.step, self.batch, self.state = model, paths, step, batch, state
         self.budget_bytes, self.steps, self.bar = budget_bytes, steps, bar
+        self.throttle = throttle
         self.made: dict[Choice, Measured] = {}
 
     def fit(self, choice: Choice, floor_bytes: int) -> Measured:
@@ -81,7 +84,8 @@ class Measurements:
 
         undo = apply_choice(self.model, self.chosen(choice))
         try:
-            trials = limit_trials(run, floor_bytes, self.budget_bytes)
+            lowest = floor_bytes if self.throttle else self.budget_bytes
+            trials = limit_trials(run, lowest, self.budget_bytes, most=4 if self.throttle else 1)
         finally:
             undo()
         best = best_trial(trials, self.budget_bytes)

@@ -1,0 +1,189 @@
+"""What `autofit` returns: the choice, what it was chosen from, and a way to train under it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mlx_tune.checkpointing.planned import apply_choice
+from mlx_tune.memory import memory_limit
+from mlx_tune.tables import render_table
+from mlx_tune.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A batch size with a choice of blocks, as predicted and, where it was run, as measured.
+
+    Attributes:
+        batch_size: Rows in a step.
+        checkpointed: How many blocks are checkpointed.
+        floor_bytes: The least that the step needs, from its graph.
+        predicted_rate: Tokens or rows a second, predicted.
+        limit_bytes: The memory limit it was run under; None where it was not run.
+        peak_bytes: Its measured peak.
+        seconds: Its fastest step.
+        rate: Tokens or rows a second, measured.
+        fits: Whether its measured peak is within the budget.
+        unbeaten: Whether no other setting needs less memory and is predicted to be faster.
+    """
+
+    batch_size: int
+    checkpointed: int
+    floor_bytes: int
+    predicted_rate: float
+    limit_bytes: int | None = None
+    peak_bytes: int | None = None
+    seconds: float | None = None
+    rate: float | None = None
+    fits: bool | None = None
+    unbeaten: bool = True
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Checkpoints, batch size, accumulation and memory limit that give the most tokens a second within a budget.
+
+    Attributes:
+        batch_size: Rows in a step.
+        accumulation_steps: Steps that make up one update of the target batch; 1 without a target.
+        paths: The blocks to checkpoint.
+        found: How many blocks there are.
+        limit_bytes: The memory limit to train under.
+        budget_bytes: What the peak was allowed to be.
+        predicted_peak_bytes: The least that the step needs, from its graph.
+        measured_peak_bytes: The highest peak of the real steps under the limit.
+        predicted_rate: Tokens or rows a second, from other steps.
+        measured_rate: Tokens or rows a second of the fastest real step.
+        measured_seconds: That step's time.
+        unit: "tokens" or "rows".
+        settings: What it was chosen from, by rising floor.
+        notes: What else there is to know.
+    """
+
+    batch_size: int
+    accumulation_steps: int
+    paths: tuple[str, ...]
+    found: int
+    limit_bytes: int
+    budget_bytes: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    predicted_rate: float
+    measured_rate: float
+    measured_seconds: float
+    unit: str
+    settings: tuple[Setting, ...]
+    notes: tuple[str, ...]
+    _model: nn.Module = field(repr=False, compare=False)
+
+    @property
+    def frontier(self) -> tuple[Setting, ...]:
+        """The settings that no other beats in both memory and predicted rate, by rising memory."""
+        return tuple(s for s in self.settings if s.unbeaten)
+
+    @contextmanager
+    def applied(self) -> Iterator[Fit]:
+        """A `with` block in which the blocks are checkpointed and the limit is set; both are undone at its end."""
+        undo = apply_choice(self._model, self.paths)
+        try:
+            with memory_limit(self.limit_bytes):
+                yield self
+        finally:
+            undo()
+
+    def __str__(self) -> str:
+        """The settings, and the choice above them."""
+        rows: list[list[object]] = []
+        for s in self.settings:
+            if not s.unbeaten and s.rate is None:
+                continue
+            chosen = (s.batch_size, s.checkpointed, s.rate) == (self.batch_size, len(self.paths), self.measured_rate)
+            rows.append(
+                [
+                    s.batch_size,
+                    f"{s.checkpointed} of {self.found}",
+                    format_bytes(s.floor_bytes),
+                    f"{s.predicted_rate:,.0f}",
+                    "" if s.peak_bytes is None else format_bytes(s.peak_bytes),
+                    "" if s.seconds is None else format_seconds(s.seconds),
+                    "" if s.rate is None else f"{s.rate:,.0f}",
+                    "chosen" if chosen else ("over the budget" if s.fits is False else ""),
+                ]
+            )
+        batch = f"batch size {self.batch_size}"
+        if self.accumulation_steps > 1:
+            total = self.batch_size * self.accumulation_steps
+            batch += f" x {self.accumulation_steps} accumulation steps = {total}"
+        unit = f"{self.unit}/s"
+        return render_table(
+            ["batch", "checkpointed", "floor", f"predicted {unit}", "peak", "step", f"measured {unit}", ""],
+            rows,
+            title=f"Fastest within {format_bytes(self.budget_bytes)}: {batch}, {len(self.paths)} of {self.found} "
+            f"blocks checkpointed, {self.measured_rate:,.0f} {unit}",
+            notes=[
+                f"Peak: at least {format_bytes(self.predicted_peak_bytes)} predicted, "
+                f"{format_bytes(self.measured_peak_bytes)} measured under a memory limit of "
+                f"{format_bytes(self.limit_bytes)}; hold it with fit.applied().",
+                *self.notes,
+            ],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if not name.startswith("_")}
+        return {
+            **plain,
+            "paths": list(self.paths),
+            "notes": list(self.notes),
+            "settings": [asdict(s) for s in self.settings],
+        }
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, dark: bool = False) -> Figure:
+        """Draw rate against memory: what was predicted, what was measured, and the budget.
+
+        Args:
+            path: A file that ends in .svg or .png.
+            dark: For dark pages.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from mlx_tune.plotting import COLORS, ink, new_figure, save_figure
+
+        figure, axes = new_figure(dark=dark)
+        frontier = self.frontier
+        axes.plot(
+            [s.floor_bytes / 1e9 for s in frontier],
+            [s.predicted_rate for s in frontier],
+            color=COLORS[0],
+            marker="x",
+            label="predicted, at its floor",
+        )
+        run = [(s.peak_bytes / 1e9, s.rate) for s in self.settings if s.peak_bytes is not None and s.rate is not None]
+        axes.plot([x for x, _ in run], [y for _, y in run], color=COLORS[1], ls="", marker="o", label="measured")
+        axes.plot(
+            self.measured_peak_bytes / 1e9,
+            self.measured_rate,
+            color=COLORS[2],
+            ls="",
+            marker="*",
+            ms=14,
+            label="chosen",
+        )
+        axes.axvline(self.budget_bytes / 1e9, color=COLORS[3], ls="--", label="budget")
+        axes.set_xlabel("peak memory (GB)")
+        axes.set_ylabel(f"{self.unit} per second")
+        axes.set_title(f"batch size {self.batch_size}, {len(self.paths)} of {self.found} blocks checkpointed")
+        axes.legend(frameon=False, labelcolor=ink(dark))
+        return save_figure(figure, path)

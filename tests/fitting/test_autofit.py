@@ -1,0 +1,226 @@
+"""autofit on a made-up machine whose fastest setting is known, and for real."""
+
+import gc
+import json
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_tune.checkpointing.measure as measuring
+import mlx_tune.checkpointing.survey as surveying
+from mlx_tune import BudgetError, InvalidArgumentError, checkpoint, estimate_memory, is_checkpointed, uncheckpoint
+from mlx_tune import autofit as autofit_with_progress
+from mlx_tune.timing import StepTrial
+
+autofit = partial(autofit_with_progress, progress=False)
+WIDTH, BLOCKS = 16, 3
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+
+    def __call__(self, x):
+        return x + self.down(nn.relu(self.up(x)))
+
+
+class Training:
+    """A model, a step on token rows of 32, and the state that a step changes."""
+
+    def __init__(self):
+        mx.random.seed(0)
+        self.model = nn.Sequential(nn.Embedding(50, WIDTH), *(Block() for _ in range(BLOCKS)))
+        self.optimizer = optim.SGD(0.1)
+        mx.eval(self.model.parameters())
+        gradient = nn.value_and_grad(self.model, lambda model, x: model(x).square().mean())
+
+        def step(x):
+            loss, gradients = gradient(self.model, x)
+            self.optimizer.update(self.model, gradients)
+            return loss
+
+        self.step = step
+
+    @property
+    def blocks(self):
+        return self.model.layers[1:]
+
+    @staticmethod
+    def make_batch(n):
+        return mx.zeros((n, 32), dtype=mx.int32)
+
+    def floor(self, n, checkpointed):
+        if checkpointed:
+            list(map(checkpoint, self.blocks))
+        try:
+            return estimate_memory(self.step, self.make_batch(n), state=(self.model, self.optimizer)).floor_bytes
+        finally:
+            uncheckpoint(self.model)
+
+    def everything(self):
+        values = [(name, value.tolist()) for name, value in tree_flatten(self.model.parameters())]
+        return values, mx.random.state[0].tolist(), [type(m) for m in self.model.modules()], sorted(self.model)
+
+    def beside(self):
+        gc.collect()
+        return max(0, mx.get_active_memory() - sum(a.nbytes for _, a in tree_flatten(self.model.parameters())))
+
+    def fit(self, budget, **options):
+        return autofit(
+            self.model, self.step, self.make_batch, budget=budget + self.beside(), state=self.optimizer, **options
+        )
+
+
+class Machine:
+    """Steps of `fixed + n * (row + again * checkpointed blocks)` seconds, whose peak is their floor."""
+
+    def __init__(self, monkeypatch, fixed, row, again):
+        self.training, self.fixed, self.row, self.again = Training(), fixed, row, again
+        self.runs = []
+        monkeypatch.setattr(measuring, "run_step", self.run_step)
+        monkeypatch.setattr(surveying, "forward_seconds", self.forward_seconds)
+
+    def forward_seconds(self, path, block, calls):
+        return calls.inputs[0][0][0].shape[0] * self.again
+
+    def seconds(self, n, blocks):
+        return self.fixed + n * (self.row + self.again * blocks)
+
+    def run_step(self, step, args, state=(), limit_bytes=None):
+        n, blocks = args[0].shape[0], sum(map(is_checkpointed, self.training.blocks))
+        floor = estimate_memory(step, *args, state=state).floor_bytes + self.training.beside()
+        self.runs.append((n, blocks, limit_bytes))
+        return StepTrial(limit_bytes, floor, self.seconds(n, blocks))
+
+    def largest(self, blocks, budget):
+        """The largest batch whose floor leaves the margin of an estimate."""
+        n = 1
+        while self.training.floor(n + 1, blocks) * 1.03 <= budget:
+            n += 1
+        return n
+
+
+@pytest.mark.parametrize(
+    ("fixed", "row", "again"),
+    [
+        (1.0, 0.01, 0.0001),  # the fixed part rules: the largest batch there can be
+        (1.0, 0.1, 0.05),  # computing twice costs as much as a larger batch gains
+        (0.0, 0.1, 0.03),  # time in proportion: nothing larger is faster
+    ],
+)
+def test_the_fit_is_as_fast_as_the_best_of_the_simple_settings(monkeypatch, fixed, row, again):
+    machine = Machine(monkeypatch, fixed, row, again)
+    budget = machine.training.floor(12, False)
+    fit = machine.training.fit(budget)
+    simple = [(machine.largest(False, budget), 0), (machine.largest(True, budget), BLOCKS), (4, 0)]
+    best = max(n / machine.seconds(n, blocks) for n, blocks in simple)
+    assert fit.measured_rate / 32 >= 0.98 * best
+    assert fit.measured_peak_bytes <= fit.budget_bytes
+    assert fit.measured_seconds == pytest.approx(machine.seconds(fit.batch_size, len(fit.paths)))
+    assert all(limit <= fit.budget_bytes for _, _, limit in machine.runs)
+
+
+def test_where_larger_batches_gain_nothing_the_smaller_peak_is_chosen(monkeypatch):
+    machine = Machine(monkeypatch, 0.0, 0.1, 0.03)
+    fit = machine.training.fit(machine.training.floor(256, False))
+    assert fit.paths == ()
+    assert max(n for n, _, _ in machine.runs) < 100
+    assert fit.batch_size < 100
+
+
+def test_sizes_divide_the_target_and_multiply_to_it(monkeypatch):
+    machine = Machine(monkeypatch, 1.0, 0.01, 0.0001)
+    fit = machine.training.fit(machine.training.floor(12, False), target_batch=36, multiple_of=2)
+    assert fit.batch_size % 2 == 0
+    assert fit.batch_size * fit.accumulation_steps == 36
+    assert all(36 % s.batch_size == 0 for s in fit.settings)
+
+
+def test_no_batch_is_larger_than_asked_for(monkeypatch):
+    machine = Machine(monkeypatch, 1.0, 0.01, 0.0001)
+    fit = machine.training.fit(10**9, max_batch=6)
+    assert fit.batch_size == 6
+    assert max(n for n, _, _ in machine.runs) == 6
+
+
+def test_without_throttling_the_limit_is_the_budget(monkeypatch):
+    machine = Machine(monkeypatch, 1.0, 0.01, 0.0001)
+    budget = machine.training.floor(12, False)
+    fit = machine.training.fit(budget, throttle=False)
+    assert {limit for _, _, limit in machine.runs} == {fit.budget_bytes}
+    assert fit.predicted_peak_bytes * 1.2 <= fit.budget_bytes * 1.01
+    assert "throttle=False" in str(fit)
+
+
+def test_the_frontier_holds_no_beaten_setting(monkeypatch):
+    machine = Machine(monkeypatch, 1.0, 0.1, 0.01)
+    fit = machine.training.fit(machine.training.floor(12, False))
+    assert len(fit.frontier) >= 2
+    for a, b in zip(fit.frontier, fit.frontier[1:], strict=False):
+        assert a.floor_bytes <= b.floor_bytes
+    run = [s for s in fit.settings if s.rate is not None]
+    assert len(run) >= 2
+    assert any(s.batch_size == fit.batch_size and s.rate == fit.measured_rate for s in run)
+
+
+def test_a_real_fit_changes_nothing_and_applies(tmp_path):
+    training = Training()
+    before = training.everything()
+    fit = training.fit(training.floor(12, False), target_batch=8)
+    assert training.everything() == before
+    assert fit.unit == "tokens"
+    assert fit.batch_size * fit.accumulation_steps == 8
+    assert fit.measured_peak_bytes <= fit.budget_bytes
+    limit_before = mx.set_memory_limit(2**40)
+    try:
+        with fit.applied():
+            wrapped = [p for p, m in training.model.named_modules() if is_checkpointed(m)]
+            assert sorted(wrapped) == sorted(fit.paths)
+            assert mx.set_memory_limit(fit.limit_bytes) == fit.limit_bytes
+        assert mx.set_memory_limit(2**40) == 2**40
+    finally:
+        mx.set_memory_limit(limit_before)
+    assert training.everything() == before
+    assert json.loads(json.dumps(fit.to_dict()))["batch_size"] == fit.batch_size
+    assert str(fit).startswith("Fastest within ")
+    fit.plot(tmp_path / "fit.svg")
+    assert (tmp_path / "fit.svg").stat().st_size > 1000
+
+
+def test_an_error_in_a_step_changes_nothing(monkeypatch):
+    training = Training()
+    before = training.everything()
+
+    def breaks(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "run_step", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(training.floor(12, False))
+    assert training.everything() == before
+
+
+def test_a_budget_that_no_batch_fits_is_an_error(monkeypatch):
+    monkeypatch.setattr(measuring, "run_step", lambda *args: pytest.fail("ran"))
+    with pytest.raises(BudgetError, match=r"all 3 blocks checkpointed .* Not even batch size 1"):
+        Training().fit(5000)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"target_batch": 0}, "target_batch=0"),
+        ({"max_batch": 0}, "max_batch=0"),
+        ({"target_batch": 9, "multiple_of": 2}, "No batch size divides target_batch=9 and is a multiple of 2"),
+        ({"tolerance": 1.5}, "tolerance=1.5"),
+        ({"steps": 0}, "steps=0"),
+    ],
+)
+def test_contradictions_are_refused(options, text):
+    with pytest.raises(InvalidArgumentError, match=text):
+        Training().fit(10**9, **options)
