@@ -11,9 +11,12 @@ import copy
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +68,29 @@ class Snapshot:
         for container in _containers(state):
             self._saved.append(_shallow(container, spilled_ids, to_disk))
         if to_disk:
-            self._file = _spill(to_disk, folder)
+            try:
+                self._file = _spill(to_disk, folder)
+            finally:
+                to_disk.clear()  # whatever still refers to this dictionary must not hold the arrays
 
     def restore(self) -> None:
-        """Put everything back. May be called again after further changes."""
-        loaded = self._load()
-        copies: dict[int, Any] = {}
-        for container, items, attributes in self._saved:
-            _put_back(container, items, attributes, loaded, copies)
-        self._random.restore()
+        """Put everything back. May be called again after further changes.
+
+        What trials left in the place of a spilled array is let go before that array is read, one after the other, so
+        the two never take memory at the same time. A Ctrl-C meanwhile waits until everything is back.
+        """
+        with _uninterrupted():
+            on_disk = self._open()
+            if on_disk:
+                for container, items, attributes in self._saved:
+                    _let_go(container, items, attributes)
+            loaded: dict[str, Any] = {}
+            copies: dict[int, Any] = {}
+            for container, items, attributes in self._saved:
+                _put_back(container, items, attributes, on_disk, loaded, copies)
+            loaded.clear()
+            copies.clear()
+            self._random.restore()
 
     def discard(self) -> None:
         """Delete the spilled file and let go of everything kept."""
@@ -93,14 +110,30 @@ class Snapshot:
         finally:
             self.discard()
 
-    def _load(self) -> dict[str, Any]:
+    def _open(self) -> dict[str, Any]:
+        """The spilled arrays, not read yet; raises before anything is touched if the file is gone."""
         if self._file is None:
             return {}
         import mlx.core as mx
 
-        loaded: dict[str, Any] = mx.load(str(self._file))  # type: ignore[assignment]
-        mx.eval(loaded)  # read now: the file goes away with the snapshot
-        return loaded
+        arrays: dict[str, Any] = mx.load(str(self._file))  # type: ignore[assignment]
+        return arrays
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold a Ctrl-C back while the block runs; only the main thread receives one, elsewhere this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *received: waiting.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting and callable(before):
+        before(*waiting[0])
 
 
 class _RandomStreams:
@@ -199,6 +232,8 @@ def _shallow(
     import mlx.core as mx
 
     def keep(value: Any) -> Any:
+        if isinstance(value, set):
+            return _KeptSet(value)
         if not isinstance(value, mx.array):
             return tuple(keep(v) for v in value) if type(value) is tuple else value
         if id(value) in spilled_ids:
@@ -225,19 +260,59 @@ class _Kept:
         self.values = copy.copy(array)
 
 
+class _KeptSet:
+    """A set, such as the names of a module's frozen parameters, and what is in it now."""
+
+    def __init__(self, kept: set[Any]) -> None:
+        self.kept = kept
+        self.items = frozenset(kept)
+
+    def back(self) -> set[Any]:
+        """The same set, with what was in it."""
+        self.kept.clear()
+        self.kept.update(self.items)
+        return self.kept
+
+
+def _let_go(container: Any, items: Any, attributes: dict[str, Any] | None) -> None:
+    """Drop what stands where spilled arrays go; kept arrays are held by the snapshot anyway."""
+
+    def wait(value: Any) -> bool:
+        return isinstance(value, _Spilled) or (type(value) is tuple and any(wait(v) for v in value))
+
+    if isinstance(container, dict):
+        for name in [name for name in container if name not in items or wait(items[name])]:
+            dict.__setitem__(container, name, None)
+    elif isinstance(container, list):
+        container[:] = [None] * len(items)
+    for name, value in (attributes or {}).items():
+        if wait(value):
+            vars(container)[name] = None
+
+
 def _put_back(
     container: Any,
     items: Any,
     attributes: dict[str, Any] | None,
+    on_disk: dict[str, Any],
     loaded: dict[str, Any],
     copies: dict[int, Any],
 ) -> None:
+    """Give a container its items and attributes again; arrays that it shares with others stay shared."""
+
     def back(value: Any) -> Any:
         if isinstance(value, _Spilled):
+            if value.name not in loaded:
+                import mlx.core as mx
+
+                loaded[value.name] = on_disk.pop(value.name)
+                mx.eval(loaded[value.name])  # read now: the file goes away with the snapshot
             return loaded[value.name]
         if isinstance(value, _Kept):
             # One new handle for each array, so that tied weights stay tied and the kept one stays untouched.
             return copies.setdefault(id(value.array), copy.copy(value.values))
+        if isinstance(value, _KeptSet):
+            return value.back()
         return tuple(back(v) for v in value) if type(value) is tuple else value
 
     if isinstance(container, dict):
