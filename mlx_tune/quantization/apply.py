@@ -23,7 +23,7 @@ from mlx_tune.quantization.transaction import original, swap
 PackedArrays = tuple[mx.array, mx.array, mx.array | None]
 
 #: Weights looked at together where a whole layer would need several float32 copies of itself at once.
-_CHUNK_WEIGHTS = 1 << 22
+_CHUNK_WEIGHTS = 1 << 19
 
 
 @dataclass(frozen=True)

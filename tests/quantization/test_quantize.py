@@ -212,15 +212,16 @@ def big(width: int = 1024, layers: int = 6) -> nn.Sequential:
     return model
 
 
-def test_peak_memory_is_the_model_and_its_largest_block() -> None:
-    model = big()
+@pytest.mark.parametrize("method", ["nearest", "optimal"])
+def test_peak_memory_is_the_model_and_its_largest_block(method: str) -> None:
+    model = big(2048, layers=4)
     start = mx.get_active_memory()
-    layer = 1024 * 1024 * 2
+    layer = 2048 * 2048 * 2
     with mt.track_memory() as memory:
-        quiet(model, 4, 64, method="nearest")
-    # What a layer takes to work on: a float32 copy for its error, its reconstruction and their difference.
-    assert memory.peak_bytes <= start + 7 * layer
-    assert memory.active_bytes < start - 4 * layer
+        quiet(model, 4, 64, method=method)
+    # Rows are worked on in pieces, which take the same 16 MB for however large a layer.
+    assert memory.peak_bytes <= start + layer + 16_000_000
+    assert memory.active_bytes < start - 2.5 * layer
 
 
 def test_a_lazily_loaded_model_is_never_whole_in_memory(tmp_path) -> None:
@@ -233,7 +234,7 @@ def test_a_lazily_loaded_model_is_never_whole_in_memory(tmp_path) -> None:
         report = quiet(model, 4, 64, method="nearest")
     assert memory.active_bytes - start < 0.3 * total
     one = total // 6
-    assert memory.peak_bytes - start < 0.3 * total + 7 * one
+    assert memory.peak_bytes - start < 0.3 * total + 4 * one
     assert len(report.layers) == 6
 
 
