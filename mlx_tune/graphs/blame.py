@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Callable
-from typing import Any
 
 from mlx_tune.errors import TraceError
 
 _OWN = os.path.dirname(os.path.abspath(__file__))
 
 
-def explain_failure(error: BaseException, step: Callable[..., Any]) -> TraceError | None:
+def explain_failure(error: BaseException) -> TraceError | None:
     """Turn what went wrong during a trace into an error that names the place and the way out.
 
     Args:
         error: What was raised.
-        step: The step that was traced.
 
     Returns:
         A `TraceError`, or None where the user's own exception says it best.

@@ -29,6 +29,7 @@ def fold_checkpoints(graph: Graph) -> int:
         if node.name == "Add" and node.inputs[1] in differences:
             sums.setdefault(node.inputs[0], i)
     rewritten: dict[int, Node | None] = {}
+    found = 0
     for i, node in enumerate(graph.nodes):
         if node.name != "Depends" or len(node.inputs) == len(node.outputs):
             continue
@@ -39,7 +40,9 @@ def fold_checkpoints(graph: Graph) -> int:
         results = {v: graph.nodes[sums[v]].outputs[0] for v in passed}
         first, *others = sorted(sums[v] for v in passed)
         rewritten[first] = Node("CustomTransforms", (*primals, *passed), tuple(results[v] for v in passed), ())
+        found += 1
         rewritten |= dict.fromkeys(others)
         rewritten[i] = Node("Depends", (*primals, *(results.get(v, v) for v in values)), node.outputs, ())
-    graph.nodes = [node for i, old in enumerate(graph.nodes) if (node := rewritten.get(i, old)) is not None]
-    return sum(node is not None and node.name == "CustomTransforms" for node in rewritten.values())
+    nodes = (rewritten.get(i, node) for i, node in enumerate(graph.nodes))
+    graph.nodes = [node for node in nodes if node is not None]
+    return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.graphs.floor import Buffer, Course, simulate
-from mlx_tune.graphs.graph import Graph
+from mlx_tune.graphs.graph import Graph, dtype_name
 from mlx_tune.graphs.order import evaluation_order
 from mlx_tune.graphs.tracing import trace_step
 from mlx_tune.tables import render_table
@@ -147,8 +147,8 @@ class MemoryEstimate:
             for owner, count in self.largest_owners()
         ]
         notes = [
-            f"Predicted from {len(self.operations)} operations in {format_seconds(self.trace_seconds)}; nothing was run. "
-            f"The peak is at operation {self.peak_operation + 1}"
+            f"Predicted from {len(self.operations)} operations in {format_seconds(self.trace_seconds)}; nothing was "
+            f"run. The peak is at operation {self.peak_operation + 1}"
             + (f" ({self.operations[self.peak_operation]})." if self.peak_operation >= 0 else "."),
             *(f"Stand-in for {name}: {what}." for name, what in self.stand_ins.items()),
             *(
@@ -264,6 +264,4 @@ def _owner(graph: Graph, buffer: Buffer, updates: set[int]) -> PeakOwner:
     else:
         purpose = "updates" if buffer.value in updates else "activations"
     operation = graph.nodes[buffer.node].name if buffer.node is not None else ""
-    return PeakOwner(
-        buffer.nbytes, value.shape, str(value.dtype).removeprefix("mlx.core."), operation, purpose, value.label
-    )
+    return PeakOwner(buffer.nbytes, value.shape, dtype_name(value.dtype), operation, purpose, value.label)

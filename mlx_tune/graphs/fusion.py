@@ -14,12 +14,13 @@ from mlx_tune.graphs.graph import Graph, Node
 _DEPTH = 11
 _ARRAYS = 24
 
-_FUSABLE = frozenset(
-    "Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType Ceil Cos Conjugate Cosh Remainder Erf ErfInv Exp Floor "
-    "Log Log1p LogicalNot Negative Round Sigmoid Sign Sin Sinh Square Sqrt Tan Tanh Expm1 Real Imag BitwiseInvert "
-    "Add Divide Equal Greater GreaterEqual Less LessEqual LogicalAnd LogicalOr LogAddExp Maximum Minimum Multiply "
-    "NotEqual Power Subtract BitwiseBinary ArcTan2 Select Broadcast".split()
-)
+_NAMES = """
+Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType Ceil Cos Conjugate Cosh Remainder Erf ErfInv Exp Floor
+Log Log1p LogicalNot Negative Round Sigmoid Sign Sin Sinh Square Sqrt Tan Tanh Expm1 Real Imag BitwiseInvert
+Add Divide Equal Greater GreaterEqual Less LessEqual LogicalAnd LogicalOr LogAddExp Maximum Minimum Multiply
+NotEqual Power Subtract BitwiseBinary ArcTan2 Select Broadcast
+"""
+_FUSABLE = frozenset(_NAMES.split())
 
 
 def fuse(graph: Graph) -> Graph:
@@ -63,7 +64,7 @@ class _Fusion:
             if node.name != "Broadcast":
                 self._collect(root, 0, self.values[root].shape, section, set())
             kept.append(self._kernel(root, section) if len(section) > 1 else self._as_is(index))
-        graph = Graph(
+        return Graph(
             values=self.values,
             nodes=kept[::-1],
             outputs=list(self.graph.outputs),
@@ -72,7 +73,6 @@ class _Fusion:
             compiled=True,
             stand_ins=self.graph.stand_ins,
         )
-        return graph
 
     def _as_is(self, index: int) -> Node:
         node = self.graph.nodes[index]
@@ -123,7 +123,7 @@ class _Fusion:
         return copy
 
     def _kernel(self, root: int, section: set[int]) -> Node:
-        """The fused operation: its inputs in the order of a depth-first walk, and all outputs of the graph inside it."""
+        """The fused operation: its inputs in the order of a depth-first walk, and all graph outputs inside it."""
         inputs: list[int] = []
         tape: list[int] = []
         seen: set[int] = set()

@@ -39,6 +39,11 @@ class ArraySpec:
         return prod(self.shape) * self.dtype.size
 
 
+def dtype_name(dtype: mx.Dtype) -> str:
+    """A dtype's short name, as in "float32"."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """One array of the graph.
@@ -60,7 +65,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One operation: its primitive's name, the values it reads and makes (as indices), and the primitive's arguments."""
+    """One operation: its primitive's name and arguments, and the values it reads and makes, by their indices."""
 
     name: str
     inputs: tuple[int, ...]
@@ -72,8 +77,9 @@ class Node:
 class Graph:
     """A step: all values, the operations in an order in which they could run, and what is evaluated at its end.
 
-    The first `results` of the outputs are what the step returned, the rest is updated state. `held` are the values that something outside the step keeps alive for its whole duration (the batch, frozen
-    parameters, captured arrays). `compiled` tells that `mx.compile` fuses the step in earnest.
+    The first `results` of the outputs are what the step returned, the rest is updated state. `held` are the values
+    that something outside the step keeps alive for its whole duration: the batch, frozen parameters, captured
+    arrays. `compiled` tells that `mx.compile` fuses the step in earnest.
     """
 
     values: list[Value] = field(default_factory=list)

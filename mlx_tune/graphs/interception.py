@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_tune.graphs.recomputation import traced_checkpoint
+from mlx_tune.graphs.trees import arrays_of, with_arrays
+from mlx_tune.graphs.unmerge import BuiltGraph
 
 _thread = threading.local()
 _lock = threading.Lock()
@@ -89,37 +90,16 @@ def _checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _write_out(fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a checkpointed function on trees so that its recomputation is in the graph."""
-    leaves, treedef = [], []
-    for name, leaf in tree_flatten((args, kwargs)):
-        treedef.append((name, leaf))
-        if isinstance(leaf, mx.array):
-            leaves.append(leaf)
-    structure: list[Any] = []
+    """Call a checkpointed function of nested arrays so that its recomputation is in the graph."""
+    result: list[Any] = []
 
     def pure(*arrays: mx.array) -> list[mx.array]:
-        waiting = iter(arrays)
-        flat = [(name, next(waiting) if isinstance(leaf, mx.array) else leaf) for name, leaf in treedef]
-        inner_args, inner_kwargs = _like((args, kwargs), iter(flat))
-        result = fun(*inner_args, **inner_kwargs)
-        structure[:] = [result]
-        return [leaf for _, leaf in tree_flatten([result]) if isinstance(leaf, mx.array)]
+        inner_args, inner_kwargs = with_arrays((args, kwargs), iter(arrays))
+        result[:] = [fun(*inner_args, **inner_kwargs)]
+        return arrays_of(result)
 
-    values = iter(traced_checkpoint(pure, leaves))
-    flat_result = [
-        (name, next(values) if isinstance(leaf, mx.array) else leaf) for name, leaf in tree_flatten(structure)
-    ]
-    return _like(structure, iter(flat_result))[0]
-
-
-def _like(tree: Any, flat: Iterator[tuple[str, Any]]) -> Any:
-    """Rebuild a tree's shape around new leaves; unlike `tree_unflatten` it keeps tuples and empty containers."""
-    if isinstance(tree, (list, tuple)):
-        rebuilt = [_like(child, flat) for child in tree]
-        return type(tree)(*rebuilt) if hasattr(tree, "_fields") else type(tree)(rebuilt)
-    if isinstance(tree, dict):
-        return {key: _like(child, flat) for key, child in tree.items()}
-    return next(flat)[1]
+    values = traced_checkpoint(pure, arrays_of((args, kwargs)))
+    return with_arrays(result, iter(values))[0]
 
 
 def _call_transformed(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,19 +149,11 @@ def _function_of(transformed: Any) -> Callable[..., Any]:
 
 def _is_custom(result: Any) -> bool:
     """Whether the first array of a result was made by MLX's custom-gradient primitive, as checkpoints are."""
-    arrays = [leaf for _, leaf in tree_flatten([result]) if isinstance(leaf, mx.array)]
+    arrays = arrays_of(result)
     if not arrays:
         return False
-    text: list[str] = []
-    mx.export_to_dot(_Writer(text), result=arrays[0])
-    lines = "".join(text).splitlines()
-    made_by = next((line.split(" ->")[0] for line in lines if line.endswith('-> "result"')), None)
-    return any(line.startswith(f'{{ {made_by} [label ="CustomTransforms"') for line in lines)
-
-
-class _Writer:
-    def __init__(self, text: list[str]) -> None:
-        self.write = text.append
+    built = BuiltGraph([], arrays[:1])
+    return built.nodes[-1].name == "CustomTransforms" if built.nodes else False
 
 
 def _call_custom(original: Callable[..., Any]) -> Callable[..., Any]:

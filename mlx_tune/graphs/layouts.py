@@ -110,20 +110,19 @@ def as_strided(shape: Sequence[int], strides: Sequence[int], layout: Layout) -> 
 
 
 def _collapse(shape: Sequence[int], strides: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Merge neighbouring axes that lie in memory as one."""
-    if not shape:
-        return [], []
-    sizes, steps = [shape[0]], [strides[0]]
-    for n, s in zip(shape[1:], strides[1:], strict=True):
+    """Merge neighbouring axes that lie in memory as one; unit axes do not count."""
+    sizes: list[int] = []
+    steps: list[int] = []
+    for n, s in zip(shape, strides, strict=True):
         if n == 1:
             continue
-        if s * n != steps[-1] or sizes[-1] * n > 2**31 - 1:
-            sizes.append(n)
-            steps.append(s)
-        else:
+        if sizes and s * n == steps[-1] and sizes[-1] * n <= 2**31 - 1:
             sizes[-1] *= n
             steps[-1] = s
-    return sizes, steps
+        else:
+            sizes.append(n)
+            steps.append(s)
+    return (sizes, steps) if sizes else ([1], [0])
 
 
 def reshape(shape: Sequence[int], layout: Layout, out_shape: Sequence[int]) -> Layout | None:
@@ -148,7 +147,7 @@ def reshape(shape: Sequence[int], layout: Layout, out_shape: Sequence[int]) -> L
             strides.append(sizes[j] * steps[j])
             j += sizes[j] == 1
         elif n == 1:
-            strides.append(strides[-1])
+            strides.append(strides[-1] if strides else 0)
         else:
             return None
     return Layout(tuple(strides), layout.data_size, layout.contiguous, layout.row, layout.col)

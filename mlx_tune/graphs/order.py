@@ -41,7 +41,8 @@ def evaluation_order(graph: Graph, width: int | None = None) -> list[int]:
             stack.append((needed, 0))
         uses[needed] = uses.get(needed, 0) + 1
 
-    tape, waiting, i = [root], [], 0
+    tape, i = [root], 0
+    waiting: list[tuple[int, int]] = []
     while uses and (i < len(tape) or waiting):
         if i < len(tape):
             node, k = tape[i], 0

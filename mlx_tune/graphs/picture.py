@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def draw(estimate: MemoryEstimate, path: str | os.PathLike[str] | None, *, dark: bool) -> Figure:
     """Draw an estimate; see `MemoryEstimate.plot`."""
-    figure, axes = new_figure(dark=dark, size=(9.0, 4.8))
+    figure, axes = new_figure(dark=dark, size=(10.0, 4.8))
     scale, unit = _unit(estimate.floor_bytes)
     steps = range(len(estimate.live_bytes))
     live = [n / scale for n in estimate.live_bytes]
@@ -49,7 +49,6 @@ def draw(estimate: MemoryEstimate, path: str | os.PathLike[str] | None, *, dark:
         ha="left",
         transform=axes.transAxes,
     )
-    figure.get_layout_engine().set(rect=(0, 0, 0.68, 1))
     return save_figure(figure, path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 from mlx_tune.graphs import layouts
 from mlx_tune.graphs.floor import Machine
@@ -304,7 +305,8 @@ def quantized_matmul(m: Machine, node: Node) -> None:
     out = node.outputs[0]
     for value in node.inputs:
         _row_copy(m, value, out)
-    m.allocate(out)
+    for made in node.outputs:
+        m.allocate(made)
 
 
 def gather_quantized_matmul(m: Machine, node: Node) -> None:
@@ -333,7 +335,7 @@ def convolution(m: Machine, node: Node) -> None:
     """Convolution by one matrix product over unfolded, padded float32 patches, as far as the shapes allow."""
     value, weight, out = *node.inputs[:2], node.outputs[0]
     m.allocate(out)
-    strides, low, high, dilation, in_dilation, groups, flip = _convolution_arguments(node)
+    low, high, dilation, in_dilation, groups, flip = _convolution_arguments(node)
     shape, kernel = m.shape(value), m.shape(weight)
     plain = all(d == 1 for d in [*dilation, *in_dilation])
     if not plain or (groups > 1 and (len(shape) > 3 or flip)):
@@ -351,10 +353,10 @@ def convolution(m: Machine, node: Node) -> None:
         m.temporary(4 * prod(m.shape(out)), out)
 
 
-def _convolution_arguments(node: Node) -> tuple:
-    """Strides, padding below and above, kernel and input dilation, groups, flip, in the order MLX exports them."""
-    strides, low, high, dilation, in_dilation, groups, flip = node.arguments[:7]
-    return strides, low, high, dilation, in_dilation, groups, bool(flip)
+def _convolution_arguments(node: Node) -> tuple[Any, ...]:
+    """Padding below and above, kernel and input dilation, groups, flip; the strides do not matter to memory."""
+    _, low, high, dilation, in_dilation, groups, flip = node.arguments[:7]
+    return low, high, dilation, in_dilation, groups, bool(flip)
 
 
 def _table(effect: Effect, source: str, names: str) -> dict[str, tuple[Effect, str]]:
@@ -372,8 +374,8 @@ CPU: dict[str, tuple[Effect, str]] = {
     **_table(
         binary,
         "common/binary.h",
-        "Add ArcTan2 BitwiseBinary Divide Equal FloorDivide Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr "
-        "Maximum Minimum Multiply NotEqual Power Remainder Subtract",
+        "Add ArcTan2 BitwiseBinary Divide Equal Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr "
+        "Maximum Minimum Multiply NotEqual Power Remainder Subtract FloorDivide",
     ),
     **_table(binary_two, "cpu/binary.cpp", "DivMod"),
     **_table(ternary, "common/ternary.h", "Select"),

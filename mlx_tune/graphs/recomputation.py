@@ -52,7 +52,7 @@ def traced_checkpoint(pure: Callable[..., Sequence[mx.array]], arrays: Sequence[
         arrays: what to call it with.
 
     Returns:
-        The arrays that `pure` returns, in order. Ones that carry no gradient (integers, booleans) are passed on as they are.
+        The arrays that `pure` returns, in order. Integers and booleans carry no gradient and are passed on.
 
     Example:
         >>> import mlx.core as mx

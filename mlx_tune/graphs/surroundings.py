@@ -7,6 +7,7 @@ attribute or a global would break later code, so those places are noted before a
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,7 +64,7 @@ class Surroundings:
             yield from ((path, value) for value in thing)
         elif isinstance(thing, (types.FunctionType, types.MethodType, functools.partial)):
             yield from ((p, child) for p, child, _ in _roots(thing))
-        elif not isinstance(thing, (types.ModuleType, type, str, bytes, int, float, mx.array)):
+        elif not isinstance(thing, (types.ModuleType, type, mx.array)) and not _is_standard(thing):
             yield from self._attributes(path, thing)
 
     def _attributes(self, path: str, thing: Any) -> Iterator[tuple[str, Any]]:
@@ -71,6 +72,11 @@ class Surroundings:
         if type(attributes) is dict:
             self._saved.append((f"{path}.", attributes, dict(attributes)))
             yield from ((f"{path}.{key}", value) for key, value in list(attributes.items()))
+
+
+def _is_standard(thing: Any) -> bool:
+    """Whether the standard library defines it: locks, loggers and files look after themselves."""
+    return type(thing).__module__.partition(".")[0] in sys.stdlib_module_names
 
 
 def _state_containers(state: Any) -> Iterator[Any]:

@@ -11,10 +11,11 @@ from mlx_tune.errors import InvalidArgumentError, TraceError
 from mlx_tune.graphs.blame import explain_failure
 from mlx_tune.graphs.checkpoints import fold_checkpoints
 from mlx_tune.graphs.fusion import fuse
-from mlx_tune.graphs.graph import ArraySpec, Graph, Node, Value
+from mlx_tune.graphs.graph import ArraySpec, Graph, Node, Value, dtype_name
 from mlx_tune.graphs.interception import Interception, intercepted
 from mlx_tune.graphs.recomputation import tracing
 from mlx_tune.graphs.surroundings import Surroundings
+from mlx_tune.graphs.trees import leaves, rebuild
 from mlx_tune.graphs.unmerge import BuiltGraph, unmerge
 from mlx_tune.state import Snapshot
 
@@ -38,7 +39,7 @@ def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -
     if not callable(step):
         raise InvalidArgumentError(f"step={step!r} is not callable: pass the function that runs one training step.")
     slots = list(_slots(state))
-    batch = [(label, leaf) for label, leaf in _leaves(args, "args")]
+    batch = list(leaves(args, "args"))
     surroundings = Surroundings(step, state)
     interception = Interception()
     recorder = _Recorder()
@@ -47,10 +48,13 @@ def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -
         with tracing(), intercepted(interception):
             recorder.trace(step, args, batch, slots, state)
     except BaseException as error:
-        problem = explain_failure(error, step)
-        if problem is None:
-            raise
-        raise problem from error
+        problem = explain_failure(error)
+        if problem is not None:
+            raise problem from error
+        if not isinstance(error, TraceError):
+            described = ", ".join(f"{label} {list(leaf.shape)} {dtype_name(leaf.dtype)}" for label, leaf in batch)
+            error.add_note(f"Raised while the step was traced, not run, with {described or 'no arrays'}.")
+        raise
     finally:
         snapshot.restore()
         left_behind = surroundings.restore()
@@ -105,11 +109,12 @@ class _Recorder:
             place = {key: tracers[i] for key, i in unique.items()}
             for slot in slots:
                 slot.put(place[id(slot.array)])
-            result = step(*_rebuild(args, place))
-            outputs = [leaf for _, leaf in _leaves(result, "result")]
+            result = step(*rebuild(args, lambda leaf: place[id(leaf)]))
+            outputs = [leaf for _, leaf in leaves(result, "result")]
             if not outputs:
                 raise TraceError(
-                    f"The step returned {result!r:.80}, in which there is no array. Return the loss first: `return loss`."
+                    f"The step returned {result!r:.80}, in which there is no array. Return the loss first, as in "
+                    "`return loss`: the loss is what says which part of the step is evaluated."
                 )
             self.graph.results = len(outputs)
             after = [slot.array for slot in _slots(state)]
@@ -123,8 +128,7 @@ class _Recorder:
             arrays, unique[0] = [mx.array(0.0)], 0
             self._inputs.append(Value((), mx.float32, "captured", "nothing"))
         mx.export_function(self._see, flat, *arrays)
-        position = {key: i for key, i in unique.items()}
-        self.graph.held |= {position[key] for key in batch_ids | kept if key in position}
+        self.graph.held |= {unique[key] for key in batch_ids | kept if key in unique}
 
     def _see(self, event: dict[str, Any]) -> None:
         kind = event["type"]
@@ -184,7 +188,7 @@ def _slots(state: Any) -> Iterator[_Slot]:
     def walk(node: Any, role: str, label: str) -> Iterator[_Slot]:
         if id(node) in seen or id(node) == random_state:
             return
-        if isinstance(node, (dict, list, tuple)) or isinstance(node, Optimizer):
+        if isinstance(node, (dict, list, tuple, Optimizer)):
             seen.add(id(node))
         if isinstance(node, Module):
             role = "parameter"
@@ -207,28 +211,3 @@ def _slots(state: Any) -> Iterator[_Slot]:
     top = state if isinstance(state, (tuple, list)) else (state,)
     for child in top:
         yield from walk(child, "state", "")
-
-
-def _leaves(tree: Any, label: str) -> Iterator[tuple[str, Any]]:
-    """Every array or array description in nested arguments, with where it stands."""
-    if isinstance(tree, (mx.array, ArraySpec)):
-        yield label, tree
-    elif isinstance(tree, dict):
-        for key, child in tree.items():
-            yield from _leaves(child, f"{label}.{key}")
-    elif isinstance(tree, (list, tuple)):
-        for i, child in enumerate(tree):
-            yield from _leaves(child, f"{label}[{i}]")
-
-
-def _rebuild(tree: Any, place: dict[int, mx.array]) -> Any:
-    """The same arguments with tracers for arrays."""
-    if isinstance(tree, (mx.array, ArraySpec)):
-        return place[id(tree)]
-    if isinstance(tree, dict):
-        return {key: _rebuild(child, place) for key, child in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_rebuild(child, place) for child in tree))
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_rebuild(child, place) for child in tree)
-    return tree

@@ -128,8 +128,6 @@ def _assemble(simplified: Graph, built: BuiltGraph, counterpart: dict[str, int],
             name, arguments = node.name, ()
         else:
             continue
-        graph.nodes.append(
-            Node(name, tuple(map(place, node.inputs)), tuple(map(place, node.outputs)), arguments)
-        )
+        graph.nodes.append(Node(name, tuple(map(place, node.inputs)), tuple(map(place, node.outputs)), arguments))
     graph.outputs = [place(name) for name in built.outputs]
     return graph

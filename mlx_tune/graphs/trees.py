@@ -1,0 +1,45 @@
+"""Nested arguments and results: finding their arrays, and putting others in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_tune.graphs.graph import ArraySpec
+
+
+def leaves(tree: Any, label: str) -> Iterator[tuple[str, Any]]:
+    """Every array or array description in a tree, with where it stands."""
+    if isinstance(tree, (mx.array, ArraySpec)):
+        yield label, tree
+    elif isinstance(tree, dict):
+        for key, child in tree.items():
+            yield from leaves(child, f"{label}.{key}")
+    elif isinstance(tree, (list, tuple)):
+        for i, child in enumerate(tree):
+            yield from leaves(child, f"{label}[{i}]")
+
+
+def arrays_of(tree: Any) -> list[mx.array]:
+    """Every array in a tree, in order."""
+    return [leaf for _, leaf in leaves(tree, "")]
+
+
+def with_arrays(tree: Any, arrays: Iterator[mx.array]) -> Any:
+    """The same tree with its arrays replaced by the next ones."""
+    return rebuild(tree, lambda _: next(arrays))
+
+
+def rebuild(tree: Any, replace: Callable[[Any], Any]) -> Any:
+    """The same tree with every array or description put through `replace`; other leaves stay."""
+    if isinstance(tree, (mx.array, ArraySpec)):
+        return replace(tree)
+    if isinstance(tree, dict):
+        return {key: rebuild(child, replace) for key, child in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(rebuild(child, replace) for child in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(rebuild(child, replace) for child in tree)
+    return tree

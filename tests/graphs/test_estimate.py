@@ -1,0 +1,325 @@
+"""`estimate_memory`: what it says, what it leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+
+from mlx_tune.errors import InvalidArgumentError, TraceError
+from mlx_tune.graphs import ArraySpec, MemoryEstimate, estimate_memory, is_tracing
+
+
+def training(
+    width: int = 32, dropout: float = 0.0
+) -> tuple[nn.Module, optim.Optimizer, Callable[[mx.array], mx.array]]:
+    """A small model, its optimizer and a step."""
+    model = nn.Sequential(nn.Linear(16, width), nn.Dropout(dropout), nn.ReLU(), nn.Linear(width, 4))
+    optimizer = optim.Adam(1e-2)
+    optimizer.init(model.trainable_parameters())
+    mx.eval(model.parameters(), optimizer.state)
+
+    def step(x: mx.array) -> mx.array:
+        loss, gradients = nn.value_and_grad(model, lambda m, x: m(x).square().mean())(model, x)
+        optimizer.update(model, gradients)
+        return loss
+
+    return model, optimizer, step
+
+
+def flat(tree: Any) -> list[Any]:
+    from mlx.utils import tree_flatten
+
+    return [leaf.tolist() for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
+
+
+def test_nothing_is_evaluated_or_allocated_for_a_step_of_400_gigabytes() -> None:
+    model, optimizer, step = training()
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    batch = mx.zeros((1_000_000_000, 16))
+    estimate = estimate_memory(step, batch, state=(model, optimizer))
+    assert estimate.floor_bytes > 400e9
+    # Scalars that the step's Python makes, and nothing else.
+    assert mx.get_active_memory() - before < 10_000
+    assert mx.get_peak_memory() - before < 10_000
+
+
+def test_arguments_may_be_shapes_at_any_depth() -> None:
+    model, optimizer, step = training()
+    by_shape = estimate_memory(
+        lambda batch: step(batch["inputs"][0]),
+        {"inputs": [ArraySpec((64, 16), mx.float32)]},
+        state=(model, optimizer),
+    )
+    by_array = estimate_memory(step, mx.zeros((64, 16)), state=(model, optimizer))
+    assert by_shape.floor_bytes == by_array.floor_bytes
+    assert by_shape.by_purpose["batch"] == 64 * 16 * 4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_step_trains_afterwards_exactly_as_if_nothing_had_happened(compiled: bool, dropout: float) -> None:
+    x = mx.sin(mx.arange(64 * 16)).reshape(64, 16)
+    results = []
+    for estimating in (False, True):
+        mx.random.seed(7)
+        model, optimizer, step = training(dropout=dropout)
+        if compiled:
+            state = [model.state, optimizer.state, mx.random.state]
+            step = mx.compile(step, inputs=state, outputs=state)
+        losses = []
+        for _ in range(3):
+            if estimating:
+                estimate_memory(step, x, state=(model, optimizer))
+            loss = step(x)
+            mx.eval(loss, model.parameters(), optimizer.state)
+            losses.append(loss.item())
+        results.append((losses, flat(model.parameters()), flat(optimizer.state)))
+    assert results[0] == results[1]
+
+
+def test_the_parts_add_up_to_the_floor_and_the_state_is_told_apart() -> None:
+    model, optimizer, step = training(width=64)
+    estimate = estimate_memory(step, mx.zeros((256, 16)), state=(model, optimizer))
+    parameters = sum(4 * n for n in (16 * 64, 64, 64 * 4, 4))
+    assert sum(estimate.by_purpose.values()) == estimate.floor_bytes
+    assert estimate.by_purpose["parameters"] == estimate.parameters_bytes == parameters
+    assert estimate.optimizer_bytes == pytest.approx(2 * parameters, abs=100)
+    assert estimate.by_purpose["batch"] == 256 * 16 * 4
+    assert max(estimate.live_bytes) <= estimate.floor_bytes
+    assert estimate.start_bytes <= estimate.floor_bytes
+    assert sum(owner.nbytes for owner in estimate.peak_owners) == estimate.floor_bytes
+
+
+def test_tied_and_frozen_parameters_count_once_and_stay() -> None:
+    model = nn.Linear(256, 256, bias=False)
+    holder = {"a": model, "b": model}
+    model.freeze()
+    estimate = estimate_memory(lambda x: model(x).sum(), mx.zeros((1, 256)), state=holder)
+    assert estimate.parameters_bytes == 256 * 256 * 4
+    assert estimate.end_bytes >= 256 * 256 * 4
+
+
+def test_arrays_that_the_step_captures_count_as_other_state() -> None:
+    table = mx.zeros((1000, 10))
+    mx.eval(table)
+    estimate = estimate_memory(lambda x: (x @ table.T).sum(), mx.zeros((2, 10)))
+    assert estimate.by_purpose["other state"] >= 40_000
+
+
+def test_checkpointing_a_block_lowers_the_floor() -> None:
+    def floor(wrap: Callable[[Callable[..., mx.array]], Callable[..., mx.array]]) -> int:
+        def block(w: mx.array, x: mx.array) -> mx.array:
+            return mx.sin(mx.exp(mx.tanh(x @ w) * 2) + x) * 0.1
+
+        def loss(weights: list[mx.array], x: mx.array) -> mx.array:
+            for w in weights:
+                x = wrap(block)(w, x)
+            return x.sum()
+
+        weights = [ArraySpec((128, 128), mx.float32)] * 4
+        return estimate_memory(
+            lambda w, x: mx.value_and_grad(loss)(w, x), weights, ArraySpec((1024, 128), mx.float32)
+        ).floor_bytes
+
+    plain, checkpointed = floor(lambda f: f), floor(lambda f: mx.checkpoint(f))
+    assert checkpointed < 0.8 * plain
+
+
+def test_a_checkpoint_made_before_the_trace_is_known_for_one() -> None:
+    @mx.checkpoint
+    def block(x: mx.array) -> mx.array:
+        return mx.sin(mx.exp(mx.tanh(x) * 2) + x) * 0.1
+
+    def step(x: mx.array) -> mx.array:
+        def loss(x: mx.array) -> mx.array:
+            for _ in range(4):
+                x = block(x)
+            return x.sum()
+
+        return mx.value_and_grad(loss)(x)
+
+    estimate = estimate_memory(step, ArraySpec((512, 512), mx.float32))
+    assert estimate.operations.count("CustomTransforms") == 4
+    assert estimate.operations.count("Tanh") == 8
+
+
+def test_a_custom_gradient_is_replaced_and_named() -> None:
+    @mx.custom_function
+    def cube(x: mx.array) -> mx.array:
+        return x * x * x
+
+    @cube.vjp
+    def cube_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+        return 3 * x * x * cotangent
+
+    estimate = estimate_memory(lambda x: mx.grad(lambda x: cube(x).sum())(x), ArraySpec((8, 8), mx.float32))
+    assert list(estimate.stand_ins) == ["custom_function cube"]
+    assert "custom_function cube" in str(estimate)
+
+
+def test_operations_that_are_not_known_are_listed() -> None:
+    estimate = estimate_memory(lambda x: mx.linalg.cholesky(x, stream=mx.cpu), ArraySpec((4, 4), mx.float32))
+    assert estimate.unknown_operations == {"Cholesky": 1}
+    assert "Unknown operation Cholesky, 1 times" in str(estimate)
+
+
+def test_other_threads_keep_mlx_as_it_is() -> None:
+    inside, go_on, seen = threading.Event(), threading.Event(), queue.SimpleQueue()
+
+    def step(x: mx.array) -> mx.array:
+        seen.put(is_tracing())
+        inside.set()
+        go_on.wait(10)
+        return x.sum()
+
+    originals = mx.checkpoint, mx.gather_mm
+    tracer = threading.Thread(target=lambda: estimate_memory(step, ArraySpec((2,), mx.float32)))
+    tracer.start()
+    assert inside.wait(10)
+    assert not is_tracing()
+    gradient = mx.grad(mx.checkpoint(lambda x: (x * x).sum()))(mx.array([3.0]))
+    assert gradient.tolist() == [6.0]
+    go_on.set()
+    tracer.join()
+    assert seen.get(timeout=10) is True
+    assert (mx.checkpoint, mx.gather_mm) == originals
+
+
+def evaluates(x: mx.array) -> mx.array:
+    y = x * 2
+    mx.eval(y)
+    return y
+
+
+def branches(x: mx.array) -> mx.array:
+    if x.sum() > 0:
+        return x
+    return -x
+
+
+def reads_item(x: mx.array) -> float:
+    return x.sum().item()
+
+
+@pytest.mark.parametrize(
+    ("step", "line"), [(evaluates, "mx.eval(y)"), (branches, "if x.sum() > 0:"), (reads_item, "return x.sum().item()")]
+)
+def test_a_step_that_evaluates_is_told_where(step: Callable[[mx.array], Any], line: str) -> None:
+    with pytest.raises(TraceError, match="The step evaluates an array at ") as caught:
+        estimate_memory(step, mx.ones((4,)))
+    assert f"`{line}`" in str(caught.value)
+    assert "test_estimate.py:" in str(caught.value)
+
+
+@pytest.mark.parametrize("result", [None, 3.0, {"loss": "none"}])
+def test_a_step_that_returns_no_array_is_refused(result: object) -> None:
+    with pytest.raises(TraceError, match="in which there is no array"):
+        estimate_memory(lambda x: result, mx.ones((4,)))
+
+
+def test_arrays_left_in_a_list_are_found_and_removed() -> None:
+    losses: list[mx.array] = []
+
+    def step(x: mx.array) -> mx.array:
+        losses.append(x.sum())
+        return losses[-1]
+
+    with pytest.raises(TraceError, match=r"leaves arrays outside .*losses\[0\]"):
+        estimate_memory(step, mx.ones((4,)))
+    assert losses == []
+
+
+def test_arrays_left_in_an_attribute_are_found_and_removed() -> None:
+    class Trainer:
+        last = None
+
+        def step(self, x: mx.array) -> mx.array:
+            self.last = x * 2
+            return self.last.sum()
+
+    trainer = Trainer()
+    with pytest.raises(TraceError, match=r"self\.last"):
+        estimate_memory(trainer.step, mx.ones((4,)))
+    assert "last" not in vars(trainer)
+
+
+def test_a_model_that_is_not_in_the_state_is_found_and_put_back() -> None:
+    model, optimizer, step = training()
+    before = flat(model.parameters())
+    with pytest.raises(TraceError, match="pass what holds them in state="):
+        estimate_memory(step, mx.zeros((2, 16)), state=optimizer)
+    assert flat(model.parameters()) == before
+
+
+def test_counting_is_undone_without_complaint() -> None:
+    calls = {"n": 0}
+
+    def step(x: mx.array) -> mx.array:
+        calls["n"] += 1
+        return x.sum()
+
+    estimate_memory(step, mx.ones((4,)))
+    assert calls == {"n": 0}
+
+
+def test_mlx_says_itself_that_shapes_do_not_match_and_the_state_stays() -> None:
+    model, optimizer, step = training()
+    before = flat([model.parameters(), optimizer.state])
+    with pytest.raises(ValueError, match=r"matmul|addmm") as caught:
+        estimate_memory(step, mx.zeros((2, 17)), state=(model, optimizer))
+    assert "args[0] [2, 17] float32" in caught.value.__notes__[0]
+    assert flat([model.parameters(), optimizer.state]) == before
+
+
+def test_what_is_not_a_step_or_not_a_state_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="is not callable"):
+        estimate_memory(3, mx.ones((4,)))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="state="):
+        estimate_memory(lambda x: x, mx.ones((4,)), state=mx.ones((4,)))
+
+
+def test_the_user_s_own_exception_comes_through() -> None:
+    def step(x: mx.array) -> mx.array:
+        raise KeyError("labels")
+
+    with pytest.raises(KeyError, match="labels"):
+        estimate_memory(step, mx.ones((4,)))
+    assert not is_tracing()
+
+
+def estimate_of_a_step() -> MemoryEstimate:
+    model, optimizer, step = training(width=128)
+    return estimate_memory(step, mx.zeros((512, 16)), state=(model, optimizer))
+
+
+def test_the_table_names_what_eats_memory() -> None:
+    text = str(estimate_of_a_step())
+    lines = text.splitlines()
+    assert lines[0].startswith("Floor of the step: ")
+    assert any(line.startswith("parameters") for line in lines)
+    assert any("[512, 128] float32" in line for line in lines)
+    assert "nothing was run" in text
+
+
+def test_the_dictionary_is_ready_for_json() -> None:
+    estimate = estimate_of_a_step()
+    assert json.loads(json.dumps(estimate.to_dict()))["floor_bytes"] == estimate.floor_bytes
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_picture_is_written(tmp_path: Path, dark: bool) -> None:
+    pytest.importorskip("matplotlib")
+    figure = estimate_of_a_step().plot(tmp_path / "memory.svg", dark=dark)
+    assert (tmp_path / "memory.svg").read_text().startswith("<?xml")
+    assert figure.axes[0].get_xlabel() == "operations, in the order of evaluation"
