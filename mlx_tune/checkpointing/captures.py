@@ -8,20 +8,17 @@ names. The walk knows arrays by identity; a tied weight is one array in two plac
 
 from __future__ import annotations
 
-import builtins
-import dis
 import gc
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import cache, partial
-from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from functools import partial
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.checkpointing.named import class_arrays, class_functions, global_names, is_foreign
 from mlx_tune.checkpointing.places import (
     Attributes,
     Cell,
@@ -35,10 +32,6 @@ from mlx_tune.checkpointing.places import (
     slot_names,
 )
 
-#: Code of these packages holds no array that belongs to a model, and their objects can be very large.
-_FOREIGN = frozenset(sys.stdlib_module_names) | {
-    "mlx", "mlx_tune", "numpy", "rich", "psutil", "torch", "transformers", "tokenizers", "datasets", "PIL", "scipy"
-}  # fmt: skip
 _MISSING = object()
 
 
@@ -133,14 +126,13 @@ class Walk:
         return template
 
     def _enter(self, place: Place, items: Any) -> None:
-        keys = items if isinstance(items, dict) else range(len(items))
         noted = items
         templates: list[Any] = []
-        for key in keys:
-            value = items[key]
-            if _KINDS.get(type(value)) is _leave:
+        for key, value in items.items() if isinstance(items, dict) else enumerate(items):
+            handler = _KINDS.get(type(value))
+            if handler is _leave:
                 continue
-            template = self._encode(value)
+            template = self._encode(value) if handler is None else handler(self, value)
             if template is not value:
                 if not templates:
                     noted = items.copy()
@@ -219,17 +211,27 @@ def _object(walk: Walk, value: Any) -> Any:
 
 def _own(walk: Walk, value: Any) -> None:
     """Attributes of an object, and what its class's code names."""
+    kind = type(value)
     attributes = getattr(value, "__dict__", None)
-    if type(attributes) is dict:
-        walk._push(ModuleAttributes(attributes) if isinstance(value, nn.Module) else Items(attributes))
-    names = slot_names(type(value))
+    if type(attributes) is dict and attributes:
+        if not isinstance(value, nn.Module):
+            walk._push(Items(attributes))
+        elif not (is_foreign(kind.__module__) and _is_plain(attributes)):
+            # MLX's own layers do not change their numbers and flags when they are called.
+            walk._push(ModuleAttributes(attributes))
+    names = slot_names(kind)
     if names:
         walk._push(Attributes(value, names))
-    for function in _class_code(type(value)):
+    for function in class_functions(kind):
         _function(walk, function)
-    for kind, arrays in _class_arrays(type(value)):
-        if walk._visit(kind):
-            walk._push(Attributes(kind, arrays))
+    for base, arrays in class_arrays(kind):
+        if walk._visit(base):
+            walk._push(Attributes(base, arrays))
+
+
+def _is_plain(attributes: dict[str, Any]) -> bool:
+    """Whether there is nothing in them to enter."""
+    return all(_KINDS.get(type(value)) is _leave or (not value and type(value) is set) for value in attributes.values())
 
 
 def _method(walk: Walk, value: MethodType) -> Any:
@@ -257,7 +259,7 @@ def _transformed(walk: Walk, value: Any) -> Any:
 def _function(walk: Walk, value: FunctionType) -> Any:
     if not walk._visit(value):
         return value
-    if _is_foreign(value.__module__):
+    if is_foreign(value.__module__):
         # A library's function holds what the caller gave it in its closure (functools.wraps, nn.value_and_grad).
         if value.__closure__:
             for cell in value.__closure__:
@@ -266,7 +268,7 @@ def _function(walk: Walk, value: FunctionType) -> Any:
     if value.__closure__:
         for cell in value.__closure__:
             _cell(walk, cell)
-    if value.__defaults__:
+    if value.__defaults__ and any(_KINDS.get(type(default)) is not _leave for default in value.__defaults__):
         walk._push(Defaults(value))
     if value.__kwdefaults__:
         walk._encode(value.__kwdefaults__)
@@ -274,15 +276,15 @@ def _function(walk: Walk, value: FunctionType) -> Any:
         walk._encode(value.__dict__)
     scope = value.__globals__
     named = []
-    for name in _global_names(value.__code__, scope):
+    for name in global_names(value.__code__, scope):
         held = scope.get(name, _MISSING)
         if held is _MISSING:
             continue
         handler = _KINDS.get(type(held))
         if handler is _leave:
             continue
-        if handler is _function:
-            _function(walk, held)
+        if handler is _function or handler is _transformed:
+            handler(walk, held)
         else:
             named.append(name)
     if named:
@@ -293,66 +295,6 @@ def _function(walk: Walk, value: FunctionType) -> Any:
 def _cell(walk: Walk, cell: Any) -> None:
     if walk._visit(cell):
         walk._push(Cell(cell))
-
-
-@cache
-def _is_foreign(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _FOREIGN
-
-
-_NAMES: WeakKeyDictionary[CodeType, tuple[str, ...]] = WeakKeyDictionary()
-
-
-def _global_names(code: CodeType, scope: dict[str, Any]) -> tuple[str, ...]:
-    """The names that code and the functions defined in it look up outside of themselves, modules and classes apart."""
-    names = _NAMES.get(code)
-    if names is None:
-        found = dict.fromkeys(
-            instruction.argval
-            for instruction in dis.get_instructions(code)
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-        )
-        for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                found.update(dict.fromkeys(_global_names(constant, scope)))
-        names = _NAMES[code] = tuple(
-            name
-            for name in found
-            if not isinstance(scope.get(name), ModuleType | type) and (name in scope or not hasattr(builtins, name))
-        )
-    return names
-
-
-_CLASS_CODE: WeakKeyDictionary[type, tuple[list[int], tuple[FunctionType, ...], tuple[str, ...]]] = WeakKeyDictionary()
-
-
-def _scan(kind: type) -> tuple[tuple[FunctionType, ...], tuple[str, ...]]:
-    """The functions of one class, and the names under which it holds arrays."""
-    held = vars(kind)
-    identities = list(map(id, held.values()))
-    cached = _CLASS_CODE.get(kind)
-    if cached is None or cached[0] != identities:
-        functions: list[FunctionType] = []
-        arrays: list[str] = []
-        for name, value in held.items():
-            if isinstance(value, staticmethod | classmethod):
-                value = value.__func__
-            elif isinstance(value, property):
-                value = value.fget
-            if isinstance(value, FunctionType):
-                functions.append(value)
-            elif isinstance(value, mx.array | list | tuple | dict) and not name.startswith("__"):
-                arrays.append(name)
-        cached = _CLASS_CODE[kind] = (identities, tuple(functions), tuple(arrays))
-    return cached[1], cached[2]
-
-
-def _class_code(kind: type) -> list[FunctionType]:
-    return [f for base in kind.__mro__ if not _is_foreign(base.__module__) for f in _scan(base)[0]]
-
-
-def _class_arrays(kind: type) -> list[tuple[type, tuple[str, ...]]]:
-    return [(base, names) for base in kind.__mro__ if not _is_foreign(base.__module__) and (names := _scan(base)[1])]
 
 
 _TRANSFORMED = {type(mx.compile(abs)), type(mx.checkpoint(abs)), type(mx.custom_function(abs))}
@@ -382,6 +324,6 @@ def _handler(kind: type) -> Callable[[Walk, Any], Any]:
     if kind in _TRANSFORMED:
         return _transformed
     root, _, below = kind.__module__.partition(".")
-    if _is_foreign(root) and (root != "mlx" or below.partition(".")[0] == "core"):
+    if is_foreign(root) and (root != "mlx" or below.partition(".")[0] == "core"):
         return _leave
     return _object if kind.__dictoffset__ or slot_names(kind) else _leave

@@ -45,7 +45,7 @@ def _same(a: Any, b: Any) -> bool:
     if len(a) != len(b):
         return False
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(map(is_, a.values(), map(b.__getitem__, a)))
+        return all(map(is_, a.values(), b.values())) and a.keys() == b.keys()
     return all(map(is_, a, b))
 
 

@@ -174,6 +174,14 @@ ARGUMENTS = {
         "rms_norm_eps": 1e-5,
         "query_pre_attn_scalar": 16,
     },
+    "mamba": {
+        "intermediate_size": 64,
+        "state_size": 4,
+        "conv_kernel": 4,
+        "use_bias": True,
+        "use_conv_bias": True,
+        "time_step_rank": 2,
+    },
     "qwen3_next": {
         "intermediate_size": 64,
         "num_attention_heads": 2,
