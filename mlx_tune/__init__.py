@@ -67,12 +67,47 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__", "lm"]
 
 if TYPE_CHECKING:
+    from mlx_tune.batching import AutobatchResult as AutobatchResult
+    from mlx_tune.batching import autobatch as autobatch
+    from mlx_tune.batching import autobatch_by_length as autobatch_by_length
+    from mlx_tune.checkpointing import CheckpointPlan as CheckpointPlan
+    from mlx_tune.checkpointing import checkpoint as checkpoint
+    from mlx_tune.checkpointing import checkpoint_blocks as checkpoint_blocks
+    from mlx_tune.checkpointing import is_checkpointed as is_checkpointed
+    from mlx_tune.checkpointing import is_recomputing as is_recomputing
+    from mlx_tune.checkpointing import keep as keep
+    from mlx_tune.checkpointing import plan_checkpoints as plan_checkpoints
+    from mlx_tune.checkpointing import uncheckpoint as uncheckpoint
+    from mlx_tune.checkpointing import verify_checkpoint as verify_checkpoint
+    from mlx_tune.diagnosis import diagnose as diagnose
+    from mlx_tune.diagnosis import explain as explain
+    from mlx_tune.errors import BackendError as BackendError
+    from mlx_tune.errors import BudgetError as BudgetError
+    from mlx_tune.errors import CheckpointError as CheckpointError
+    from mlx_tune.errors import InvalidArgumentError as InvalidArgumentError
+    from mlx_tune.errors import MissingDependencyError as MissingDependencyError
+    from mlx_tune.errors import MlxTuneError as MlxTuneError
+    from mlx_tune.errors import QuantizationError as QuantizationError
+    from mlx_tune.errors import TraceError as TraceError
+    from mlx_tune.errors import TrialError as TrialError
+    from mlx_tune.fitting import Fit as Fit
+    from mlx_tune.fitting import autofit as autofit
+    from mlx_tune.graphs import MemoryEstimate as MemoryEstimate
+    from mlx_tune.graphs import estimate_memory as estimate_memory
+    from mlx_tune.limits import TightestLimit as TightestLimit
+    from mlx_tune.limits import tightest_limit as tightest_limit
     from mlx_tune.memory import MemoryBudget as MemoryBudget
     from mlx_tune.memory import memory_budget as memory_budget
     from mlx_tune.memory import memory_limit as memory_limit
     from mlx_tune.memory import track_memory as track_memory
+    from mlx_tune.quantization import QuantizationPlan as QuantizationPlan
+    from mlx_tune.quantization import QuantizationReport as QuantizationReport
+    from mlx_tune.quantization import plan_quantization as plan_quantization
+    from mlx_tune.quantization import quantization_report as quantization_report
+    from mlx_tune.quantization import quantize_model as quantize_model
     from mlx_tune.units import format_bytes as format_bytes
     from mlx_tune.units import parse_bytes as parse_bytes
+    from mlx_tune.wiring import wired_limit as wired_limit
 
 
 def __getattr__(name: str) -> Any:

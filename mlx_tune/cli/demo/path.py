@@ -15,7 +15,7 @@ import mlx_tune as mt
 from mlx_tune.cli.demo.corpus import Corpus, read_corpus
 from mlx_tune.devices import machine
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.lm import small, token_batches
+from mlx_tune.lm import load, save_quantized, small, token_batches
 from mlx_tune.memory import resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.tables import render_table
@@ -167,10 +167,6 @@ def _quantize(
     run: _Run, model: nn.Module, config: dict[str, Any], tokenizer: Any, rows: list[mx.array], held_out: list[mx.array]
 ) -> None:
     """Quantize copies at several widths, save the 4-bit one, load it with stock mlx-lm, let it write."""
-    import mlx_lm
-
-    from mlx_tune.lm import save_quantized
-
     reports, saved = {}, None
     with mt.wired_limit(model) as wired:
         run.say(f"\nWired     {format_bytes(wired.limit_bytes) if wired.applied else 'no: ' + wired.reason}")
@@ -196,7 +192,8 @@ def _quantize(
         )
     run.say("")
     run.say(render_table(["weights", "size", "bits per weight", "KL (nats)", "perplexity"], table))
-    loaded, loaded_tokenizer = mlx_lm.load(str(saved))
+    assert saved is not None
+    loaded, loaded_tokenizer, _, _ = load(saved)  # stock mlx_lm.load underneath
     check = mt.quantization_report(loaded, model, held_out).accuracy
     text = small.generate_text(loaded, loaded_tokenizer, "import os\n\n\ndef ", 48)
     run.say(
