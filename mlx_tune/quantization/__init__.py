@@ -1,7 +1,7 @@
 """Fewer bytes for a model's weights, and a report of what that costs."""
 
 from mlx_tune.quantization.accuracy import LanguageAccuracy, LossAccuracy, OutputAccuracy
-from mlx_tune.quantization.config import quantization_config
+from mlx_tune.quantization.config import quantization_config, quantizes_inputs
 from mlx_tune.quantization.layout import plan_quantization
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.quantize import quantization_report, quantize_model
@@ -19,4 +19,5 @@ __all__ = [
     "quantization_config",
     "quantization_report",
     "quantize_model",
+    "quantizes_inputs",
 ]

@@ -44,3 +44,13 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         if found != common:
             config[path] = False if found is None else found.parts()
     return config
+
+
+def quantizes_inputs(model: nn.Module) -> bool:
+    """Whether layers quantize their inputs too: mlx-lm then wants `"quantize_activations": true` in config.json.
+
+    Example:
+        >>> quantizes_inputs(nn.Sequential(nn.Linear(64, 64).to_quantized()))
+        False
+    """
+    return any(isinstance(site.module, nn.QQLinear) for site in walk(model))

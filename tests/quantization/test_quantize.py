@@ -9,10 +9,11 @@ import quantization_toys as toys
 
 import mlx_tune as mt
 from mlx_tune.errors import BackendError, QuantizationError
-from mlx_tune.quantization import quantization_config
+from mlx_tune.quantization import quantization_config, quantizes_inputs
+from mlx_tune.quantization.apply import quantized_module
 from mlx_tune.quantization.dense import dense_twin, dequantized_weight
 from mlx_tune.quantization.lazy import is_unevaluated
-from mlx_tune.quantization.modes import AFFINE_BITS, AFFINE_GROUP_SIZES
+from mlx_tune.quantization.modes import AFFINE_BITS, AFFINE_GROUP_SIZES, Format
 from mlx_tune.quantization.sites import module_at
 
 
@@ -275,6 +276,22 @@ def test_activations_are_refused_where_the_backend_cannot() -> None:
     with pytest.raises(BackendError, match="no quantizing a layer's inputs in mode 'nvfp4' on this backend"):
         quiet(model, mode="nvfp4", activations=True)
     assert type(model.layers[0]) is nn.Linear
+
+
+def test_layers_that_quantize_their_inputs() -> None:
+    layer = nn.Linear(64, 64, bias=False)
+    wanted = Format(4, 16, "nvfp4", quantize_input=True)
+    packed, scales = mx.quantize(layer.weight, mode="nvfp4")
+    made = quantized_module(layer, wanted, (packed, scales, None))
+    assert type(made) is nn.QQLinear
+    assert made.weight is packed
+    assert made.scales is scales
+    assert made.training is False
+    assert quantizes_inputs(nn.Sequential(made))
+    assert quantization_config(nn.Sequential(made)) == {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+    twin = dense_twin(made, mx.float32)
+    assert type(twin) is nn.Linear
+    assert mx.abs(twin.weight - layer.weight).max().item() < 0.05
 
 
 # Twins
