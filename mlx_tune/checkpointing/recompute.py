@@ -208,10 +208,9 @@ class _Call:
         makes sure of it. On a chain of blocks both have the same peak.
         """
         tied = mx.depends(arrays, [*outputs, *cotangents])
-        gradients = [mx.zeros_like(array) for array in arrays]
         ends = len(self.shapes) - self.marks
         if (ends < 1 and not self.marks) or not self.differentiable:
-            return gradients
+            return [mx.zeros_like(array) for array in arrays]
         saved = outputs[ends:]
         kept = [array for array in saved if is_differentiable(array)]
 
@@ -228,9 +227,8 @@ class _Call:
 
         wanted = [c for c in cotangents[ends:] if is_differentiable(c)] + cotangents[:ends]
         _, found = mx.vjp(again, [*(tied[i] for i in self.differentiable), *kept], wanted)
-        for index, gradient in zip(self.differentiable, found, strict=False):
-            gradients[index] = gradient
-        return gradients
+        of = dict(zip(self.differentiable, found, strict=False))
+        return [of[i] if i in of else mx.zeros_like(array) for i, array in enumerate(arrays)]
 
     def result(self, arrays: Sequence[mx.array]) -> Any:
         """What the first run returned and wrote, with these arrays as its outputs."""
