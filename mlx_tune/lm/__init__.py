@@ -6,6 +6,8 @@ generator driven with what the rest of the library measured.
 
 from mlx_tune.lm.adapters import add_adapters, make_optimizer
 from mlx_tune.lm.fitting import autobatch, autofit, estimate_memory, plan_checkpoints, verify_checkpoint
+from mlx_tune.lm.generation import autobatch_generate
+from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
 from mlx_tune.lm.loading import load
 from mlx_tune.lm.result import LossReport, TrainingResult
 from mlx_tune.lm.saving import save_quantized
@@ -14,11 +16,14 @@ from mlx_tune.lm.tokens import read_texts, token_batches
 from mlx_tune.lm.training import train
 
 __all__ = [
+    "GenerationBatchResult",
+    "GenerationTrial",
     "LossReport",
     "TrainingResult",
     "TrainingStep",
     "add_adapters",
     "autobatch",
+    "autobatch_generate",
     "autofit",
     "estimate_memory",
     "load",

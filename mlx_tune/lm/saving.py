@@ -67,6 +67,10 @@ def save_quantized(
         raise InvalidArgumentError(f"{str(target)!r} is there already and not empty: give a new folder.")
     described = copy.deepcopy(config)
     described["quantization"] = quantization_config(model)
+    if not described["quantization"]:
+        raise InvalidArgumentError(
+            "Nothing in the model is quantized: call mlx_tune.quantize_model first, or save it with mlx_lm.utils.save."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

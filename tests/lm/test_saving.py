@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_tune as mt
+from mlx_tune import lm
+
+TOKENS = mx.arange(24).reshape(2, 12)
+
+
+def arrays(model) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "moe", "sharded"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4},
+        {"bits": 3, "group_size": 32, "overrides": {"*.q_proj": {"bits": 8}, "*.layers.1.*": False}},
+        {"mode": "mxfp4", "method": "nearest"},
+    ],
+    ids=["uniform", "mixed", "mxfp4"],
+)
+def test_stock_mlx_lm_loads_what_was_saved(model_folder, tmp_path: Path, name: str, options: dict) -> None:
+    model, tokenizer, config, folder = lm.load(model_folder(name))
+    mt.quantize_model(model, **options, progress=False)
+    saved = lm.save_quantized(tmp_path / "out", model, tokenizer, config, source=folder)
+    loaded, loaded_tokenizer = mlx_lm.load(str(saved))
+    ours, theirs = arrays(model), arrays(loaded)
+    assert ours.keys() == theirs.keys()
+    for path, value in ours.items():
+        assert value.dtype == theirs[path].dtype
+        assert mx.array_equal(value.view(mx.uint8), theirs[path].view(mx.uint8)), path
+    if name != "moe":  # the CPU has no bfloat16 experts
+        assert mx.array_equal(model(TOKENS), loaded(TOKENS))
+    assert loaded_tokenizer.encode("memory can be planned") == tokenizer.encode("memory can be planned")
+    described = json.loads((saved / "config.json").read_text())
+    assert described["quantization"] == described["quantization_config"]
+
+
+def test_the_source_gives_configuration_tokenizer_and_companions(model_folder, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in model_folder("tied").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    (source / "generation_config.json").write_text("{}")
+    (source / "custom.py").write_text("")
+    model, *_ = lm.load(source)
+    nn.quantize(model, 64, 8)
+    saved = lm.save_quantized(tmp_path / "out", model, source=source)
+    names = {file.name for file in saved.iterdir()}
+    assert {"generation_config.json", "custom.py", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert saved.stat().st_mode & 0o077 == 0o055  # readable by others
+    mlx_lm.load(str(saved))
+
+
+def test_a_failure_leaves_no_folder(model_folder, tmp_path: Path, monkeypatch) -> None:
+    model, tokenizer, config, _ = lm.load(model_folder("tied"))
+    nn.quantize(model, 64, 8)
+    monkeypatch.setattr("mlx_lm.utils.save_config", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lm.save_quantized(tmp_path / "deep" / "out", model, tokenizer, config)
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_bad_input_is_named_and_writes_nothing(model_folder, tmp_path: Path) -> None:
+    model, tokenizer, config, folder = lm.load(model_folder("tied"))
+    quantized, *_ = lm.load(model_folder("tied"))
+    nn.quantize(quantized, 64, 8)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").touch()
+    with pytest.raises(mt.InvalidArgumentError, match="needs config="):
+        lm.save_quantized(tmp_path / "out", quantized, tokenizer)
+    with pytest.raises(mt.InvalidArgumentError, match="needs tokenizer="):
+        lm.save_quantized(tmp_path / "out", quantized, config=config)
+    with pytest.raises(mt.InvalidArgumentError, match="not empty"):
+        lm.save_quantized(taken, quantized, tokenizer, config)
+    with pytest.raises(mt.MlxTuneError, match="quantized"):
+        lm.save_quantized(tmp_path / "out", model, tokenizer, config, source=folder)
+    assert [file.name for file in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "moe", "sharded"])
+def test_loading_gives_model_configuration_and_folder(model_folder, name: str) -> None:
+    model, tokenizer, config, folder = lm.load(model_folder(name), lazy=True)
+    assert len(model.layers) == 3
+    assert tokenizer.eos_token_id == 0
+    assert config["vocab_size"] == 320
+    assert folder == model_folder(name)
+
+
+def test_a_lazy_model_stays_on_disk(model_folder) -> None:
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model, *_ = lm.load(model_folder("untied"), lazy=True)
+    size = sum(value.nbytes for value in arrays(model).values())
+    assert mx.get_active_memory() - before < 0.1 * size
+    mx.eval(model.parameters())
+    assert mx.get_active_memory() - before > 0.9 * size
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing-of-this-name", "nobody/nothing"])
+def test_a_hub_name_without_a_network_says_so(name: str) -> None:
+    with pytest.raises(mt.MlxTuneError, match=r"no folder .* here, and the hub could not be asked.*Check the network"):
+        lm.load(name)
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c"])
+def test_a_path_that_is_not_there_is_no_hub_name(path: str) -> None:
+    with pytest.raises(mt.InvalidArgumentError, match="There is no folder"):
+        lm.load(path)
+
+
+def test_folders_that_hold_no_model_are_named(model_folder, tmp_path: Path) -> None:
+    with pytest.raises(mt.InvalidArgumentError, match=r"holds no config\.json"):
+        lm.load(tmp_path)
+    config = json.loads((model_folder("tied") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(mt.InvalidArgumentError, match="its weights are missing"):
+        lm.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(mt.MlxTuneError, match="mlx-lm cannot load"):
+        lm.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((model_folder("tied") / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "of-another-kind"}))
+    with pytest.raises(mt.MlxTuneError, match="of-another-kind"):
+        lm.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(mt.MlxTuneError, match="mlx-lm cannot load"):
+        lm.load(tmp_path)
