@@ -17,7 +17,7 @@ from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic
 from mlx_tune.quantization.batches import Batch
 from mlx_tune.quantization.capture import Step, forward_steps, intercepted, model_arguments, run_until
 from mlx_tune.quantization.dense import dense_twin, dequantize_arrays
-from mlx_tune.quantization.gptq import output_error, quantize_gptq
+from mlx_tune.quantization.gptq import output_error, quantize_gptq, shrinkage_for
 from mlx_tune.quantization.lazy import number, read_array
 from mlx_tune.quantization.moments import InputMoments
 from mlx_tune.quantization.plan import LayerPlan
@@ -136,7 +136,7 @@ class _Run:
                 learned, judged = self._moments(step, mine, inputs)
                 for layer in mine:
                     test = None if judged is None else judged.of(layer.path)
-                    done[layer.path] = self._solve(layer, learned.of(layer.path), test)
+                    done[layer.path] = self._solve(layer, learned.of(layer.path), test, learned.tokens[layer.path])
             if following is not None:
                 self._advance(step, inputs)
         for layer in self._layers:
@@ -234,9 +234,10 @@ class _Run:
         test = None if judged is None else judged.of(layer.path)
         weight = read_array(dense_twin(layer.module)["weight"])
         # It is looked up as well, which takes each weight as it is: both relative errors count.
-        return self._solve(layer, *(None if m is None else _with_lookups(weight, m) for m in (moments, test)))
+        both = [None if m is None else _with_lookups(weight, m) for m in (moments, test)]
+        return self._solve(layer, both[0], both[1], learned.tokens[layer.path])
 
-    def _solve(self, layer: LayerPlan, moments: mx.array | None, test: mx.array | None) -> CalibratedLayer:
+    def _solve(self, layer: LayerPlan, moments: mx.array | None, test: mx.array | None, tokens: int) -> CalibratedLayer:
         if moments is None:
             return self._fall_back(layer, "no calibration input reached it")
         assert layer.format is not None
@@ -245,11 +246,22 @@ class _Run:
         bits, size = layer.format.bits, layer.format.group_size
         optimal = quantize_affine(weight, bits, size, effort=self._effort)
         stacked = weight.ndim == 3
+        shrinkage = shrinkage_for(weight.shape[-1], tokens // (weight.shape[0] if stacked else 1))
         parts = []
         for e in range(weight.shape[0] if stacked else 1):
             at: Any = e if stacked else slice(None)
             start = tuple(a[at] for a in optimal)
-            parts.append(quantize_gptq(weight[at], moments[at], bits, size, effort=self._effort, start=start))  # type: ignore[arg-type]
+            parts.append(
+                quantize_gptq(
+                    weight[at],
+                    moments[at],
+                    bits,
+                    size,
+                    effort=self._effort,
+                    start=start,  # type: ignore[arg-type]
+                    shrinkage=shrinkage,
+                )
+            )
         columns: Any = list(zip(*parts, strict=True))[:3]
         found: Arrays = tuple(mx.stack(list(a)) if stacked else a[0] for a in columns)  # type: ignore[assignment]
         metric = moments if test is None else test

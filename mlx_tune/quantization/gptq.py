@@ -57,6 +57,7 @@ def quantize_gptq(
     *,
     effort: Effort = "fast",
     start: tuple[mx.array, mx.array, mx.array] | None = None,
+    shrinkage: float = 0.0,
 ) -> GptqResult:
     """Quantize one weight so that the error of its outputs is least.
 
@@ -67,6 +68,8 @@ def quantize_gptq(
         group_size: Columns that share a scale and a bias: 32, 64 or 128.
         effort: How far scales are searched and how often codes are gone through again.
         start: What `quantize_affine` gave for this weight, if it is at hand.
+        shrinkage: Share by which moments between different inputs are scaled down, from 0 to 1: what few tokens say
+            of them is mostly chance. `shrinkage_for` gives one.
 
     Returns:
         Arrays in `mx.quantize`'s format, row by row never with more output error than `quantize_affine`, and both
@@ -101,7 +104,7 @@ def quantize_gptq(
         return GptqResult(*optimal, 0.0, 0.0)
 
     order, groups = _order(diagonal, group_size)
-    damped = h + mx.eye(columns) * (_DAMPING * diagonal.mean())
+    damped = (1 - shrinkage) * h + mx.diag(shrinkage * diagonal + _DAMPING * diagonal.mean())
     damped = damped[order][:, order]
     feedback = _feedback(damped)
     job = _Job(bits, group_size, weight.dtype, effort)
@@ -118,6 +121,23 @@ def quantize_gptq(
     error = mx.minimum(after, before).sum() / energy
     mx.eval(packed, scales, biases, error)
     return GptqResult(packed, scales, biases, number(error), number(before.sum() / energy))
+
+
+def shrinkage_for(columns: int, tokens: int) -> float:
+    """How far to trust moments between inputs that were estimated from so many tokens.
+
+    Sampling noise grows with the inputs and falls with the tokens. The factor is measured: on 16,384 tokens of code,
+    output errors on other text were least at a share of 0.2 for 512 inputs and of 0.7 for 1408.
+
+    Args:
+        columns: The layer's inputs.
+        tokens: Tokens that the moments were summed over.
+
+    Example:
+        >>> shrinkage_for(512, 131072), shrinkage_for(4096, 1024)
+        (0.03125, 0.7)
+    """
+    return min(0.7, max(0.02, 8 * columns / max(1, tokens)))
 
 
 def output_error(weight: mx.array, approximation: mx.array, hessian: mx.array) -> float:
