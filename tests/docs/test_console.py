@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _BLOCK = re.compile(
-    r"(?:^[ ]*<!--\s*not run:(?P<reason>[^\n]*?)-->\s*?\n\s*?)?^(?P<indent>[ ]*)```console\n(?P<body>.*?)^(?P=indent)```",
+    r"(?:^[ ]*<!--\s*not run:(?P<reason>[^\n]*?)-->\s*?\n\s*?)?"
+    r"^(?P<indent>[ ]*)```console\n(?P<body>.*?)^(?P=indent)```",
     re.MULTILINE | re.DOTALL,
 )
 #: An option whose value is a place on the reader's machine, and the toy that stands in for it.

@@ -1,0 +1,177 @@
+"""Make the pictures of these pages again, each for light and for dark pages: python docs/make_pictures.py [NAME ...]
+
+Names: step-memory, autobatch, quantization, wiring; all of them by default. `quantization` draws the figures that
+`tests/benchmarks/quantization.py --json docs/assets/quantization.json` measured; the others predict or measure here,
+in a minute or two on two processor cores. `--suffix .png --to FOLDER` is for looking at them elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "benchmarks"))
+
+import mlx.core as mx
+from workloads import WORKLOADS
+
+import mlx_tune as mt
+from mlx_tune.plotting import COLORS, ink, new_figure, save_figure
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+#: Draws a picture, for dark pages or for light ones.
+Draw = Callable[[bool], Any]
+
+#: The methods of quantization in the picture: ours in solid lines, mlx-lm's in dotted ones.
+METHODS = {
+    "nearest": (COLORS[3], "-"),
+    "optimal": (COLORS[0], "-"),
+    "gptq": (COLORS[2], "-"),
+    "dwq": (COLORS[4], "-"),
+    "mlx-lm gptq": (COLORS[2], ":"),
+    "mlx-lm awq": (COLORS[1], ":"),
+    "mlx-lm dwq": (COLORS[4], ":"),
+}
+
+
+def step_memory() -> dict[str, Draw]:
+    """Memory over a training step of a Llama, plain and with every block checkpointed, at the same scale."""
+    estimates = {}
+    for name, checkpointed in (("step-memory", False), ("step-memory-checkpointed", True)):
+        workload = WORKLOADS["llama-f32-adamw"]()
+        if checkpointed:
+            mt.checkpoint_blocks(workload.model)
+        batch = workload.make_batch(workload.batch_size)
+        estimates[name] = mt.estimate_memory(workload.step, batch, state=workload.state)
+    top = 1.12 * max(estimate.floor_bytes for estimate in estimates.values()) / 1e6
+
+    def draw(estimate: mt.MemoryEstimate, dark: bool) -> Any:
+        figure = estimate.plot(dark=dark)
+        figure.axes[0].set_ylim(0, top)
+        return figure
+
+    return {name: lambda dark, estimate=estimate: draw(estimate, dark) for name, estimate in estimates.items()}
+
+
+def autobatch() -> dict[str, Draw]:
+    """The trials of one search against the line that was foreseen."""
+    workload = WORKLOADS["mlp-f32-adamw"]()
+    result = mt.autobatch(
+        workload.step,
+        workload.make_batch,
+        budget="60MB",
+        max_batch=16384,
+        multiple_of=64,
+        state=workload.state,
+        progress=False,
+    )
+    print(result)
+    return {"autobatch": lambda dark: result.plot(dark=dark)}
+
+
+def quantization() -> dict[str, Draw]:
+    """KL divergence against bits per weight, a line for each method."""
+    figures = json.loads((ASSETS / "quantization.json").read_text())
+
+    def draw(dark: bool) -> Any:
+        figure, axes = new_figure(dark=dark)
+        for method, (color, line) in METHODS.items():
+            points = sorted(
+                (row["bits_per_weight"], row["mean_kl"], row["standard_error"])
+                for row in figures
+                if row["method"] == method
+            )
+            if points:
+                bits, divergences, errors = zip(*points, strict=True)
+                axes.errorbar(bits, divergences, yerr=errors, label=method, color=color, ls=line, marker="o", ms=4)
+        axes.set_yscale("log")
+        axes.set_xlabel("bits per weight, all parameters counted")
+        axes.set_ylabel("mean KL divergence on held-out text (nats)")
+        axes.legend(frameon=False, labelcolor=ink(dark))
+        return figure
+
+    return {"quantization": draw}
+
+
+def wiring() -> dict[str, Draw]:
+    """The process's wired limit while three blocks overlap: this library's registry, and mlx-lm's own context.
+
+    Over the stand-in for Metal that the tests use, so it can be drawn on any machine.
+    """
+    import pytest
+    from metal_stand_in import MetalStandIn
+    from mlx_lm.generate import wired_limit as mlx_lm_wired_limit
+
+    # Lazy arrays: what matters is how many bytes they say they have.
+    large, small = {"weight": mx.zeros((20, 10**9), mx.uint8)}, {"weight": mx.zeros((8, 10**9), mx.uint8)}
+    models = {"A": large, "B": large, "C": small}
+    events = ["A in", "B in", "C in", "A out", "C out", "B out"]
+
+    def limits(enter: Callable[[Any], Any]) -> list[float]:
+        with pytest.MonkeyPatch.context() as patch:
+            metal = MetalStandIn().install(patch)
+            blocks: dict[str, ExitStack] = {}
+            seen = [metal.limit / 1e9]
+            for event in events:
+                name, way = event.split()
+                if way == "in":
+                    blocks[name] = ExitStack()
+                    blocks[name].enter_context(enter(models[name]))
+                else:
+                    blocks.pop(name).close()
+                seen.append(metal.limit / 1e9)
+        return [*seen, seen[-1]]
+
+    lines = {"mlx-lm": limits(mlx_lm_wired_limit), "mlx_tune": limits(mt.wired_limit)}
+
+    def draw(dark: bool) -> Any:
+        figure, axes = new_figure(dark=dark)
+        for name, color, line in (("mlx-lm", COLORS[3], "--"), ("mlx_tune", COLORS[0], "-")):
+            axes.step(range(len(events) + 2), lines[name], where="post", color=color, ls=line, lw=1.8, label=name)
+        axes.set_xticks(range(1, len(events) + 1), events)
+        axes.set_xlim(0, len(events) + 1)
+        axes.set_ylim(-1, 64)
+        axes.set_ylabel("wired limit (GB)")
+        axes.set_xlabel("A and B use one model of 20 GB, C another of 8 GB")
+        axes.legend(frameon=False, labelcolor=ink(dark), loc="upper left", ncols=2)
+        return figure
+
+    return {"wiring": draw}
+
+
+PICTURES: dict[str, Callable[[], dict[str, Draw]]] = {
+    "step-memory": step_memory,
+    "autobatch": autobatch,
+    "quantization": quantization,
+    "wiring": wiring,
+}
+
+
+def main() -> None:
+    """Draw the named pictures, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--to", type=Path, default=ASSETS)
+    parser.add_argument("--suffix", default=".svg", choices=[".svg", ".png"])
+    options = parser.parse_args()
+    unknown = set(options.names) - set(PICTURES)
+    if unknown:
+        parser.error(f"no picture is called {', '.join(sorted(unknown))}: choose from {', '.join(PICTURES)}")
+    options.to.mkdir(parents=True, exist_ok=True)
+    for name in options.names or PICTURES:
+        for title, draw in PICTURES[name]().items():
+            for dark in (False, True):
+                path = options.to / f"{title}-{'dark' if dark else 'light'}{options.suffix}"
+                save_figure(draw(dark), path)
+                print(path.name)
+
+
+if __name__ == "__main__":
+    main()
