@@ -52,11 +52,16 @@ class Measurements:
         bar: Bar,
         *,
         throttle: bool = True,
+        share: Callable[[Callable[[], StepTrial]], StepTrial] = lambda run: run(),
     ) -> None:
-        """Note what to run; nothing is run yet. Without `throttle` the only limit tried is the budget itself."""
+        """Note what to run; nothing is run yet.
+
+        Without `throttle` the only limit tried is the budget itself. Every step is run through `share`: where several
+        machines measure together, it hands all of them the same figures, so that they come to the same choice.
+        """
         self.model, self.paths, self.step, self.batch, self.state = model, paths, step, batch, state
         self.budget_bytes, self.steps, self.bar = budget_bytes, steps, bar
-        self.throttle = throttle
+        self.throttle, self.share = throttle, share
         self.made: dict[Choice, Measured] = {}
 
     def fit(self, choice: Choice, floor_bytes: int) -> Measured:
@@ -77,9 +82,9 @@ class Measurements:
             nonlocal warm
             self.bar.update(text=f"{sum(choice)} of {len(choice)} blocks under {format_bytes(limit)}")
             if not warm:  # the first step traces and compiles
-                run_step(self.step, (self.batch,), self.state, limit)
+                self._run(limit)
                 warm = True
-            trials = [run_step(self.step, (self.batch,), self.state, limit) for _ in range(self.steps)]
+            trials = [self._run(limit) for _ in range(self.steps)]
             return StepTrial(limit, max(t.peak_bytes for t in trials), min(t.seconds for t in trials))
 
         undo = apply_choice(self.model, self.chosen(choice))
@@ -117,13 +122,16 @@ class Measurements:
         """One more step of a choice under its limit; returns its seconds."""
         undo = apply_choice(self.model, self.chosen(measured.choice))
         try:
-            trial = run_step(self.step, (self.batch,), self.state, measured.limit_bytes)
+            trial = self._run(measured.limit_bytes)
         finally:
             undo()
         measured.seconds = min(measured.seconds, trial.seconds)
         measured.peak_bytes = max(measured.peak_bytes, trial.peak_bytes)
         measured.fits = measured.peak_bytes <= self.budget_bytes
         return trial.seconds
+
+    def _run(self, limit_bytes: int) -> StepTrial:
+        return self.share(lambda: run_step(self.step, (self.batch,), self.state, limit_bytes))
 
     def chosen(self, choice: Choice) -> tuple[str, ...]:
         """The paths of the checkpointed blocks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -44,9 +45,14 @@ class Survey:
         state: Any,
         select: Select | None,
         bar: Bar,
+        share: Callable[[Callable[[], float]], float] = lambda figure: figure(),
     ) -> None:
-        """Find the blocks and refuse those that cannot be planned for; nothing is run or traced."""
+        """Find the blocks and refuse those that cannot be planned for; nothing is run or traced.
+
+        Every figure that may differ between machines is made through `share`, which hands all of them the same one.
+        """
         self.model, self.step, self.make_batch, self.state, self.bar = model, step, make_batch, state, bar
+        self._share = share
         # A block that is in two places is one block.
         stacks = find_blocks(model, select)
         found = {id(block): (path, block) for stack in reversed(stacks) for path, block in reversed(stack)}
@@ -81,13 +87,16 @@ class Survey:
         """
         size = self.batch_size if batch_size is None else batch_size
         if (choice, size) not in self._floors:
-            undo = apply_choice(self.model, self.chosen(choice))
-            try:
-                estimate = graphs.estimate_memory(self.step, self._batch(size), state=self.state)
-            finally:
-                undo()
-            self._floors[choice, size] = estimate.floor_bytes + self.beside_bytes
+            self._floors[choice, size] = int(self._share(lambda: self._estimated(choice, size)))
         return self._floors[choice, size]
+
+    def _estimated(self, choice: Choice, size: int) -> int:
+        undo = apply_choice(self.model, self.chosen(choice))
+        try:
+            estimate = graphs.estimate_memory(self.step, self._batch(size), state=self.state)
+        finally:
+            undo()
+        return estimate.floor_bytes + self.beside_bytes
 
     def _batch(self, size: int) -> Any:
         if size not in self._batches:
@@ -114,7 +123,7 @@ class Survey:
         for kind in sorted(set(self.kinds)):
             path = self.paths[self.kinds.index(kind)]
             self.bar.update(text=f"timing {path}")
-            seconds[kind] = forward_seconds(path, self.blocks[path], calls[path])
+            seconds[kind] = self._share(partial(forward_seconds, path, self.blocks[path], calls[path]))
         self.extra_seconds = [seconds[kind] for kind in self.kinds]
         self._batches.clear()
         self._rank()

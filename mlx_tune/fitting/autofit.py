@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlx_tune import devices
 from mlx_tune.batching.probe import count_items
+from mlx_tune.batching.ranks import Ranks
 from mlx_tune.checkpointing.blocks import Select
 from mlx_tune.checkpointing.choose import ESTIMATE_MARGIN, OVERSHOOT, Choice, cheapest_fitting, relaxed
 from mlx_tune.checkpointing.measure import Measured, Measurements
@@ -19,6 +20,7 @@ from mlx_tune.checkpointing.survey import Survey
 from mlx_tune.errors import BudgetError, InvalidArgumentError
 from mlx_tune.fitting.predict import Pace, largest_fitting, pace_through, thinned, unbeaten
 from mlx_tune.fitting.result import Fit, Setting
+from mlx_tune.fitting.together import Together
 from mlx_tune.memory import resolve_budget
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.state import Snapshot
@@ -28,7 +30,9 @@ from mlx_tune.units import format_bytes
 #: Where neither a target nor a maximum is given, sizes end here.
 _NO_MAXIMUM = 1 << 32
 #: How many sizes without any checkpointing, and how many with some, are looked at.
-_PLAIN_SIZES, _LARGER_SIZES = 4, 4
+_PLAIN_SIZES, _LARGER_SIZES = 5, 4
+#: mlx-lm's default, looked at where it fits: nobody should be slower than without this library.
+_USUAL_BATCH = 4
 #: Rates this close to the best measured one are timed against it in turns.
 _CLOSE = 0.9
 
@@ -47,6 +51,7 @@ def autofit(
     select: Select | None = None,
     throttle: bool | None = None,
     steps: int = 2,
+    group: Any = None,
     progress: bool = True,
 ) -> Fit:
     """Choose checkpoints, batch size, accumulation and memory limit together, for the most tokens a second.
@@ -72,6 +77,8 @@ def autofit(
         throttle: Whether the memory limit may be set below the budget, which makes MLX wait instead of running
             ahead. By default yes, except on Metal, where nobody has measured it yet; there the limit is the budget.
         steps: How many real steps are timed for each setting and limit; the fastest counts.
+        group: The `mx.distributed` group to agree with; by default that of `mlx.launch`, where it is at work. Every
+            rank gets the same answer, for the smallest budget and the slowest machine.
         progress: Show a progress line on standard error.
 
     Returns:
@@ -102,12 +109,14 @@ def autofit(
         raise InvalidArgumentError(f"tolerance={tolerance!r}: give a share from 0 up to below 1, such as 0.02.")
     if steps < 1:
         raise InvalidArgumentError(f"steps={steps!r}: give a whole number of at least 1.")
-    allowed = int(resolve_budget(budget))
+    ranks = Ranks(group)
+    allowed = ranks.smallest(ranks.agree(lambda: int(resolve_budget(budget))))
     may_throttle = devices.backend() != "metal" if throttle is None else throttle
     whole = (model, state)
     with Snapshot(whole, spill=True), progress_bar("autofit", enabled=progress) as bar:
-        survey = Survey(model, step, make_batch, sizes[0], whole, select, bar)
-        search = _Search(survey, sizes, allowed, steps, may_throttle, bar)
+        together = Together(ranks)
+        survey = Survey(model, step, make_batch, sizes[0], whole, select, bar, together.largest)
+        search = _Search(survey, sizes, allowed, steps, may_throttle, together, bar)
         best = search.run()
         return search.result(best, target_batch, tolerance)
 
@@ -149,10 +158,17 @@ class _Search:
     """One search: what may be run, and what was."""
 
     def __init__(
-        self, survey: Survey, sizes: Sequence[int], budget_bytes: int, steps: int, throttle: bool, bar: Bar
+        self,
+        survey: Survey,
+        sizes: Sequence[int],
+        budget_bytes: int,
+        steps: int,
+        throttle: bool,
+        together: Together,
+        bar: Bar,
     ) -> None:
         self.survey, self.sizes, self.budget, self.steps, self.bar = survey, sizes, budget_bytes, steps, bar
-        self.throttle = throttle
+        self.throttle, self.together = throttle, together
         # Without throttling nothing brings a peak down that dispatch has run up, so floors need more room.
         self.goal = int(budget_bytes / (1 + (ESTIMATE_MARGIN if throttle else OVERSHOOT)))
         self.candidates: list[_Candidate] = []
@@ -190,6 +206,8 @@ class _Search:
         if plain is not None:
             for n in thinned(self.sizes, max(1, plain // 64), plain, _PLAIN_SIZES):
                 self.add(n, survey.none)
+            if plain > _USUAL_BATCH and _USUAL_BATCH in self.sizes:
+                self.add(_USUAL_BATCH, survey.none)
         for n in thinned(self.sizes, (plain or 0) + 1, largest, _LARGER_SIZES):
             self.bar.update(text=f"estimating batch {n}")
 
@@ -263,6 +281,7 @@ class _Search:
                 self.steps,
                 self.bar,
                 throttle=self.throttle,
+                share=self.together.trial,
             )
         candidate.measured = self.real[n].fit(candidate.choice, candidate.floor_bytes)
 

@@ -1,0 +1,102 @@
+"""Two ranks that fit together: the same answer on both, for the slower one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_tune.errors import TrialError
+from mlx_tune.fitting.together import Together
+from mlx_tune.timing import StepTrial
+
+
+class Other:
+    """Stands for the ranks of a search whose other rank always has these figures."""
+
+    size, rank = 2, 0
+
+    def __init__(self, *figures):
+        self.figures = list(figures)
+
+    def agree(self, function):
+        return function()
+
+    def smallest(self, value):
+        return min(value, self.figures.pop(0))
+
+
+@pytest.mark.parametrize(("own", "other"), [(2.5, 3.25), (3.25, 2.5), (80e9, 24e9)])
+def test_the_largest_figure_counts(own, other):
+    assert Together(Other(-round(other * 1e6))).largest(lambda: own) == max(own, other)
+
+
+def test_the_highest_peak_and_the_longest_time_count():
+    together = Together(Other(-500, -2_000_000))
+    assert together.trial(lambda: StepTrial(1000, 700, 1.0)) == StepTrial(1000, 700, 2.0)
+
+
+SCRIPT = """
+import json, sys
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import mlx_tune as mt
+
+group = mx.distributed.init(backend="ring")
+mx.random.seed(0)
+model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)))
+optimizer = optim.SGD(0.1)
+steps = 0
+
+def step(x):
+    global steps
+    steps += 1
+    if "raise" in sys.argv and group.rank() == 1 and steps > 12:
+        raise ValueError("the user's own")
+    loss, gradients = nn.value_and_grad(model, lambda model, x: model(x).square().mean())(model, x)
+    optimizer.update(model, gradients)
+    return loss
+
+try:
+    fit = mt.autofit(
+        model, step, lambda n: mx.ones((n, 8)), budget=20_000_000 * (1 + group.rank()), max_batch=64, multiple_of=2,
+        state=optimizer, progress=False, group=group,
+    )
+    said = [fit.batch_size, list(fit.paths), fit.limit_bytes, fit.budget_bytes]
+except (mt.TrialError, ValueError) as error:
+    said = type(error).__name__
+open(sys.argv[1] + str(group.rank()), "w").write(json.dumps(said))
+"""
+
+
+def launched(tmp_path, *arguments):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch = [
+        str(Path(sys.executable).parent / "mlx.launch"),
+        "-n",
+        "2",
+        "--backend",
+        "ring",
+        "--python",
+        sys.executable,
+    ]
+    subprocess.run(
+        [*launch, str(script), str(tmp_path / "said"), *arguments], check=True, timeout=240, cwd=tmp_path,
+        capture_output=True,
+    )  # fmt: skip
+    return [json.loads((tmp_path / f"said{rank}").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+def test_two_ranks_on_loopback_come_to_the_same_answer(tmp_path):
+    first, second = launched(tmp_path)
+    assert first == second
+    assert first[3] == 20_000_000
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_stops_the_other(tmp_path):
+    assert launched(tmp_path, "raise") == [TrialError.__name__, "ValueError"]
