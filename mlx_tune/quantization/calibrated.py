@@ -87,7 +87,8 @@ def gptq_model(
         >>> from mlx_tune.quantization.batches import read_batches
         >>> from mlx_tune.quantization.layout import plan_quantization
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
-        >>> batches = read_batches([mx.random.normal((32, 64)) for _ in range(8)], "calibration")
+        >>> mix = mx.random.normal((8, 64))  # real inputs are correlated, too
+        >>> batches = read_batches([mx.random.normal((32, 8)) @ mix for _ in range(8)], "calibration")
         >>> layers = plan_quantization(model, 3, 64).layers
         >>> [layer.method for layer in gptq_model(model, layers, batches, install=install)]
         ['gptq', 'gptq']
