@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlx_tune.graphs.floor import Buffer, Course, simulate
+from mlx_tune.graphs.floor import PURPOSES, Buffer, Course, simulate
 from mlx_tune.graphs.graph import Graph, dtype_name
 from mlx_tune.graphs.order import evaluation_order
 from mlx_tune.graphs.tracing import trace_step
@@ -18,11 +18,6 @@ from mlx_tune.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-#: What memory at the peak is for, in the order in which tables and pictures show it.
-PURPOSES = ("parameters", "optimizer", "batch", "other state", "activations", "updates", "temporaries")
-
-_PURPOSE_OF_ROLE = {"parameter": "parameters", "optimizer": "optimizer", "batch": "batch"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,8 @@ class MemoryEstimate:
         end_bytes: What is left after it.
         by_purpose: The floor split over `PURPOSES`; the parts add up to `floor_bytes`.
         peak_owners: Every buffer alive at the peak, the largest first.
-        live_bytes: Bytes alive after each operation, in the order of evaluation.
+        live_bytes: The most bytes alive while each operation is evaluated, in the order of evaluation.
+        live_by_purpose: The same split over `PURPOSES`.
         operations: The operations' names, in the same order.
         peak_operation: Position of the operation at which the peak is reached; -1 before the first.
         compiled: Whether the step, or its outermost part, goes through `mx.compile`.
@@ -86,6 +82,7 @@ class MemoryEstimate:
     by_purpose: dict[str, int]
     peak_owners: tuple[PeakOwner, ...]
     live_bytes: tuple[int, ...] = field(repr=False)
+    live_by_purpose: dict[str, tuple[int, ...]] = field(repr=False)
     operations: tuple[str, ...] = field(repr=False)
     peak_operation: int
     compiled: bool
@@ -122,6 +119,7 @@ class MemoryEstimate:
             "by_purpose": dict(self.by_purpose),
             "peak_owners": [owner.to_dict() for owner in self.peak_owners],
             "live_bytes": list(self.live_bytes),
+            "live_by_purpose": {name: list(live) for name, live in self.live_by_purpose.items()},
             "operations": list(self.operations),
             "peak_operation": self.peak_operation,
             "compiled": self.compiled,
@@ -234,8 +232,7 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
 
 
 def _estimate(graph: Graph, course: Course, seconds: float) -> MemoryEstimate:
-    updates = set(graph.outputs[graph.results :])
-    owners = sorted((_owner(graph, b, updates) for b in course.owners), key=lambda o: -o.nbytes)
+    owners = sorted((_owner(graph, b) for b in course.owners), key=lambda o: -o.nbytes)
     split = dict.fromkeys(PURPOSES, 0)
     for owner in owners:
         split[owner.purpose] += owner.nbytes
@@ -246,6 +243,7 @@ def _estimate(graph: Graph, course: Course, seconds: float) -> MemoryEstimate:
         by_purpose=split,
         peak_owners=tuple(owners),
         live_bytes=tuple(course.live),
+        live_by_purpose={name: tuple(split[i] for split in course.split) for i, name in enumerate(PURPOSES)},
         operations=tuple(graph.nodes[i].name for i in course.order),
         peak_operation=course.peak_step,
         compiled=graph.compiled,
@@ -255,13 +253,7 @@ def _estimate(graph: Graph, course: Course, seconds: float) -> MemoryEstimate:
     )
 
 
-def _owner(graph: Graph, buffer: Buffer, updates: set[int]) -> PeakOwner:
+def _owner(graph: Graph, buffer: Buffer) -> PeakOwner:
     value = graph.values[buffer.value]
-    if buffer.temporary:
-        purpose = "temporaries"
-    elif value.role != "made":
-        purpose = _PURPOSE_OF_ROLE.get(value.role, "other state")
-    else:
-        purpose = "updates" if buffer.value in updates else "activations"
     operation = graph.nodes[buffer.node].name if buffer.node is not None else ""
-    return PeakOwner(buffer.nbytes, value.shape, dtype_name(value.dtype), operation, purpose, value.label)
+    return PeakOwner(buffer.nbytes, value.shape, dtype_name(value.dtype), operation, buffer.purpose, value.label)

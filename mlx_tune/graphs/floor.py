@@ -17,19 +17,29 @@ from mlx_tune.graphs.layouts import Layout, row_major
 DONATION_SLACK = 16384
 
 
+#: What memory can be for, in the order in which tables and pictures show it.
+PURPOSES = ("parameters", "optimizer", "batch", "other state", "activations", "updates", "temporaries")
+
+_PURPOSE_OF_ROLE = {"parameter": "parameters", "optimizer": "optimizer", "batch": "batch"}
+
+
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """One allocation alive at some point: its bytes, the value it was made for, the node that made it, if any."""
+    """One allocation: its bytes, what it is for, the value it was made for, the node that made it, if any."""
 
     nbytes: int
+    purpose: str
     value: int
     node: int | None
-    temporary: bool = False
 
 
 @dataclass
 class Course:
-    """What a simulated evaluation did: bytes alive after every operation, and who held them at the peak."""
+    """What a simulated evaluation did.
+
+    `live` holds the most bytes that were alive while each operation was evaluated, `split` the same by purpose, in
+    the order of `PURPOSES`; `owners` are the buffers alive at the peak.
+    """
 
     peak_bytes: int
     peak_step: int
@@ -37,6 +47,7 @@ class Course:
     end_bytes: int
     order: list[int]
     live: list[int]
+    split: list[list[int]]
     owners: list[Buffer]
     unknown: Counter[str]
 
@@ -61,6 +72,10 @@ class Machine:
     references: Counter[int] = field(default_factory=Counter)
     temporaries: list[int] = field(default_factory=list)
     owners: list[Buffer] | None = None
+    updates: frozenset[int] = frozenset()
+    now: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PURPOSES, 0))
+    high: int = 0
+    high_split: list[int] = field(default_factory=list)
 
     def nbytes(self, value: int) -> int:
         """Bytes of a value when every element is stored."""
@@ -107,13 +122,24 @@ class Machine:
         self.holders[buffer] -= 1
         if self.holders[buffer] == 0:
             self.live -= self.buffers[buffer].nbytes
+            self.now[self.buffers[buffer].purpose] -= self.buffers[buffer].nbytes
 
     def _new(self, nbytes: int, value: int, temporary: bool = False) -> int:
         node = self.order[self.step] if self.step >= 0 else None
-        self.buffers.append(Buffer(nbytes, value, node, temporary))
+        role = self.graph.values[value].role
+        if temporary:
+            purpose = "temporaries"
+        elif role == "made":
+            purpose = "updates" if value in self.updates else "activations"
+        else:
+            purpose = _PURPOSE_OF_ROLE.get(role, "other state")
+        self.buffers.append(Buffer(nbytes, purpose, value, node))
         self.holders.append(1)
         self.live += nbytes
+        self.now[purpose] += nbytes
         self.allocations += 1
+        if self.live > self.high:
+            self.high, self.high_split = self.live, list(self.now.values())
         if self.live > self.peak:
             self.peak, self.peak_step, self.peak_allocation = self.live, self.step, self.allocations
         if self.allocations == self.stop_at:
@@ -140,7 +166,7 @@ def simulate(graph: Graph, order: list[int]) -> Course:
 def _run(graph: Graph, order: list[int], stop_at: int) -> tuple[Course, Machine]:
     from mlx_tune.graphs.primitives import effect_of
 
-    machine = Machine(graph, order, stop_at=stop_at)
+    machine = Machine(graph, order, stop_at=stop_at, updates=frozenset(graph.outputs[graph.results :]))
     for index in order:
         node = graph.nodes[index]
         for value in node.inputs:
@@ -153,18 +179,20 @@ def _run(graph: Graph, order: list[int], stop_at: int) -> tuple[Course, Machine]
     for value in graph.inputs():
         if machine.references[value] == 0:
             machine.release(machine.buffer.pop(value))
-    start, live, unknown = machine.live, [], Counter[str]()
+    start, live, split, unknown = machine.live, [], [], Counter[str]()
     for machine.step, index in enumerate(order):
         node = graph.nodes[index]
         effect, known = effect_of(node.name)
         if not known:
             unknown[node.name] += 1
+        machine.high, machine.high_split = machine.live, list(machine.now.values())
         effect(machine, node)
+        live.append(machine.high)
+        split.append(machine.high_split)
         _finish(machine, node)
-        live.append(machine.live)
         if machine.owners is not None:
             break
-    return Course(machine.peak, machine.peak_step, start, machine.live, order, live, [], unknown), machine
+    return Course(machine.peak, machine.peak_step, start, machine.live, order, live, split, [], unknown), machine
 
 
 def _finish(machine: Machine, node: Node) -> None:

@@ -17,6 +17,7 @@ from mlx_tune.graphs.graph import Graph, Node, Value
 _NODE = re.compile(r'\{ (\d+) \[label ="([^"]*)", shape=rectangle\]; \}')
 _INPUT = re.compile(r'"([^"]+)" -> \d+')
 _OUTPUT = re.compile(r'\d+ -> "([^"]+)"')
+_MOST_NAMES = 1000
 _NOOPS = frozenset({"Copy", "StopGradient"})
 
 
@@ -38,15 +39,48 @@ class BuiltGraph:
         self.inputs = [names[id(a)] for a in inputs]
         self.outputs = [names[id(a)] for a in outputs]
         self.nodes: list[_Built] = []
+        for kind, token in _described(by_name):
+            if kind == "node":
+                self.nodes.append(_Built(token))
+            elif kind == "input":
+                self.nodes[-1].inputs.append(token)
+            else:
+                self.nodes[-1].outputs.append(token)
+
+
+def _described(by_name: dict[str, mx.array]) -> list[tuple[str, str]]:
+    """The operations with what they read and make, the named arrays under their names.
+
+    MLX takes the names as keyword arguments, of which there can be 1024 at most: a model of 28 layers has thousands.
+    So the graph is written several times, with some of the names each time. All arrays are given by position too,
+    which makes every writing the same but for the names.
+    """
+    arrays, names = list(by_name.values()), list(by_name)
+    first: list[tuple[str, str]] = []
+    named: dict[str, str] = {}
+    for start in range(0, max(1, len(names)), _MOST_NAMES):
+        some = {name: by_name[name] for name in names[start : start + _MOST_NAMES]}
         text: list[str] = []
-        mx.export_to_dot(_Writer(text), **by_name)
-        for line in "".join(text).splitlines():
-            if match := _NODE.match(line):
-                self.nodes.append(_Built(match[2]))
-            elif match := _INPUT.match(line):
-                self.nodes[-1].inputs.append(match[1])
-            elif match := _OUTPUT.match(line):
-                self.nodes[-1].outputs.append(match[1])
+        mx.export_to_dot(_Writer(text), arrays, **some)
+        tokens = _tokens("".join(text))
+        first = first or tokens
+        named |= {
+            old: new for (kind, old), (_, new) in zip(first, tokens, strict=True) if kind != "node" and new in some
+        }
+    return [(kind, token if kind == "node" else named.get(token, token)) for kind, token in first]
+
+
+def _tokens(text: str) -> list[tuple[str, str]]:
+    """Operations, and the names of their inputs and outputs, in the order of the text."""
+    found = []
+    for line in text.splitlines():
+        if match := _NODE.match(line):
+            found.append(("node", match[2]))
+        elif match := _INPUT.match(line):
+            found.append(("input", match[1]))
+        elif match := _OUTPUT.match(line):
+            found.append(("output", match[1]))
+    return found
 
 
 class _Writer:
