@@ -184,7 +184,7 @@ def autobatch_by_length(
     Example:
         >>> import mlx.core as mx, mlx.nn as nn
         >>> model = nn.Embedding(64, 64)
-        >>> grad = nn.value_and_grad(model, lambda model, tokens: model(tokens).square().mean())
+        >>> grad = nn.value_and_grad(model, lambda tokens: model(tokens).square().mean())
         >>> results = autobatch_by_length(grad, lambda n, length: mx.ones((n, length), mx.int32), [16, 32],
         ...                               budget="1MB", state=model, max_batch=8, progress=False)
         >>> {length: result.batch_size for length, result in results.items()}

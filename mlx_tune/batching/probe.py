@@ -224,7 +224,7 @@ class Probe:
             out = self.step(batch)
             mx.eval(arrays_in(out), arrays_in(self.state))
             mx.synchronize()
-            mx.eval(mx.zeros(1) + 1)  # on Metal, an error that was stored by the work above comes out here (mlx#4174)
+        mx.eval(mx.zeros(1) + 1)  # on Metal, an error that was stored by the work above comes out here (mlx#4174)
         arrays = arrays_in(out)
         if not arrays:
             raise TrialError(

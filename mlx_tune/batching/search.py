@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 #: Slopes that differ by less than this factor are taken for one line, and then a size may be ruled out unmeasured.
 _SAME_LINE = 1.25
+#: By how much a shape's slope may be wrong, before measurements say how steep it is.
+_ESTIMATE = 1.1
 #: How far beyond the largest known size a first leap may go, while no line is established.
 _LEAP = 16
 
@@ -141,7 +143,7 @@ class _Curve:
     def least_slope(self) -> float:
         """The slope below which the next sizes are not expected to go; 0 without a line to trust."""
         if self.shape is not None and len(self.fitting) == 1:
-            return 1 / _SAME_LINE
+            return 1 / _ESTIMATE
         if not self.straight:
             return 0.0
         return min(self._neighbours())
@@ -150,7 +152,7 @@ class _Curve:
     def steep_slope(self) -> float | None:
         """The slope that leaps reckon with, taken over long distances so that noise counts little."""
         if len(self.fitting) < 2:
-            return None if self.shape is None or not self.fitting else _SAME_LINE
+            return None if self.shape is None or not self.fitting else _ESTIMATE
         last = self.fitting[-1]
         reach = self.x(last[0]) - self.x(self.fitting[0][0])
         far = [p for p in self.fitting[:-1] if self.x(last[0]) - self.x(p[0]) >= reach / 2]

@@ -1,0 +1,239 @@
+"""autobatch from end to end: the answer, what it leaves behind, and what it says of bad input."""
+
+import gc
+import re
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import small_steps
+from mlx.utils import tree_flatten
+
+import mlx_tune as mt
+from mlx_tune.batching import autobatch, autobatch_by_length
+from mlx_tune.errors import BudgetError, InvalidArgumentError
+
+OPTIONS = {"progress": False}
+
+
+def bits(state):
+    """Every array's exact bytes, by path, and the random stream."""
+    model, optimizer = state
+    flat = [*tree_flatten(model.state), *tree_flatten(optimizer.state)]
+    kept = [
+        (k, v.dtype, v.shape, bytes(memoryview(v.reshape(-1).view(mx.uint8))))
+        for k, v in flat
+        if isinstance(v, mx.array)
+    ]
+    return kept, mx.random.state[0].tolist(), model.training, limits()
+
+
+def limits():
+    memory, cache = mx.set_memory_limit(1), mx.set_cache_limit(0)
+    mx.set_memory_limit(memory)
+    mx.set_cache_limit(cache)
+    return memory, cache
+
+
+def least_peak(step, state, n):
+    """The smallest peak of a few fully throttled steps."""
+    peaks = []
+    for _ in range(4):
+        batch = small_steps.make_batch(n)
+        mx.eval(batch)
+        mx.clear_cache()
+        with mt.memory_limit(1), mt.track_memory() as memory:
+            mx.eval(step(batch), state[0].state, state[1].state)
+        peaks.append(memory.peak_bytes)
+    return min(peaks)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_answer_is_the_largest_that_fits_and_no_trial_went_above(compiled):
+    step, make_batch, state = small_steps.build(compiled=compiled)
+    least_peak(step, state, 1)
+    budget = (least_peak(step, state, 9) + least_peak(step, state, 10)) // 2 + least_peak(step, state, 10) // 100
+    result = autobatch(step, make_batch, budget=budget, state=state, **OPTIONS)
+    assert result.batch_size in (8, 9)  # single peaks spread upwards by a few per cent
+    assert result.peak_bytes <= budget
+    assert result.limit_bytes <= budget
+    assert all(trial.floor_bytes <= budget for trial in result.trials if trial.fits)
+    assert result.next_size == result.batch_size + 1
+    assert result.next_bytes > budget
+
+
+def test_everything_is_as_it_was():
+    step, make_batch, state = small_steps.build(dropout=0.3)
+    mx.eval(step(make_batch(1)), state[0].state, state[1].state)
+    before = bits(state)
+    gc.collect()
+    mx.synchronize()
+    held = mx.get_active_memory()
+    autobatch(step, make_batch, budget="10MB", max_batch=4, state=state, canary=True, **OPTIONS)
+    mx.synchronize()
+    assert bits(state) == before
+    assert abs(mx.get_active_memory() - held) < 100_000
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [1, 8])
+def test_everything_is_as_it_was_after_an_exception_in_any_trial(error, at):
+    step, make_batch, state = small_steps.build()
+    before = bits(state)
+    calls = []
+
+    def failing(x):
+        loss = step(x)
+        mx.eval(loss, state[0].state, state[1].state)
+        calls.append(1)
+        if len(calls) == at:
+            raise error("mine")
+        return loss
+
+    with pytest.raises(error, match="mine"):
+        autobatch(failing, make_batch, budget="10MB", max_batch=4, state=state, **OPTIONS)
+    assert len(calls) == at
+    assert bits(state) == before
+
+
+def test_training_under_the_result_stays_within_the_budget():
+    step, make_batch, state = small_steps.build()
+    result = autobatch(step, make_batch, budget="10MB", state=state, **OPTIONS)
+    mx.clear_cache()
+    with result.applied() as applied, mt.track_memory() as memory:
+        mx.eval(step(make_batch(result.batch_size)), state[0].state, state[1].state)
+    assert applied is result
+    assert memory.peak_bytes <= 1.15 * result.budget_bytes
+    assert limits()[0] != result.limit_bytes
+
+
+def test_accumulation_multiplies_exactly_to_the_target():
+    step, make_batch, state = small_steps.build()
+    result = autobatch(step, make_batch, budget="8MB", target_batch=60, multiple_of=2, state=state, **OPTIONS)
+    assert result.batch_size * result.accumulation_steps == 60
+    assert result.batch_size % 2 == 0
+    assert {trial.batch_size for trial in result.trials} <= {2, 4, 6, 10, 12, 20, 30, 60}
+    assert f"x {result.accumulation_steps} accumulation steps = 60" in str(result)
+
+
+def test_the_fastest_is_the_smallest_within_two_per_cent():
+    step, make_batch, state = small_steps.build()
+    result = autobatch(step, make_batch, budget="16MB", max_batch=6, prefer="fastest", state=state, **OPTIONS)
+    rates = {t.batch_size: t.items_per_second for t in result.trials if t.fits and t.steps == 2}
+    assert rates[result.batch_size] >= 0.98 * max(rates.values())
+    assert not [n for n, rate in rates.items() if n < result.batch_size and rate >= 0.98 * max(rates.values())]
+
+
+def test_a_slowdown_is_held_against_unhindered_steps():
+    step, make_batch, state = small_steps.build()
+    result = autobatch(step, make_batch, budget="10MB", slowdown=1000.0, state=state, **OPTIONS)
+    largest = max(trial.batch_size for trial in result.trials if trial.fits)
+    assert result.batch_size == largest  # a thousand times slower is never reached
+
+
+def test_without_a_graph_two_small_trials_do():
+    step, make_batch, state = small_steps.build()
+
+    def evaluating(x):
+        loss = step(x)
+        return loss if loss.item() > 0 else None
+
+    result = autobatch(evaluating, make_batch, budget="10MB", max_batch=8, state=state, **OPTIONS)
+    assert [trial.batch_size for trial in result.trials][:2] == [1, 2]
+    assert any("two small trials took the place of an estimate" in note for note in result.notes)
+
+
+def test_a_journal_spares_a_second_search_its_trials(tmp_path):
+    step, make_batch, state = small_steps.build()
+    options = {"budget": "10MB", "max_batch": 3, "state": state, "journal": tmp_path / "journal.jsonl", **OPTIONS}
+    first = autobatch(step, make_batch, **options)
+    forecast_calls = []
+
+    def counted(x):
+        forecast_calls.append(x.shape[0])
+        return step(x)
+
+    second = autobatch(counted, make_batch, **options)
+    assert second.batch_size == first.batch_size
+    assert second.trials[-1] == first.trials[-1]
+
+
+def test_by_length_gives_shorter_rows_larger_batches():
+    model = nn.Embedding(64, 256)
+    grad = nn.value_and_grad(model, lambda tokens: nn.gelu(model(tokens)).square().mean())
+    make_batch = lambda n, length: mx.ones((n, length), mx.int32)  # noqa: E731
+    results = autobatch_by_length(grad, make_batch, [128, 64], budget="4MB", state=model, **OPTIONS)
+    assert list(results) == [64, 128]
+    assert results[64].batch_size > results[128].batch_size
+    assert all(result.peak_bytes <= 4_000_000 for result in results.values())
+    assert results[64].unit == "tokens"
+
+
+def test_a_batch_that_cannot_fit_is_not_tried_and_the_error_says_by_how_much():
+    step, make_batch, state = small_steps.build()
+    ran = []
+
+    def watched(x):
+        ran.append(x.shape)
+        return step(x)
+
+    pattern = (
+        r"Batch size 50 does not fit: a step is predicted to take [\d.]+ MB with dispatch held back, "
+        r"[\d.]+ MB more than the budget of 2\.00 MB \(given\)\. [\d.]+ MB of it are activations.*checkpoint_blocks"
+    )
+    with mt.track_memory() as memory, pytest.raises(BudgetError, match=pattern) as caught:
+        autobatch(watched, make_batch, budget="2MB", min_batch=50, state=state, **OPTIONS)
+    assert memory.peak_bytes < 10_000_000
+    assert caught.value.needed_bytes > 20_000_000
+    assert caught.value.budget_bytes == 2_000_000
+
+
+def test_a_budget_below_the_model_says_the_sizes():
+    step, make_batch, state = small_steps.build()
+    with pytest.raises(
+        BudgetError, match=r"budget of 100 kB \(given\) is used up before the first step: .* hold .*B, of which 136 kB"
+    ):
+        autobatch(step, make_batch, budget="100kB", state=state, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"min_batch": 8, "max_batch": 4}, "min_batch=8 is above max_batch=4: no size lies between."),
+        ({"min_batch": 0}, "min_batch=0: give a whole number of at least 1."),
+        ({"max_batch": 2.5}, "max_batch=2.5: give a whole number of at least 1."),
+        (
+            {"max_batch": 5, "min_batch": 5, "multiple_of": 4},
+            "no multiple of multiple_of=4, at least min_batch=5 and at most",
+        ),
+        ({"target_batch": 9, "multiple_of": 2}, "no multiple of multiple_of=2 that divides target_batch=9"),
+        ({"steps": 0}, "steps=0: a trial takes at least one step"),
+        ({"slowdown": -0.1}, "slowdown=-0.1: give a share of at least 0"),
+        ({"prefer": "biggest"}, 'prefer=\'biggest\': give "largest" or "fastest".'),
+        ({"isolate": True}, "isolate=True and factory=None: a trial in its own process needs both"),
+        ({"factory": "a:b"}, "isolate=False and factory='a:b'"),
+        ({"isolate": True, "factory": "no_colon"}, "factory='no_colon': write it as \"module:function\""),
+        ({"trial_timeout": 3.0}, "trial_timeout=3.0: only a trial in its own process can be ended"),
+        ({"isolate": True, "factory": "a:b", "canary": True}, "canary=True runs in this process"),
+        ({"budget": "much"}, "'much' is not a number of bytes"),
+    ],
+)
+def test_bad_arguments_are_named(options, text):
+    step, make_batch, state = small_steps.build()
+    before = bits(state)
+    options = {"budget": "10MB", "state": state, **OPTIONS, **options}
+    with pytest.raises(
+        InvalidArgumentError, match=re.escape(text) if "no multiple" not in text else text.replace("(", r"\(")
+    ):
+        autobatch(step, make_batch, **options)
+    assert bits(state) == before
+
+
+def test_functions_are_asked_for():
+    with pytest.raises(InvalidArgumentError, match=r"step=None, make_batch=None: both must be functions"):
+        autobatch(**OPTIONS)
+
+
+def test_lengths_are_asked_for():
+    with pytest.raises(InvalidArgumentError, match=r"lengths=\[\]: give at least one"):
+        autobatch_by_length(lambda x: x, lambda n, length: None, [])

@@ -1,0 +1,62 @@
+"""A training step whose peak grows by a good megabyte a row, and factories that build it in other processes."""
+
+import os
+import signal
+import time
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+
+ROWS = 100
+
+
+def build(dropout=0.0, compiled=False):
+    """Step, make_batch and state; a batch is `[n, 100, 64]`."""
+    mx.random.seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Dropout(dropout), nn.BatchNorm(256), nn.Linear(256, 64))
+    model.train()
+    mx.eval(model.parameters())
+    optimizer = optim.AdamW(1e-4)
+    grad = nn.value_and_grad(model, lambda model, x: (model(x) - x).square().mean())
+
+    def step(x):
+        loss, gradients = grad(model, x)
+        optimizer.update(model, gradients)
+        return loss
+
+    if compiled:
+        held = [model.state, optimizer.state, mx.random.state]
+        step = mx.compile(step, inputs=held, outputs=held)
+    return step, make_batch, (model, optimizer)
+
+
+def make_batch(n):
+    return mx.sin(mx.arange(n * ROWS * 64, dtype=mx.float32)).reshape(n, ROWS, 64)
+
+
+def _beyond(size, harm):
+    step, make_batch, state = build()
+
+    def harmful(x):
+        if x.shape[0] >= size:
+            harm()
+        return step(x)
+
+    return harmful, make_batch, state
+
+
+def factory():
+    return build()
+
+
+def killed_from_three():
+    return _beyond(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hangs_from_three():
+    return _beyond(3, lambda: time.sleep(600))
+
+
+def broken():
+    raise ValueError("the factory's own words")
