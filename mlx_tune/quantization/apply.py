@@ -23,7 +23,8 @@ from mlx_tune.quantization.transaction import original, swap
 PackedArrays = tuple[mx.array, mx.array, mx.array | None]
 
 #: Weights looked at together where a whole layer would need several float32 copies of itself at once.
-_CHUNK_WEIGHTS = 1 << 19
+#: A GPU has more room and waits longer for each piece to end.
+_CHUNK_WEIGHTS, _CHUNK_WEIGHTS_GPU = 1 << 19, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ def _decibels(weight: mx.array, after: Callable[[slice], mx.array]) -> float:
     for rows in _row_chunks(weight):
         before = _rows(weight, rows).astype(mx.float32)
         power, error = mx.square(before).sum(), mx.square(before - after(rows)).sum()
+        mx.eval(power, error)
         signal, noise = signal + number(power), noise + number(error)
     if noise == 0:
         return math.inf
@@ -262,7 +264,8 @@ def _hollow_copy(module: nn.Module, weight: mx.array) -> nn.Module:
 def _row_chunks(weight: mx.array) -> list[slice]:
     """Slices over the rows of all leading axes together."""
     rows = math.prod(weight.shape[:-1])
-    step = max(1, _CHUNK_WEIGHTS // max(1, weight.shape[-1]))
+    at_once = _CHUNK_WEIGHTS if mx.default_device() == mx.Device(mx.cpu) else _CHUNK_WEIGHTS_GPU
+    step = max(1, at_once // max(1, weight.shape[-1]))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 

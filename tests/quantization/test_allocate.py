@@ -29,7 +29,7 @@ def size_of(options: Options, chosen: list[int]) -> int:
     return sum(layer[k][0] for layer, k in zip(options, chosen, strict=True))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(LAYER, min_size=1, max_size=5), st.integers(0, 160))
 def test_it_is_the_best_of_all(options: Options, budget: int) -> None:
     found, expected = allocate(options, budget), brute_force(options, budget)
@@ -41,7 +41,7 @@ def test_it_is_the_best_of_all(options: Options, budget: int) -> None:
     assert cost_of(options, found) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(LAYER, min_size=1, max_size=5), st.integers(0, 160))
 def test_thinned_out_it_still_keeps_the_budget(options: Options, budget: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

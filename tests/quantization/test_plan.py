@@ -134,7 +134,7 @@ def test_arguments_that_cannot_be_meant(arguments: dict, text: str) -> None:
 
 
 def test_not_a_module() -> None:
-    with pytest.raises(QuantizationError, match="model is a dict, not an mlx.nn.Module"):
+    with pytest.raises(QuantizationError, match=r"model is a dict, not an mlx.nn.Module"):
         mt.plan_quantization({}, 4, 64)
 
 
