@@ -36,6 +36,12 @@ def section(function: Callable[[bool], dict[str, Any]]) -> Callable[[bool], dict
     return function
 
 
+def note(row: list[Any]) -> list[Any]:
+    """Show a row at once, so that a run that is cut short still says what it found."""
+    print("  ...", *row, flush=True)
+    return row
+
+
 def release() -> None:
     """Give back what earlier sections held."""
     gc.collect()
@@ -139,14 +145,16 @@ def checkpointing(quick: bool) -> dict[str, Any]:
                 limited = measured(job, batch, limit=tight.limit_bytes)
             figures[way] = {"free": free, "tightest": limited}
             table.append(
-                [
-                    way,
-                    f"{free['peak_bytes'] / GB:.2f}",
-                    f"{free['seconds']:.4f}",
-                    f"{tight.limit_bytes / GB:.2f}",
-                    f"{limited['peak_bytes'] / GB:.2f}",
-                    f"{limited['seconds']:.4f}",
-                ]
+                note(
+                    [
+                        way,
+                        f"{free['peak_bytes'] / GB:.2f}",
+                        f"{free['seconds']:.4f}",
+                        f"{tight.limit_bytes / GB:.2f}",
+                        f"{limited['peak_bytes'] / GB:.2f}",
+                        f"{limited['seconds']:.4f}",
+                    ]
+                )
             )
             del job, batch, context
             release()
@@ -173,14 +181,16 @@ def _plans(quick: bool) -> list[dict[str, Any]]:
         figures.append(done)
         chosen = sum(1 for row in plan.blocks if row.checkpointed)
         table.append(
-            [
-                budget,
-                f"{chosen} of {len(plan.blocks)}",
-                f"{plan.predicted_peak_bytes / GB:.2f}",
-                f"{plan.measured_peak_bytes / GB:.2f}",
-                f"{plan.measured_seconds:.4f}",
-                "",
-            ]
+            note(
+                [
+                    budget,
+                    f"{chosen} of {len(plan.blocks)}",
+                    f"{plan.predicted_peak_bytes / GB:.2f}",
+                    f"{plan.measured_peak_bytes / GB:.2f}",
+                    f"{plan.measured_seconds:.4f}",
+                    "",
+                ]
+            )
         )
         release()
     columns = ["budget", "checkpointed", "predicted peak GB", "measured GB", "seconds", "note"]
@@ -215,7 +225,7 @@ def estimates(quick: bool) -> dict[str, Any]:
             name = f"{size} {' '.join(map(str, options.values()))} x{rows}{' checkpointed' if checkpointed else ''}"
             ratio = estimate.floor_bytes / floor
             figures.append({"step": name, "predicted": estimate.floor_bytes, "measured": floor, "ratio": ratio})
-            table.append([name, f"{estimate.floor_bytes / GB:.3f}", f"{floor / GB:.3f}", f"{ratio:.3f}"])
+            table.append(note([name, f"{estimate.floor_bytes / GB:.3f}", f"{floor / GB:.3f}", f"{ratio:.3f}"]))
             del job, batch
             release()
     print(render_table(["step", "predicted floor GB", "measured GB", "ratio"], table))
@@ -239,15 +249,17 @@ def autobatch(quick: bool) -> dict[str, Any]:
         above = sum(1 for t in found.trials if t.peak_bytes is not None and t.peak_bytes > found.budget_bytes)
         figures.append({"model": size, "budget": budget, "search_seconds": seconds, **found.to_dict()})
         table.append(
-            [
-                f"{size}{' LoRA' if options else ''}",
-                budget,
-                found.batch_size,
-                f"{found.peak_bytes / GB:.2f}",
-                len(found.trials),
-                above,
-                f"{seconds / one['seconds']:.1f}",
-            ]
+            note(
+                [
+                    f"{size}{' LoRA' if options else ''}",
+                    budget,
+                    found.batch_size,
+                    f"{found.peak_bytes / GB:.2f}",
+                    len(found.trials),
+                    above,
+                    f"{seconds / one['seconds']:.1f}",
+                ]
+            )
         )
         del job
         release()
@@ -321,7 +333,7 @@ def autofit(quick: bool) -> dict[str, Any]:
                 )
                 batch = found.batch_size
                 figures[way] = rate(job, batch, found.limit_bytes)
-        table.append([way, batch, f"{figures[way]:.0f}"])
+        table.append(note([way, batch, f"{figures[way]:.0f}"]))
         del job
         release()
     print(render_table(["way", "batch", "tokens a second"], table, title=f"\n{size} in {budget}"))
@@ -342,15 +354,17 @@ def quantizing(quick: bool) -> dict[str, Any]:
                     mx.eval(model.parameters())
                 figures.append({"model": size, "effort": effort, "bits": bits, "held_bytes": held, **m.to_dict()})
                 table.append(
-                    [
-                        size,
-                        effort,
-                        bits,
-                        f"{m.seconds:.2f}",
-                        f"{m.seconds / count * 1e6 * 1e3:.3f}",
-                        format_bytes(held),
-                        format_bytes(m.peak_bytes),
-                    ]
+                    note(
+                        [
+                            size,
+                            effort,
+                            bits,
+                            f"{m.seconds:.2f}",
+                            f"{m.seconds / count * 1e6 * 1e3:.3f}",
+                            format_bytes(held),
+                            format_bytes(m.peak_bytes),
+                        ]
+                    )
                 )
                 del model
                 release()

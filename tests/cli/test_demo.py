@@ -1,0 +1,95 @@
+"""The demonstration, on little text and with few steps."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from mlx_tune.cli import main
+from mlx_tune.cli.demo.corpus import read_corpus
+from mlx_tune.errors import InvalidArgumentError
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A dozen of the standard library's modules."""
+    folder = tmp_path_factory.mktemp("text")
+    for source in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:24]:
+        (folder / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_whole_path(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = main(["demo", "--text", str(text), "--steps", "4", "--budget", "40MB", "--out", str(out), "--json"])
+    printed = capsys.readouterr()
+    figures = json.loads(printed.out)
+    assert code == 0
+    training = figures["training"]
+    assert training["perplexity_after"] < training["perplexity_before"], "it learned"
+    assert figures["batch"]["checkpointed"]["batch_size"] >= figures["batch"]["plain"]["batch_size"]
+    reports = figures["quantization"]
+    kl = [reports[f"{bits}-bit"]["accuracy"]["mean_kl"] for bits in (8, 4, 3)]
+    assert 0 < kl[0] < kl[1] < kl[2], "fewer bits cost more"
+    sizes = [reports[f"{bits}-bit"]["size_after_bytes"] for bits in (8, 4, 3)]
+    assert sizes[0] > sizes[1] > sizes[2]
+    saved = figures["saved"]["perplexity_after_loading"]
+    assert saved == pytest.approx(reports["4-bit"]["accuracy"]["perplexity_after"], rel=1e-4)
+    assert figures["saved"]["text"]
+    assert "Machine" in printed.err
+    assert {p.name for p in (out / "model-4bit").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps", "0"], "at least one step"),
+        (["--budget", "much"], "'much' is not a number of bytes"),
+        (["--text", "no/such/place"], "no file or folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(options, words, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["demo", "--out", str(out), *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not out.exists(), "nothing is half written"
+
+
+def test_a_folder_that_is_in_use_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("keep")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_held_out_text_is_apart_from_training_text(text):
+    corpus = read_corpus(str(text))
+    assert corpus.held_out
+    assert not set(corpus.held_out) & set(corpus.training)
+    assert len(corpus.held_out) + len(corpus.training) == 24
+
+
+def test_a_single_file_is_cut_so_that_some_can_be_held_out(tmp_path):
+    file = tmp_path / "one.txt"
+    file.write_text("".join(f"line {i}\n" for i in range(500)))
+    corpus = read_corpus(str(file))
+    assert corpus.held_out
+    assert "".join(sorted(corpus.held_out + corpus.training, key=lambda t: int(t.split()[1]))) == file.read_text()
+
+
+def test_too_little_text(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(InvalidArgumentError, match="too little text"):
+        read_corpus(str(tmp_path / "empty.txt"))
+
+
+def test_the_standard_library_is_the_default():
+    corpus = read_corpus(None)
+    assert sum(map(len, corpus.training)) > 1_000_000
+    assert len(corpus.held_out) > 5
