@@ -1,4 +1,6 @@
-"""What common guides say about MLX, looked at: python tests/benchmarks/claims.py [--quick] [--only SECTION ...] [--json FILE]
+"""What common guides say about MLX, looked at.
+
+    python tests/benchmarks/claims.py [--quick] [--only SECTION ...] [--json FILE]
 
 - sizes: bytes of a model's weights at 8 and 4 bits
 - loading: whether weights from a file are in memory when they are loaded, when they are used, and twice
