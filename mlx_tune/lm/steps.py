@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.graphs import is_tracing
 from mlx_tune.lm.adapters import integer_parameters
 from mlx_tune.state import Snapshot
 
@@ -143,7 +144,8 @@ def _compiled_step(
         (value, tokens), gradients = loss_and_gradients(model, *batch)
         if kept is not None:
             gradients = tree_map(mx.add, gradients, kept)
-        gradients = average_gradients(gradients)
+        if not is_tracing():  # MLX cannot export communication; what it holds is a buffer of 32 MiB
+            gradients = average_gradients(gradients)
         if accumulation > 1:
             gradients = tree_map(lambda g: g / accumulation, gradients)
         optimizer.update(model, gradients)
@@ -152,14 +154,14 @@ def _compiled_step(
     kept = None
     if accumulation > 1:
         kept = tree_map(mx.zeros_like, model.trainable_parameters())
-    compiled: dict[tuple[type, ...], Any] = {}
+    compiled: dict[bool, tuple[tuple[type, ...], Any]] = {}
 
     def step(batch: Any) -> tuple[mx.array, mx.array]:
         kinds = tuple(type(module) for module in model.modules())
-        if kinds not in compiled:
-            compiled.clear()
-            compiled[kinds] = partial(mx.compile, inputs=state, outputs=state)(partial(update))
-        return compiled[kinds](batch, kept)
+        tracing = is_tracing()
+        if compiled.get(tracing, ((), None))[0] != kinds:
+            compiled[tracing] = kinds, partial(mx.compile, inputs=state, outputs=state)(partial(update))
+        return compiled[tracing][1](batch, kept)
 
     return step
 

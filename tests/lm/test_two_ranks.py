@@ -1,0 +1,56 @@
+"""Two ranks of `mlx.launch` on this machine's loopback against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+
+
+def run(folder: Path, task: str, ranks: int) -> None:
+    alone = [sys.executable, str(SCRIPT), str(folder), task]
+    words = alone
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launch = str(Path(sys.executable).parent / "mlx.launch")
+        words = [launch, "-n", str(ranks), "--backend", "ring", "--starting-port", str(port), "--", *alone]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_two_ranks_train_what_one_rank_trains(tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        run(tmp_path, "train", ranks)
+    one = json.loads((tmp_path / "train-0-of-1.json").read_text())
+    two = json.loads((tmp_path / "train-0-of-2.json").read_text())
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert one["tokens"] == two["tokens"] > 0
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+    weights = {name: mx.load(str(tmp_path / f"train-{name}.npz")) for name in ("0-of-1", "0-of-2", "1-of-2")}
+    for path, value in weights["0-of-1"].items():
+        np.testing.assert_allclose(weights["0-of-2"][path], value, rtol=1e-4, atol=1e-6, err_msg=path)
+        assert mx.array_equal(weights["0-of-2"][path], weights["1-of-2"][path]), path
+    assert (tmp_path / "train-0-of-2" / "adapters.safetensors").exists()
+    assert not list((tmp_path / "train-1-of-2").glob("*.safetensors"))  # the first rank saves
+
+
+def test_two_ranks_agree_on_a_batch_that_fits_the_smaller_budget(tmp_path: Path) -> None:
+    run(tmp_path, "search", 2)
+    sizes = [json.loads((tmp_path / f"search-{rank}-of-2.json").read_text())["batch_size"] for rank in range(2)]
+    assert sizes[0] == sizes[1]
+    assert sizes[0] % 2 == 0
