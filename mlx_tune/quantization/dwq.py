@@ -28,7 +28,7 @@ from mlx_tune.quantization.lazy import number
 from mlx_tune.quantization.trainable import NAMES, stored_pair, trainable_sites, trained_in_place
 
 #: Adam's step, in quantization steps at the ends of a group's grid; the best of these is found by trying.
-RATES = (0.01, 0.03, 0.1)
+RATES = (0.003, 0.01, 0.03)
 
 #: One batch in so many is kept aside.
 _HELD_OUT_EVERY = 8
