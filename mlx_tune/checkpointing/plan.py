@@ -181,7 +181,8 @@ def _no_limit_holds(survey: Survey, real: Measurements, budget_bytes: int) -> Bu
         f"A step at batch size {survey.batch_size} does not fit {format_bytes(budget_bytes)}: with "
         f"{sum(least.choice)} of {len(survey.paths)} blocks checkpointed it was predicted to need at least "
         f"{format_bytes(survey.floor(least.choice))}, and its peak was {format_bytes(least.peak_bytes)} under a "
-        f"limit of {format_bytes(least.limit_bytes)}. Take a smaller batch, or a budget a few per cent larger.",
+        f"limit of {format_bytes(least.limit_bytes)}. Take a smaller batch, or a budget a few per cent larger. If "
+        "the step is compiled, the model's state must be among its inputs: otherwise it goes on as first traced.",
         needed_bytes=least.peak_bytes,
         budget_bytes=budget_bytes,
     )

@@ -201,7 +201,12 @@ def compared(
 
 def line(row: dict[str, Any]) -> str:
     """One budget on a line."""
-    return f"{row['model']}, {format_bytes(row['budget_bytes'])}: ratio {row['ratio']:.3f} ± {row['noise']:.3f}"
+    others = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in row["uniform_seconds"].items())
+    return (
+        f"{row['model']}, {format_bytes(row['budget_bytes'])}: {row['plan_blocks']} of {row['blocks']} blocks, "
+        f"{row['plan_seconds']:.3f} s, peak {format_bytes(row['plan_peak_bytes'])}; uniform: {others or 'none fits'}; "
+        f"ratio {row['ratio']:.3f} ± {row['noise']:.3f}"
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -316,6 +316,16 @@ def test_a_step_that_raises_while_measured_changes_nothing(floors, monkeypatch):
     assert training.everything() == before
 
 
+def test_a_step_whose_peak_no_limit_holds_is_an_error_with_both_figures(floors, monkeypatch):
+    training = Training()
+    before = training.everything()
+    monkeypatch.setattr(measuring, "run_step", lambda step, args, state, limit: StepTrial(limit, 10**8, 1.0))
+    with pytest.raises(BudgetError, match=r"predicted to need at least .* and its peak was 100 MB .* budget") as error:
+        training.plan(between(floors, 0.5))
+    assert error.value.needed_bytes == 10**8
+    assert training.everything() == before
+
+
 def test_a_checkpointed_block_is_refused():
     training = Training()
     checkpoint(training.model.layers[2])
