@@ -28,14 +28,19 @@ def explain_failure(error: BaseException) -> TraceError | None:
             f"The step evaluates an array {_place(error)}. A step is planned without running it, so it must only build "
             "arrays: leave mx.eval, .item(), float(), print and `if` on arrays to the code that calls the step."
         )
-    refused = re.search(r"Unable to get state for primitive (\w+)", text)
-    if refused:
+    if refused := refused_primitive(error):
         return TraceError(
-            f"The step contains the operation {refused[1]}, which MLX cannot describe and for which there is no "
+            f"The step contains the operation {refused}, which MLX cannot describe and for which there is no "
             "stand-in yet. Write that part of the step with other operations, or measure instead: autobatch() and "
             "memory_limit() need no description."
         )
     return None
+
+
+def refused_primitive(error: BaseException) -> str:
+    """The primitive that the exporter says it cannot describe; empty for any other error."""
+    match = re.search(r"Unable to get state for primitive (\w+)", str(error))
+    return match[1] if match and isinstance(error, ValueError) else ""
 
 
 def _place(error: BaseException) -> str:

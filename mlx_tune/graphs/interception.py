@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.graphs.recomputation import traced_checkpoint
+from mlx_tune.graphs.standins import STAND_INS, StandIn
 from mlx_tune.graphs.trees import arrays_of, with_arrays
 from mlx_tune.graphs.unmerge import BuiltGraph
 
@@ -58,11 +59,12 @@ def intercepted(interception: Interception) -> Iterator[None]:
 
 def _install() -> None:
     transformed = type(mx.checkpoint(lambda: None))
+    operations = {(s.owner, s.name): _stand_in(s) for s in STAND_INS.values()}
     for owner, name, replacement in [
         (mx, "checkpoint", _checkpoint),
-        (mx, "gather_mm", _gather_mm),
         (transformed, "__call__", _call_transformed),
         (mx.custom_function, "__call__", _call_custom),
+        *((owner, name, replacement) for (owner, name), replacement in operations.items()),
     ]:
         original = getattr(owner, name)
         _originals.append((owner, name, original))
@@ -173,26 +175,16 @@ def _call_custom(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _gather_mm(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Expert products of sorted tokens, whose weight gradient (SegmentedMM) MLX cannot export.
+def _stand_in(stand_in: StandIn) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Route calls of an operation to its stand-in where this thread's trace asked for it."""
 
-    The same sizes as tokens spread evenly over the experts: one batched product, and its two gradients.
-    """
+    def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            interception = _current()
+            if interception is None or stand_in.name not in interception.stand_ins:
+                return original(*args, **kwargs)
+            return stand_in.function(original, *args, **kwargs)
 
-    def gather_mm(a: mx.array, b: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        interception = _current()
-        sorted_indices = kwargs.get("sorted_indices", False) or (len(args) > 2 and args[2])
-        lhs = kwargs.get("lhs_indices", args[0] if args else None)
-        experts = b.shape[0] if b.ndim == 3 else 0
-        if interception is None or not sorted_indices or lhs is not None or not experts or a.ndim != 3:
-            return original(a, b, *args, **kwargs)
-        interception.stand_ins["gather_mm"] = "tokens spread evenly over the experts, as one batched product"
-        rows = a.shape[0] * a.shape[1]
-        flat = a.reshape(rows, a.shape[2])
-        missing = -rows % experts
-        if missing:
-            flat = mx.concatenate([flat, flat[:missing]])
-        product = flat.reshape(experts, -1, a.shape[2]) @ b
-        return product.reshape(-1, b.shape[2])[:rows].reshape(*a.shape[:2], b.shape[2])
+        return call
 
-    return gather_mm
+    return replacement

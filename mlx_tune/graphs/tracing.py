@@ -8,14 +8,15 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.errors import InvalidArgumentError, TraceError
-from mlx_tune.graphs.blame import explain_failure
+from mlx_tune.graphs.blame import explain_failure, refused_primitive
 from mlx_tune.graphs.checkpoints import fold_checkpoints
 from mlx_tune.graphs.fusion import fuse
 from mlx_tune.graphs.graph import ArraySpec, Graph, Node, Value, dtype_name
 from mlx_tune.graphs.interception import Interception, intercepted
 from mlx_tune.graphs.recomputation import tracing
+from mlx_tune.graphs.standins import STAND_INS
 from mlx_tune.graphs.surroundings import Surroundings
-from mlx_tune.graphs.trees import leaves, rebuild
+from mlx_tune.graphs.trees import leaves, with_arrays
 from mlx_tune.graphs.unmerge import BuiltGraph, unmerge
 from mlx_tune.state import Snapshot
 
@@ -40,14 +41,44 @@ def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -
         raise InvalidArgumentError(f"step={step!r} is not callable: pass the function that runs one training step.")
     slots = list(_slots(state))
     batch = list(leaves(args, "args"))
+    stand_ins: dict[str, str] = {}
+    while True:
+        interception = Interception(stand_ins=dict(stand_ins))
+        try:
+            return _trace(step, args, state, batch, slots, interception)
+        except _RefusedError as refused:
+            # The exporter gives up at the first operation it does not know: trace again with its equivalent.
+            stand_in = STAND_INS[refused.primitive]
+            stand_ins[stand_in.name] = stand_in.words
+
+
+class _RefusedError(Exception):
+    """The exporter cannot describe a primitive for which there is a stand-in that was not in use."""
+
+    def __init__(self, primitive: str) -> None:
+        super().__init__(primitive)
+        self.primitive = primitive
+
+
+def _trace(
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    state: Any,
+    batch: list[tuple[str, Any]],
+    slots: list[_Slot],
+    interception: Interception,
+) -> Graph:
+    """One attempt, after which everything is as before."""
     surroundings = Surroundings(step, state)
-    interception = Interception()
     recorder = _Recorder()
     snapshot = Snapshot(state)
     try:
         with tracing(), intercepted(interception):
             recorder.trace(step, args, batch, slots, state)
     except BaseException as error:
+        primitive = refused_primitive(error)
+        if primitive in STAND_INS and STAND_INS[primitive].name not in interception.stand_ins:
+            raise _RefusedError(primitive) from None
         problem = explain_failure(error)
         if problem is not None:
             raise problem from error
@@ -90,18 +121,22 @@ class _Recorder:
     ) -> None:
         unique: dict[int, int] = {}
         arrays: list[mx.array] = []
+        positions: list[int] = []
         for label, leaf in batch:
             array = mx.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, ArraySpec) else leaf
-            if id(leaf) not in unique:
-                unique[id(leaf)] = len(arrays)
+            # The same array twice is one array; the same description twice describes two.
+            position = unique.get(id(leaf), len(arrays)) if array is leaf else len(arrays)
+            positions.append(position)
+            if position == len(arrays):
                 arrays.append(array)
                 self._inputs.append(Value(tuple(array.shape), array.dtype, "batch", label))
+                if array is leaf:
+                    unique[id(leaf)] = position
         for slot in slots:
             if id(slot.array) not in unique:
                 unique[id(slot.array)] = len(arrays)
                 arrays.append(slot.array)
                 self._inputs.append(Value(tuple(slot.array.shape), slot.array.dtype, slot.role, slot.label))
-        batch_ids = {id(leaf) for _, leaf in batch}
         before = {id(slot.array) for slot in slots}
         kept: set[int] = set()
 
@@ -109,7 +144,7 @@ class _Recorder:
             place = {key: tracers[i] for key, i in unique.items()}
             for slot in slots:
                 slot.put(place[id(slot.array)])
-            result = step(*rebuild(args, lambda leaf: place[id(leaf)]))
+            result = step(*with_arrays(args, (tracers[i] for i in positions)))
             outputs = [leaf for _, leaf in leaves(result, "result")]
             if not outputs:
                 raise TraceError(
@@ -128,7 +163,7 @@ class _Recorder:
             arrays, unique[0] = [mx.array(0.0)], 0
             self._inputs.append(Value((), mx.float32, "captured", "nothing"))
         mx.export_function(self._see, flat, *arrays)
-        self.graph.held |= {unique[key] for key in batch_ids | kept if key in unique}
+        self.graph.held |= {*positions, *(unique[key] for key in kept)}
 
     def _see(self, event: dict[str, Any]) -> None:
         kind = event["type"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -28,18 +28,13 @@ def arrays_of(tree: Any) -> list[mx.array]:
 
 
 def with_arrays(tree: Any, arrays: Iterator[mx.array]) -> Any:
-    """The same tree with its arrays replaced by the next ones."""
-    return rebuild(tree, lambda _: next(arrays))
-
-
-def rebuild(tree: Any, replace: Callable[[Any], Any]) -> Any:
-    """The same tree with every array or description put through `replace`; other leaves stay."""
+    """The same tree with every array or description replaced by the next of `arrays`; other leaves stay."""
     if isinstance(tree, (mx.array, ArraySpec)):
-        return replace(tree)
+        return next(arrays)
     if isinstance(tree, dict):
-        return {key: rebuild(child, replace) for key, child in tree.items()}
+        return {key: with_arrays(child, arrays) for key, child in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(rebuild(child, replace) for child in tree))
+        return type(tree)(*(with_arrays(child, arrays) for child in tree))
     if isinstance(tree, (list, tuple)):
-        return type(tree)(rebuild(child, replace) for child in tree)
+        return type(tree)(with_arrays(child, arrays) for child in tree)
     return tree

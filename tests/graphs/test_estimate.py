@@ -66,6 +66,12 @@ def test_arguments_may_be_shapes_at_any_depth() -> None:
     assert by_shape.by_purpose["batch"] == 64 * 16 * 4
 
 
+def test_an_array_given_twice_is_one_and_a_shape_given_twice_is_two() -> None:
+    spec, array = ArraySpec((64, 64), mx.float32), mx.zeros((64, 64))
+    assert estimate_memory(lambda x, y: x @ y, spec, spec).by_purpose["batch"] == 2 * 64 * 64 * 4
+    assert estimate_memory(lambda x, y: x @ y, array, array).by_purpose["batch"] == 64 * 64 * 4
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_step_trains_afterwards_exactly_as_if_nothing_had_happened(compiled: bool, dropout: float) -> None:
