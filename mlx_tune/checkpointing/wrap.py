@@ -10,8 +10,9 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable, Iterable
 from functools import wraps
+from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, overload
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import mlx.nn as nn
 
@@ -24,6 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _NAMES = "_checkpoint_keep"  # the attribute of a wrapped block that holds the names to keep
 _classes: WeakValueDictionary[type, type] = WeakValueDictionary()
+_functions: WeakSet[Callable[..., Any]] = WeakSet()
 
 
 @overload
@@ -129,7 +131,8 @@ def is_checkpointed(block: Any) -> bool:
     """
     if isinstance(block, nn.Module):
         return isinstance(block, _Checkpointed)
-    return getattr(block, _NAMES, None) is not None
+    # Asked of the function itself: functools.wraps copies attributes to whatever is wrapped around it.
+    return isinstance(block, FunctionType) and block in _functions
 
 
 def unwrap(module: nn.Module) -> bool:
@@ -221,7 +224,7 @@ def _wrap_function(function: Callable[P, R], names: frozenset[str]) -> Callable[
     def checkpointed(*args: P.args, **kwargs: P.kwargs) -> R:
         return call_checkpointed(function, function, args, kwargs, names)
 
-    setattr(checkpointed, _NAMES, names)
+    _functions.add(checkpointed)
     return checkpointed
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import wraps
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -162,6 +163,39 @@ def test_functions():
     assert calls == [False, True]
     assert mt.checkpoint(fast).__wrapped__ is square
     assert not mt.is_recomputing()
+
+
+def test_a_function_around_a_checkpointed_one_is_not_checkpointed_itself():
+    calls = []
+    fast = mt.checkpoint(lambda x: calls.append(1) or x * x)
+
+    @wraps(fast)
+    def around(x):
+        return fast(x) + 1
+
+    assert not mt.is_checkpointed(around)
+    assert mt.checkpoint(around).__wrapped__ is around
+    assert mx.grad(around)(mx.array(3.0)).item() == 6
+    assert len(calls) == 2
+
+
+def test_objects_that_can_be_called():
+    class Scale:
+        def __init__(self):
+            self.weight = mx.array(2.0)
+
+        def __call__(self, x):
+            return x * x * self.weight
+
+    scale = Scale()
+    fast = mt.checkpoint(scale)
+    assert mt.is_checkpointed(fast)
+
+    def loss(w):
+        scale.weight = w
+        return fast(mx.array(3.0))
+
+    assert mx.grad(loss)(mx.array(1.0)).item() == 9
 
 
 def test_decorated_method():
