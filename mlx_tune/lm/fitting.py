@@ -69,7 +69,7 @@ def autobatch(
     """
     from mlx_lm.tuner.trainer import TrainingArgs
 
-    import mlx_tune
+    from mlx_tune.batching.autobatch import autobatch as find_batch
 
     args = TrainingArgs() if args is None else args
     if options.get("target_batch") is not None:
@@ -80,7 +80,7 @@ def autobatch(
         _checkpointed(model, args),
         training_step(model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss) as ready,
     ):
-        return mlx_tune.autobatch(
+        return find_batch(
             ready.step,
             ready.make_batch,
             budget=budget,
@@ -123,8 +123,12 @@ def estimate_memory(
     import mlx_tune
 
     args = TrainingArgs() if args is None else args
-    with _checkpointed(model, args), training_step(model, _optimizer(optimizer), dataset, args, loss=loss) as ready:
-        return mlx_tune.estimate_memory(ready.step, ready.make_batch(args.batch_size), state=ready.state)
+    with (
+        _checkpointed(model, args),
+        training_step(model, _optimizer(optimizer), dataset, args, loss=loss, evaluate=False) as ready,
+    ):
+        kept = () if ready.kept is None else (ready.kept,)
+        return mlx_tune.estimate_memory(ready.step, ready.make_batch(args.batch_size), *kept, state=ready.state)
 
 
 def autofit(
@@ -162,14 +166,14 @@ def autofit(
     """
     from mlx_lm.tuner.trainer import TrainingArgs
 
-    import mlx_tune
+    from mlx_tune.fitting.autofit import autofit as find_fit
 
     args = TrainingArgs() if args is None else args
     if target_batch is not None:
         _refuse_accumulation(args)
         args = _with_accumulation(args)
     with training_step(model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss) as ready:
-        return mlx_tune.autofit(
+        return find_fit(
             model,
             ready.step,
             ready.make_batch,

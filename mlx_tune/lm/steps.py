@@ -25,12 +25,14 @@ class TrainingStep:
 
     Attributes:
         step: `step(batch)` runs a step and returns the loss first, then the number of tokens, nothing evaluated.
+            `step(batch, kept)` adds to these gradients instead of those in `kept`.
         make_batch: `make_batch(n)` returns the longest batch that training with `batch_size=n` can meet: tokens
             `[n / ranks, length]` and, for each row, where its loss begins and ends, `[n / ranks, 2]`.
         state: What a step changes: the model and the optimizer.
         length: Tokens in a row of that batch, padding included.
         max_batch: The largest batch that the data sets allow.
         multiple_of: Batches must divide by this: the number of ranks.
+        kept: Gradients kept from earlier batches, zeros here; None without accumulation.
         accumulation_steps: Batches to an update of the optimizer. Where it is above 1, `step` is the one that holds
             most: the one that adds to gradients kept from before, and updates.
     """
@@ -42,6 +44,7 @@ class TrainingStep:
     max_batch: int
     multiple_of: int
     accumulation_steps: int
+    kept: Any = None
 
 
 @contextmanager
@@ -53,10 +56,11 @@ def training_step(
     *,
     valid_set: Any = None,
     loss: Callable[..., tuple[mx.array, mx.array]] | None = None,
+    evaluate: bool = True,
 ) -> Iterator[TrainingStep]:
     """Make a model ready for training as mlx-lm trains, hand out its step, and put the model back as it was.
 
-    Nothing is evaluated here: a model that was loaded lazily stays on disk until the step runs.
+    A model that was loaded lazily stays on disk until the step runs.
 
     The step is compiled as `mlx_lm.tuner.trainer.train` compiles its own, and again whenever blocks have been
     checkpointed or unwrapped in the meantime: MLX keeps compiled graphs by the shapes of what goes in, so that an
@@ -70,6 +74,7 @@ def training_step(
         args: mlx-lm's `TrainingArgs`; `max_seq_length` and `grad_accumulation_steps` are used.
         valid_set: As `train_set`. mlx-lm evaluates with the training batch, which therefore cannot be larger.
         loss: As mlx-lm's trainer takes it; its default by default.
+        evaluate: Make the kept gradients now. A step that is only going to be traced does without.
 
     Yields:
         The step.
@@ -82,6 +87,7 @@ def training_step(
         raise InvalidArgumentError(f"grad_accumulation_steps={accumulation}: it must be at least 1.")
     check_trainable(model)
     import mlx.core as mx
+    from mlx.utils import tree_map
 
     world = mx.distributed.init()
     rows = as_rows(train_set)
@@ -93,14 +99,18 @@ def training_step(
             undo.enter_context(Snapshot(optimizer))
             optimizer.init(model.trainable_parameters())
         model.train()
+        kept = tree_map(mx.zeros_like, model.trainable_parameters()) if accumulation > 1 else None
+        if evaluate:
+            mx.eval(kept)  # only what exists counts for what a trial holds
         yield TrainingStep(
-            step=_compiled_step(model, optimizer, loss, accumulation),
+            step=_compiled_step(model, optimizer, loss, accumulation, kept),
             make_batch=make_batch,
             state=(model, optimizer),
             length=make_batch.length,
             max_batch=max_batch,
             multiple_of=world.size(),
             accumulation_steps=accumulation,
+            kept=kept,
         )
 
 
@@ -129,7 +139,7 @@ def set_training(flags: list[tuple[nn.Module, bool]]) -> None:
 
 
 def _compiled_step(
-    model: nn.Module, optimizer: Optimizer, loss: Callable[..., Any] | None, accumulation: int
+    model: nn.Module, optimizer: Optimizer, loss: Callable[..., Any] | None, accumulation: int, kept: Any
 ) -> Callable[[Any], tuple[mx.array, mx.array]]:
     import mlx.core as mx
     import mlx.nn as nn
@@ -151,12 +161,9 @@ def _compiled_step(
         optimizer.update(model, gradients)
         return value, tokens
 
-    kept = None
-    if accumulation > 1:
-        kept = tree_map(mx.zeros_like, model.trainable_parameters())
     compiled: dict[bool, tuple[tuple[type, ...], Any]] = {}
 
-    def step(batch: Any) -> tuple[mx.array, mx.array]:
+    def step(batch: Any, kept: Any = kept) -> tuple[mx.array, mx.array]:
         kinds = tuple(type(module) for module in model.modules())
         tracing = is_tracing()
         if compiled.get(tracing, ((), None))[0] != kinds:
