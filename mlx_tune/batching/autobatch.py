@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, SupportsIndex
 
 from mlx_tune.batching import canary as canary_check
@@ -166,7 +167,7 @@ def autobatch_by_length(
 ) -> dict[int, AutobatchResult]:
     """Find the largest batch for each length of bucketed data, all under one budget.
 
-    Longer rows come first: what fits at a length also fits at every shorter one, so the search there starts from it.
+    Each length is a search of its own, the longest rows first, since those are the ones that may not fit at all.
 
     Args:
         step: As for `autobatch`.
@@ -195,15 +196,16 @@ def autobatch_by_length(
     if "isolate" in options or "factory" in options:
         raise InvalidArgumentError("autobatch_by_length runs in this process: it takes neither isolate nor factory.")
     allowed = resolve_budget(budget)
+    journal = options.pop("journal", None)
     results: dict[int, AutobatchResult] = {}
     for length in sorted(set(lengths), reverse=True):
-        results[length] = autobatch(
-            step,
-            lambda n, length=length: make_batch(n, length),
-            budget=allowed,
-            **options,  # type: ignore[misc]
-        )
+        own = None if journal is None else f"{os.fspath(journal)}.length{length}"
+        results[length] = autobatch(step, partial(_swapped, make_batch, length), budget=allowed, journal=own, **options)
     return {length: results[length] for length in sorted(results)}
+
+
+def _swapped(make_batch: Callable[[int, int], Any], length: int, n: int) -> Any:
+    return make_batch(n, length)
 
 
 def _through(runner: Runner, journal: Journal | None, ranks: Ranks) -> Runner:

@@ -116,7 +116,7 @@ def load_factory(factory: str) -> Callable[[], Any]:
     found = getattr(importlib.import_module(module), function, None)
     if not callable(found):
         raise InvalidArgumentError(f"factory={factory!r}: module {module!r} has no function {function!r}.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _child(folder: Path) -> None:

@@ -23,6 +23,8 @@ MakeBatch = Callable[[int], Any]
 _OUT_OF_MEMORY = ("out of memory", "unable to allocate", "maximum allowed buffer size", "insufficient memory")
 #: How many readings a floor is taken from where nothing is known of it; single ones spread upwards.
 _FLOOR_READINGS = 3
+#: A reading this much above the budget needs no second one.
+_HOPELESS = 1.2
 #: A reading this much above the prediction is taken again, and floors that spread more than this are read often.
 _SPREAD = 1.02
 #: Trials below this share of the budget cost little enough to look at how peaks follow the memory limit.
@@ -154,7 +156,9 @@ class Probe:
 
     def _learn(self, batch: Any, base: int, trial: Trial) -> list[int]:
         """Read the floor a few times, and see how peaks rise with the limit while there is room for that."""
-        readings = [self._run(batch, 1, trial).peak_bytes for _ in range(_FLOOR_READINGS)]
+        readings = [self._run(batch, 1, trial).peak_bytes]
+        while len(readings) < _FLOOR_READINGS and readings[-1] <= _HOPELESS * self.budget_bytes:
+            readings.append(self._run(batch, 1, trial).peak_bytes)
         floor = min(readings)
         added = max(1, floor - base)
         self.throttle.note(SHARES[0], (max(readings) - base) / added)

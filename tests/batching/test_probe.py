@@ -39,7 +39,7 @@ def test_limits_are_put_back():
 
 
 def test_a_size_above_the_budget_is_seen_not_to_fit():
-    trial = probe().trial(40, None, 2)[-1]
+    trial = probe().trial(20, None, 2)[-1]
     assert not trial.fits
     assert trial.floor_bytes > BUDGET
     assert trial.seconds is None

@@ -177,7 +177,8 @@ def main() -> None:
         times = sum(row["step_times"] for row in rows) / len(rows)
         above = sum(row["above"] for row in rows)
         print(
-            f"exact {exact} of {len(rows)}; above the budget {above}; trials {mean:.1f}; step times {times:.1f} on average"
+            f"exact {exact} of {len(rows)}; above the budget {above}; trials {mean:.1f}, "
+            f"step times {times:.1f} on average"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
