@@ -18,12 +18,13 @@ class ConvNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.convolutions = [nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 16), (16, 32), (32, 32))]
+        self.pool = nn.MaxPool2d(2, 2)
         self.head = nn.Linear(32, 10)
 
     def __call__(self, pictures):
         x = pictures
         for convolution in self.convolutions:
-            x = nn.max_pool2d(nn.relu(convolution(x)), 2, 2) if x.shape[1] > 4 else nn.relu(convolution(x))
+            x = self.pool(nn.relu(convolution(x)))
         return self.head(x.mean(axis=(1, 2)))
 
 

@@ -1,6 +1,6 @@
 """Checkpoint a block of your own: dropout, running statistics and a value worth keeping, verified and measured.
 
-    python examples/checkpoint_custom_block.py
+python examples/checkpoint_custom_block.py
 """
 
 import mlx.core as mx

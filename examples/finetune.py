@@ -57,9 +57,7 @@ def make_batch(n, start=0):
 
 # The largest batch that fits, with every block recomputed in the backward pass.
 mt.checkpoint_blocks(model)
-found = mt.autobatch(
-    step, make_batch, budget=args.budget, max_batch=min(64, len(rows)), state=(model, optimizer)
-)
+found = mt.autobatch(step, make_batch, budget=args.budget, max_batch=min(64, len(rows)), state=(model, optimizer))
 print(found)
 
 model.train()

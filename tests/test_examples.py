@@ -24,6 +24,8 @@ RUNS: dict[str, tuple[str, str]] = {
         "same top",
     ),
     "checkpoint_custom_block.py": ("", "keeping the product"),
+    "batch_finder.py": ("20MB", "step 4: loss"),
+    "two_machines.py": ("", "rank 0: loss"),
     "wired_generate.py": ("--model MODEL --max-tokens 4", "tokens/s without"),
 }
 
