@@ -66,8 +66,7 @@ def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
     snr = signal_to_noise_db(weight, packed, layer.format)
     del weight
     install(layer, packed)
-    note = None if used == method else f"mode {layer.format.mode} has no search for better codes"
-    return LayerOutcome(layer.path, used, snr, note=note)
+    return LayerOutcome(layer.path, used, snr)
 
 
 def pack(weight: mx.array, wanted: Format, method: str, effort: Effort = "fast") -> tuple[PackedArrays, str]:
@@ -83,6 +82,10 @@ def pack(weight: mx.array, wanted: Format, method: str, effort: Effort = "fast")
         from mlx_tune.quantization.affine import quantize_affine
 
         return quantize_affine(weight, wanted.bits, wanted.group_size, effort=effort), "optimal"
+    if method == "optimal":
+        from mlx_tune.quantization.floats import quantize_float
+
+        return (*quantize_float(weight, wanted.mode, effort=effort), None), "optimal"
     packed, scales, *biases = mx.quantize(weight, wanted.group_size, wanted.bits, mode=wanted.mode)
     return (packed, scales, biases[0] if biases else None), "nearest"
 

@@ -42,7 +42,7 @@ def weight_errors(layer: LayerPlan, formats: Sequence[Format], method: str) -> d
     # The search is tried for one group size of each width; what it gains hardly depends on it.
     gains: dict[tuple[int, str], float] = {}
     for wanted in formats:
-        if wanted.mode == "affine" and (wanted.bits, wanted.mode) not in gains and nearest[wanted] > 0:
+        if (wanted.bits, wanted.mode) not in gains and nearest[wanted] > 0:
             gains[wanted.bits, wanted.mode] = _sample_error(sample, wanted, "optimal") / nearest[wanted]
     return {f: nearest[f] * gains.get((f.bits, f.mode), 1.0) for f in formats}
 

@@ -47,7 +47,7 @@ def test_layers_of_other_modes_are_searched_for_on_their_own() -> None:
     )
     found = {x.path.rpartition(".")[2]: x for x in report.layers}
     assert found["o_proj"].mode == "mxfp8"
-    assert found["o_proj"].method == "nearest"
+    assert found["o_proj"].method == "optimal"
     assert found["up_proj"].mode == "affine"
 
 

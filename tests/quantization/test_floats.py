@@ -1,0 +1,56 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_tune.quantization.floats import quantize_float
+from mlx_tune.quantization.modes import FIXED_MODES
+
+
+def errors(weight: mx.array, packed: mx.array, scales: mx.array, mode: str) -> np.ndarray:
+    """Squared error of each group, in float64."""
+    size, bits = FIXED_MODES[mode]
+    after = mx.dequantize(packed, scales, group_size=size, bits=bits, mode=mode, dtype=mx.float32)
+    difference = np.array(weight.astype(mx.float32), dtype=np.float64) - np.array(after, dtype=np.float64)
+    return (difference.reshape(-1, size) ** 2).sum(-1)
+
+
+WEIGHTS = {
+    "normal": mx.random.normal((64, 256), key=mx.random.key(0)),
+    "heavy tails": mx.random.normal((64, 256), key=mx.random.key(1)) ** 3,
+    "bfloat16": mx.random.normal((64, 256), key=mx.random.key(2)).astype(mx.bfloat16),
+    "tiny": 1e-6 * mx.random.normal((64, 256), key=mx.random.key(3)),
+    "huge": 1e6 * mx.random.normal((64, 256), key=mx.random.key(4)),
+    "zeros": mx.zeros((4, 64)),
+    "one outlier": mx.zeros((4, 64)) + 100 * (mx.arange(64) == 5),
+    "experts": mx.random.normal((3, 16, 64), key=mx.random.key(5)),
+    "odd": mx.random.normal((5, 96), key=mx.random.key(6)),
+}
+
+
+@pytest.mark.parametrize("mode", FIXED_MODES)
+@pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
+def test_no_group_is_worse(mode: str, weight: mx.array) -> None:
+    size, bits = FIXED_MODES[mode]
+    theirs = mx.quantize(weight, size, bits, mode=mode)
+    ours = quantize_float(weight, mode)
+    assert [a.shape for a in ours] == [a.shape for a in theirs]
+    assert [a.dtype for a in ours] == [a.dtype for a in theirs]
+    before, after = errors(weight, *theirs, mode), errors(weight, *ours, mode)
+    assert (after <= before * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize(("mode", "most"), [("mxfp4", 0.97), ("nvfp4", 0.92), ("mxfp8", 1.0)])
+def test_four_bits_gain(mode: str, most: float) -> None:
+    size, bits = FIXED_MODES[mode]
+    weight = WEIGHTS["normal"]
+    before = errors(weight, *mx.quantize(weight, size, bits, mode=mode), mode).sum()
+    fast = errors(weight, *quantize_float(weight, mode), mode).sum()
+    best = errors(weight, *quantize_float(weight, mode, effort="best"), mode).sum()
+    assert best <= fast * (1 + 1e-6)
+    assert fast <= most * before
+
+
+def test_columns_that_do_not_fill_packs_of_32_are_left_to_mlx() -> None:
+    weight = mx.random.normal((4, 80))
+    ours, theirs = quantize_float(weight, "nvfp4"), mx.quantize(weight, 16, 4, mode="nvfp4")
+    assert all(mx.array_equal(a, b).item() for a, b in zip(ours, theirs, strict=True))
