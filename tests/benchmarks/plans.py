@@ -1,6 +1,6 @@
 """A planned choice of checkpointed blocks against every uniform one, under the same budget.
 
-    python tests/benchmarks/plans.py [--quick] [--json FILE] [name ...]
+    python tests/benchmarks/plans.py [--quick] [--predict] [--json FILE] [name ...]
 
 For each model and each of three budgets between the floor with every block checkpointed and the free peak with
 none: the plan, and `every=1, 2, 3, ...` and none. Each uniform choice gets what the plan gets: a search for the
@@ -24,8 +24,10 @@ from workloads import Workload, build, class_loss, labelled, token_loss, tokens
 
 from mlx_tune import BudgetError, estimate_memory, format_bytes, plan_checkpoints
 from mlx_tune.checkpointing import find_blocks
-from mlx_tune.checkpointing.choose import best_trial, limit_trials
+from mlx_tune.checkpointing.choose import best_trial, cheapest_fitting, limit_trials, relaxed
 from mlx_tune.checkpointing.planned import apply_choice
+from mlx_tune.checkpointing.survey import Survey
+from mlx_tune.progress import Bar
 from mlx_tune.state import Snapshot
 from mlx_tune.tables import render_table
 from mlx_tune.timing import StepTrial, run_step
@@ -194,6 +196,7 @@ def compared(
         "plan_seconds": medians["plan"],
         "uniform_seconds": {way.name: medians[way.name] for way in uniform},
         "best_uniform": best.name if best else None,
+        "same_as": next((way.name for way in uniform if set(way.paths) == set(planned.paths)), None),
         "ratio": statistics.median(ratios),
         "noise": noise,
     }
@@ -205,7 +208,7 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['model']}, {format_bytes(row['budget_bytes'])}: {row['plan_blocks']} of {row['blocks']} blocks, "
         f"{row['plan_seconds']:.3f} s, peak {format_bytes(row['plan_peak_bytes'])}; uniform: {others or 'none fits'}; "
-        f"ratio {row['ratio']:.3f} ± {row['noise']:.3f}"
+        f"ratio {row['ratio']:.3f} ± {row['noise']:.3f}" + (f", the plan is {row['same_as']}" if row["same_as"] else "")
     )
 
 
@@ -232,16 +235,62 @@ def table(rows: list[dict[str, Any]]) -> str:
     return render_table(headings, cells)
 
 
+def predicted(name: str, shares: tuple[float, ...]) -> list[list[str]]:
+    """What the schedule and the best uniform choice that fits compute twice: by estimates, so that noise has no part."""
+    workload = MODELS[name]()
+    rows = []
+    with Snapshot(workload.state, spill=True):
+        survey = Survey(
+            workload.model,
+            workload.step,
+            workload.make_batch,
+            workload.batch_size,
+            workload.state,
+            None,
+            Bar(None, None),
+        )
+        survey.study()
+        uniform = {
+            key: tuple(path in paths for path in survey.paths) for key, paths in uniform_choices(workload.model).items()
+        }
+        plain, leanest = survey.floor(survey.none), survey.floor(survey.all)
+        for share in shares:
+            budget = int(leanest + share * (plain - leanest))
+            index = cheapest_fitting(survey.choices, survey.floor, budget)
+            chosen = survey.choices[-1] if index is None else survey.choices[index]
+            chosen = relaxed(chosen, survey.kinds, survey.extra_seconds, survey.floor, budget)
+            fitting = {key: c for key, c in uniform.items() if survey.floor(c) <= budget}
+            best = min(fitting, key=lambda key: survey.extra(fitting[key]), default=None)
+            ours, theirs = survey.extra(chosen), survey.extra(fitting[best]) if best else float("nan")
+            rows.append(
+                [
+                    name,
+                    format_bytes(budget),
+                    f"{sum(chosen)} of {len(chosen)}",
+                    format_bytes(survey.floor(chosen)),
+                    f"{sum(fitting[best])} ({best})" if best else "none fits",
+                    format_bytes(survey.floor(fitting[best])) if best else "",
+                    f"{ours / theirs:.2f}" if best and theirs else "",
+                ]
+            )
+    return rows
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="models, by the beginning of their names")
     parser.add_argument("--quick", action="store_true", help="two models, one budget, few turns")
+    parser.add_argument("--predict", action="store_true", help="compare by what is computed twice; times no steps")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     names = [n for n in MODELS if any(n.startswith(a) for a in args.names)] if args.names else list(MODELS)
     if args.quick and not args.names:
         names = list(QUICK)
+    if args.predict:
+        headings = ["model", "budget", "planned", "its floor", "best uniform", "its floor", "seconds twice, ratio"]
+        print(render_table(headings, [row for name in names for row in predicted(name, (0.15, 0.4, 0.65, 0.9))]))
+        return
     shares, turns = ((0.5,), 3) if args.quick else ((0.15, 0.5, 0.85), 7)
     rows = [row for name in names for row in compare(name, shares, turns)]
     print(table(rows))
