@@ -75,8 +75,8 @@ def plan_quantization(
 
     Example:
         >>> plan = plan_quantization(nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 80)), 4, 64)
-        >>> [(layer.path, layer.bits, layer.bytes_after) for layer in plan.layers]
-        [('layers.0', 4, 5376), ('layers.2', 4, 3520)]
+        >>> {layer.path: (layer.bits, layer.bytes_after) for layer in plan.layers}
+        {'layers.0': (4, 5376), 'layers.2': (4, 3520)}
     """
     base = check_request(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
     plan = lay_out(model, base, method, effort, overrides, skip, requantize)

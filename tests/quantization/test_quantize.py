@@ -236,17 +236,16 @@ def test_peak_memory_is_the_model_and_its_largest_block(method: str) -> None:
 
 
 def test_a_lazily_loaded_model_is_never_whole_in_memory(tmp_path) -> None:
-    model = big()
-    total = 6 * 1024 * 1024 * 2
+    model = big(layers=24)
+    total = 24 * 1024 * 1024 * 2
     mx.save_safetensors(str(tmp_path / "w.safetensors"), toys.arrays_of(model))
     model.load_weights(str(tmp_path / "w.safetensors"))
     start = mx.get_active_memory()
     with mt.track_memory() as memory:
         report = quiet(model, 4, 64, method="nearest")
     assert memory.active_bytes - start < 0.3 * total
-    one = total // 6
-    assert memory.peak_bytes - start < 0.3 * total + 4 * one
-    assert len(report.layers) == 6
+    assert memory.peak_bytes - start < 0.3 * total + 12_000_000  # what any layer's pieces take, and a layer
+    assert len(report.layers) == 24
 
 
 def test_a_lazily_loaded_model_stays_lazy_after_a_failure(tmp_path, monkeypatch) -> None:
