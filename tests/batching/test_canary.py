@@ -33,7 +33,8 @@ def test_zeros_are_heard():
 
 def test_a_random_loss_proves_nothing_and_says_so():
     step, make_batch, state = small_steps.build(dropout=0.5, compiled=True)
-    mx.eval(step(make_batch(1)))  # compiled in training mode
+    for _ in range(2):  # compiled in training mode, the second time with the optimizer's state
+        mx.eval(step(make_batch(1)), state[0].state, state[1].state)
     with pytest.raises(TrialError, match=r"differs from run to run.*Pass the step without mx\.compile"):
         run(step, make_batch, state)
 
