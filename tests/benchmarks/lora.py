@@ -40,7 +40,8 @@ sys.argv = ["mlx_lm.lora", *sys.argv[2:]]
 started = time.perf_counter()
 lora.main()
 seconds = time.perf_counter() - started
-answer = {"lines": Log.lines, "peak_bytes": mx.get_peak_memory(), "footprint_bytes": footprint_bytes(), "seconds": seconds}
+answer = {"lines": Log.lines, "peak_bytes": mx.get_peak_memory(), "footprint_bytes": footprint_bytes()}
+answer["seconds"] = seconds
 open(OUT, "w").write(json.dumps(answer))
 """
 
@@ -55,6 +56,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1200)
     parser.add_argument("--memory-budget", default="2GB")
     parser.add_argument("--num-layers", type=int, default=8)
+    parser.add_argument(
+        "--max-batch-rows", type=int, default=None, help="rows of the validation set: no batch is larger"
+    )
+    parser.add_argument("--float32", action="store_true", help="train a float32 copy: a CPU has no fast bfloat16")
     parser.add_argument("--quick", action="store_true", help="ten steps")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
@@ -63,6 +68,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(options, folder / "data")
+        if options.float32:
+            options.model = float32_copy(options.model, folder / "model")
         shared = ["--model", options.model, "--data", str(folder / "data"), "--train", "--iters", str(options.steps)]
         shared += ["--num-layers", str(options.num_layers), "--val-batches", "1", "--steps-per-eval", "1000000"]
         shared += ["--steps-per-report", "5", "--seed", "0"]
@@ -85,10 +92,25 @@ def make_data(options: argparse.Namespace, folder: Path) -> None:
     rows = [tokens[i * options.length : (i + 1) * options.length - 1].tolist() for i in range(options.rows)]
     texts = [tokenizer.decode(row) for row in rows if len(row) == options.length - 1]
     folder.mkdir()
-    held_out = texts[::10]
+    held_out = texts[::10][: options.max_batch_rows]
     training = [text for i, text in enumerate(texts) if i % 10]
     for file, part in (("train.jsonl", training), ("valid.jsonl", held_out)):
         (folder / file).write_text("\n".join(json.dumps({"text": text}) for text in part))
+
+
+def float32_copy(model: str, folder: Path) -> str:
+    """The same model with float32 weights, in a folder of its own."""
+    import mlx.core as mx
+    from mlx_lm.utils import save_model
+
+    from mlx_tune import lm
+
+    loaded, tokenizer, config, _ = lm.load(model)
+    loaded.set_dtype(mx.float32)
+    save_model(folder, loaded)
+    tokenizer.save_pretrained(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    return str(folder)
 
 
 def plain(words: list[str], folder: Path, name: str) -> dict[str, Any]:
@@ -98,7 +120,7 @@ def plain(words: list[str], folder: Path, name: str) -> dict[str, Any]:
     _run([sys.executable, "-c", code, "-", *words, "--adapter-path", str(folder / name)])
     answer = json.loads(out.read_text())
     lines = answer.pop("lines")
-    rate = lines[-1][0] / sum((b[0] - a[0]) / b[2] for a, b in zip([[0]] + lines, lines, strict=False))
+    rate = lines[-1][0] / sum((b[0] - a[0]) / b[2] for a, b in zip([[0], *lines], lines, strict=False))
     return {**answer, "batch_size": 4, "tokens": lines[-1][0], "tokens_per_second": rate, "lines": lines}
 
 
