@@ -236,7 +236,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def predicted(name: str, shares: tuple[float, ...]) -> list[list[str]]:
-    """What the schedule and the best uniform choice that fits compute twice: by estimates, so that noise has no part."""
+    """What the schedule and the best uniform choice that fits compute twice, by estimates: no noise."""
     workload = MODELS[name]()
     rows = []
     with Snapshot(workload.state, spill=True):
