@@ -48,7 +48,7 @@ def least_peak(step, state, n):
     return min(peaks)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_answer_is_the_largest_that_fits_and_no_trial_went_above(compiled):
     step, make_batch, state = small_steps.build(compiled=compiled)
     least_peak(step, state, 1)
