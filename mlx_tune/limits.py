@@ -17,6 +17,9 @@ from mlx_tune.units import format_bytes, format_percent, format_seconds
 #: Limits closer to each other than this share of the free peak are not told apart.
 RESOLUTION = 0.01
 
+#: How many strides the way from what is held anyway to the free peak is climbed in.
+_STRIDES = 5
+
 
 @dataclass(frozen=True)
 class LimitTrial:
@@ -209,7 +212,10 @@ def tightest_limit(
 
 
 def smallest_fitting(measure: Callable[[int], LimitTrial], low: int, high: int, resolution: int) -> list[LimitTrial]:
-    """Bisect for the smallest limit that fits.
+    """Climb from below in a few strides to the first limit that fits, then bisect the last stride.
+
+    Time need not fall with every byte more: on one GPU a step ran as fast under 8 GB as without a limit and three per
+    cent slower under 11. Bisection alone would stop above such a ridge.
 
     Args:
         measure: Measures one limit.
@@ -222,6 +228,13 @@ def smallest_fitting(measure: Callable[[int], LimitTrial], low: int, high: int, 
         `resolution` of the smallest that there is.
     """
     trials: list[LimitTrial] = []
+    stride = (high - low) // _STRIDES
+    while high - low > resolution and stride > 0 and low + stride < high:
+        trials.append(measure(low + stride))
+        if trials[-1].fits:
+            high = low + stride
+            break
+        low += stride
     while high - low > resolution:
         middle = (low + high) // 2
         trials.append(measure(middle))

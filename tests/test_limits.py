@@ -29,6 +29,14 @@ def test_bisection_ends_within_the_resolution_of_the_knee(low, span, where, reso
     assert knee <= best <= max(knee, low) + resolution
 
 
+def test_a_ridge_in_between_does_not_hide_a_smaller_limit():
+    def fits(limit):
+        return 400 <= limit < 500 or limit >= 800
+
+    trials = smallest_fitting(lambda limit: trial(limit, fits(limit)), 0, 1000, 10)
+    assert 400 <= min(t.limit_bytes for t in trials if t.fits) <= 410
+
+
 def test_a_limit_that_fitted_by_luck_is_given_up():
     measured = []
 
