@@ -196,6 +196,15 @@ def test_a_fit_replaces_batch_accumulation_checkpoints_and_limit(toy, rows, argu
     assert open_limit_bytes() is None
 
 
+def test_everything_can_be_chosen_on_the_way(toy, rows, arguments) -> None:
+    model = toy(lora=True)
+    options = {"fit": "auto", "budget": "1GB", "target_batch": 2}
+    result = lm.train(model, optim.SGD(1e-2), rows[:4], None, arguments(iters=2, max_seq_length=33), **options)
+    assert result.batch_size * result.accumulation_steps == 2
+    assert result.fit is not None
+    assert not any(mt.is_checkpointed(module) for module in model.modules())
+
+
 @pytest.mark.cpu_only
 def test_a_searched_batch_is_trained_with_under_its_limit(toy, rows, arguments) -> None:
     model, optimizer = toy(lora=True), optim.AdamW(1e-3)
