@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, unwrap
@@ -16,13 +15,6 @@ from mlx_tune.errors import CheckpointError
 from mlx_tune.memory import memory_limit
 from mlx_tune.tables import render_table
 from mlx_tune.units import format_bytes, format_seconds
-
-# An empty array that is part of the model's state but not of its parameters. `mx.compile` keeps one trace for each
-# set of input shapes and looks at nothing else, so a step that was traced before its blocks were wrapped would go
-# on without them; with one array more among its inputs it is traced anew.
-_MARK = "_checkpoint_plan"
-# The array's length stands for the choice of blocks, so that a choice that was traced before is not traced again.
-_serials: dict[tuple[str, ...], int] = {}
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,6 @@ class CheckpointPlan:
     def undo(self) -> int:
         """Undo `apply`; returns how many blocks were checkpointed."""
         by_path = dict(self._model.named_modules())
-        self._model.pop(_MARK, None)
         return sum(unwrap(by_path[path]) for path in self.paths if path in by_path)
 
     @contextmanager
@@ -219,10 +210,8 @@ def apply_choice(model: nn.Module, paths: tuple[str, ...]) -> Any:
     wrapped = [by_path[path] for path in paths if not is_checkpointed(by_path[path])]
     for block in wrapped:
         checkpoint(block)
-    model[_MARK] = mx.zeros((0, _serials.setdefault(tuple(sorted(paths)), len(_serials) + 1)))
 
     def undo() -> int:
-        model.pop(_MARK, None)
         return sum(unwrap(block) for block in wrapped)
 
     return undo

@@ -14,6 +14,7 @@ from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, overload
 from weakref import WeakSet, WeakValueDictionary
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.checkpointing.recompute import call_checkpointed
@@ -24,6 +25,11 @@ R = TypeVar("R")
 M = TypeVar("M", bound=nn.Module)
 
 _NAMES = "_checkpoint_keep"  # the attribute of a wrapped block that holds the names to keep
+# An empty array among the module's state, but not among its parameters. `mx.compile` keeps one trace for each set of
+# input shapes and looks at nothing else: a step that was traced with the plain block would go on without the
+# checkpoint for ever. With one more array among its inputs it is traced anew, and an undone block's trace comes back.
+_MARK = "_checkpoint_trace"
+_serials: dict[frozenset[str], int] = {}  # the array's length stands for the names to keep
 _classes: WeakValueDictionary[type, type] = WeakValueDictionary()
 _functions: WeakSet[Callable[..., Any]] = WeakSet()
 
@@ -141,6 +147,7 @@ def unwrap(module: nn.Module) -> bool:
         return False
     module.__class__ = plain_class(type(module))
     vars(module).pop(_NAMES, None)
+    module.pop(_MARK, None)
     return True
 
 
@@ -171,6 +178,7 @@ def _wrap_module(block: M, names: frozenset[str]) -> M:
                 "Checkpoint a module that calls it."
             ) from error
     object.__setattr__(block, _NAMES, names)
+    block[_MARK] = mx.zeros((0, _serials.setdefault(names, len(_serials) + 1)))
     return block
 
 

@@ -277,3 +277,38 @@ def test_a_block_that_does_something_else_the_second_time():
     block = mt.checkpoint(lambda x: mx.concatenate([x] * next(sizes)))
     with pytest.raises(mt.CheckpointError, match=r"float32\[4\].*float32\[3\]"):
         mx.grad(lambda x: block(x).sum())(mx.ones((1,)))
+
+
+def test_a_step_that_was_compiled_before_its_block_was_wrapped_is_traced_anew():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def __call__(self, x):
+            traced.append(1)
+            return mx.tanh(self.layer(x))
+
+    traced = []
+    model = nn.Sequential(Counting(), nn.Linear(4, 4))
+    gradient = nn.value_and_grad(model, lambda x: model(x).sum())
+    step = mx.compile(lambda x: gradient(x), inputs=[model.state], outputs=[model.state])
+    runs = {"plain": 1, "checkpointed": 2, "undone": 0, "checkpointed again": 0}
+    for name, expected in runs.items():
+        traced.clear()
+        if name.startswith("checkpointed"):
+            mt.checkpoint(model.layers[0])
+        elif name == "undone":
+            mt.uncheckpoint(model)
+        mx.eval(step(mx.ones((2, 4))))
+        assert len(traced) == expected, name
+
+
+def test_what_makes_compiled_steps_look_again_is_no_parameter():
+    block = nn.Linear(4, 4)
+    before = dict(block)
+    mt.checkpoint(block)
+    assert set(block.parameters()) == set(before)
+    assert set(block.trainable_parameters()) == set(before)
+    mt.uncheckpoint(block)
+    assert dict(block).keys() == before.keys()
