@@ -3,7 +3,10 @@
 Each workload runs in a clean process: the estimate first, then five real steps under a memory limit of one byte.
 The truth is the smallest of the five peaks, since memory is sometimes released a moment late.
 
-    python tests/benchmarks/estimates.py [--quick] [--only NAME ...] [--json FILE]
+    python tests/benchmarks/estimates.py [--quick] [--only NAME ...] [--runs N] [--shift] [--json FILE]
+
+On CPU `eval` can only wait at every tenth task that it dispatches, so a step that dispatches a multiple of ten tasks
+waits at the same places in every run. `--shift` dispatches a few tasks before each run so that the places differ.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ QUICK = ("llama-f32-sgd", "llama-f32-sgd-checkpointed", "cnn-f32-adamw-compiled"
 RUNS = 5
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, runs: int = RUNS, shift: bool = False) -> dict[str, Any]:
     """Estimate and measure one workload in this process."""
     import mlx.core as mx
     from mlx.utils import tree_map
@@ -33,7 +36,9 @@ def measure(name: str) -> dict[str, Any]:
     mx.eval(batch)
     estimate = estimate_memory(workload.step, batch, state=workload.state)
     peaks = []
-    for _ in range(RUNS):
+    for run in range(runs):
+        for _ in range(run % 4 if shift else 0):
+            mx.eval(mx.zeros((1,))[None].reshape(-1))
         mx.clear_cache()
         previous = mx.set_memory_limit(1)
         mx.reset_peak_memory()
@@ -66,15 +71,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="four workloads only")
     parser.add_argument("--only", nargs="+", choices=list(WORKLOADS), help="these workloads only")
+    parser.add_argument("--runs", type=int, default=RUNS, help="real steps of each workload (default: 5)")
+    parser.add_argument("--shift", action="store_true", help="let the runs wait at different places")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(options.child)))
+        print(json.dumps(measure(options.child, options.runs, options.shift)))
         return
     rows = []
     for name in options.only or (QUICK if options.quick else WORKLOADS):
-        command = [sys.executable, __file__, "--child", name]
+        command = [sys.executable, __file__, "--child", name, "--runs", str(options.runs)]
+        command += ["--shift"] if options.shift else []
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rows.append(json.loads(output.splitlines()[-1]))
         print(f"{name}: {rows[-1]['ratio'] - 1:+.2%}", file=sys.stderr)
