@@ -20,13 +20,19 @@ def explain_failure(error: BaseException) -> TraceError | None:
     Returns:
         A `TraceError`, or None where the user's own exception says it best.
     """
-    if isinstance(error, TraceError) or not isinstance(error, (ValueError, RuntimeError)):
+    if isinstance(error, TraceError) or not isinstance(error, (ValueError, RuntimeError, MemoryError)):
         return None
     text = str(error)
     if "during function transformations" in text or "without a primitive" in text or "[async_eval]" in text:
         return TraceError(
             f"The step evaluates an array {_place(error)}. A step is planned without running it, so it must only build "
             "arrays: leave mx.eval, .item(), float(), print and `if` on arrays to the code that calls the step."
+        )
+    if isinstance(error, MemoryError):
+        # What MLX's exporter raises for sums over several machines (AllReduce), whose group it cannot write down.
+        return TraceError(
+            "The step contains an operation that MLX cannot describe, such as a sum over several machines. Leave it to "
+            "the code that calls the step, or measure instead: autobatch() and memory_limit() need no description."
         )
     if refused := refused_primitive(error):
         return TraceError(
