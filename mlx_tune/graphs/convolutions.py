@@ -1,0 +1,37 @@
+"""What a convolution does to memory on the CPU backend (mlx/backend/cpu/conv.cpp)."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from mlx_tune.graphs.floor import Machine
+from mlx_tune.graphs.graph import Node
+
+
+def convolution(m: Machine, node: Node) -> None:
+    """Convolution by one matrix product over unfolded, padded float32 patches, as far as the shapes allow."""
+    value, weight, out = *node.inputs[:2], node.outputs[0]
+    m.allocate(out)
+    low, high, dilation, in_dilation, groups, flip = _convolution_arguments(node)
+    shape, kernel = m.shape(value), m.shape(weight)
+    plain = all(d == 1 for d in [*dilation, *in_dilation])
+    if not plain or (groups > 1 and (len(shape) > 3 or flip)):
+        return  # computed element by element
+    padded_shape = [n + lo + hi for n, lo, hi in zip(shape[1:-1], low, high, strict=True)]
+    m.temporary(4 * shape[0] * prod(padded_shape) * shape[-1], out)
+    positions = shape[0] * prod(m.shape(out)[1:-1])
+    m.temporary(4 * positions * prod(kernel[1:-1]) * shape[-1], out)
+    float32 = m.itemsize(weight) == 4
+    if groups > 1 or not float32 or not m.layout[weight].row:
+        m.temporary(4 * prod(kernel), out)
+    if flip:
+        m.temporary(4 * prod(kernel), out)
+    if m.itemsize(out) != 4:
+        m.temporary(4 * prod(m.shape(out)), out)
+
+
+def _convolution_arguments(node: Node) -> tuple[Any, ...]:
+    """Padding below and above, kernel and input dilation, groups, flip; the strides do not matter to memory."""
+    _, low, high, dilation, in_dilation, groups, flip = node.arguments[:7]
+    return low, high, dilation, in_dilation, groups, bool(flip)
