@@ -1,14 +1,15 @@
 """Make the pictures of these pages again, each for light and for dark pages: python docs/make_pictures.py [NAME ...]
 
-Names: step-memory, autobatch, quantization, wiring; all of them by default. `quantization` draws the figures that
-`tests/benchmarks/quantization.py --json docs/assets/quantization.json` measured; the others predict or measure here,
-in a minute or two on two processor cores. `--suffix .png --to FOLDER` is for looking at them elsewhere.
+Names: step-memory, autobatch, quantization, wiring; all of them by default. `quantization` draws
+docs/assets/quantization.json: for now copied by hand from the table of docs/measurements/quantization.md whose run had
+no standard errors; `tests/benchmarks/quantization.py --json` writes the same form. The others predict or measure here. `--suffix .png --to FOLDER` is for looking at them elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -84,7 +85,7 @@ def quantization() -> dict[str, Draw]:
         figure, axes = new_figure(dark=dark)
         for method, (color, line) in METHODS.items():
             points = sorted(
-                (row["bits_per_weight"], row["mean_kl"], row["standard_error"])
+                (row["bits_per_weight"], row["mean_kl"], row["standard_error"] or math.nan)
                 for row in figures
                 if row["method"] == method
             )
