@@ -2,7 +2,8 @@
 
 Names: step-memory, autobatch, quantization, wiring; all of them by default. `quantization` draws
 docs/assets/quantization.json: for now copied by hand from the table of docs/measurements/quantization.md whose run had
-no standard errors; `tests/benchmarks/quantization.py --json` writes the same form. The others predict or measure here. `--suffix .png --to FOLDER` is for looking at them elsewhere.
+no standard errors; `tests/benchmarks/quantization.py --json` writes the same form. The others predict or measure here.
+`--suffix .png --to FOLDER` is for looking at them elsewhere.
 """
 
 from __future__ import annotations
