@@ -30,6 +30,9 @@ from mlx_tune.quantization.trainable import NAMES, stored_pair, trainable_sites,
 #: Adam's step, in quantization steps at the ends of a group's grid; the best of these is found by trying.
 RATES = (0.003, 0.01, 0.03)
 
+#: Steps that a run is given unless told otherwise: fewer leave the grid where it was, more are ended by early stopping.
+_STEPS = 256
+
 #: One batch in so many is kept aside.
 _HELD_OUT_EVERY = 8
 
@@ -80,7 +83,7 @@ def train_dwq(
     *,
     loss: Loss | None = None,
     rates: Sequence[float] = RATES,
-    epochs: int = 1,
+    epochs: int | None = None,
     checkpoint: bool | None = None,
     progress: bool = True,
 ) -> DwqResult:
@@ -93,7 +96,8 @@ def train_dwq(
         calibration: Batches; one in eight is kept aside and never trained on.
         loss: `loss(model, *batch)`, a scalar, instead of the distance to the reference.
         rates: Learning rates to try, in quantization steps.
-        epochs: How often to go through the batches.
+        epochs: How often to go through the batches; by default as often as makes some 256 steps. Where the loss on
+            the batches kept aside stops falling, training ends before.
         checkpoint: Recompute activations of the model's blocks; by default where memory calls for it.
         progress: Show a progress line with the loss on the batches kept aside.
 
@@ -166,12 +170,14 @@ class _Training:
         self._steps = 0
         self._gradient = mx.value_and_grad(self._loss_of)
 
-    def run(self, rates: tuple[float, ...], epochs: int, checkpoint: bool | None) -> tuple[DwqResult, Parameters]:
+    def run(
+        self, rates: tuple[float, ...], epochs: int | None, checkpoint: bool | None
+    ) -> tuple[DwqResult, Parameters]:
         """Try the rates, go on with the best, and give back the best numbers seen."""
         start: Parameters = [{name: layer[name] for name in NAMES} for layer in self._layers]
         before = best_loss = self._judge(start)
         best, best_rate = start, rates[0]
-        total = len(self._lessons) * epochs
+        total = len(self._lessons) * (epochs or math.ceil(_STEPS / len(self._lessons)))
         trial = max(1, min(total // 8, 16))
         every = max(4, total // 12)
         self._bar.update(total=trial * len(rates) + total, text=f"held-out loss {before:.4g}")
