@@ -68,19 +68,19 @@ __all__ = [*_HOMES, "__version__", "lm"]
 
 if TYPE_CHECKING:
     from mlx_tune.batching import AutobatchResult as AutobatchResult
-    from mlx_tune.batching import autobatch as autobatch
     from mlx_tune.batching import autobatch_by_length as autobatch_by_length
+    from mlx_tune.batching.autobatch import autobatch as autobatch
     from mlx_tune.checkpointing import CheckpointPlan as CheckpointPlan
     from mlx_tune.checkpointing import checkpoint as checkpoint
     from mlx_tune.checkpointing import checkpoint_blocks as checkpoint_blocks
     from mlx_tune.checkpointing import is_checkpointed as is_checkpointed
     from mlx_tune.checkpointing import is_recomputing as is_recomputing
-    from mlx_tune.checkpointing import keep as keep
     from mlx_tune.checkpointing import plan_checkpoints as plan_checkpoints
     from mlx_tune.checkpointing import uncheckpoint as uncheckpoint
     from mlx_tune.checkpointing import verify_checkpoint as verify_checkpoint
+    from mlx_tune.checkpointing.keep import keep as keep
     from mlx_tune.diagnosis import diagnose as diagnose
-    from mlx_tune.diagnosis import explain as explain
+    from mlx_tune.diagnosis.explain import explain as explain
     from mlx_tune.errors import BackendError as BackendError
     from mlx_tune.errors import BudgetError as BudgetError
     from mlx_tune.errors import CheckpointError as CheckpointError
@@ -91,7 +91,7 @@ if TYPE_CHECKING:
     from mlx_tune.errors import TraceError as TraceError
     from mlx_tune.errors import TrialError as TrialError
     from mlx_tune.fitting import Fit as Fit
-    from mlx_tune.fitting import autofit as autofit
+    from mlx_tune.fitting.autofit import autofit as autofit
     from mlx_tune.graphs import MemoryEstimate as MemoryEstimate
     from mlx_tune.graphs import estimate_memory as estimate_memory
     from mlx_tune.limits import TightestLimit as TightestLimit

@@ -54,9 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print(_list(arguments.json))
         return 0
-    bench = bool(arguments.bench) and list(arguments.bench)
-    if arguments.bench == []:
-        bench = True
+    bench: bool | list[str] = arguments.bench or arguments.bench == []  # named, all of them, or none
     diagnosis = diagnose(arguments.only, bench=bench, progress=sys.stderr.isatty() and not arguments.json)
     if arguments.issue:
         print(diagnosis.issue())

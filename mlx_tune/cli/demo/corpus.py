@@ -46,7 +46,8 @@ def read_corpus(path: str | None) -> Corpus:
     Raises:
         InvalidArgumentError: Not enough text.
     """
-    texts, source = (_standard_library(), "the Python standard library") if path is None else (list(read_texts(path)), path)
+    texts = _standard_library() if path is None else list(read_texts(path))
+    source = "the Python standard library" if path is None else path
     if len(texts) < _HELD_OUT_EVERY:
         texts = _pieces("\n".join(texts))
     texts = [text for text in texts if text.strip()]

@@ -18,6 +18,7 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm import load, save_quantized, small, token_batches
 from mlx_tune.memory import resolve_budget
 from mlx_tune.progress import progress_bar
+from mlx_tune.quantization import LanguageAccuracy, QuantizationReport
 from mlx_tune.tables import render_table
 from mlx_tune.units import format_bytes, format_seconds
 
@@ -88,9 +89,7 @@ def _tokens(run: _Run, corpus: Corpus, seed: int) -> tuple[Any, list[mx.array], 
         place.mkdir(parents=True)
         for number, text in enumerate(texts):
             (place / f"{number:05d}.txt").write_text(text, encoding="utf-8")
-        batches = token_batches(
-            tokenizer, place, batch_size=batch_size, length=_LENGTH, max_batches=most, seed=seed
-        )
+        batches = token_batches(tokenizer, place, batch_size=batch_size, length=_LENGTH, max_batches=most, seed=seed)
         if name == "training":
             rows = batches
         else:
@@ -176,7 +175,7 @@ def _quantize(
             reports[bits] = mt.quantize_model(copy, bits, 64, evaluation=held_out, progress=False)
             if bits == 4:
                 saved = save_quantized(run.out / "model-4bit", copy, tokenizer, config)
-    accuracies = {bits: report.accuracy for bits, report in reports.items()}
+    accuracies = {bits: _accuracy(report) for bits, report in reports.items()}
     whole = reports[_BITS[0]]
     table = [["16-bit", format_bytes(whole.size_before_bytes), "16.00", "0", f"{accuracies[8].perplexity_before:.2f}"]]
     for bits, report in reports.items():
@@ -194,7 +193,7 @@ def _quantize(
     run.say(render_table(["weights", "size", "bits per weight", "KL (nats)", "perplexity"], table))
     assert saved is not None
     loaded, loaded_tokenizer, _, _ = load(saved)  # stock mlx_lm.load underneath
-    check = mt.quantization_report(loaded, model, held_out).accuracy
+    check = _accuracy(mt.quantization_report(loaded, model, held_out))
     text = small.generate_text(loaded, loaded_tokenizer, "import os\n\n\ndef ", 48)
     run.say(
         f"\nSaved     {saved}; loaded by mlx_lm.load: perplexity {check.perplexity_after:.2f} "
@@ -203,3 +202,9 @@ def _quantize(
     run.say("\n".join("    " + line for line in ("import os\n\n\ndef " + text).splitlines()))
     run.figures["quantization"] = {f"{bits}-bit": report.to_dict() for bits, report in reports.items()}
     run.figures["saved"] = {"path": str(saved), "perplexity_after_loading": check.perplexity_after, "text": text}
+
+
+def _accuracy(report: QuantizationReport) -> LanguageAccuracy:
+    """What a report says of a language model, as these are."""
+    assert isinstance(report.accuracy, LanguageAccuracy)
+    return report.accuracy
