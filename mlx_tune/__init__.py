@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-#: The public API: each name and the module that holds it.
+#: The public API: each name and the module that holds it. A function that bears its module's name is fetched from that
+#: module: type checkers would take the package's attribute for the module.
 _HOMES = {
     # memory
     "track_memory": "memory",
@@ -33,9 +34,9 @@ _HOMES = {
     "plan_checkpoints": "checkpointing",
     "CheckpointPlan": "checkpointing",
     "verify_checkpoint": "checkpointing",
-    "keep": "checkpointing",
+    "keep": "checkpointing.keep",
     # batch
-    "autobatch": "batching",
+    "autobatch": "batching.autobatch",
     "autobatch_by_length": "batching",
     "AutobatchResult": "batching",
     # quantization
@@ -47,11 +48,11 @@ _HOMES = {
     # wiring
     "wired_limit": "wiring",
     # all of it
-    "autofit": "fitting",
+    "autofit": "fitting.autofit",
     "Fit": "fitting",
     # environment
     "diagnose": "diagnosis",
-    "explain": "diagnosis",
+    "explain": "diagnosis.explain",
     # errors
     "MlxTuneError": "errors",
     "InvalidArgumentError": "errors",
