@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from typing import Any
 
+import mlx.core as mx
 import pytest
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.doctest import DocTestParser
-from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.sybil import SybilCollection
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
@@ -24,6 +27,18 @@ def _own_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         monkeypatch.chdir(folder)
 
 
+def _begin(_: dict[str, Any]) -> None:
+    """A page begins as a reader's script does: with nothing in memory, which the budgets on it count on."""
+    gc.collect()
+    mx.clear_cache()
+    mx.random.seed(0)
+
+
+def _end(namespace: dict[str, Any]) -> None:
+    """What a page made ends with it: models in a page's namespace would count against the next page's budgets."""
+    namespace.clear()
+
+
 docstrings = Sybil(
     name="docstrings",
     path="mlx_tune",
@@ -31,8 +46,11 @@ docstrings = Sybil(
     patterns=["*.py"],
     document_types={".py": PythonDocStringDocument},
     fixtures=["_own_folder"],
+    teardown=_end,
 )
-page_parsers = [PythonCodeBlockParser(), SkipParser()]
-pages = Sybil(name="pages", path="docs", parsers=page_parsers, patterns=["*.md"], fixtures=["_own_folder"])
-readme = Sybil(name="readme", parsers=page_parsers, filenames=["README.md"], fixtures=["_own_folder"])
+# No parser for skipping: a Python block that cannot run has no place on a page.
+page_parsers = [PythonCodeBlockParser()]
+page_options: dict[str, Any] = {"fixtures": ["_own_folder"], "setup": _begin, "teardown": _end}
+pages = Sybil(name="pages", path="docs", parsers=page_parsers, patterns=["*.md"], **page_options)
+readme = Sybil(name="readme", parsers=page_parsers, filenames=["README.md"], **page_options)
 pytest_collect_file = SybilCollection([docstrings, pages, readme]).pytest()

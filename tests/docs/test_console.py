@@ -4,6 +4,7 @@ A block that is not run says why in a comment on the line before it: `<!-- not r
 that differs from machine to machine is left out of the page, or stands there as `...`, as in a doctest. A model or
 data folder that a page names is replaced by a toy one, and files under `examples/` and `tests/` are this checkout's.
 Benchmarks take minutes: of them it is only held that the script is there and takes every flag that the page gives it.
+Two ranks of `mlx.launch` are two processes of this machine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import textwrap
@@ -28,6 +30,9 @@ _BLOCK = re.compile(
     r"^(?P<indent>[ ]*)```console\n(?P<body>.*?)^(?P=indent)```",
     re.MULTILINE | re.DOTALL,
 )
+#: What a command of a page may begin with.
+_PROGRAM = re.compile(r"\s*(\$|mlx-tune|mlx\.launch|mlx_lm\.\w+|python3?|pip|uv|export|sudo|git|brew) ")
+
 #: An option whose value is a place on the reader's machine, and the toy that stands in for it.
 _STAND_INS = {"--model": "model", "--data": "data", "--text": "text", "--adapter-path": "adapters"}
 
@@ -83,25 +88,39 @@ def run(words: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def here(words: list[str]) -> list[str]:
+    """A command of a page, as this checkout runs it on toys."""
+    program, *rest = words
+    if program == "mlx.launch":
+        dashes = rest.index("--") if "--" in rest else len(rest)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        launch = str(Path(sys.executable).with_name("mlx.launch"))
+        return [launch, *rest[:dashes], "--starting-port", port, "--", *here(rest[dashes + 1 :])]
+    if [program, *rest[:2]] == ["uv", "run", "python"]:
+        program, rest = "python", rest[2:]
+    assert program in ("mlx-tune", "python"), f"run it here, or say why not: <!-- not run: ... -->: {shlex.join(words)}"
+    for option, place in _STAND_INS.items():
+        if option in rest:
+            rest[rest.index(option) + 1] = place
+    return [sys.executable, *(("-m", "mlx_tune") if program == "mlx-tune" else ()), *rest]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}: {command.line}")
 def test_the_command_does_what_the_page_says(command, folder):
     if command.reason:
         pytest.skip(command.reason)
-    program, *words = shlex.split(command.line, comments=True)
-    if (program, words[:2]) == ("uv", ["run", "python"]):
-        program, words = "python", words[2:]
-    assert program in ("mlx-tune", "python"), f"run it here, or say why not: <!-- not run: ... -->: {command.line}"
-    if program == "python" and words[0].startswith("tests/benchmarks/"):
-        script = (ROOT / words[0]).read_text()
+    words = shlex.split(command.line, comments=True)
+    benchmark = next((word for word in words if word.startswith("tests/benchmarks/")), None)
+    if benchmark:
+        script = (ROOT / benchmark).read_text()
         assert [word for word in words if word.startswith("--") and f'"{word}"' not in script] == []
         return
-    for option, place in _STAND_INS.items():
-        if option in words:
-            words[words.index(option) + 1] = place
-    done = run((sys.executable, *(("-m", "mlx_tune") if program == "mlx-tune" else ()), *words), folder)
+    done = run(tuple(here(words)), folder)
     # 1 is bad news from the command line, a check of the doctor for one, and depends on the machine.
-    assert done.returncode in ((0, 1) if program == "mlx-tune" else (0,)), done.stderr
+    assert done.returncode in ((0, 1) if words[0] == "mlx-tune" else (0,)), done.stderr
     assert "Traceback" not in done.stderr
     if command.output:
         assert matches(command.output, done.stdout), done.stdout
@@ -142,7 +161,13 @@ def test_output_is_compared_up_to_dots_and_blanks(expected, printed, same):
     assert matches(expected, printed) is same
 
 
-def test_no_command_hides_in_a_block_of_another_language():
-    """Shell commands stand in console blocks, where they are run."""
-    for page in PAGES:
-        assert not re.search(r"^\s*```(sh|bash|shell)$", page.read_text(), re.MULTILINE), f"{page}: use ```console"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_command_hides_where_it_is_not_run(page):
+    """Commands stand in console blocks, behind a `$` or under the reason why they are not run."""
+    text = page.read_text()
+    for block in _BLOCK.finditer(text):
+        assert block["reason"] or re.search(r"^ *\$ ", block["body"], re.MULTILINE), block[0]
+    for _, language, body in re.findall(r"^( *)```([^\n]*)\n(.*?)^\1``` *$", text, re.MULTILINE | re.DOTALL):
+        assert language in ("python", "console", "text"), f"nothing runs a block of {language or 'no language'}"
+        if language == "text" and page.name != "cli.md":  # its examples are parsed in tests/docs/test_cli_page.py
+            assert not [line for line in body.splitlines() if _PROGRAM.match(line)], "use ```console"

@@ -1,0 +1,66 @@
+"""The Python blocks of the documentation really are run: all of them, each page on its own, and a wrong one fails."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+FIRST = """
+```python
+import mlx.core as mx
+
+x = mx.ones((1000,))
+mx.eval(x)
+assert mx.get_active_memory() >= x.nbytes
+```
+
+```python
+assert x.sum().item() == 1001
+```
+
+- A list with a block.
+
+    ```python
+    assert x.sum().item() == 1000
+    ```
+"""
+SECOND = """
+```python
+import mlx.core as mx
+
+assert "x" not in globals()
+assert mx.get_active_memory() < 1000  # the random state
+```
+"""
+
+
+def test_a_wrong_block_fails_and_pages_leave_nothing_to_each_other(tmp_path):
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "first.md").write_text(FIRST)
+    (tmp_path / "docs" / "second.md").write_text(SECOND)
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", "--rootdir", str(tmp_path), "docs"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 3 passed" in done.stdout, done.stdout
+    assert re.search(r"FAILED docs/first.md::.*line:10", done.stdout), done.stdout
+
+
+@pytest.fixture(scope="module")
+def parse():
+    return runpy.run_path(str(ROOT / "conftest.py"))["pages"].parse
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_python_block_is_collected(page, parse):
+    written = re.findall(r"^ *(?:> *)*(?:```+|~~~+) *\{?\.?py.*$", page.read_text(), re.MULTILINE | re.IGNORECASE)
+    assert len(list(parse(page).examples())) == len(written)
