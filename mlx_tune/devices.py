@@ -108,7 +108,7 @@ def metal_info() -> dict[str, Any] | None:
 def machine() -> Machine:
     """Read what this machine is.
 
-    Example:
+    Examples:
         >>> machine().backend in ("metal", "cuda", "cpu")
         True
     """

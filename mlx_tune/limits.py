@@ -71,7 +71,7 @@ class TightestLimit:
     def applied(self) -> memory_limit:
         """A `with` block that trains under the limit.
 
-        Example:
+        Examples:
             >>> import mlx.core as mx
             >>> best = tightest_limit(lambda x: (x @ x).sum(), mx.ones((64, 64)), slowdown=1.0, progress=False)
             >>> with best.applied() as limit:
@@ -147,7 +147,7 @@ def tightest_limit(
         InvalidArgumentError: `slowdown` is negative or `repeats` below 1.
         TrialError: The step returns no array.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> best = tightest_limit(lambda x: (x @ x).sum(), mx.ones((64, 64)), slowdown=1.0, progress=False)
         >>> best.limit_bytes <= best.free_peak_bytes

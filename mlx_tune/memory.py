@@ -41,7 +41,7 @@ class track_memory(ContextDecorator):  # noqa: N801 - used as a function
     While the block runs, all of them say what holds so far. The counters are the process's: work of other
     threads is counted too.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> with track_memory() as m:
         ...     mx.eval(mx.zeros((1000, 250)))
@@ -179,7 +179,7 @@ class memory_limit(ContextDecorator):  # noqa: N801 - used as a function
     Attributes:
         limit_bytes: The limit that this block asks for.
 
-    Example:
+    Examples:
         >>> with memory_limit("20GB") as limit:
         ...     limit.limit_bytes
         20000000000
@@ -296,7 +296,7 @@ def memory_budget(fraction: float | str = 0.9) -> MemoryBudget:
     Raises:
         InvalidArgumentError: The fraction is not above 0 and at most 1.
 
-    Example:
+    Examples:
         >>> budget = memory_budget(0.5)
         >>> 0 < budget and "50%" in str(budget)
         True
@@ -333,7 +333,7 @@ def resolve_budget(budget: str | SupportsIndex | float | None) -> MemoryBudget:
     Raises:
         InvalidArgumentError: Not a budget, or one of zero bytes.
 
-    Example:
+    Examples:
         >>> resolve_budget("24GB")
         24000000000
     """

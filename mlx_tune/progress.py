@@ -49,7 +49,7 @@ def progress_bar(description: str, total: float | None = None, enabled: bool = T
     Yields:
         The line, to be moved on with `update` and `advance`.
 
-    Example:
+    Examples:
         >>> with progress_bar("counting", total=3, enabled=False) as bar:
         ...     for i in range(3):
         ...         bar.advance()

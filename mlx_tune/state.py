@@ -48,7 +48,7 @@ class Snapshot:
         InvalidArgumentError: The state holds nothing that could be kept.
         MlxTuneError: Too little free disk for what has to be spilled.
 
-    Example:
+    Examples:
         >>> import mlx.nn as nn
         >>> model = nn.Linear(2, 2)
         >>> before = model.weight.tolist()

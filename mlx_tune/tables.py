@@ -30,7 +30,7 @@ def render_table(
     Raises:
         ValueError: A row that has more or fewer cells than there are headings.
 
-    Example:
+    Examples:
         >>> print(render_table(["layer", "bytes"], [["up", 12], ["down", 3]]))
         layer  bytes
         -----  -----

@@ -50,7 +50,7 @@ def run_step(
     Raises:
         TrialError: The step returned no array.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> trial = run_step(lambda x: (x @ x).sum(), [mx.ones((256, 256))])
         >>> trial.peak_bytes > 256 * 256 * 4
@@ -71,7 +71,7 @@ def run_step(
 def arrays_of(tree: Any) -> Iterator[Any]:
     """Every array in a nesting of modules, optimizers, dictionaries, lists and tuples.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> len(list(arrays_of({"a": [mx.zeros(2), 3], "b": (mx.zeros(1), None)})))
         2
@@ -122,7 +122,7 @@ def compare(
     Returns:
         The ratio and how sure it is.
 
-    Example:
+    Examples:
         >>> compare(lambda: 1.0, lambda: 1.5, threshold=1.02).ratio
         1.5
     """

@@ -32,7 +32,7 @@ def parse_bytes(size: str | SupportsIndex | float) -> int:
         InvalidArgumentError: Negative, not finite, a fraction of a byte, or not a size at all; the text repeats
             what was given.
 
-    Example:
+    Examples:
         >>> parse_bytes("12.5GB"), parse_bytes("8GiB"), parse_bytes(4096)
         (12500000000, 8589934592, 4096)
     """
@@ -83,7 +83,7 @@ def format_bytes(n: float) -> str:
     Returns:
         Text such as `"512 B"`, `"1.50 MB"` or `"12.5 GB"`, which `parse_bytes` reads back to within half a per cent.
 
-    Example:
+    Examples:
         >>> format_bytes(12_500_000_000)
         '12.5 GB'
     """
@@ -109,7 +109,7 @@ def parse_fraction(value: str | float) -> float:
     Raises:
         InvalidArgumentError: Not a number, or outside 0 to 1.
 
-    Example:
+    Examples:
         >>> parse_fraction("20%"), parse_fraction(0.9)
         (0.2, 0.9)
     """
@@ -130,7 +130,7 @@ def parse_fraction(value: str | float) -> float:
 def format_percent(share: float, digits: int = 1) -> str:
     """Write a share as per cent.
 
-    Example:
+    Examples:
         >>> format_percent(0.1234)
         '12.3 %'
     """
@@ -140,7 +140,7 @@ def format_percent(share: float, digits: int = 1) -> str:
 def format_seconds(seconds: float) -> str:
     """Write a time with three significant digits in the unit that suits it.
 
-    Example:
+    Examples:
         >>> format_seconds(0.0123), format_seconds(75)
         ('12.3 ms', '1 min 15 s')
     """

@@ -88,7 +88,7 @@ def autobatch(
         TrialError: The step or the batches cannot be measured; the text says why.
         MlxTuneError: Too little free disk for what has to wait there.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
         >>> model, optimizer = nn.Linear(256, 256), optim.SGD(0.01)
         >>> grad = nn.value_and_grad(model, lambda model, x: (model(x) ** 2).mean())
@@ -182,7 +182,7 @@ def autobatch_by_length(
     Raises:
         InvalidArgumentError: No lengths, or one that is below 1.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx, mlx.nn as nn
         >>> model = nn.Embedding(64, 64)
         >>> grad = nn.value_and_grad(model, lambda tokens: model(tokens).square().mean())

@@ -16,7 +16,7 @@ class Forecast:
     Attributes:
         knots: Size to bytes, where the graph was looked at.
 
-    Example:
+    Examples:
         >>> forecast = Forecast(lambda n: 1000 + 10 * n, range(1, 500), 3000)
         >>> forecast(200), sorted(forecast.knots)
         (3000.0, [1, 2, 200, 201])

@@ -77,7 +77,7 @@ def search(
     Returns:
         The answer, and how the size above it was ruled out.
 
-    Example:
+    Examples:
         >>> found = search(lambda n, predicted: Measured(100 + 7 * n <= 1000, 100 + 7 * n), range(1, 10**6), 1000)
         >>> found.size, found.next_size, found.next_bytes
         (128, 129, 1003)

@@ -26,7 +26,7 @@ class Throttle:
     Attributes:
         worst: For each share that was tried, the largest peak.
 
-    Example:
+    Examples:
         >>> throttle = Throttle({0.0: 1.0, 0.3: 1.0, 0.6: 1.1, 0.9: 1.3})
         >>> throttle.share_within(1.2), throttle.limit_at(0.6, base_bytes=100, floor_bytes=200, budget_bytes=220)
         (0.6, 160)

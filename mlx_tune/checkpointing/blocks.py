@@ -102,7 +102,7 @@ def checkpoint_blocks(
         InvalidArgumentError: `every` is no positive integer, `select` neither a string nor a function, `model` no
             module.
 
-    Example:
+    Examples:
         >>> import mlx.nn as nn
         >>> import mlx_tune as mt
         >>> model = nn.Transformer(dims=8, num_heads=2, num_encoder_layers=3, num_decoder_layers=2)
@@ -146,7 +146,7 @@ def find_blocks(model: nn.Module, select: Select | None = None) -> tuple[Stack, 
         CheckpointError: None was found or selected.
         InvalidArgumentError: `model` is no module, or `select` neither a string nor a function.
 
-    Example:
+    Examples:
         >>> import mlx.nn as nn
         >>> model = nn.Sequential(nn.Linear(2, 2), *(nn.Sequential(nn.Linear(2, 2)) for _ in range(2)))
         >>> [[path for path, _ in stack] for stack in find_blocks(model)]

@@ -33,7 +33,7 @@ def calibrated(saved_bytes: Sequence[int], extra_seconds: Sequence[float], plain
     Returns:
         A chain that prices the first of these choices at `plain_bytes` or above.
 
-    Example:
+    Examples:
         >>> calibrated([10, 10], [0.1, 0.1], plain_bytes=32, all_bytes=15)
         Chain(blocks=(BlockCost(saved_bytes=10, extra_seconds=0.1), BlockCost(saved_bytes=10, extra_seconds=0.1)), \
 top_bytes=12, backward_bytes=(15, 15))

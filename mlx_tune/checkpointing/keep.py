@@ -119,7 +119,7 @@ def keep(array: mx.array, name: str) -> mx.array:
     Raises:
         InvalidArgumentError: `array` is no array, or `name` no string.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> import mlx_tune as mt
         >>> def block(x, w):

@@ -72,7 +72,7 @@ def plan_checkpoints(
         TraceError: The step cannot be traced; the text says why.
         InvalidArgumentError: `batch_size` or `steps` below 1, or a budget that is none.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
         >>> import mlx_tune as mt
         >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)))

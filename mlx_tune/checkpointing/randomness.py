@@ -29,7 +29,7 @@ def thread_stream() -> list[mx.array]:
     Raises:
         BackendError: This version of MLX keeps its stream in some other way.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> stream = thread_stream()
         >>> mx.random.seed(3)
@@ -56,7 +56,7 @@ def draws_from(key: mx.array) -> Iterator[None]:
     Args:
         key: A key as `mx.random.key` makes it, uint32 of shape [2]; may be a tracer.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> key = mx.random.key(0)
         >>> with draws_from(key):

@@ -34,7 +34,7 @@ def is_recomputing() -> bool:
     Returns:
         True in a run for the gradient; false in the first run and anywhere else.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> import mlx_tune as mt
         >>> runs = []

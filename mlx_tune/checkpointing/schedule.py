@@ -94,7 +94,7 @@ def price(chain: Chain, checkpointed: Sequence[bool]) -> Schedule:
     Returns:
         The choice with its peak and its seconds.
 
-    Example:
+    Examples:
         >>> chain = Chain((BlockCost(10, 0.1), BlockCost(10, 0.1)), top_bytes=5, backward_bytes=(12, 12))
         >>> price(chain, (False, False)).peak_bytes, price(chain, (True, False)).peak_bytes
         (25, 15)
@@ -121,7 +121,7 @@ def fastest(chain: Chain, limit_bytes: int, *, most_pairs: int = MOST_PAIRS) -> 
     Returns:
         The choice, of two that take as long the one that holds less at the top; None where nothing fits.
 
-    Example:
+    Examples:
         >>> chain = Chain((BlockCost(10, 0.1), BlockCost(10, 0.1)), top_bytes=5, backward_bytes=(12, 12))
         >>> fastest(chain, 20).checkpointed
         (True, False)
@@ -167,7 +167,7 @@ def frontier(chain: Chain, resolution_bytes: int = 1) -> tuple[Schedule, ...]:
     Returns:
         Choices of which each needs less memory and more time than the one before; the first is the fastest at all.
 
-    Example:
+    Examples:
         >>> chain = Chain((BlockCost(10, 0.1), BlockCost(10, 0.1)), top_bytes=5, backward_bytes=(12, 12))
         >>> [(s.peak_bytes, s.extra_seconds) for s in frontier(chain)]
         [(25, 0.0), (15, 0.1), (12, 0.2)]

@@ -145,7 +145,7 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
         InvalidArgumentError: `model` is no module, has no trainable parameters, or the loss is no scalar.
         CheckpointError: Nothing is checkpointed, and the model has no repeated block.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> import mlx.nn as nn
         >>> import mlx_tune as mt

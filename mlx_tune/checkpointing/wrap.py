@@ -65,7 +65,7 @@ def checkpoint(block: Any, *, keep: Iterable[str] = ()) -> Any:
     Reference:
         Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> import mlx.nn as nn
         >>> import mlx_tune as mt
@@ -102,7 +102,7 @@ def uncheckpoint(model: nn.Module) -> int:
     Raises:
         InvalidArgumentError: `model` is no module.
 
-    Example:
+    Examples:
         >>> import mlx.nn as nn
         >>> import mlx_tune as mt
         >>> block = mt.checkpoint(nn.Linear(2, 2))
@@ -129,7 +129,7 @@ def is_checkpointed(block: Any) -> bool:
     Returns:
         True for what `checkpoint` returned, until it is undone.
 
-    Example:
+    Examples:
         >>> import mlx.nn as nn
         >>> import mlx_tune as mt
         >>> mt.is_checkpointed(nn.Linear(2, 2)), mt.is_checkpointed(mt.checkpoint(lambda x: x))

@@ -128,7 +128,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     Raises:
         InvalidArgumentError: Not of the form that the text of the error shows.
 
-    Example:
+    Examples:
         >>> parse_override("*.lm_head=bits:8,group_size:32")
         ('*.lm_head', {'bits': 8, 'group_size': 32})
         >>> parse_override("model.layers.0.*=false")

@@ -46,7 +46,7 @@ def diagnose(
     Raises:
         InvalidArgumentError: There is no check of a name that was given; the text lists them.
 
-    Example:
+    Examples:
         >>> diagnosis = diagnose(only="python")
         >>> diagnosis["python"].status
         'pass'

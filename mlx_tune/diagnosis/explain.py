@@ -64,7 +64,7 @@ def explain(exception: BaseException | str) -> Explanation:
     Raises:
         InvalidArgumentError: Neither an exception nor text.
 
-    Example:
+    Examples:
         >>> explanation = explain("[metal::malloc] Resource limit (499000) exceeded.")
         >>> explanation.name
         'Too many buffers'

@@ -110,7 +110,7 @@ def parse_gpus(text: str) -> list[NvidiaGpu]:
 def version(text: str) -> tuple[int, ...]:
     """The numbers of a version.
 
-    Example:
+    Examples:
         >>> version("550.54.14")
         (550, 54, 14)
     """

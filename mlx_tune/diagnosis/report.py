@@ -122,7 +122,7 @@ def anonymous(text: str, names: Iterable[str] | None = None) -> str:
     Returns:
         The text with paths cut down to their last part, and names replaced.
 
-    Example:
+    Examples:
         >>> anonymous("see /home/ann/.venv/lib/libmlx.so", names=["ann"])
         'see .../libmlx.so'
     """

@@ -90,7 +90,7 @@ def autofit(
         TraceError: The step cannot be traced; the text says why.
         InvalidArgumentError: Arguments that contradict one another.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
         >>> import mlx_tune as mt
         >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)))

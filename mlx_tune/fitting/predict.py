@@ -28,7 +28,7 @@ class Pace:
             batch_size: Its rows.
             extra_row_seconds: What checkpointing adds for each row.
 
-        Example:
+        Examples:
             >>> Pace(0.5, 0.25).seconds(4, extra_row_seconds=0.125)
             2.0
         """
@@ -44,7 +44,7 @@ def pace_through(points: Sequence[tuple[int, float]]) -> Pace:
     Returns:
         The pace; through a single point, time in proportion to the batch.
 
-    Example:
+    Examples:
         >>> pace_through([(2, 1.0), (6, 2.0)])
         Pace(fixed_seconds=0.5, row_seconds=0.25)
     """
@@ -74,7 +74,7 @@ def largest_fitting(sizes: Sequence[int], floor: Callable[[int], int], limit_byt
     Returns:
         The size; None where the smallest does not fit.
 
-    Example:
+    Examples:
         >>> largest_fitting(range(1, 1000), lambda n: 100 + 10 * n, 5000)
         490
     """
@@ -129,7 +129,7 @@ def thinned(sizes: Sequence[int], low: int, high: int, most: int) -> list[int]:
     Returns:
         Ascending sizes, the largest that there is in the range always among them.
 
-    Example:
+    Examples:
         >>> thinned(range(1, 100), 4, 64, 5)
         [4, 8, 16, 32, 64]
     """
@@ -155,7 +155,7 @@ def unbeaten(points: Sequence[tuple[int, float]]) -> list[int]:
     Returns:
         Their positions, by rising bytes.
 
-    Example:
+    Examples:
         >>> unbeaten([(10, 1.0), (20, 3.0), (30, 2.0)])
         [0, 1]
     """

@@ -213,7 +213,7 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
         TraceError: The step evaluates, returns no array, or leaves arrays in places that are not in `state`.
         InvalidArgumentError: `step` is not callable, or `state` holds nothing that a step can change.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
         >>> from mlx_tune.graphs import ArraySpec
         >>> model, optimizer = nn.Linear(1024, 1024), optim.SGD(0.1)

@@ -20,7 +20,7 @@ class ArraySpec:
         shape: The dimensions.
         dtype: Any MLX dtype.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> ArraySpec((8, 4096), mx.int32).nbytes
         131072

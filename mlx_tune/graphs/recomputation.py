@@ -21,7 +21,7 @@ def is_tracing() -> bool:
     Returns:
         True inside a step that is being traced, false anywhere else, other threads included.
 
-    Example:
+    Examples:
         >>> from mlx_tune.graphs import is_tracing
         >>> is_tracing()
         False
@@ -54,7 +54,7 @@ def traced_checkpoint(pure: Callable[..., Sequence[mx.array]], arrays: Sequence[
     Returns:
         The arrays that `pure` returns, in order. Integers and booleans carry no gradient and are passed on.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> from mlx_tune.graphs import traced_checkpoint
         >>> square = lambda x: mx.sum(traced_checkpoint(lambda x: [x * x], [x])[0])

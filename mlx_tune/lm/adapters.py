@@ -38,7 +38,7 @@ def add_adapters(
     Raises:
         InvalidArgumentError: Another type, or more blocks than the model has; nothing is changed.
 
-    Example:
+    Examples:
         ```python
         lm.add_adapters(model, "lora", num_layers=8, lora_parameters={"rank": 16})
         ```

@@ -62,7 +62,7 @@ def autobatch(
         InvalidArgumentError: An empty data set, nothing to train, or `target_batch` together with accumulation.
         BudgetError: Not even one row for each rank fits.
 
-    Example:
+    Examples:
         ```python
         result = lm.autobatch(model, train_set, TrainingArgs(max_seq_length=1024), budget="24GB")
         ```
@@ -113,7 +113,7 @@ def estimate_memory(
     Returns:
         What `mlx_tune.estimate_memory` returns, for the longest batch.
 
-    Example:
+    Examples:
         ```python
         print(lm.estimate_memory(model, train_set, TrainingArgs(batch_size=8)))
         ```
@@ -159,7 +159,7 @@ def autofit(
     Returns:
         What `mlx_tune.autofit` returns. Hand it to `lm.train(..., fit=fit)`.
 
-    Example:
+    Examples:
         ```python
         fit = lm.autofit(model, train_set, args, budget="24GB", target_batch=64)
         ```
@@ -211,7 +211,7 @@ def plan_checkpoints(
     Returns:
         What `mlx_tune.plan_checkpoints` returns: train in `with plan.applied():`.
 
-    Example:
+    Examples:
         ```python
         plan = lm.plan_checkpoints(model, train_set, TrainingArgs(batch_size=16), budget="24GB")
         ```
@@ -245,7 +245,7 @@ def verify_checkpoint(model: nn.Module, dataset: Any, args: Any = None, *, loss:
     Returns:
         What `mlx_tune.verify_checkpoint` returns; `.ok` is the verdict.
 
-    Example:
+    Examples:
         ```python
         print(lm.verify_checkpoint(model, train_set, TrainingArgs(batch_size=1)))
         ```

@@ -70,7 +70,7 @@ def autobatch_generate(
         InvalidArgumentError: A number below 1, or a cache that cannot be batched or quantized.
         BudgetError: Not even one row fits.
 
-    Example:
+    Examples:
         ```python
         result = lm.autobatch_generate(model, prompt_tokens=512, max_tokens=256, budget="24GB")
         mlx_lm.batch_generate(model, tokenizer, prompts, completion_batch_size=result.batch_size)

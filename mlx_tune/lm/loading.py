@@ -30,7 +30,7 @@ def load(
         MlxTuneError: A hub name, and no way to reach the hub; or a folder that mlx-lm cannot load, such as one of an
             architecture that it does not know.
 
-    Example:
+    Examples:
         ```python
         model, tokenizer, config, folder = lm.load("models/mine")
         ```

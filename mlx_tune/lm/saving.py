@@ -46,7 +46,7 @@ def save_quantized(
         InvalidArgumentError: Neither a configuration nor a folder to read it from, nothing quantized in the
             model, or a folder that is not empty.
 
-    Example:
+    Examples:
         ```python
         model, tokenizer, config = mlx_lm.load("model/", return_config=True)
         mt.quantize_model(model, 4, 64)

@@ -47,7 +47,7 @@ def token_batches(
     Raises:
         InvalidArgumentError: A number below 1, a source that is not there, or too little text for one batch.
 
-    Example:
+    Examples:
         ```python
         batches = lm.token_batches(tokenizer, "corpus/", batch_size=4, length=512)
         ```

@@ -69,7 +69,7 @@ def train(
             of ranks; `budget` or `target_batch` without fit="auto".
         BudgetError: fit="auto", and not even one row fits.
 
-    Example:
+    Examples:
         ```python
         result = lm.train(model, optimizer, train_set, valid_set, TrainingArgs(iters=600), fit="auto", budget="24GB")
         print(result)

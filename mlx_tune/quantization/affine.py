@@ -57,7 +57,7 @@ def quantize_affine(
         QuantizationError: A shape, bits, group size or dtype that the format does not have, or a weight or an
             importance that is not finite.
 
-    Example:
+    Examples:
         >>> w = mx.random.normal((8, 128)).astype(mx.bfloat16)
         >>> packed, scales, biases = quantize_affine(w, 4, 64)
         >>> packed.shape, scales.shape, scales.dtype == mx.bfloat16
@@ -118,7 +118,7 @@ def quantize_nearest(weight: mx.array, bits: int, group_size: int = 64) -> tuple
     Raises:
         QuantizationError: As `quantize_affine`.
 
-    Example:
+    Examples:
         >>> quantize_nearest(mx.ones((2, 64)), 4, 64)[0].shape
         (2, 8)
     """
@@ -150,7 +150,7 @@ def group_errors(
     Returns:
         float32 `[..., rows, columns / group_size]`.
 
-    Example:
+    Examples:
         >>> w = mx.zeros((2, 64))
         >>> group_errors(w, *mx.quantize(w, bits=4), bits=4, group_size=64).tolist()
         [[0.0], [0.0]]

@@ -25,7 +25,7 @@ def allocate(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: int) 
     Returns:
         The place of each layer's choice in its options, of least total cost; None if even the smallest do not fit.
 
-    Example:
+    Examples:
         >>> allocate([[(8, 0.0), (4, 1.0)], [(8, 0.0), (4, 3.0)]], budget_bytes=12)
         [1, 0]
     """

@@ -43,7 +43,7 @@ def read_batches(batches: Iterable[Any] | None, name: str) -> list[Batch]:
     Raises:
         QuantizationError: No batches, or one that cannot be used.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> [b.tokens.shape for b in read_batches([np.zeros((2, 9), dtype=np.uint16)], "evaluation")]
         [(2, 9)]

@@ -82,7 +82,7 @@ def gptq_model(
     Raises:
         QuantizationError: There are no batches, or inputs are not finite.
 
-    Example:
+    Examples:
         >>> from mlx_tune.quantization.apply import install
         >>> from mlx_tune.quantization.batches import read_batches
         >>> from mlx_tune.quantization.layout import plan_quantization

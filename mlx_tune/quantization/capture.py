@@ -34,7 +34,7 @@ def intercepted(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
         modules: The modules; one named twice is intercepted once.
         hook: Called instead of the module; `run(*arguments, **keywords)` is the module itself.
 
-    Example:
+    Examples:
         >>> seen = []
         >>> layer = nn.Linear(2, 2)
         >>> with intercepted([layer], lambda m, name, run, a, k: seen.append(a[0].shape) or run(*a, **k)):

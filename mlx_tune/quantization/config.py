@@ -22,7 +22,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         False where it could be quantized and is not. Empty if nothing is quantized. mlx-lm wants it under both
         `quantization` and `quantization_config`.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).to_quantized())
         >>> quantization_config(model)
         {'group_size': 64, 'bits': 4, 'mode': 'affine', 'layers.0': False}
@@ -49,7 +49,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
 def quantizes_inputs(model: nn.Module) -> bool:
     """Whether layers quantize their inputs too: mlx-lm then wants `"quantize_activations": true` in config.json.
 
-    Example:
+    Examples:
         >>> quantizes_inputs(nn.Sequential(nn.Linear(64, 64).to_quantized()))
         False
     """

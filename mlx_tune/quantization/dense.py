@@ -46,7 +46,7 @@ def dequantize_arrays(
 ) -> mx.array:
     """`mx.dequantize` in float32, whatever the scales are stored in.
 
-    Example:
+    Examples:
         >>> w = mx.ones((2, 64), dtype=mx.bfloat16)
         >>> dequantize_arrays(*mx.quantize(w), group_size=64, bits=4).dtype
         mlx.core.float32
@@ -67,7 +67,7 @@ def dense_twin(module: nn.Module, dtype: mx.Dtype | None = None) -> Any:
     Raises:
         QuantizationError: The class has no unquantized counterpart that could be found.
 
-    Example:
+    Examples:
         >>> twin = dense_twin(nn.Linear(64, 8).to_quantized())
         >>> type(twin).__name__, twin.weight.shape
         ('Linear', (8, 64))

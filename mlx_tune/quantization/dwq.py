@@ -107,7 +107,7 @@ def train_dwq(
     Raises:
         QuantizationError: Fewer than two batches, nothing to train, or neither reference nor loss.
 
-    Example:
+    Examples:
         >>> from mlx_tune.quantization.batches import read_batches
         >>> mx.random.seed(0)
         >>> reference = nn.Sequential(nn.Linear(64, 32))

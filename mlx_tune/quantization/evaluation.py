@@ -42,7 +42,7 @@ Loss = Callable[..., Any]
 class OutputStore:
     """A reference's outputs on disk, so that the reference itself need not stay in memory.
 
-    Example:
+    Examples:
         >>> with OutputStore() as store:
         ...     store.put([mx.ones(2)])
         ...     [array.tolist() for array in store.get(0)]

@@ -49,7 +49,7 @@ def quantize_float(weight: mx.array, mode: str, *, effort: Effort = "fast") -> t
     Returns:
         Packed codes and scales in `mx.quantize`'s format. No group has more error than `mx.quantize` leaves it.
 
-    Example:
+    Examples:
         >>> w = mx.random.normal((8, 64))
         >>> packed, scales = quantize_float(w, "nvfp4")
         >>> packed.shape, scales.shape, scales.dtype

@@ -78,7 +78,7 @@ def quantize_gptq(
     Raises:
         QuantizationError: What the format lacks, a Hessian of another shape, or one that is not finite.
 
-    Example:
+    Examples:
         >>> x = mx.random.normal((256, 64)) @ mx.random.normal((64, 64))
         >>> result = quantize_gptq(mx.random.normal((8, 64)), x.T @ x, 4, 64)
         >>> result.error < result.optimal_error
@@ -133,7 +133,7 @@ def shrinkage_for(columns: int, tokens: int) -> float:
         columns: The layer's inputs.
         tokens: Tokens that the moments were summed over.
 
-    Example:
+    Examples:
         >>> shrinkage_for(512, 131072), shrinkage_for(4096, 1024)
         (0.03125, 0.7)
     """
@@ -151,7 +151,7 @@ def output_error(weight: mx.array, approximation: mx.array, hessian: mx.array) -
     Returns:
         The ratio; 0 where the outputs are 0.
 
-    Example:
+    Examples:
         >>> w = mx.ones((2, 32))
         >>> round(output_error(w, 1.1 * w, mx.eye(32)), 4)
         0.01

@@ -73,7 +73,7 @@ def plan_quantization(
     Raises:
         QuantizationError: The same as `quantize_model` raises before it changes anything.
 
-    Example:
+    Examples:
         >>> plan = plan_quantization(nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 80)), 4, 64)
         >>> {layer.path: (layer.bits, layer.bytes_after) for layer in plan.layers}
         {'layers.0': (4, 5376), 'layers.2': (4, 3520)}

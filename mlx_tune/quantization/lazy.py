@@ -11,7 +11,7 @@ import mlx.core as mx
 def is_unevaluated(array: mx.array) -> bool:
     """Whether the array is still a recipe (a file to read, values to compute) and holds no memory.
 
-    Example:
+    Examples:
         >>> x = mx.ones(3) + 1
         >>> is_unevaluated(x), mx.eval(x), is_unevaluated(x)
         (True, None, False)
@@ -36,7 +36,7 @@ def read_array(array: mx.array) -> mx.array:
     Returns:
         An evaluated array of the same shape, dtype and values.
 
-    Example:
+    Examples:
         >>> x = mx.ones(3) + 1
         >>> read_array(x).tolist(), is_unevaluated(x)
         ([2.0, 2.0, 2.0], True)
@@ -52,7 +52,7 @@ def read_array(array: mx.array) -> mx.array:
 def number(array: mx.array) -> float:
     """The one number in an array, evaluated.
 
-    Example:
+    Examples:
         >>> number(mx.ones(3).sum())
         3.0
     """

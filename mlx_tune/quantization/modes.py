@@ -71,7 +71,7 @@ def check_format(bits: object, group_size: object, mode: object, *, where: str =
     Raises:
         QuantizationError: Something MLX has no kernels for; the text says what it has.
 
-    Example:
+    Examples:
         >>> check_format(4, 64, "mxfp4")
         Format(bits=4, group_size=32, mode='mxfp4', quantize_input=False)
     """

@@ -27,7 +27,7 @@ def check_affine(shape: tuple[int, ...], bits: int, group_size: int) -> None:
         QuantizationError: The bits or the group size are not ones that MLX has, the weight is not at least a
             matrix, or its columns are no multiple of the group size.
 
-    Example:
+    Examples:
         >>> check_affine((8, 128), bits=4, group_size=64)
     """
     if bits not in AFFINE_BITS:
@@ -55,7 +55,7 @@ def pack(codes: mx.array, bits: int) -> mx.array:
     Returns:
         `uint32` words, `[..., columns * bits / 32]`.
 
-    Example:
+    Examples:
         >>> pack(mx.array([[1] + [0] * 30 + [15]]), bits=4).tolist()
         [[1, 0, 0, 4026531840]]
     """
@@ -84,7 +84,7 @@ def unpack(packed: mx.array, bits: int) -> mx.array:
     Returns:
         `uint32` codes, `[..., columns]`.
 
-    Example:
+    Examples:
         >>> codes = mx.arange(64).reshape(2, 32) % 8
         >>> mx.array_equal(unpack(pack(codes, bits=3), bits=3), codes).item()
         True
@@ -119,7 +119,7 @@ def dequantize_float32(packed: mx.array, scales: mx.array, biases: mx.array, bit
     Returns:
         float32, `[..., rows, columns]`.
 
-    Example:
+    Examples:
         >>> w = mx.random.normal((4, 64))
         >>> dequantize_float32(*mx.quantize(w, bits=8, group_size=32), bits=8, group_size=32).shape
         (4, 64)

@@ -90,7 +90,7 @@ def quantize_model(
         QuantizationError: An argument or a layer stands in the way; nothing was changed.
         BackendError: MLX cannot do the mode on this backend.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
         >>> report = quantize_model(model, 8, 64, evaluation=[mx.random.normal((4, 128))], progress=False)
@@ -155,7 +155,7 @@ def quantization_report(
     Raises:
         QuantizationError: The batches cannot be used, or outputs differ in shape.
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> reference = nn.Sequential(nn.Linear(64, 64))
         >>> model = nn.Sequential(nn.QuantizedLinear.from_linear(reference.layers[0], 64, 8))

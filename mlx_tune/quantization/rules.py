@@ -133,7 +133,7 @@ class Rules:
 def matches(path: str, pattern: str) -> bool:
     """Whether a pattern with `*`, `?` and `[...]` means this path; `"*.lm_head"` also means a top-level `lm_head`.
 
-    Example:
+    Examples:
         >>> matches("lm_head", "*.lm_head"), matches("model.layers.0.mlp", "*.self_attn")
         (True, False)
     """

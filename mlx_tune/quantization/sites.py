@@ -36,7 +36,7 @@ class Site:
 def walk(model: nn.Module) -> list[Site]:
     """Every module below and including `model`, each once, in the order of definition.
 
-    Example:
+    Examples:
         >>> [site.path for site in walk(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
         ['', 'layers.0', 'layers.1']
     """
@@ -63,7 +63,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     Raises:
         KeyError: There is none.
 
-    Example:
+    Examples:
         >>> module_at(nn.Sequential(nn.Linear(2, 3)), "layers.0").weight.shape
         (3, 2)
     """

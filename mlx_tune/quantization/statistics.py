@@ -55,7 +55,7 @@ def clustered_mean(values: Floats, clusters: Integers) -> Estimate:
     Returns:
         The mean and its error.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> clustered_mean(np.array([1.0, 1.0, 3.0, 3.0]), np.array([0, 0, 1, 1]))
         Estimate(mean=2.0, error=1.0)
@@ -140,7 +140,7 @@ def overlap(evaluation: list[Any], calibration: list[Any], window: int = 32) -> 
     Returns:
         From 0 to 1; 0 where nothing is long enough to compare.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> a = np.arange(128).reshape(2, 64)
         >>> overlap([a], [a[:1]]), overlap([a], [a + 1000])

@@ -37,7 +37,7 @@ class Transaction:
     Attributes:
         notes: What a report should mention.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> with Transaction(model) as transaction:
         ...     swap(model, "layers.0", nn.Linear(64, 64).to_quantized())
@@ -172,7 +172,7 @@ def swap(model: nn.Module, path: str, module: nn.Module) -> None:
     Raises:
         KeyError: No module stands there.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> swap(model, "layers.0", nn.ReLU())
         >>> type(model.layers[0]).__name__

@@ -76,7 +76,7 @@ class wired_limit:  # noqa: N801 - used as a function
     Raises:
         InvalidArgumentError: A model without arrays, not a size, or a headroom outside 0 to 1.
 
-    Example:
+    Examples:
         >>> import mlx.nn as nn
         >>> model = nn.Linear(64, 64, bias=False)
         >>> with wired_limit(model) as wired:

@@ -33,7 +33,7 @@ def total_bytes(requests: Iterable[Request]) -> int:
     Each distinct array counts once, with the largest headroom that any request gives it; bytes asked for outright
     add up.
 
-    Example:
+    Examples:
         >>> model = Request(arrays={"weight": 100}, headroom=0.2)
         >>> total_bytes([model, model, Request(extra_bytes=5)])
         125
@@ -58,7 +58,7 @@ def total_bytes(requests: Iterable[Request]) -> int:
 def rule(requests: Iterable[Request], baseline_bytes: int, cap_bytes: int) -> int:
     """The limit that has to hold while these requests are live: `min(cap, max(baseline, total))`.
 
-    Example:
+    Examples:
         >>> rule([Request(extra_bytes=30)], baseline_bytes=10, cap_bytes=20)
         20
     """
