@@ -82,6 +82,9 @@ def device_info() -> dict[str, Any]:
     """`mx.device_info()` of the device whose allocator is in use. Keys differ by backend."""
     import mlx.core as mx
 
+    apple = metal_info()
+    if apple is not None:
+        return apple
     info = mx.device_info()
     # Where a script made the CPU its default device, the plain call describes the CPU, but arrays still come out of
     # the GPU's allocator.
@@ -101,7 +104,7 @@ def metal_info() -> dict[str, Any] | None:
     if not mx.metal.is_available():
         return None
     info = mx.device_info()
-    describes_cpu = "device_name" in info and "memory_size" not in info
+    describes_cpu = "device_name" in info and not {"memory_size", "max_recommended_working_set_size"} & info.keys()
     return dict(mx.device_info(mx.gpu) if describes_cpu else info)
 
 

@@ -129,10 +129,19 @@ def test_macos_version(monkeypatch, text, version):
     assert devices.macos_version() == version
 
 
-def test_a_stand_in_for_metal_is_believed(monkeypatch):
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"max_recommended_working_set_size": 5},
+        {"device_name": "Apple M0", "max_recommended_working_set_size": 5},
+        {"device_name": "Apple M0", "memory_size": 7},
+        {},
+    ],
+)
+def test_a_stand_in_for_metal_is_believed(monkeypatch, info):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 5})
-    assert devices.metal_info() == {"max_recommended_working_set_size": 5}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    assert devices.metal_info() == info
 
 
 def test_metal_is_asked_by_name_where_the_cpu_is_the_default_device(monkeypatch):

@@ -54,8 +54,8 @@ class wired_limit:  # noqa: N801 - used as a function
     says why; `MLX_TUNE_NO_WIRING=1` does that anywhere.
 
     Args:
-        model: A model (`nn.Module`, or any tree of arrays): its parameters, tied ones once, plus `headroom`.
-            Bytes, or text such as "24GB". None: as much as this machine may wire.
+        model: A model: its parameters, tied ones once, plus `headroom`. An optimizer, arrays, or a list or dictionary
+            of all these will do. Bytes, or text such as "24GB". None: as much as this machine may wire.
         headroom: The share to add to a model for what computing with it makes, such as its key-value cache: 0.2
             or "20%". Bytes are taken as they are.
         streams: Streams to synchronize when the block ends, before the limit is lowered: those on which
@@ -92,6 +92,7 @@ class wired_limit:  # noqa: N801 - used as a function
         self._streams = tuple(streams)
         # One entry for each time that this block was entered and not left; None where nothing was wired.
         self._entries: list[weakref.finalize[..., Any] | None] = []
+        self._stacklevel = 3  # from `_ask` to the line with the `with`
         self.applied = False
         self.limit_bytes = 0
         self.requested_bytes = 0
@@ -105,24 +106,29 @@ class wired_limit:  # noqa: N801 - used as a function
         self.reason = capacity.reason
         if os.environ.get(OFF_VARIABLE, "0") not in ("", "0"):
             self.reason = f"{OFF_VARIABLE} is set in the environment"
-        if self.reason:
-            self._entries.append(None)
-        else:
-            self._ask(request, capacity)
+        self._entries.append(None)
+        try:
+            if not self.reason:
+                self._ask(request, capacity)
+        except BaseException:  # an interrupt, or a warning that is an error here: nobody will call `__exit__`
+            self._leave()
+            raise
         return self
 
     def _ask(self, request: Request, capacity: limits.Capacity) -> None:
-        try:
-            token, limit = registry.enter(request, capacity.cap_bytes)
-        except (RuntimeError, ValueError) as error:
-            self.reason = f"the backend refused the limit: {error}"
-            self._entries.append(None)
-            warnings.warn(f"Nothing is wired: {self.reason}", RuntimeWarning, stacklevel=3)
-            return
+        token = registry.make_token()
         # Whoever drops an entered block without leaving it, a generator that nobody finished for one, has left it.
-        finalizer = weakref.finalize(self, registry.leave, token)
+        # This comes first, so that an interrupt cannot lose the request.
+        self._entries[-1] = finalizer = weakref.finalize(self, registry.leave, token)
         finalizer.atexit = False  # the limit ends with the process
-        self._entries.append(finalizer)
+        try:
+            limit = registry.enter(token, request, capacity.cap_bytes)
+        except (RuntimeError, ValueError) as error:
+            self._entries[-1] = None
+            finalizer.detach()
+            self.reason = f"the backend refused the limit: {error}"
+            warnings.warn(f"Nothing is wired: {self.reason}", RuntimeWarning, self._stacklevel)
+            return
         self.applied, self.limit_bytes = True, limit
         if self.requested_bytes > limit:
             self.reason = (
@@ -131,17 +137,10 @@ class wired_limit:  # noqa: N801 - used as a function
                 f"RAM is {format_bytes(capacity.memory_bytes)})"
             )
         model_bytes = sum(request.arrays.values())
-        self._warn(limits.closeness_warning(model_bytes, capacity) if request.arrays else None)
-        self._warn(_tightness_warning(limit, memory.open_limit_bytes()))
-
-    def _warn(self, text: str | None) -> None:
-        if text is None:
-            return
-        try:
-            warnings.warn(text, UserWarning, stacklevel=4)
-        except UserWarning:
-            self._leave()  # warnings are errors here: `__exit__` will not be called
-            raise
+        closeness = limits.closeness_warning(model_bytes, capacity) if request.arrays else None
+        for text in (closeness, _tightness_warning(limit, memory.open_limit_bytes())):
+            if text is not None:
+                warnings.warn(text, UserWarning, self._stacklevel)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -210,7 +209,9 @@ class wired_limit:  # noqa: N801 - used as a function
         return wrapped
 
     def _again(self) -> wired_limit:
-        return wired_limit(self._model, self._headroom, self._streams)
+        block = wired_limit(self._model, self._headroom, self._streams)
+        block._stacklevel += 1  # the wrapper stands between the `with` and the caller
+        return block
 
     def __str__(self) -> str:
         """One line."""

@@ -41,7 +41,7 @@ class Capacity:
 def reserve_bytes(memory_bytes: int) -> int:
     """What stays with the system out of this much RAM: 8 GB or a quarter, whichever is more, at most half.
 
-    Example:
+    Examples:
         >>> reserve_bytes(16_000_000_000), reserve_bytes(64_000_000_000)
         (8000000000, 16000000000)
     """
@@ -73,7 +73,8 @@ def read_request(wanted: Any, headroom: float, cap_bytes: int) -> Request:
     """Turn what `wired_limit` was given into a request.
 
     Args:
-        wanted: A model or any tree of arrays; bytes; text such as "24GB"; None for all that may be wired.
+        wanted: A model, an optimizer or any tree of them and of arrays; bytes; text such as "24GB"; None for all that
+            may be wired.
         headroom: The share to add to the bytes of arrays.
         cap_bytes: What None stands for.
 
@@ -87,16 +88,13 @@ def read_request(wanted: Any, headroom: float, cap_bytes: int) -> Request:
         return Request(extra_bytes=cap_bytes)
     if _is_size(wanted):
         return Request(extra_bytes=parse_bytes(wanted))
-    arrays: dict[int, int] = {}
-    references = []
-    for array in _arrays(wanted):
-        # A weak reference tells arrays apart without keeping them alive: a training step replaces them while they are
-        # wired. Python hands out one per object, so its address is a key as long as the request holds it; the
-        # array's own address might belong to another array by then.
-        reference = weakref.ref(array)
-        references.append(reference)
-        arrays[id(reference)] = array.nbytes
-    return Request(arrays=arrays, headroom=headroom, keys=tuple(references))
+    arrays = list(_arrays(wanted))
+    # A weak reference tells arrays apart without keeping them alive: a training step replaces them while they are
+    # wired. Python hands out one per object, so its address is a key as long as the request holds it; the array's own
+    # address might belong to another array by then.
+    references = tuple(weakref.ref(array) for array in arrays)
+    sizes = {id(reference): array.nbytes for reference, array in zip(references, arrays, strict=True)}
+    return Request(arrays=sizes, headroom=headroom, keys=references)
 
 
 def check_wanted(wanted: Any) -> None:
@@ -107,32 +105,34 @@ def check_wanted(wanted: Any) -> None:
         parse_bytes(wanted)
     elif next(_arrays(wanted), None) is None:
         raise InvalidArgumentError(
-            f"There is no array in this {type(wanted).__name__}: give wired_limit a model, a tree of arrays, bytes, "
+            f"There is no array in this {type(wanted).__name__}: give wired_limit a model, an optimizer, arrays, bytes, "
             'text such as "24GB", or None for all that may be wired.'
         )
 
 
 def _is_size(wanted: Any) -> bool:
-    return isinstance(wanted, str | float) or (hasattr(wanted, "__index__") and not _is_array(wanted))
-
-
-def _is_array(value: Any) -> bool:
     import mlx.core as mx
 
-    return isinstance(value, mx.array)
+    return isinstance(wanted, str | float) or (hasattr(wanted, "__index__") and not isinstance(wanted, mx.array))
 
 
 def _arrays(tree: Any) -> Iterator[Any]:
-    if hasattr(tree, "parameters") and callable(tree.parameters):
-        tree = tree.parameters()
-    if _is_array(tree):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _arrays(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _arrays(value)
+    """Every array of a model, an optimizer or a tree of them and of arrays, as often as it occurs."""
+    import mlx.core as mx
+
+    pending = [tree]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, mx.array):
+            yield one
+        elif callable(parameters := getattr(one, "parameters", None)):
+            pending.append(parameters())
+        elif isinstance(one, dict):
+            pending.extend(one.values())
+        elif isinstance(one, list | tuple):
+            pending.extend(one)
+        elif isinstance(state := getattr(one, "state", None), dict):  # an optimizer
+            pending.append(state)
 
 
 def closeness_warning(model_bytes: int, capacity: Capacity) -> str | None:

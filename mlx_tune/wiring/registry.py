@@ -105,21 +105,25 @@ class Registry:
         """The limit that holds while requests are live, as last set here."""
         return self._limit
 
-    def enter(self, request: Request, cap_bytes: int) -> tuple[int, int]:
+    def make_token(self) -> int:
+        """A name for a request that is about to be made."""
+        return next(self._tokens)
+
+    def enter(self, token: int, request: Request, cap_bytes: int) -> int:
         """Add a request and raise the limit to what the rule says.
 
         Args:
+            token: From `make_token`, for `leave`.
             request: What is wanted.
             cap_bytes: The most this machine may wire, as read now.
 
         Returns:
-            A token for `leave`, and the limit that now holds.
+            The limit that now holds.
 
         Raises:
             Exception: Whatever `set_limit` raises; the request is then out again.
         """
         with self._lock:
-            token = next(self._tokens)
             self._cap = cap_bytes
             self._requests[token] = request
             try:
@@ -128,10 +132,10 @@ class Registry:
                 self._requests.pop(token, None)
                 self._settle()
                 raise
-            return token, self._limit
+            return self._limit
 
     def leave(self, token: int) -> None:
-        """Take a request out and lower the limit to what the rule says. A second time does nothing."""
+        """Take a request out and lower the limit to what the rule says. One that is not in changes nothing."""
         with self._lock:
             self._left.append(token)
             self._settle()

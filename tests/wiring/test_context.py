@@ -6,11 +6,12 @@ import warnings
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import pytest
 from metal_stand_in import GIB, MetalStandIn
 
 import mlx_tune as mt
-from mlx_tune.wiring import limits
+from mlx_tune.wiring import context, limits
 
 
 class Sized:
@@ -45,6 +46,14 @@ def test_tied_parameters_count_once(metal):
 
     with mt.wired_limit(Tied(), headroom=0) as wired:
         assert wired.limit_bytes == 400
+
+
+def test_an_optimizers_state_counts(metal):
+    model, optimizer = linear(), optim.Adam(learning_rate=1e-3)
+    optimizer.init(model.trainable_parameters())
+    with mt.wired_limit([model, optimizer], headroom=0) as wired:
+        scalars = optimizer.state["step"].nbytes + optimizer.state["learning_rate"].nbytes
+        assert wired.limit_bytes == 3 * 400 + scalars
 
 
 def test_models_that_share_arrays_count_them_once(metal):
@@ -381,6 +390,37 @@ def test_a_warning_that_is_an_error_leaves_nothing_behind(metal):
         with pytest.raises(UserWarning, match="close to"):
             mt.wired_limit(Sized(47 * GIB)).__enter__()
     assert metal.limit == 0
+
+
+def test_a_warning_points_at_the_line_that_asked(metal):
+    big = Sized(47 * GIB)
+
+    @mt.wired_limit(big)
+    def decorated():
+        pass
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with mt.wired_limit(big):
+            pass
+        decorated()
+    assert [warning.filename for warning in caught] == [__file__, __file__]
+
+
+def test_an_interrupt_while_entering_leaves_nothing_behind(metal, monkeypatch):
+    plain_enter = context.registry.enter
+
+    def interrupted(*args):
+        plain_enter(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(context.registry, "enter", interrupted)
+    block = mt.wired_limit(100)
+    with pytest.raises(KeyboardInterrupt):
+        block.__enter__()
+    assert 100 in metal.limits
+    assert metal.limit == 0  # although the block is still referred to
+    assert context.registry.live == 0
 
 
 def test_wiring_under_a_tight_memory_limit_warns(metal):

@@ -22,9 +22,17 @@ class Allocator:
         self.events.append("clear")
 
 
+class Tokens(Registry):
+    """A registry whose `enter` makes the token too."""
+
+    def enter(self, request, cap_bytes):
+        token = self.make_token()
+        return token, super().enter(token, request, cap_bytes)
+
+
 def make(limit=0):
     allocator = Allocator(limit)
-    return Registry(allocator.set, allocator.clear), allocator
+    return Tokens(allocator.set, allocator.clear), allocator
 
 
 @pytest.mark.parametrize(
