@@ -175,22 +175,23 @@ class AutobatchResult:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        from mlx_tune.plotting import COLORS, ink, new_figure, save_figure
+        from mlx_tune.plotting import COLORS, bytes_unit, ink, new_figure, save_figure
 
         figure, axes = new_figure(dark=dark)
+        scale, unit = bytes_unit(self.budget_bytes)
         trials = sorted(self.trials, key=lambda trial: trial.batch_size)
-        floors = [(t.batch_size, t.floor_bytes / 1e9) for t in trials if t.floor_bytes is not None]
-        foreseen = [(t.batch_size, t.predicted_bytes / 1e9) for t in trials if t.predicted_bytes is not None]
-        peaks = [(t.batch_size, t.peak_bytes / 1e9) for t in trials if t.peak_bytes is not None]
+        floors = [(t.batch_size, t.floor_bytes / scale) for t in trials if t.floor_bytes is not None]
+        foreseen = [(t.batch_size, t.predicted_bytes / scale) for t in trials if t.predicted_bytes is not None]
+        peaks = [(t.batch_size, t.peak_bytes / scale) for t in trials if t.peak_bytes is not None]
         if self.next_size is not None and self.next_bytes is not None and not self.next_measured:
-            foreseen.append((self.next_size, self.next_bytes / 1e9))
+            foreseen.append((self.next_size, self.next_bytes / scale))
         axes.plot(*zip(*foreseen, strict=True), color=COLORS[0], marker="x", label="predicted") if foreseen else None
         axes.plot(*zip(*floors, strict=True), color=COLORS[2], ls="", marker="s", label="floor") if floors else None
         axes.plot(*zip(*peaks, strict=True), color=COLORS[1], ls="", marker="o", label="measured") if peaks else None
-        axes.axhline(self.budget_bytes / 1e9, color=COLORS[3], ls="--", label="budget")
+        axes.axhline(self.budget_bytes / scale, color=COLORS[3], ls="--", label="budget")
         axes.axvline(self.batch_size, color=ink(dark), lw=0.8, ls=":")
         axes.set_xlabel("batch size")
-        axes.set_ylabel("peak memory (GB)")
+        axes.set_ylabel(f"peak memory ({unit})")
         axes.set_title(f"batch size {self.batch_size}: {format_bytes(self.peak_bytes)}")
         axes.legend(frameon=False, labelcolor=ink(dark))
         return save_figure(figure, path)

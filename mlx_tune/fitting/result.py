@@ -33,6 +33,12 @@ class Setting:
         rate: Tokens or rows a second, measured.
         fits: Whether its measured peak is within the budget.
         unbeaten: Whether no other setting needs less memory and is predicted to be faster.
+        known_as: Why anybody would try it without a search, such as "mlx-lm's default batch"; else empty.
+        behind: How much longer a row takes than under the fastest setting, the median over turns of both: 0.02 is two
+            per cent; None where it was not timed in turns with others.
+        uncertainty: The standard error of `behind`; None after a single turn.
+        turns: How many turns it was timed in.
+        chosen: Whether it is the one to train with.
     """
 
     batch_size: int
@@ -45,6 +51,11 @@ class Setting:
     rate: float | None = None
     fits: bool | None = None
     unbeaten: bool = True
+    known_as: str = ""
+    behind: float | None = None
+    uncertainty: float | None = None
+    turns: int = 0
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,9 +66,10 @@ class Fit:
         batch_size: Rows in a step.
         accumulation_steps: Steps that make up one update of the target batch; 1 without a target.
         paths: The blocks to checkpoint.
-        found: How many blocks there are.
+        found: How many blocks there were to choose from; 0 where checkpoints were left as they are.
         limit_bytes: The memory limit to train under.
         budget_bytes: What the peak was allowed to be.
+        budget_source: Where the budget comes from.
         predicted_peak_bytes: The least that the step needs, from its graph.
         measured_peak_bytes: The highest peak of the real steps under the limit.
         predicted_rate: Tokens or rows a second, from other steps.
@@ -65,6 +77,7 @@ class Fit:
         measured_seconds: That step's time.
         unit: "tokens" or "rows".
         settings: What it was chosen from, by rising floor.
+        search_seconds: How long the search took.
         notes: What else there is to know.
     """
 
@@ -74,6 +87,7 @@ class Fit:
     found: int
     limit_bytes: int
     budget_bytes: int
+    budget_source: str
     predicted_peak_bytes: int
     measured_peak_bytes: int
     predicted_rate: float
@@ -81,6 +95,7 @@ class Fit:
     measured_seconds: float
     unit: str
     settings: tuple[Setting, ...]
+    search_seconds: float
     notes: tuple[str, ...]
     _model: nn.Module = field(repr=False, compare=False)
 
@@ -101,34 +116,33 @@ class Fit:
 
     def __str__(self) -> str:
         """The settings, and the choice above them."""
-        rows: list[list[object]] = []
-        for s in self.settings:
-            if not s.unbeaten and s.rate is None:
-                continue
-            chosen = (s.batch_size, s.checkpointed, s.rate) == (self.batch_size, len(self.paths), self.measured_rate)
-            rows.append(
-                [
-                    s.batch_size,
-                    f"{s.checkpointed} of {self.found}",
-                    format_bytes(s.floor_bytes),
-                    f"{s.predicted_rate:,.0f}",
-                    "" if s.peak_bytes is None else format_bytes(s.peak_bytes),
-                    "" if s.seconds is None else format_seconds(s.seconds),
-                    "" if s.rate is None else f"{s.rate:,.0f}",
-                    "chosen" if chosen else ("over the budget" if s.fits is False else ""),
-                ]
-            )
+        rows: list[list[object]] = [
+            [
+                s.batch_size,
+                f"{s.checkpointed} of {self.found}" if self.found else "",
+                format_bytes(s.floor_bytes),
+                f"{s.predicted_rate:,.0f}",
+                "" if s.peak_bytes is None else format_bytes(s.peak_bytes),
+                "" if s.seconds is None else format_seconds(s.seconds),
+                "" if s.rate is None else f"{s.rate:,.0f}",
+                _in_turns(s),
+                _remark(s),
+            ]
+            for s in self.settings
+            if s.unbeaten or s.known_as or s.rate is not None
+        ]
         batch = f"batch size {self.batch_size}"
         if self.accumulation_steps > 1:
             total = self.batch_size * self.accumulation_steps
             batch += f" x {self.accumulation_steps} accumulation steps = {total}"
-        unit = f"{self.unit}/s"
+        unit, rate = f"{self.unit}/s", f"{self.measured_rate:,.0f}"
+        blocks = f"{len(self.paths)} of {self.found} blocks checkpointed, " if self.found else ""
         return render_table(
-            ["batch", "checkpointed", "floor", f"predicted {unit}", "peak", "step", f"measured {unit}", ""],
+            ["batch", "checkpointed", "floor", f"predicted {unit}", "peak", "step", f"measured {unit}", "in turns", ""],
             rows,
-            title=f"Fastest within {format_bytes(self.budget_bytes)}: {batch}, {len(self.paths)} of {self.found} "
-            f"blocks checkpointed, {self.measured_rate:,.0f} {unit}",
+            title=f"Fastest within {format_bytes(self.budget_bytes)}: {batch}, {blocks}{rate} {unit}",
             notes=[
+                f"Budget: {self.budget_source}.",
                 f"Peak: at least {format_bytes(self.predicted_peak_bytes)} predicted, "
                 f"{format_bytes(self.measured_peak_bytes)} measured under a memory limit of "
                 f"{format_bytes(self.limit_bytes)}; hold it with fit.applied().",
@@ -159,21 +173,22 @@ class Fit:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        from mlx_tune.plotting import COLORS, ink, new_figure, save_figure
+        from mlx_tune.plotting import COLORS, bytes_unit, ink, new_figure, save_figure
 
         figure, axes = new_figure(dark=dark)
+        scale, unit = bytes_unit(self.budget_bytes)
         frontier = self.frontier
         axes.plot(
-            [s.floor_bytes / 1e9 for s in frontier],
+            [s.floor_bytes / scale for s in frontier],
             [s.predicted_rate for s in frontier],
             color=COLORS[0],
             marker="x",
             label="predicted, at its floor",
         )
-        run = [(s.peak_bytes / 1e9, s.rate) for s in self.settings if s.peak_bytes is not None and s.rate is not None]
+        run = [(s.peak_bytes / scale, s.rate) for s in self.settings if s.peak_bytes is not None and s.rate is not None]
         axes.plot([x for x, _ in run], [y for _, y in run], color=COLORS[1], ls="", marker="o", label="measured")
         axes.plot(
-            self.measured_peak_bytes / 1e9,
+            self.measured_peak_bytes / scale,
             self.measured_rate,
             color=COLORS[2],
             ls="",
@@ -181,9 +196,24 @@ class Fit:
             ms=14,
             label="chosen",
         )
-        axes.axvline(self.budget_bytes / 1e9, color=COLORS[3], ls="--", label="budget")
-        axes.set_xlabel("peak memory (GB)")
+        axes.axvline(self.budget_bytes / scale, color=COLORS[3], ls="--", label="budget")
+        axes.set_xlabel(f"peak memory ({unit})")
         axes.set_ylabel(f"{self.unit} per second")
         axes.set_title(f"batch size {self.batch_size}, {len(self.paths)} of {self.found} blocks checkpointed")
         axes.legend(frameon=False, labelcolor=ink(dark))
         return save_figure(figure, path)
+
+
+def _in_turns(setting: Setting) -> str:
+    """How far behind the fastest it came in."""
+    if setting.behind is None:
+        return ""
+    if setting.behind == 0:
+        return "fastest"
+    doubt = "" if setting.uncertainty is None else f" ± {setting.uncertainty:.1%}"
+    return f"{setting.behind:+.1%}{doubt}"
+
+
+def _remark(setting: Setting) -> str:
+    remarks = ["chosen"] if setting.chosen else ["over the budget"] if setting.fits is False else []
+    return ", ".join([*remarks, *([setting.known_as] if setting.known_as else [])])

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from mlx_tune.graphs.floor import PURPOSES
-from mlx_tune.plotting import COLORS, ink, new_figure, save_figure
+from mlx_tune.plotting import COLORS, bytes_unit, ink, new_figure, save_figure
 from mlx_tune.units import format_bytes
 
 if TYPE_CHECKING:
@@ -20,43 +20,51 @@ _COLORS = dict(zip(PURPOSES, (*COLORS[:3], "#8c959f", *COLORS[3:]), strict=True)
 #: Purposes that never hold more than this share of the peak are not drawn on their own.
 _VISIBLE = 0.005
 
+#: Neighbouring operations share a column where there are more than could be told apart; the most they hold is drawn.
+_COLUMNS = 400
+
 
 def draw(estimate: MemoryEstimate, path: str | os.PathLike[str] | None, *, dark: bool) -> Figure:
     """Draw an estimate; see `MemoryEstimate.plot`."""
-    figure, axes = new_figure(dark=dark, size=(10.0, 4.8))
-    scale, unit = _unit(estimate.floor_bytes)
+    figure, axes = new_figure(dark=dark, size=(6.4, 5.2))
+    grid = figure.add_gridspec(2, 1, height_ratios=(3.1, 1))
+    axes.set_subplotspec(grid[0])
+    scale, unit = bytes_unit(estimate.floor_bytes)
     tops = _tops(estimate)
     # From the highest down, each over the last: every area then needs the points of its own outline only.
     for name, top in reversed(tops.items()):
-        color = _COLORS[name]
+        edges, heights = _columns(top)
         label = f"{name}, {format_bytes(estimate.by_purpose[name])}"
-        steps = [i for i, n in enumerate(top) if i in (0, len(top) - 1) or n != top[i - 1]]
-        heights = [top[i] / scale for i in steps]
-        axes.fill_between(steps, heights, step="post", color=color, linewidth=0, label=label)
+        axes.stairs([height / scale for height in heights], edges, fill=True, color=_COLORS[name], lw=0, label=label)
     floor = estimate.floor_bytes / scale
     axes.axhline(floor, color=ink(dark), linewidth=0.8, linestyle="--")
-    axes.plot([max(estimate.peak_operation, 0)], [floor], "v", color=ink(dark), markersize=6)
+    axes.plot([max(estimate.peak_operation, 0) + 0.5], [floor], "v", color=ink(dark), markersize=6)
     axes.set_xlabel("operations, in the order of evaluation", color=ink(dark))
     axes.set_ylabel(f"memory ({unit})", color=ink(dark))
-    axes.set_xlim(0, max(len(estimate.live_bytes) - 1, 1))
+    axes.set_xlim(0, max(len(estimate.live_bytes), 1))
     axes.set_ylim(0, floor * 1.08)
     axes.set_title(f"floor: {format_bytes(estimate.floor_bytes)}", color=ink(dark), loc="left", fontsize=11)
-    axes.legend(
+
+    below = figure.add_subplot(grid[1])
+    below.axis("off")
+    below.text(0, 1, "at the peak", color=ink(dark), fontsize=9, va="top", transform=below.transAxes)
+    handles, labels = axes.get_legend_handles_labels()
+    below.legend(
+        handles,
+        labels,
         loc="upper left",
-        bbox_to_anchor=(1.01, 1.0),
+        bbox_to_anchor=(-0.01, 0.84),
         frameon=False,
         labelcolor=ink(dark),
-        fontsize=8,
-        title="at the peak",
-        title_fontproperties={"size": 9},
-        alignment="left",
-    ).get_title().set_color(ink(dark))
-    lines = ["largest at the peak"]
-    for owner, count in estimate.largest_owners(7):
-        what = owner.operation or owner.label
+        fontsize=9,
+        borderaxespad=0,
+    )
+    lines = ["largest there"]
+    for owner, count in estimate.largest_owners(6):
         times = f"{count} x " if count > 1 else ""
-        lines.append(f"{format_bytes(owner.nbytes * count):>8}  {what}, {times}{list(owner.shape)}")
-    axes.text(1.02, 0.0, "\n".join(lines), color=ink(dark), fontsize=8, va="bottom", transform=axes.transAxes)
+        what = owner.operation or owner.label
+        lines.append(f"{format_bytes(owner.nbytes * count)}  {what}, {times}{list(owner.shape)}")
+    below.text(0.4, 1, "\n".join(lines), color=ink(dark), fontsize=9, va="top", transform=below.transAxes)
     return save_figure(figure, path)
 
 
@@ -71,8 +79,15 @@ def _tops(estimate: MemoryEstimate) -> dict[str, list[int]]:
     return tops
 
 
-def _unit(nbytes: int) -> tuple[float, str]:
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if nbytes >= scale:
-            return scale, unit
-    return 1.0, "bytes"
+def _columns(values: list[int]) -> tuple[list[int], list[int]]:
+    """Edges and heights of at most `_COLUMNS` columns; neighbours of the same height are one."""
+    width = -(-len(values) // _COLUMNS) or 1
+    edges, heights = [0], []
+    for start in range(0, len(values), width):
+        height = max(values[start : start + width])
+        if heights and heights[-1] == height:
+            edges.pop()
+        else:
+            heights.append(height)
+        edges.append(min(start + width, len(values)))
+    return edges, heights
