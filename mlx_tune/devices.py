@@ -78,6 +78,17 @@ def backend() -> Backend:
     return "cuda" if mx.cuda.is_available() else "cpu"
 
 
+def gpu_count() -> int:
+    """How many GPUs MLX can reach.
+
+    `mx.metal.is_available()` says what MLX was built for: a headless or sandboxed session may get no device all the
+    same.
+    """
+    import mlx.core as mx
+
+    return mx.device_count(mx.gpu) if mx.metal.is_available() or mx.cuda.is_available() else 0
+
+
 def device_info() -> dict[str, Any]:
     """`mx.device_info()` of the device whose allocator is in use. Keys differ by backend."""
     import mlx.core as mx
@@ -98,6 +109,9 @@ def metal_info() -> dict[str, Any] | None:
 
     Asks MLX's own attributes and nothing else, so that a stand-in for `mx.metal.is_available` and
     `mx.device_info` is believed on any machine.
+
+    Raises:
+        RuntimeError: This session gets no device of Metal.
     """
     import mlx.core as mx
 
@@ -162,13 +176,20 @@ def free_rooms() -> tuple[Room, ...]:
     return tuple(rooms)
 
 
-def footprint_bytes() -> int:
-    """What the system charges this process with: the physical footprint on macOS, resident memory elsewhere."""
+def footprint_bytes(pid: int | None = None) -> int:
+    """What the system charges a process with: the physical footprint on macOS, resident memory elsewhere.
+
+    Args:
+        pid: The process; this one by default.
+
+    Raises:
+        OSError: macOS does not say it of another user's process.
+    """
     if sys.platform == "darwin":
-        return _darwin_footprint_bytes()
+        return _darwin_footprint_bytes(pid)
     import psutil
 
-    return int(psutil.Process().memory_info().rss)
+    return int(psutil.Process(pid).memory_info().rss)
 
 
 def swap_used_bytes() -> int:
@@ -251,11 +272,12 @@ def sysctl(name: str) -> int | None:
     return int(value.value)
 
 
-def _darwin_footprint_bytes() -> int:
+def _darwin_footprint_bytes(pid: int | None) -> int:
     """`ri_phys_footprint` of libproc's `rusage_info_v0`: a 16-byte UUID, then 64-bit counters, it being the eighth."""
     import os
 
     record = (ctypes.c_uint64 * 12)()
-    if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), 0, ctypes.byref(record)) != 0:
-        raise OSError("proc_pid_rusage refused to say what this process holds")
+    pid = os.getpid() if pid is None else pid
+    if ctypes.CDLL(None).proc_pid_rusage(pid, 0, ctypes.byref(record)) != 0:
+        raise OSError(f"proc_pid_rusage refused to say what process {pid} holds")
     return int(record[2 + 7])

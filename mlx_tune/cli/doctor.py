@@ -68,6 +68,9 @@ def _list(as_json: bool) -> str:
     from mlx_tune.tables import render_table
 
     if as_json:
-        rows = [{"name": one.name, "theme": one.theme, "bench": one.bench, "title": one.title} for one in all_checks()]
-        return json.dumps(rows, indent=2)
-    return render_table(["check", "theme", "looks whether"], [[one.name, one.theme, one.title] for one in all_checks()])
+        listed = [
+            {"name": one.name, "theme": one.theme, "bench": one.bench, "title": one.title} for one in all_checks()
+        ]
+        return json.dumps(listed, indent=2)
+    rows = [[one.name, one.theme, one.title] for one in all_checks()]
+    return render_table(["check", "theme", "what it looks at"], rows)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_tune.diagnosis import installer
 from mlx_tune.diagnosis.report import CheckResult, Status
 
 #: The modules that hold checks, in the order in which the report shows them.
@@ -41,7 +42,8 @@ class Check:
         theme: The heading that it stands under.
         function: Looks, and returns a `Finding`. Its docstring says what for. Every argument has a default, which
             reads this machine; tests put faults there.
-        remedies: What can be done about what it finds, by a short name. Placeholders are filled in by the finding.
+        remedies: What can be done about what it finds, by a short name. Placeholders are filled in by the finding, and
+            `uv pip` becomes the command that reaches this environment.
         in_child: Whether it imports MLX, and so runs in a process of its own.
         bench: Whether it measures, and so runs only when asked to.
     """
@@ -67,6 +69,7 @@ class Check:
     def result(self, finding: Finding) -> CheckResult:
         """What was found, with the remedy written out."""
         fix = self.remedies[finding.fix].format(**finding.values) if finding.fix else ""
+        fix = installer.in_this_environment(fix)
         summary = " ".join(finding.summary.split())
         return CheckResult(self.name, self.theme, finding.status, summary, fix, finding.figures)
 
@@ -78,6 +81,9 @@ class Check:
         """
         try:
             return self.result(self.function(**planted))
+        except ModuleNotFoundError as error:
+            fix = installer.in_this_environment(f"uv pip install {error.name}")
+            return CheckResult(self.name, self.theme, "fail", f"it needs {error.name}, which is not installed", fix)
         except Exception as error:
             return self.crashed(f"{type(error).__name__}: {error}")
 

@@ -66,19 +66,19 @@ def _read(name: str, distribution: metadata.Distribution) -> Installed:
     return Installed(name, distribution.version, platforms, Path(str(distribution.locate_file(""))), hashes)
 
 
-def owners(path: str, distributions: Sequence[Installed]) -> tuple[list[str], list[str]]:
-    """Which distributions claim a file, and which of them it really comes from.
+def owners(path: str, distributions: Sequence[Installed]) -> list[str]:
+    """Which of the distributions that claim a file it really comes from.
 
     Args:
         path: The file, relative to site-packages, as RECORD writes it.
         distributions: Who may claim it.
 
     Returns:
-        The names of those that list it, and of those whose RECORD has the hash of the file that is there.
+        The names of those whose RECORD has the hash of the file that is there; none where the file is not.
     """
     claims = [one for one in distributions if path in one.hashes]
     actual = _sha256(claims[0].location / path) if claims else None
-    return [one.name for one in claims], [one.name for one in claims if one.hashes[path] == actual]
+    return [one.name for one in claims if one.hashes[path] == actual]
 
 
 def _sha256(path: Path) -> str | None:

@@ -194,8 +194,33 @@ ENTRIES: tuple[Entry, ...] = (
         r"libmlx\.(so|dylib): cannot open shared object file|Library not loaded: @rpath/libmlx",
         "ImportError: libmlx.so: cannot open shared object file: No such file or directory",
         "The package `mlx` is there, the one with the library is not: on Linux `pip install mlx` does not bring it.",
-        ("uv pip install 'mlx[cpu]'   # or mlx[cuda12], mlx[cuda13] with an NVIDIA GPU",),
+        # Where the library was taken away later, what is installed counts as complete: hence the force.
+        ("uv pip install --force-reinstall 'mlx[cpu]'   # or mlx[cuda12], mlx[cuda13] with an NVIDIA GPU",),
         (_MLX + "issues/2390", _MLX + "issues/2402"),
+    ),
+    Entry(
+        "NVIDIA's libraries are missing",
+        r"lib(nccl|cudnn|cublas|cublasLt|cudart|cufft|cusolver|nvrtc)[\w-]*\.so[\d.]*: cannot open",
+        "ImportError: libnccl.so.2: cannot open shared object file: No such file or directory",
+        "The CUDA backend is installed without the packages that bring NVIDIA's libraries, or on a machine that is "
+        "meant to compute on its processor.",
+        (
+            "uv pip install --force-reinstall 'mlx[cuda12]'   # or mlx[cuda13]; without an NVIDIA GPU mlx[cpu]",
+            "Of two backends that are installed, the last one is in force: `mlx-tune doctor --only one-backend`.",
+        ),
+        (_MLX + "issues/2500", "https://ml-explore.github.io/mlx/build/html/install.html"),
+    ),
+    Entry(
+        "Another mlx_tune is in the way",
+        r"cannot import name '\w+' from 'mlx_tune'|module 'mlx_tune' has no attribute",
+        "AttributeError: module 'mlx_tune' has no attribute 'wired_limit'",
+        "The package that was imported is not this library: the distribution `mlx-tune` is an unrelated trainer whose "
+        "package has the same name, and the one that was installed last has overwritten the other.",
+        (
+            "uv pip uninstall mlx-tune && uv pip install --force-reinstall mlx-tune-kit",
+            "If only one name is missing, this library is older than what you read: `uv pip install -U mlx-tune-kit`.",
+        ),
+        ("https://pypi.org/project/mlx-tune",),
     ),
     Entry(
         "Another mlx is in the way",
@@ -310,6 +335,18 @@ ENTRIES: tuple[Entry, ...] = (
         "NumPy has no bfloat16, so `np.array(x)` of such an array fails.",
         ("Convert first: `np.array(x.astype(mx.float32))`.",),
         (_MLX + "issues/3974",),
+    ),
+    Entry(
+        "An operation that the GPU lacks",
+        r"This op is not yet supported on the GPU|\[\w+::eval_gpu\] .*NYI",
+        "[linalg::svd] This op is not yet supported on the GPU. Explicitly pass a CPU stream to run it.",
+        "Decompositions, inverses and solvers of `mx.linalg` are written for the processor alone. On a Mac it "
+        "shares its memory with the GPU, so nothing is copied.",
+        (
+            "Give the operation the processor: `mx.linalg.svd(x, stream=mx.cpu)`.",
+            "In a library that does not pass a stream on: `with mx.stream(mx.cpu): ...` around the call.",
+        ),
+        (_MLX + "issues/1238", _MLX + "issues/1258", _MLX + "blob/main/mlx/linalg.cpp"),
     ),
     Entry(
         "Quantized input on the CPU",

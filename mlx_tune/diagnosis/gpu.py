@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlx_tune import devices
 from mlx_tune.diagnosis import readings
 from mlx_tune.diagnosis.checks import Finding, check, failed, passed, skipped, warned
 from mlx_tune.diagnosis.distributions import Installed, installed
@@ -14,8 +15,10 @@ from mlx_tune.diagnosis.readings import NvidiaGpu
 
 THEME = "gpu"
 
-#: What each CUDA backend needs of the driver (MLX's installation page).
+#: What each CUDA backend needs of the driver (MLX's installation page), and the CUDA that such a driver offers: a
+#: compatibility package lets an older driver offer it too.
 _DRIVERS = {"mlx-cuda-12": (550, 54, 14), "mlx-cuda": (550, 54, 14), "mlx-cuda-13": (580,)}
+_CUDA = {"mlx-cuda-12": (12, 4), "mlx-cuda": (12, 4), "mlx-cuda-13": (13, 0)}
 _CAPABILITY = (7, 5)
 
 
@@ -25,7 +28,7 @@ _CAPABILITY = (7, 5)
     remedies={"session": "Run in a terminal of a logged-in user, outside any sandbox."},
     in_child=True,
 )
-def gpu_present(available: bool | None = None, count: int | None = None, system: str | None = None) -> Finding:
+def gpu_present(count: int | None = None, system: str | None = None) -> Finding:
     """MLX sees the GPU that it was installed for.
 
     A Mac's GPU can be hidden from a session: a sandbox, a daemon or a virtual machine. MLX then falls back to the
@@ -34,10 +37,7 @@ def gpu_present(available: bool | None = None, count: int | None = None, system:
     import mlx.core as mx
 
     system = platform.system() if system is None else system
-    if available is None:
-        available = mx.metal.is_available() or mx.cuda.is_available()
-    count = mx.device_count(mx.gpu) if count is None else count
-    if available and count:
+    if devices.gpu_count() if count is None else count:
         info = mx.device_info(mx.gpu)
         return passed(f"{info.get('device_name', 'a GPU')}, {info.get('architecture', 'of an unknown architecture')}")
     if system == "Darwin":
@@ -60,7 +60,7 @@ def virtual_machine(info: Mapping[str, Any] | None = None) -> Finding:
     if info is None:
         import mlx.core as mx
 
-        if not mx.metal.is_available():
+        if not (mx.metal.is_available() and devices.gpu_count()):
             return skipped("there is no Metal device")
         info = mx.device_info(mx.gpu)
     name = str(info.get("device_name", ""))
@@ -77,7 +77,10 @@ def virtual_machine(info: Mapping[str, Any] | None = None) -> Finding:
     },
 )
 def headless(
-    session: str | None = None, variables: Mapping[str, str] | None = None, system: str | None = None
+    session: str | None = None,
+    variables: Mapping[str, str] | None = None,
+    system: str | None = None,
+    answers: bool | None = None,
 ) -> Finding:
     """The session has a screen, or it is known that it has none.
 
@@ -91,7 +94,9 @@ def headless(
     session = session or readings.session_type() or "unknown"
     remote = " over ssh" if "SSH_CONNECTION" in variables else ""
     if session in ("Background", "System"):
-        return warned(f"a {session} session{remote}: without a logged-in user Metal may give no device", "login")
+        if readings.metal_answers() if answers is None else answers:
+            return passed(f"a {session} session{remote}, which gets the GPU")
+        return warned(f"a {session} session{remote}, which gets no GPU: nobody may be logged in at the screen", "login")
     return passed(f"an {session} session{remote}")
 
 
@@ -100,35 +105,39 @@ def headless(
     THEME,
     remedies={
         "driver": "sudo apt install nvidia-driver-580   # or your distribution's; then restart",
+        "absent": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cpu]'   # with an NVIDIA GPU "
+        "install its driver instead",
         "older": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cuda12]'",
         "cpu": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cpu]'",
     },
 )
-def cuda(
-    found: dict[str, Installed] | None = None, gpus: Sequence[NvidiaGpu] | None = None, look: bool = True
-) -> Finding:
+def cuda(found: dict[str, Installed] | None = None, gpus: Sequence[NvidiaGpu] | None = None) -> Finding:
     """The NVIDIA driver and GPU are new enough for the CUDA backend.
 
-    `mlx[cuda12]` needs a driver of 550.54.14, `mlx[cuda13]` one of 580, and both a GPU of compute capability 7.5
-    (Turing) or later.
+    `mlx[cuda12]` needs a driver of 550.54.14, `mlx[cuda13]` one of 580 (or an older one with NVIDIA's compatibility
+    package), and both a GPU of compute capability 7.5 (Turing) or later.
     """
     found = installed() if found is None else found
     name = next((one for one in _DRIVERS if one in found), None)
-    if gpus is None and look:
-        gpus = readings.nvidia_gpus()
+    gpus = readings.nvidia_gpus() if gpus is None else gpus
     if name is None:
         if gpus:
             return warned(f"there is an {gpus[0].name}, but no CUDA backend of MLX", "older", {"name": "mlx-cpu"})
         return skipped("no CUDA backend is installed")
     if not gpus:
-        return failed(f"{name} is installed, but nvidia-smi finds no GPU or driver", "driver")
+        return failed(f"{name} is installed, but there is no NVIDIA driver with a GPU", "absent", {"name": name})
     one = gpus[0]
-    driver = ".".join(map(str, one.driver))
+    driver, offered = ".".join(map(str, one.driver)), ".".join(map(str, one.cuda))
+    driver = f"driver {driver}" if driver else f"a driver for CUDA {offered}"
     if one.capability and one.capability < _CAPABILITY:
         capability = ".".join(map(str, one.capability))
         return failed(f"{one.name} has compute capability {capability}, MLX needs 7.5", "cpu", {"name": name})
-    if one.driver < _DRIVERS[name]:
+    if not _serves(one, name):
         needed = ".".join(map(str, _DRIVERS[name]))
-        remedy = "older" if name == "mlx-cuda-13" and one.driver >= _DRIVERS["mlx-cuda-12"] else "driver"
-        return failed(f"driver {driver} is older than the {needed} that {name} needs", remedy, {"name": name})
-    return passed(f"{one.name}, driver {driver}, {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
+        remedy = "older" if name == "mlx-cuda-13" and _serves(one, "mlx-cuda-12") else "driver"
+        return failed(f"{driver} is older than the {needed} that {name} needs", remedy, {"name": name})
+    return passed(f"{one.name}, {driver}, {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
+
+
+def _serves(gpu: NvidiaGpu, name: str) -> bool:
+    return gpu.driver >= _DRIVERS[name] or gpu.cuda >= _CUDA[name]

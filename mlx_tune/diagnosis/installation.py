@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from mlx_tune import devices
-from mlx_tune.diagnosis import distributions
+from mlx_tune.diagnosis import distributions, readings
 from mlx_tune.diagnosis.checks import Finding, check, failed, passed, skipped, warned
 from mlx_tune.diagnosis.distributions import Installed, installed
 
@@ -185,35 +185,47 @@ def mlx_versions(found: dict[str, Installed] | None = None) -> Finding:
     "one-backend",
     THEME,
     remedies={
-        "remove": "uv pip uninstall {names} && uv pip install --force-reinstall 'mlx[{extra}]'",
+        "remove": "uv pip uninstall {names} && uv pip install --force-reinstall {wanted}",
         "reinstall": "uv pip install --force-reinstall {name}=={version}",
     },
 )
-def one_backend(found: dict[str, Installed] | None = None) -> Finding:
+def one_backend(found: dict[str, Installed] | None = None, nvidia: bool | None = None) -> Finding:
     """Only one backend is installed, and `libmlx` is its own.
 
     Every backend writes the same file `mlx/lib/libmlx.so`, so that of two the last one installed works, and
-    removing either breaks both. RECORD, where a wheel lists the hashes of its files, tells whose file it is.
+    removing either leaves none. RECORD, where a wheel lists the hashes of its files, tells whose file it is.
     """
     found = installed() if found is None else found
     backends = [found[name] for name in distributions.BACKENDS if name in found]
     if not backends:
         return skipped("no backend is installed")
     path = next((p for p in map(distributions.library_path, backends) if p is not None), None)
-    claims, genuine = distributions.owners(path, backends) if path else ([], [])
+    genuine = distributions.owners(path, backends) if path else []
     if len(backends) > 1:
         names = [one.name for one in backends]
         whose = f"libmlx comes from {' and '.join(genuine)}" if genuine else "libmlx comes from neither"
-        keep = genuine[0] if genuine else names[-1]
-        values = {"names": " ".join(names), "extra": distributions.EXTRAS.get(keep, "cpu")}
+        nvidia = bool(readings.nvidia_gpus()) if nvidia is None else nvidia
+        values = {"names": " ".join(names), "wanted": _wanted(found, names, genuine, nvidia)}
         return failed(
             f"{' and '.join(names)} are both installed; {whose}", "remove", values, figures={"owner": genuine}
         )
     only = backends[0]
-    if claims and not genuine:
+    if path and not genuine:
         values = {"name": only.name, "version": only.version}
-        return failed(f"libmlx is not the file that {only.name} {only.version} brought", "reinstall", values)
+        gone = not (only.location / path).is_file()
+        brought = f"{only.name} {only.version} brought"
+        text = f"libmlx is gone, although {brought} it" if gone else f"libmlx is not the file that {brought}"
+        return failed(text, "reinstall", values)
     return passed(f"{only.name} alone" + (", libmlx is its own" if genuine else ""), figures={"owner": genuine})
+
+
+def _wanted(found: dict[str, Installed], names: list[str], genuine: list[str], nvidia: bool) -> str:
+    """MLX with the one of several backends that is of use here: the one in force where that is one."""
+    usable = [name for name in names if nvidia or "cuda" not in name] or names
+    keep = next((name for name in genuine if name in usable), usable[-1])
+    extra = f"[{distributions.EXTRAS[keep]}]" if keep in distributions.EXTRAS else ""  # none brings mlx-metal
+    version = f"=={found['mlx'].version}" if "mlx" in found else ""
+    return f"'mlx{extra}{version}'"
 
 
 @check(

@@ -105,7 +105,10 @@ def working_set(recommended: int | None = None, wired_limit_mb: int | None = Non
     high, a large model can freeze the Mac. MLX reads it once, so that Python has to be started again after a change.
     """
     if recommended is None:
-        info = devices.metal_info()
+        try:
+            info = devices.metal_info()
+        except RuntimeError:
+            return skipped("Metal gives this session no device: see gpu-present")
         if info is None:
             return skipped("only Metal has a recommended working set")
         recommended, ram = int(info["max_recommended_working_set_size"]), int(info["memory_size"])
@@ -182,11 +185,15 @@ VARIABLES = {
     "MLX_MAX_OPS_PER_BUFFER": "how many operations go into a command buffer: fewer lower the peak and cost time",
     "MLX_MAX_MB_PER_BUFFER": "how much memory a command buffer may touch: less lowers the peak and costs time",
     "MLX_BFS_MAX_WIDTH": "the order of evaluation, and with it the peak",
+    "MLX_CONV_WINOGRAD_WORKING_SET": "how much memory a convolution takes beside its arrays",
+    "MLX_CONV_WINOGRAD_TILE_BATCH": "how much memory a convolution takes beside its arrays",
+    "MLX_CONV_UNFOLD_TILE_ROWS": "how much memory a convolution takes beside its arrays",
     "MLX_RESIDENCY_SET_MAX_PCT": "how wired memory is divided into sets",
     "MLX_METAL_FAST_SYNCH": "how the GPU is waited for",
     "MLX_ENABLE_TF32": "the precision of float32 matmul on GPUs",
     "MLX_DISABLE_COMPILE": "mx.compile does nothing: more memory, less speed",
     "MLX_USE_CUDA_GRAPHS": "whether CUDA work is sent as graphs",
+    "MLX_CUDA_GRAPH_CACHE_SIZE": "how many graphs are kept: each holds memory of the GPU",
     "MLX_METAL_GPU_ARCH": "which kernels are chosen",
     "MLX_TUNE_NO_WIRING": "mt.wired_limit does nothing",
     "MTL_DEBUG_LAYER": "Metal checks every call: slow",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -16,7 +17,7 @@ class Neighbour:
     Attributes:
         pid: Its number.
         name: Its program.
-        bytes: Resident memory, or memory of the GPU.
+        bytes: What the system charges it with, or memory of the GPU.
         on_gpu: Whether it is the GPU's.
     """
 
@@ -28,17 +29,20 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class NvidiaGpu:
-    """A GPU as `nvidia-smi` lists it.
+    """A GPU as `nvidia-smi` or the driver's library lists it.
 
     Attributes:
         name: Its name.
-        driver: The driver's version, such as (550, 54, 14).
+        driver: The driver's version, such as (550, 54, 14); empty where `nvidia-smi` is missing.
         capability: Its compute capability, such as (9, 0).
+        cuda: The version of CUDA that the driver's library offers, such as (12, 4): with a compatibility package more
+            than the driver's own. Empty where it does not load.
     """
 
     name: str
     driver: tuple[int, ...]
     capability: tuple[int, ...]
+    cuda: tuple[int, ...] = ()
 
 
 def available_bytes() -> int:
@@ -61,17 +65,23 @@ def host_ram_bytes() -> int:
 def neighbours(least_bytes: int = 500_000_000) -> list[Neighbour]:
     """Other processes that hold at least so much, the largest first, and all others on an NVIDIA GPU.
 
-    The processes that this one descends from are its own.
+    The processes that this one descends from are its own. On macOS what a process has on the GPU is in its footprint,
+    not in its resident memory.
     """
     import psutil
 
+    from mlx_tune import devices
+
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = []
-    for process in psutil.process_iter(["pid", "name", "memory_info"]):
-        memory = process.info["memory_info"]
-        if memory is None or process.info["pid"] in own or memory.rss < least_bytes:
-            continue
-        found.append(Neighbour(process.info["pid"], process.info["name"] or "?", int(memory.rss)))
+    for process in psutil.process_iter(["pid", "name"]):
+        pid = process.info["pid"]
+        try:
+            held = 0 if pid in own else devices.footprint_bytes(pid)
+        except (OSError, psutil.Error):
+            continue  # another user's, or over by now
+        if held >= least_bytes:
+            found.append(Neighbour(pid, process.info["name"] or "?", held))
     found.sort(key=lambda one: -one.bytes)
     return found + [one for one in parse_compute_apps(_compute_apps()) if one.pid not in own]
 
@@ -91,10 +101,40 @@ def parse_compute_apps(text: str) -> list[Neighbour]:
     return found
 
 
-def nvidia_gpus() -> list[NvidiaGpu] | None:
-    """The NVIDIA GPUs, or None where there is no `nvidia-smi` that works."""
-    text = _nvidia_smi("--query-gpu=name,driver_version,compute_cap")
-    return parse_gpus(text) if text else None
+#: Asks libcuda, which every container with a GPU has; `nvidia-smi` is not in all of them.
+_ASK_LIBCUDA = """
+import ctypes, json
+cuda, number, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.create_string_buffer(100)
+def ask(function, *arguments):
+    if getattr(cuda, function)(*arguments) != 0:
+        raise SystemExit(function)
+    return number.value
+ask("cuInit", 0)
+answer = {"cuda": ask("cuDriverGetVersion", ctypes.byref(number)), "gpus": []}
+for device in range(ask("cuDeviceGetCount", ctypes.byref(number))):
+    ask("cuDeviceGetName", name, 100, device)
+    capability = [ask("cuDeviceGetAttribute", ctypes.byref(number), which, device) for which in (75, 76)]
+    answer["gpus"].append([name.value.decode(), capability])
+print(json.dumps(answer))
+"""
+
+
+def nvidia_gpus() -> list[NvidiaGpu]:
+    """The NVIDIA GPUs that a driver works for; none where there is no driver."""
+    listed = parse_gpus(_nvidia_smi("--query-gpu=name,driver_version,compute_cap"))
+    offered = parse_libcuda(command_output([sys.executable, "-c", _ASK_LIBCUDA]))
+    if not listed:
+        return offered
+    return [replace(gpu, cuda=offered[0].cuda) for gpu in listed] if offered else listed
+
+
+def parse_libcuda(text: str) -> list[NvidiaGpu]:
+    """Read what `_ASK_LIBCUDA` prints: the version times 1000 plus ten times the minor one, names, capabilities."""
+    if not text:
+        return []
+    answer = json.loads(text)
+    cuda = (answer["cuda"] // 1000, answer["cuda"] % 1000 // 10)
+    return [NvidiaGpu(name, (), tuple(capability), cuda) for name, capability in answer["gpus"]]
 
 
 def parse_gpus(text: str) -> list[NvidiaGpu]:
@@ -128,6 +168,12 @@ def command_output(command: list[str], seconds: float = 20) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return ended.stdout if ended.returncode == 0 else ""
+
+
+def metal_answers() -> bool:
+    """Whether this session gets a device of Metal, tried in a process of its own."""
+    code = "import mlx.core as mx; print(mx.metal.is_available() and mx.device_count(mx.gpu) > 0)"
+    return command_output([sys.executable, "-c", code], seconds=60).strip() == "True"
 
 
 def session_type() -> str | None:

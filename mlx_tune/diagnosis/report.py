@@ -92,7 +92,8 @@ class Diagnosis:
     def verdict(self) -> str:
         """One line: how many checks failed, warned and passed."""
         counts = {status: len(self.select(status)) for status in ("fail", "warn", "pass", "skip")}
-        words = (("fail", "failed"), ("warn", "to look at"), ("pass", "passed"), ("skip", "do not apply here"))
+        skip = "does not apply here" if counts["skip"] == 1 else "do not apply here"
+        words = (("fail", "failed"), ("warn", "to look at"), ("pass", "passed"), ("skip", skip))
         return ", ".join(f"{counts[key]} {word}" for key, word in words if counts[key]) or "nothing was checked"
 
     def to_dict(self) -> dict[str, Any]:

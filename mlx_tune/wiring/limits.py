@@ -54,7 +54,10 @@ def read_capacity() -> Capacity:
     Decided by `mx.metal.is_available()` and `mx.device_info()` alone; the version of macOS narrows it only where
     there is one.
     """
-    info = devices.metal_info()
+    try:
+        info = devices.metal_info()
+    except RuntimeError as error:
+        return Capacity(reason=f"Metal gives this session no device: {error}")
     if info is None:
         return Capacity(reason=f"the {devices.backend()} backend of MLX has nothing to wire: it is a Metal feature")
     macos = devices.macos_version()
@@ -105,8 +108,8 @@ def check_wanted(wanted: Any) -> None:
         parse_bytes(wanted)
     elif next(_arrays(wanted), None) is None:
         raise InvalidArgumentError(
-            f"There is no array in this {type(wanted).__name__}: give wired_limit a model, an optimizer, arrays, bytes, "
-            'text such as "24GB", or None for all that may be wired.'
+            f"There is no array in this {type(wanted).__name__}: give wired_limit a model, an optimizer, arrays, "
+            'bytes, text such as "24GB", or None for all that may be wired.'
         )
 
 

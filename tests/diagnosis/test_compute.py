@@ -17,7 +17,7 @@ def test_the_processors_kernels_are_right():
 def test_a_kernel_with_wrong_numbers_fails_by_name(check, fault):
     planted = {"operations": [RIGHT, fault]}
     if check is compute.kernel_gpu:
-        planted["available"] = True
+        planted["count"] = 1
     result = check.run(**planted)
     assert result.status == "fail"
     assert result.summary.startswith(f"{fault[0]} is off by")
@@ -25,7 +25,7 @@ def test_a_kernel_with_wrong_numbers_fails_by_name(check, fault):
 
 
 def test_without_a_gpu_its_kernels_are_skipped():
-    assert compute.kernel_gpu.run(available=False).status == "skip"
+    assert compute.kernel_gpu.run(count=0).status == "skip"
 
 
 def test_a_kernel_that_raises_is_its_own_failure():
@@ -50,12 +50,19 @@ REFERENCE = ["/venv/mlx_cpu.libs/libblas-bd8a282c.so.3.10.0", "/venv/numpy.libs/
 OPENBLAS = "/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0"
 
 
+BROKEN = "/usr/lib/openblas-of-another-processor.so.0"
+
+
 def measure(library):
-    return 4.0 if library is None else 200.0
+    return None if library == BROKEN else 200.0
+
+
+def run_blas(loaded=REFERENCE, libraries=(OPENBLAS,), measure=measure, rate=4.0, system="Linux"):
+    return compute.blas.run(rate=rate, loaded=loaded, libraries=libraries, measure=measure, system=system)
 
 
 def test_the_reference_blas_warns_with_the_line_and_both_figures():
-    result = compute.blas.run(loaded=REFERENCE, libraries=[OPENBLAS], measure=measure, system="Linux")
+    result = run_blas()
     assert result.status == "warn"
     assert result.summary == "the reference BLAS: 4.0 GFLOP/s, 200 with libopenblas.so.0"
     assert result.fix == f"export LD_PRELOAD={OPENBLAS}"
@@ -63,23 +70,40 @@ def test_the_reference_blas_warns_with_the_line_and_both_figures():
 
 
 def test_where_openblas_is_missing_it_says_how_to_get_it():
-    result = compute.blas.run(loaded=REFERENCE, libraries=[], measure=measure, system="Linux")
-    assert result.status == "warn"
+    result = run_blas(libraries=[])
+    assert (result.status, result.summary) == ("warn", "the reference BLAS, 4.0 GFLOP/s; OpenBLAS is not installed")
     assert "apt install libopenblas0-pthread" in result.fix
 
 
+def test_a_library_that_mlx_does_not_start_with_is_passed_over():
+    assert run_blas(libraries=[BROKEN, OPENBLAS]).fix == f"export LD_PRELOAD={OPENBLAS}"
+    alone = run_blas(libraries=[BROKEN])
+    assert alone.status == "warn"
+    assert "openblas-of-another-processor.so.0 cannot be preloaded" in alone.summary
+
+
+@pytest.mark.cpu_only
+def test_what_cannot_be_preloaded_is_told_from_what_can(tmp_path):
+    dies = tmp_path / "sitecustomize.py"
+    dies.write_text("raise SystemExit('with this nothing starts')")
+    assert compute._gflops_with("") > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        assert compute._gflops_with("") is None
+
+
 def test_a_fast_blas_passes():
-    result = compute.blas.run(loaded=[*REFERENCE, OPENBLAS], libraries=[OPENBLAS], measure=measure, system="Linux")
+    result = run_blas(loaded=[*REFERENCE, OPENBLAS])
     assert (result.status, result.summary) == ("pass", "libopenblas.so.0, 4 GFLOP/s")
 
 
 def test_a_library_that_gains_nothing_is_not_recommended():
-    result = compute.blas.run(loaded=REFERENCE, libraries=[OPENBLAS], measure=lambda _: 50.0, system="Linux")
+    result = run_blas(rate=50.0, measure=lambda _: 50.0)
     assert (result.status, result.fix) == ("pass", "")
 
 
 def test_elsewhere_there_is_no_blas_to_replace():
-    assert compute.blas.run(loaded=[], measure=measure, system="Darwin").status == "skip"
+    assert run_blas(system="Darwin").status == "skip"
 
 
 def test_gflops_are_measured():

@@ -44,6 +44,16 @@ def test_a_check_that_crashes_is_its_own_failure(plant):
     assert "the check itself broke: ZeroDivisionError: of a check" in diagnosis["broken"].summary
 
 
+def test_a_check_that_lacks_a_library_says_how_to_get_it(plant):
+    def needs():
+        import a_package_that_nobody_has  # noqa: F401
+
+    plant(make("needs", needs))
+    result = mt.diagnose()["needs"]
+    assert (result.status, result.fix) == ("fail", "uv pip install a_package_that_nobody_has")
+    assert result.summary == "it needs a_package_that_nobody_has, which is not installed"
+
+
 def test_a_remedy_is_filled_in(plant):
     plant(make("first", lambda: warned("hm", "do", {"what": "this"}, figures={"seconds": 3})))
     result = mt.diagnose()["first"]
@@ -154,8 +164,9 @@ def test_what_it_prints():
         "  FAIL  cuda    no driver\n"
         "  -     swap    as it is\n"
         "\n"
-        "1 failed, 1 to look at, 1 passed, 1 do not apply here"
+        "1 failed, 1 to look at, 1 passed, 1 does not apply here"
     )
+    assert Diagnosis((result("a", "skip"), result("b", "skip")), {}).verdict() == "2 do not apply here"
 
 
 def test_its_json_keeps_its_keys():

@@ -153,11 +153,20 @@ def test_two_backends_fail_and_the_hash_says_whose_library_it_is(site):
     site.add("mlx", "0.32.4")
     site.add("mlx-cpu", "0.32.4", files={LIBRARY: b"for the processor"})
     site.add("mlx-cuda-12", "0.32.4", files={LIBRARY: b"for the GPU"})
-    result = installation.one_backend.run(found=site.found)
+    result = installation.one_backend.run(found=site.found, nvidia=True)
     assert result.status == "fail"
     assert "mlx-cpu and mlx-cuda-12 are both installed; libmlx comes from mlx-cuda-12" in result.summary
     assert result.figures == {"owner": ["mlx-cuda-12"]}
-    assert result.fix == "uv pip uninstall mlx-cpu mlx-cuda-12 && uv pip install --force-reinstall 'mlx[cuda12]'"
+    uninstall = "uv pip uninstall mlx-cpu mlx-cuda-12 && uv pip install --force-reinstall"
+    assert result.fix == f"{uninstall} 'mlx[cuda12]==0.32.4'"
+    without = installation.one_backend.run(found=site.found, nvidia=False)  # nothing there that it could run on
+    assert without.fix == f"{uninstall} 'mlx[cpu]==0.32.4'"
+
+
+def test_on_a_mac_no_extra_brings_the_backend_that_stays(site):
+    site.add("mlx-cpu", "0.32.4").add("mlx-metal", "0.32.4", files={"mlx/lib/libmlx.dylib": b"for the GPU"})
+    fix = installation.one_backend.run(found=site.found, nvidia=False).fix
+    assert fix == "uv pip uninstall mlx-metal mlx-cpu && uv pip install --force-reinstall 'mlx'"
 
 
 def test_a_library_that_belongs_to_nobody_fails(site):
@@ -166,6 +175,14 @@ def test_a_library_that_belongs_to_nobody_fails(site):
     result = installation.one_backend.run(found=site.found)
     assert result.status == "fail"
     assert "libmlx is not the file that mlx-cpu 0.32.4 brought" in result.summary
+
+
+def test_a_library_that_went_with_another_backend_fails(site):
+    site.add("mlx-cpu", "0.32.4", files={LIBRARY: b"for the processor"})
+    (site.path / LIBRARY).unlink()
+    result = installation.one_backend.run(found=site.found)
+    assert (result.status, result.summary) == ("fail", "libmlx is gone, although mlx-cpu 0.32.4 brought it")
+    assert result.fix == "uv pip install --force-reinstall mlx-cpu==0.32.4"
 
 
 def test_one_genuine_backend_passes(site):
@@ -211,7 +228,7 @@ def plant_mlx(path: Path, source: str) -> dict[str, str]:
         (
             "raise ImportError('libmlx.so: cannot open shared object file: No such file or directory')",
             "libmlx.so: cannot open",
-            "uv pip install 'mlx[cpu]'",
+            "uv pip install --force-reinstall 'mlx[cpu]'",
         ),
         (
             "raise ImportError('core.so: undefined symbol: _ZN3mlx4core9cumulativeE')",

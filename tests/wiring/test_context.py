@@ -143,6 +143,19 @@ def test_a_device_that_recommends_nothing_is_skipped(metal, monkeypatch):
         assert "reports no recommended working set" in wired.reason
 
 
+def test_a_session_that_gets_no_device_is_skipped(metal, monkeypatch):
+    def no_device():
+        raise RuntimeError("[metal::load_device] No Metal device available.")
+
+    monkeypatch.setattr(mx, "device_info", no_device)
+    with mt.wired_limit(100) as wired:
+        assert not wired.applied
+        assert wired.reason == (
+            "Metal gives this session no device: [metal::load_device] No Metal device available."
+        )
+    assert metal.limits == []
+
+
 @pytest.mark.parametrize(("value", "applied"), [("1", False), ("yes", False), ("0", True), ("", True)])
 def test_the_environment_turns_it_off(metal, monkeypatch, value, applied):
     monkeypatch.setenv("MLX_TUNE_NO_WIRING", value)
