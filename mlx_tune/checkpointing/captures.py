@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.checkpointing.named import class_arrays, class_functions, global_names, is_foreign
-from mlx_tune.checkpointing.places import (
+from mlx_tune.places import (
     Attributes,
     Cell,
     Defaults,

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.checkpointing.places import ModuleAttributes, Place
+from mlx_tune.places import ModuleAttributes, Place
 
 _PLAIN = (int, float, complex, str, bytes, type(None))
 _MISSING = object()

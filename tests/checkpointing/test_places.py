@@ -8,7 +8,7 @@ import mlx.nn as nn
 import pytest
 
 import mlx_tune as mt
-from mlx_tune.checkpointing.places import (
+from mlx_tune.places import (
     Attributes,
     Cell,
     Defaults,
