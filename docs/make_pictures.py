@@ -2,7 +2,8 @@
 
 Names: step-memory, autobatch, quantization, wiring; all of them by default. `quantization` draws
 docs/assets/quantization.json: for now copied by hand from the table of docs/measurements/quantization.md whose run had
-no standard errors; `tests/benchmarks/quantization.py --json` writes the same form. The others predict or measure here.
+no standard errors; `tests/benchmarks/quantization.py --json` writes the same form. The others predict or measure here;
+look at the words under `autobatch` afterwards, since the sizes that a search tries depend on what it measures.
 `--suffix .png --to FOLDER` is for looking at them elsewhere.
 """
 
@@ -31,15 +32,18 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 #: Draws a picture, for dark pages or for light ones.
 Draw = Callable[[bool], Any]
 
-#: The methods of quantization in the picture: ours in solid lines, mlx-lm's in dotted ones.
+#: The methods of quantization in the picture: this library's in solid lines, mlx-lm's in dotted ones.
 METHODS = {
     "nearest": (COLORS[3], "-"),
     "optimal": (COLORS[0], "-"),
+    "optimal best": (COLORS[0], "--"),
     "gptq": (COLORS[2], "-"),
     "dwq": (COLORS[4], "-"),
     "mlx-lm gptq": (COLORS[2], ":"),
     "mlx-lm awq": (COLORS[1], ":"),
     "mlx-lm dwq": (COLORS[4], ":"),
+    "mixed": (COLORS[5], "-"),
+    "mlx-lm dynamic": (COLORS[5], ":"),
 }
 
 
@@ -79,24 +83,36 @@ def autobatch() -> dict[str, Draw]:
 
 
 def quantization() -> dict[str, Draw]:
-    """KL divergence against bits per weight, a line for each method."""
+    """KL divergence against bits per weight, a line for each method, and how it compares with rounding to nearest."""
     figures = json.loads((ASSETS / "quantization.json").read_text())
+    unknown = {row["method"] for row in figures} - set(METHODS)
+    assert not unknown, f"methods without a line: {unknown}"
+    nearest = {row["asked"]: row["mean_kl"] for row in figures if row["method"] == "nearest"}
 
     def draw(dark: bool) -> Any:
-        figure, axes = new_figure(dark=dark)
+        figure, above = new_figure(dark=dark, size=(6.4, 6.0), rows=2)
+        below = figure.axes[1]
         for method, (color, line) in METHODS.items():
-            points = sorted(
-                (row["bits_per_weight"], row["mean_kl"], row["standard_error"] or math.nan)
-                for row in figures
-                if row["method"] == method
-            )
-            if points:
-                bits, divergences, errors = zip(*points, strict=True)
-                axes.errorbar(bits, divergences, yerr=errors, label=method, color=color, ls=line, marker="o", ms=4)
-        axes.set_yscale("log")
-        axes.set_xlabel("bits per weight, all parameters counted")
-        axes.set_ylabel("mean KL divergence on held-out text (nats)")
-        axes.legend(frameon=False, labelcolor=ink(dark))
+            rows = sorted((r for r in figures if r["method"] == method), key=lambda row: row["bits_per_weight"])
+            style = {"label": method, "color": color, "ls": line, "marker": "o", "ms": 4}
+            if not rows:
+                continue
+            bits = [row["bits_per_weight"] for row in rows]
+            errors = [row["standard_error"] or math.nan for row in rows]
+            above.errorbar(bits, [row["mean_kl"] for row in rows], yerr=errors, **style)
+            compared = [
+                (row["bits_per_weight"], row["mean_kl"] / nearest[row["asked"]])
+                for row in rows
+                if row["asked"] in nearest
+            ]
+            if compared:
+                below.plot(*zip(*compared, strict=True), **style)
+        above.set_yscale("log")
+        above.set_ylabel("mean KL divergence (nats)")
+        above.legend(frameon=False, labelcolor=ink(dark), fontsize=9)
+        below.set_xlabel("bits per weight, all parameters counted")
+        below.set_ylabel("over rounding to nearest")
+        below.set_ylim(0, 1.1)
         return figure
 
     return {"quantization": draw}

@@ -20,15 +20,16 @@ _INK = {False: "#1f2328", True: "#e6edf3"}
 _GRID = {False: "#d0d7de", True: "#3d444d"}
 
 
-def new_figure(*, dark: bool = False, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, Axes]:
-    """Make a figure with one pair of axes, without touching matplotlib's global state.
+def new_figure(*, dark: bool = False, size: tuple[float, float] = (6.4, 4.0), rows: int = 1) -> tuple[Figure, Axes]:
+    """Make a figure, without touching matplotlib's global state.
 
     Args:
         dark: Light ink on a transparent ground, for dark pages.
         size: Width and height in inches.
+        rows: How many pairs of axes, one under the other with a common x axis.
 
     Returns:
-        The figure and its axes.
+        The figure and its first pair of axes; `figure.axes` has all of them.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -41,18 +42,18 @@ def new_figure(*, dark: bool = False, size: tuple[float, float] = (6.4, 4.0)) ->
         ) from None
     figure = Figure(figsize=size, layout="constrained")
     figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    axes.tick_params(colors=_INK[dark])
-    for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
-        text.set_color(_INK[dark])
-    for spine in axes.spines.values():
-        spine.set_color(_GRID[dark])
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(True, color=_GRID[dark], linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
+    for axes in figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]:
+        axes.patch.set_alpha(0)
+        axes.tick_params(which="both", colors=_INK[dark])
+        for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+            text.set_color(_INK[dark])
+        for spine in axes.spines.values():
+            spine.set_color(_GRID[dark])
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.grid(True, color=_GRID[dark], linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, figure.axes[0]
 
 
 def ink(dark: bool) -> str:
