@@ -27,6 +27,7 @@ class Installed:
         tags: The wheel's platform tags, such as "macosx_14_0_arm64".
         location: The folder that it is installed into.
         hashes: For each file of interest, the sha256 that RECORD gives (urlsafe base64 without padding).
+        files: Every file that RECORD lists below the folder, relative to it; those that Python makes left out.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Installed:
     tags: tuple[str, ...]
     location: Path
     hashes: dict[str, str]
+    files: tuple[str, ...] = ()
 
 
 def installed(paths: Sequence[str] | None = None) -> dict[str, Installed]:
@@ -57,13 +59,21 @@ def _read(name: str, distribution: metadata.Distribution) -> Installed:
     tags = [
         line.split(":", 1)[1].strip() for line in (distribution.read_text("WHEEL") or "").splitlines() if "Tag:" in line
     ]
-    hashes = {}
+    hashes, files = {}, []
     for line in (distribution.read_text("RECORD") or "").splitlines():
         path, digest, *_ = *line.rsplit(",", 2), ""
+        if path and not path.endswith(".pyc") and not path.startswith(".."):
+            files.append(path.strip('"'))
         if path.rsplit("/", 1)[-1] in (*_LIBRARIES, "__init__.py") and digest.startswith("sha256="):
             hashes[path] = digest.removeprefix("sha256=")
     platforms = tuple(tag.rsplit("-", 1)[-1] for tag in tags)
-    return Installed(name, distribution.version, platforms, Path(str(distribution.locate_file(""))), hashes)
+    location = Path(str(distribution.locate_file("")))
+    return Installed(name, distribution.version, platforms, location, hashes, tuple(files))
+
+
+def missing(one: Installed) -> list[str]:
+    """The files that a distribution brought and that are gone."""
+    return [file for file in one.files if not (one.location / file).exists()]
 
 
 def owners(path: str, distributions: Sequence[Installed]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import struct
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from mlx_tune.diagnosis.checks import Finding, check, failed, passed, skipped, w
 from mlx_tune.diagnosis.distributions import Installed, installed
 
 THEME = "installation"
+#: Puts every file of MLX and its backend there once more. The one without the other would not: see `mlx-versions`.
+AGAIN = "uv pip install --force-reinstall {wanted}"
 OLDEST_PYTHON = (3, 11)
 
 
@@ -160,13 +163,15 @@ def mlx_backend(found: dict[str, Installed] | None = None, system: str | None = 
 @check(
     "mlx-versions",
     THEME,
-    remedies={"align": "uv pip install --force-reinstall {wanted}"},
+    remedies={"again": AGAIN},
 )
 def mlx_versions(found: dict[str, Installed] | None = None) -> Finding:
     """MLX and its backend have the same version.
 
     pip lets them differ, and `pip check` says that all is fine; importing then fails with "undefined symbol", or
     works and computes something else. This happens when `mlx` is upgraded without the extra that brought the backend.
+    Install both again, not the backend alone: up to 0.32.0 it brought files of `mlx` too, and takes them along when it
+    is replaced.
     """
     found = installed() if found is None else found
     if "mlx" not in found:
@@ -177,8 +182,31 @@ def mlx_versions(found: dict[str, Installed] | None = None) -> Finding:
     if not wrong:
         return passed(f"all of version {version}") if others else skipped("there is no backend to compare")
     names = ", ".join(f"{one.name} {one.version}" for one in wrong)
-    wanted = " ".join(f"{one.name}=={version}" for one in wrong)
-    return failed(f"mlx is {version}, but {names}", "align", {"wanted": wanted})
+    return failed(f"mlx is {version}, but {names}", "again", {"wanted": _wanted(found)})
+
+
+@check(
+    "mlx-files",
+    THEME,
+    remedies={"again": AGAIN},
+)
+def mlx_files(found: dict[str, Installed] | None = None) -> Finding:
+    """Every file that MLX's wheels brought is there.
+
+    Wheels of MLX and of its backends write into the same folder. Removing or upgrading one can take away what another
+    needs, and pip does not notice.
+    """
+    found = installed() if found is None else found
+    looked_at = [found[name] for name in ("mlx", *distributions.BACKENDS) if name in found]
+    if not any(one.files for one in looked_at):
+        return skipped("no list of files came with MLX" if looked_at else "MLX is not installed")
+    gone = [(one, file) for one in looked_at for file in distributions.missing(one)]
+    if not gone:
+        return passed(f"{sum(len(one.files) for one in looked_at)} files, none is missing")
+    (one, file), more = gone[0], f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+    return failed(
+        f"{file} of {one.name} {one.version}{more} {'are' if more else 'is'} gone", "again", {"wanted": _wanted(found)}
+    )
 
 
 @check(
@@ -186,7 +214,7 @@ def mlx_versions(found: dict[str, Installed] | None = None) -> Finding:
     THEME,
     remedies={
         "remove": "uv pip uninstall {names} && uv pip install --force-reinstall {wanted}",
-        "reinstall": "uv pip install --force-reinstall {name}=={version}",
+        "again": AGAIN,
     },
 )
 def one_backend(found: dict[str, Installed] | None = None, nvidia: bool | None = None) -> Finding:
@@ -205,23 +233,24 @@ def one_backend(found: dict[str, Installed] | None = None, nvidia: bool | None =
         names = [one.name for one in backends]
         whose = f"libmlx comes from {' and '.join(genuine)}" if genuine else "libmlx comes from neither"
         nvidia = bool(readings.nvidia_gpus()) if nvidia is None else nvidia
-        values = {"names": " ".join(names), "wanted": _wanted(found, names, genuine, nvidia)}
+        values = {"names": " ".join(names), "wanted": _wanted(found, genuine, nvidia)}
         return failed(
             f"{' and '.join(names)} are both installed; {whose}", "remove", values, figures={"owner": genuine}
         )
     only = backends[0]
     if path and not genuine:
-        values = {"name": only.name, "version": only.version}
         gone = not (only.location / path).is_file()
         brought = f"{only.name} {only.version} brought"
         text = f"libmlx is gone, although {brought} it" if gone else f"libmlx is not the file that {brought}"
-        return failed(text, "reinstall", values)
+        return failed(text, "again", {"wanted": _wanted(found)})
     return passed(f"{only.name} alone" + (", libmlx is its own" if genuine else ""), figures={"owner": genuine})
 
 
-def _wanted(found: dict[str, Installed], names: list[str], genuine: list[str], nvidia: bool) -> str:
-    """MLX with the one of several backends that is of use here: the one in force where that is one."""
+def _wanted(found: dict[str, Installed], genuine: Sequence[str] = (), nvidia: bool = True) -> str:
+    """MLX with its backend; of several with one that is of use here, the one in force where that is one."""
+    names = [name for name in distributions.BACKENDS if name in found]
     usable = [name for name in names if nvidia or "cuda" not in name] or names
+    usable = usable or ["mlx-cpu" if platform.system() == "Linux" else ""]
     keep = next((name for name in genuine if name in usable), usable[-1])
     extra = f"[{distributions.EXTRAS[keep]}]" if keep in distributions.EXTRAS else ""  # none brings mlx-metal
     version = f"=={found['mlx'].version}" if "mlx" in found else ""
@@ -253,7 +282,7 @@ def mlx_tune_name(found: dict[str, Installed] | None = None) -> Finding:
 @check(
     "mlx-import",
     THEME,
-    remedies={"known": "{advice}", "unknown": "uv pip install --force-reinstall {everything}"},
+    remedies={"known": "{advice}", "again": AGAIN},
 )
 def mlx_import(python: str | None = None, environment: dict[str, str] | None = None) -> Finding:
     """`import mlx.core` works, tried in a process of its own.
@@ -272,17 +301,21 @@ def mlx_import(python: str | None = None, environment: dict[str, str] | None = N
     )
     if ended.returncode == 0:
         return passed(f"mlx.core {ended.stdout.strip()} imports")
-    last = (ended.stderr.strip().splitlines() or [f"it ended with code {ended.returncode} and said nothing"])[-1]
-    last = last if len(last) <= 240 else f"{last[:237]}..."  # C++ names of a missing symbol go on for lines
+    said = _errors(ended.stderr) or f"it ended with code {ended.returncode} and said nothing"
     if ended.returncode < 0:
-        last = f"the process was killed by signal {-ended.returncode}: {last}"
+        said = f"the process was killed by signal {-ended.returncode}. {_errors(ended.stderr)}"
     known = explanations.find(ended.stderr)
     if known is not None:
-        return failed(f"import mlx.core fails: {last}", "known", {"advice": known.remedies[0]})
-    everything = " ".join(
-        f"{one.name}=={one.version}" for name, one in installed().items() if name in ("mlx", *distributions.BACKENDS)
-    )
-    return failed(f"import mlx.core fails: {last}", "unknown", {"everything": everything or "'mlx[cpu]'"})
+        return failed(f"import mlx.core fails: {said}", "known", {"advice": known.remedies[0]})
+    return failed(f"import mlx.core fails: {said}", "again", {"wanted": _wanted(installed())})
+
+
+def _errors(text: str) -> str:
+    """The errors of a traceback, the first one first: that of an extension only says that there was another."""
+    lines = text.strip().splitlines()
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", line)] or lines[-1:]
+    # C++ names of a missing symbol go on for lines.
+    return "; ".join(line if len(line) <= 240 else f"{line[:237]}..." for line in errors)
 
 
 @check(

@@ -11,7 +11,7 @@ from mlx_tune.diagnosis import checks, doctor
 from mlx_tune.diagnosis.checks import Check, Finding, failed, passed, warned
 from mlx_tune.diagnosis.report import CheckResult, Diagnosis, anonymous
 
-FAST = ["python", "architecture", "wheel", "mlx-backend", "mlx-versions", "one-backend", "mlx-tune-name"]
+FAST = ["python", "architecture", "wheel", "mlx-backend", "mlx-versions", "mlx-files", "one-backend", "mlx-tune-name"]
 
 
 def make(name="planted", function=lambda: passed("fine"), **kwargs):

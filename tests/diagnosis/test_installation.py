@@ -1,6 +1,7 @@
 import base64
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -141,7 +142,32 @@ def test_versions_that_differ_fail_with_the_command_that_aligns_them(site):
     result = installation.mlx_versions.run(found=site.found)
     assert result.status == "fail"
     assert "mlx is 0.32.4, but mlx-cpu 0.31.2" in result.summary
-    assert result.fix == "uv pip install --force-reinstall mlx-cpu==0.32.4"
+    assert result.fix == "uv pip install --force-reinstall 'mlx[cpu]==0.32.4'"
+
+
+def test_files_that_went_with_another_wheel_are_missed(site):
+    shared = {f"mlx/{name}.py": b"" for name in ("extension", "utils")}
+    site.add("mlx", "0.32.4", files=shared | {"mlx/nn/__init__.py": b""})
+    site.add("mlx-cpu", "0.31.2", files=shared | {LIBRARY: b"library"})
+    result = installation.mlx_files.run(found=site.found)
+    assert (result.status, result.summary) == ("pass", "8 files, none is missing")
+    for file in shared:  # what upgrading mlx-cpu alone does
+        (site.path / file).unlink()
+    site.add("mlx-cpu", "0.32.4", files={LIBRARY: b"library"})
+    shutil.rmtree(site.path / "mlx_cpu-0.31.2.dist-info")
+    result = installation.mlx_files.run(found=site.found)
+    assert (result.status, result.summary) == ("fail", "mlx/extension.py of mlx 0.32.4 and 1 more are gone")
+    assert result.fix == "uv pip install --force-reinstall 'mlx[cpu]==0.32.4'"
+
+
+def test_one_file_that_is_gone_is_named(site):
+    site.add("mlx", "0.32.4", files={"mlx/nn/__init__.py": b""})
+    (site.path / "mlx/nn/__init__.py").unlink()
+    assert installation.mlx_files.run(found=site.found).summary == "mlx/nn/__init__.py of mlx 0.32.4 is gone"
+
+
+def test_without_mlx_no_file_is_missed(site):
+    assert installation.mlx_files.run(found=site.found).status == "skip"
 
 
 def test_versions_that_agree_pass(site):
@@ -169,6 +195,13 @@ def test_on_a_mac_no_extra_brings_the_backend_that_stays(site):
     assert fix == "uv pip uninstall mlx-metal mlx-cpu && uv pip install --force-reinstall 'mlx'"
 
 
+def test_where_mlx_is_missing_on_linux_the_processors_backend_comes_with_it(site, monkeypatch):
+    monkeypatch.setattr(installation.platform, "system", lambda: "Linux")
+    assert installation._wanted(site.found) == "'mlx[cpu]'"
+    site.add("mlx", "0.32.4").add("mlx-cuda-13", "0.32.4")
+    assert installation._wanted(site.found) == "'mlx[cuda13]==0.32.4'"
+
+
 def test_a_library_that_belongs_to_nobody_fails(site):
     site.add("mlx-cpu", "0.32.4", files={LIBRARY: b"for the processor"})
     (site.path / LIBRARY).write_bytes(b"something else")
@@ -182,7 +215,7 @@ def test_a_library_that_went_with_another_backend_fails(site):
     (site.path / LIBRARY).unlink()
     result = installation.one_backend.run(found=site.found)
     assert (result.status, result.summary) == ("fail", "libmlx is gone, although mlx-cpu 0.32.4 brought it")
-    assert result.fix == "uv pip install --force-reinstall mlx-cpu==0.32.4"
+    assert result.fix.startswith("uv pip install --force-reinstall 'mlx[cpu]")
 
 
 def test_one_genuine_backend_passes(site):
@@ -236,6 +269,11 @@ def plant_mlx(path: Path, source: str) -> dict[str, str]:
             "so that both match",
         ),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "killed by signal 11", "--force-reinstall"),
+        (
+            "try:\n import mlx._reprlib_fix\nexcept ImportError as e:\n raise ImportError('initializing') from e",
+            "ModuleNotFoundError: No module named 'mlx._reprlib_fix'; ImportError: initializing",
+            "--force-reinstall",
+        ),
         ("import os; os._exit(3)", "ended with code 3 and said nothing", "--force-reinstall"),
     ],
 )
