@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -29,16 +28,18 @@ class Search(NamedTuple):
         high: The largest.
         scales: How many between them.
         offsets: How many biases for each scale, spread over one step of the grid.
+        kept: How many of these pairs, the best ones, are refined: the best start often does not lead to the best end.
         rounds: Rounds of alternating least squares.
         near_scales: Steps to each side, in 2**-7.5 of the scale, tried around the best.
         near_offsets: Biases for each of those.
-        passes: How often refining and trying around the best is repeated.
+        passes: How often trying around the best and refining what that found is repeated.
     """
 
     low: float
     high: float
     scales: int
     offsets: int
+    kept: int
     rounds: int
     near_scales: int
     near_offsets: int
@@ -60,17 +61,29 @@ _SPANS = {
 def plan_search(bits: int, effort: Effort) -> Search:
     low, high = _SPANS[bits]
     if effort == "best":
-        return Search(low, high, 24, 8, 4, 4, 8, 3)
-    return Search(low, high, 8, 5, 2, 1, 5, 1)
+        return Search(low, high, 24, 8, 4, 4, 4, 8, 3)
+    if bits <= 4:
+        return Search(low, high, 8, 5, 4, 2, 0, 0, 0)
+    # With many levels the landscape is so rugged that least squares ends close to where it starts.
+    return Search(low, high, 8, 5, 2, 2, 1, 5, 1)
 
 
-@dataclass
 class _Best:
-    """The best pair of each group so far: `[1, groups]` each."""
+    """The best pairs of each group so far, the very best first: for each rank error, scale and bias, `[1, groups]`."""
 
-    error: mx.array
-    scale: mx.array
-    bias: mx.array
+    def __init__(self, like: mx.array, kept: int) -> None:
+        never = mx.full(like.shape, float("inf"))
+        self.ranked = [never, like, like] * kept
+
+    error = property(lambda self: self.ranked[0])
+    scale = property(lambda self: self.ranked[1])
+    bias = property(lambda self: self.ranked[2])
+
+    def pairs(self) -> list[tuple[mx.array, mx.array]]:
+        return [(self.ranked[i + 1], self.ranked[i + 2]) for i in range(0, len(self.ranked), 3)]
+
+    def only_the_first(self) -> None:
+        del self.ranked[3:]
 
 
 class Solver:
@@ -127,23 +140,28 @@ class Solver:
         g = mx.contiguous((groups if exact is None else exact).astype(mx.float32).T)
         _, scale, bias = mx.quantize(groups, group_size=self._size, bits=self._bits)
         scale, bias = (x.astype(mx.float32).reshape(1, -1) for x in (scale, bias))
-        best = _Best(mx.full(scale.shape, float("inf")), scale, bias)
+        best = _Best(scale, search.kept)
         self._consider(best, g, weights, scale, bias)
         high, low = g.max(0, keepdims=True), g.min(0, keepdims=True)
         centre, cover = (high + low) / 2, (high - low) / top
         offsets = _spread(-0.5, 0.5, search.offsets)
         for share in _spread(search.low, search.high, search.scales):
             self._try_around(best, g, weights, cover * share, centre, offsets)
+        starts = best.pairs()
+        best.only_the_first()
+        for scale, bias in starts:
+            self._consider(best, g, weights, *self._refine(g, weights, scale, bias, search.rounds))
         if on_grid:
             for scale, bias in _grids(g, low, high, self._bits, self._dtype):
                 self._consider(best, g, weights, scale, bias)
                 self._consider(best, g, weights, *self._refine(g, weights, scale, bias, 1))
         near = _spread(-0.5, 0.5, search.near_offsets)
-        for _ in range(search.passes):
-            self._consider(best, g, weights, *self._refine(g, weights, best.scale, best.bias, search.rounds))
+        for k in range(search.passes):
             scale, centre = best.scale, best.bias + best.scale * top / 2
             for step in range(-search.near_scales, search.near_scales + 1):
                 self._try_around(best, g, weights, scale * (1 + step * 2**-7.5), centre, near)
+            if k + 1 < search.passes:
+                self._consider(best, g, weights, *self._refine(g, weights, best.scale, best.bias, search.rounds))
         return best, g
 
     def _try_around(
@@ -167,7 +185,7 @@ class Solver:
         kernels = self._kernels
         scale, bias, inverse = kernels.store(scale, bias, mx.array(offset))
         error = kernels.squares(g, inverse, scale, bias, self._top, *extra).sum(0, keepdims=True)
-        best.error, best.scale, best.bias = kernels.keep_better(error, scale, bias, best.error, best.scale, best.bias)
+        best.ranked = kernels.rank(error, scale, bias, *best.ranked)
 
     def _refine(
         self, g: mx.array, weights: mx.array | None, scale: mx.array, bias: mx.array, rounds: int
@@ -194,7 +212,7 @@ class _Kernels(NamedTuple):
     squares: Callable[..., mx.array]
     moments: Callable[..., list[mx.array]]
     store: Callable[..., list[mx.array]]
-    keep_better: Callable[..., list[mx.array]]
+    rank: Callable[..., list[mx.array]]
     fit: Callable[..., list[mx.array]]
 
 
@@ -230,11 +248,14 @@ def _kernels(cpu: bool, compiled: bool, dtype: mx.Dtype) -> _Kernels:
         scale, bias = scale.astype(dtype).astype(mx.float32), bias.astype(dtype).astype(mx.float32)
         return [scale, bias, inverse_of(scale)]
 
-    def keep_better(
-        error: mx.array, scale: mx.array, bias: mx.array, least: mx.array, best_scale: mx.array, best_bias: mx.array
-    ) -> list[mx.array]:
-        better = error < least
-        return [mx.where(better, *pair) for pair in ((error, least), (scale, best_scale), (bias, best_bias))]
+    def rank(error: mx.array, scale: mx.array, bias: mx.array, *ranked: mx.array) -> list[mx.array]:
+        new, kept = [error, scale, bias], []
+        for i in range(0, len(ranked), 3):
+            old = ranked[i : i + 3]
+            better = new[0] < old[0]
+            kept += [mx.where(better, n, o) for n, o in zip(new, old, strict=True)]
+            new = [mx.where(better, o, n) for n, o in zip(new, old, strict=True)]
+        return kept
 
     def fit(
         q: mx.array, qq: mx.array, qg: mx.array, total: mx.array, mean: mx.array, scale: mx.array, bias: mx.array
@@ -246,7 +267,7 @@ def _kernels(cpu: bool, compiled: bool, dtype: mx.Dtype) -> _Kernels:
         scale, bias = mx.where(fits, slope, scale), mx.where(fits, mean - slope * mean_q, bias)
         return [scale, bias, inverse_of(scale)]
 
-    every: tuple[Any, ...] = (codes, squares, moments, store, keep_better, fit)
+    every: tuple[Any, ...] = (codes, squares, moments, store, rank, fit)
     return _Kernels(*(mx.compile(kernel) if compiled else kernel for kernel in every))
 
 
