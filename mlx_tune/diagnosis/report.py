@@ -129,7 +129,7 @@ def anonymous(text: str, names: Iterable[str] | None = None) -> str:
     """
     text = re.sub(r"(?:~|\b[A-Za-z]:)?(?:[/\\][^\s/\\:|`'\")]+)+[/\\]([^\s/\\:|`'\")]+)", r".../\1", text)
     for name in _own_names() if names is None else names:
-        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<name>", text)
+        text = re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", "<name>", text)
     return text
 
 

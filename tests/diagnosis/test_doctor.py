@@ -201,6 +201,10 @@ def test_words_that_contain_a_name_are_left_whole():
     assert anonymous("a channel of ann", names=["ann"]) == "a channel of <name>"
 
 
+def test_a_name_in_a_files_name_is_taken_out():
+    assert anonymous("/data/ann_7b-ann.gguf of anna", names=["ann"]) == ".../<name>_7b-<name>.gguf of anna"
+
+
 def test_every_check_says_what_it_is_for_and_what_can_be_done():
     everything = checks.all_checks()
     assert len({one.name for one in everything}) == len(everything)
