@@ -83,6 +83,26 @@ class Sequence:
         held.extend(items)
 
 
+class Members:
+    """A set."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, held: set[Any]) -> None:
+        self.held = held
+
+    def get(self) -> list[Any]:
+        """Its members in some order."""
+        return list(self.held)
+
+    def put(self, items: list[Any]) -> None:
+        """Replace the whole, where anything differs."""
+        if len(self.held) == len(items) and all(item in self.held for item in items):
+            return
+        self.held.clear()
+        self.held.update(items)
+
+
 class Cell:
     """A variable that a function closes over."""
 

@@ -61,17 +61,15 @@ class Machine:
     live: int = 0
     peak: int = -1
     peak_step: int = -1
-    allocations: int = 0
-    peak_allocation: int = -1
-    stop_at: int = -1
+    peak_buffer: int = -1
     step: int = -1
     layout: dict[int, Layout] = field(default_factory=dict)
     buffer: dict[int, int] = field(default_factory=dict)
     buffers: list[Buffer] = field(default_factory=list)
     holders: list[int] = field(default_factory=list)
+    followed_by: dict[int, int] = field(default_factory=dict)
     references: Counter[int] = field(default_factory=Counter)
     temporaries: list[int] = field(default_factory=list)
-    owners: list[Buffer] | None = None
     updates: frozenset[int] = frozenset()
     now: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PURPOSES, 0))
     high: int = 0
@@ -123,6 +121,13 @@ class Machine:
         if self.holders[buffer] == 0:
             self.live -= self.buffers[buffer].nbytes
             self.now[self.buffers[buffer].purpose] -= self.buffers[buffer].nbytes
+            self.followed_by[buffer] = len(self.buffers)
+
+    def owners(self) -> list[Buffer]:
+        """The buffers that were alive when the one was made that made the peak."""
+        gone = len(self.buffers)
+        upto = enumerate(self.buffers[: self.peak_buffer + 1])
+        return [buffer for i, buffer in upto if self.followed_by.get(i, gone) > self.peak_buffer]
 
     def _new(self, nbytes: int, value: int, temporary: bool = False) -> int:
         node = self.order[self.step] if self.step >= 0 else None
@@ -137,13 +142,10 @@ class Machine:
         self.holders.append(1)
         self.live += nbytes
         self.now[purpose] += nbytes
-        self.allocations += 1
         if self.live > self.high:
             self.high, self.high_split = self.live, list(self.now.values())
         if self.live > self.peak:
-            self.peak, self.peak_step, self.peak_allocation = self.live, self.step, self.allocations
-        if self.allocations == self.stop_at:
-            self.owners = [b for b, held in zip(self.buffers, self.holders, strict=True) if held]
+            self.peak, self.peak_step, self.peak_buffer = self.live, self.step, len(self.buffers) - 1
         return len(self.buffers) - 1
 
 
@@ -157,16 +159,9 @@ def simulate(graph: Graph, order: list[int]) -> Course:
     Returns:
         The peak, who holds it, and the memory after every operation.
     """
-    course, machine = _run(graph, order, -1)
-    # Who holds the peak is only known once it is known which allocation makes it: run up to there again.
-    course.owners = _run(graph, order, machine.peak_allocation)[1].owners or []
-    return course
-
-
-def _run(graph: Graph, order: list[int], stop_at: int) -> tuple[Course, Machine]:
     from mlx_tune.graphs.primitives import effect_of
 
-    machine = Machine(graph, order, stop_at=stop_at, updates=frozenset(graph.outputs[graph.results :]))
+    machine = Machine(graph, order, updates=frozenset(graph.outputs[graph.results :]))
     for index in order:
         node = graph.nodes[index]
         for value in node.inputs:
@@ -190,9 +185,7 @@ def _run(graph: Graph, order: list[int], stop_at: int) -> tuple[Course, Machine]
         live.append(machine.high)
         split.append(machine.high_split)
         _finish(machine, node)
-        if machine.owners is not None:
-            break
-    return Course(machine.peak, machine.peak_step, start, machine.live, order, live, split, [], unknown), machine
+    return Course(machine.peak, machine.peak_step, start, machine.live, order, live, split, machine.owners(), unknown)
 
 
 def _finish(machine: Machine, node: Node) -> None:

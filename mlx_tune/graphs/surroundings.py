@@ -1,4 +1,4 @@
-"""What a step could change besides its state: the containers that its code can reach.
+"""What a step could change besides its state: everything that its code can reach.
 
 A trace runs the step's Python once with placeholders for arrays. Anything of that which stays behind in a list, an
 attribute or a global would break later code, so those places are noted before and put back after.
@@ -6,80 +6,223 @@ attribute or a global would break later code, so those places are noted before a
 
 from __future__ import annotations
 
-import functools
+import copy
+import gc
+import operator
+import random
 import sys
-import types
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from types import (
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    GeneratorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import mlx.core as mx
 
-# How far from the step to look, and at how many containers at most.
-_DEPTH = 6
-_MOST = 20_000
+from mlx_tune.graphs.unmerge import made_by_operations
+from mlx_tune.places import Attributes, Cell, Items, Members, Names, Place, Sequence, slot_names
+
+#: How many items to note at most, the nearest first: a data set that the step can reach has millions.
+MOST_ITEMS = 1_000_000
+
+#: What lies behind code and objects of these packages looks after itself.
+_FOREIGN = frozenset(sys.stdlib_module_names) | {
+    *(
+        "mlx",
+        "mlx_lm",
+        "mlx_tune",
+        "nanobind",
+        "numpy",
+        "scipy",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "PIL",
+        "rich",
+    )
+}
+_LEAVES = {bool, int, float, complex, str, bytes, type(None), ModuleType, CodeType, range, mx.Dtype}
+_TRANSFORMED = {type(mx.compile(abs)), type(mx.checkpoint(abs)), type(mx.custom_function(abs))}
+_ITERATORS = {type(it) for it in (iter([]), iter(()), iter({}), iter(set()), iter(range(0)), reversed([]))}
+_WRAPPERS = (zip, map, filter, enumerate)
+
+_Path = tuple[Any, str, Any]  # where the thing that holds it is, how it holds it, and under which key
 
 
 class Surroundings:
-    """The mutable containers around a step, to be put back."""
+    """Everything that changes when a step's code writes to it, to be put back.
+
+    Args:
+        step: The function that will be traced.
+        state: What it is expected to change; put back elsewhere.
+    """
 
     def __init__(self, step: Callable[..., Any], state: Any) -> None:
-        self._saved: list[tuple[str, Any, Any]] = []
-        self._seen: set[int] = set()
-        self._state = {id(c) for c in _state_containers(state)}
-        waiting: list[tuple[str, Any, int]] = list(_roots(step))
-        while waiting and len(self._saved) < _MOST:
-            path, thing, depth = waiting.pop(0)
-            if id(thing) in self._seen:
-                continue
-            self._seen.add(id(thing))
-            if depth < _DEPTH:
-                waiting.extend((p, child, depth + 1) for p, child in self._look(path, thing))
+        self._noted: list[tuple[_Path, str, Place, Any]] = []
+        self._arrays: list[tuple[_Path, mx.array, mx.array]] = []
+        self._iterators: list[tuple[_Path, Any, Any]] = []
+        self._seen = {id(container) for container in _state_containers(state)}
+        self._room = MOST_ITEMS
+        self._waiting: deque[tuple[_Path, Any]] = deque([((None, "{}", "step"), step)])
+        while self._waiting and self._room > 0:
+            self._look(*self._waiting.popleft())
+        self._lazy = made_by_operations(array for _, array, _ in self._arrays)
 
     def restore(self) -> list[str]:
-        """Put every container back; return the places where arrays were left behind."""
+        """Put everything back; return the places where arrays were left behind."""
         left: list[str] = []
-        for path, thing, before in self._saved:
-            for place, value in _changes(path, thing, before):
-                if _holds_array(value):
-                    left.append(place)
-            _put_back(thing, before)
+        for path, form, place, before in self._noted:
+            now = place.get()
+            left += [_text((path, form, key)) for key, value in _changes(before, now) if _holds_array(value)]
+            place.put(before)
+        made = made_by_operations(array for _, array, _ in self._arrays)
+        for path, array, values in self._arrays:
+            if id(array) in made:
+                array[...] = values
+                if id(array) not in self._lazy:  # of those that were not there yet it cannot be told
+                    left.append(_text(path))
         return left
 
-    def _look(self, path: str, thing: Any) -> Iterator[tuple[str, Any]]:
-        if id(thing) in self._state:
-            return  # the snapshot of the state sees to it
-        if isinstance(thing, types.CellType):
-            self._saved.append((path, thing, _content(thing)))
-            yield path, _content(thing)
-        elif isinstance(thing, dict):
-            self._saved.append((path, thing, dict(thing)))
-            yield from ((f"{path}[{key!r}]", value) for key, value in list(thing.items()))
-            yield from self._attributes(path, thing)
-        elif isinstance(thing, list):
-            self._saved.append((path, thing, list(thing)))
-            yield from ((f"{path}[{i}]", value) for i, value in enumerate(thing))
-        elif isinstance(thing, (tuple, set, frozenset)):
-            if isinstance(thing, set):
-                self._saved.append((path, thing, set(thing)))
-            yield from ((path, value) for value in thing)
-        elif isinstance(thing, (types.FunctionType, types.MethodType, functools.partial)):
-            yield from ((p, child) for p, child, _ in _roots(thing))
-        elif not isinstance(thing, (types.ModuleType, type, mx.array)) and not _is_standard(thing):
-            yield from self._attributes(path, thing)
+    def advanced(self) -> list[str]:
+        """The iterators that gave something away meanwhile, which cannot be put back."""
+        moved = (path for path, iterator, before in self._iterators if _position(iterator) != before)
+        return list(dict.fromkeys(map(_text, moved)))
 
-    def _attributes(self, path: str, thing: Any) -> Iterator[tuple[str, Any]]:
+    def _look(self, path: _Path, thing: Any) -> None:
+        if id(thing) in self._seen:
+            return
+        self._seen.add(id(thing))
+        if isinstance(thing, mx.array):
+            # In-place writing gives the same object other values; a second handle keeps the old ones.
+            self._arrays.append((path, thing, copy.copy(thing)))
+        elif isinstance(thing, CellType):
+            self._note(path, "", Cell(thing))
+        elif isinstance(thing, dict):
+            self._note(path, "[{!r}]", Items(thing))
+            self._look_at_attributes(path, thing)
+        elif isinstance(thing, (list, deque)):
+            self._note(path, "[{!r}]", Sequence(thing))
+            self._look_at_attributes(path, thing)
+        elif isinstance(thing, set):
+            self._note(path, "", Members(thing))
+        elif isinstance(thing, (tuple, frozenset)):
+            self._queue(path, "[{!r}]" if isinstance(thing, tuple) else "", enumerate(thing))
+        elif isinstance(thing, FunctionType):
+            self._look_at_function(path, thing)
+        elif isinstance(thing, MethodType):
+            self._queue(None, "{}", [("self", thing.__self__), (thing.__name__, thing.__func__)])
+        elif isinstance(thing, BuiltinMethodType):
+            self._queue(path, "", enumerate([thing.__self__]))  # such as the append of a list
+        elif isinstance(thing, partial):
+            self._queue(path, ".{}", [("func", thing.func), ("args", thing.args), ("keywords", thing.keywords)])
+        elif type(thing) in _TRANSFORMED:
+            # mx.compile, mx.grad and the like hold functions and state where only the garbage collector sees them.
+            self._queue(path, "", enumerate(gc.get_referents(thing)))
+        elif type(thing) in _ITERATORS or isinstance(thing, GeneratorType):
+            self._iterators.append((path, thing, _position(thing)))
+        elif isinstance(thing, _WRAPPERS):
+            self._queue(path, "", enumerate(gc.get_referents(thing)))
+        elif isinstance(thing, type):
+            if not _is_foreign(thing.__module__):
+                plain = (
+                    n for n, v in vars(thing).items() if not n.startswith("__") and not hasattr(type(v), "__get__")
+                )
+                self._note(path, ".{}", Attributes(thing, tuple(plain)))
+        elif _is_random(thing):
+            self._note(path, "", _Draws(thing))
+        elif not _looks_after_itself(type(thing)):
+            self._look_at_attributes(path, thing)
+            self._look_at_class(thing)
+
+    def _look_at_function(self, path: _Path, function: FunctionType) -> None:
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        self._queue(None, "{}", cells)
+        if _is_foreign(function.__module__):
+            return  # such as functools.wraps and nn.value_and_grad, which hold what they were given in their closures
+        self._note(path, ".{}", Items(function.__dict__))
+        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        self._queue(path, "'s default {}", enumerate(defaults))
+        self._note(None, "{}", Names(function.__globals__, _global_names(function.__code__)))
+
+    def _look_at_attributes(self, path: _Path, thing: Any) -> None:
         attributes = getattr(thing, "__dict__", None)
         if type(attributes) is dict:
-            self._saved.append((f"{path}.", attributes, dict(attributes)))
-            yield from ((f"{path}.{key}", value) for key, value in list(attributes.items()))
+            self._note(path, ".{}", Items(attributes))
+        if names := slot_names(type(thing)):
+            self._note(path, ".{}", Attributes(thing, names))
+
+    def _look_at_class(self, thing: Any) -> None:
+        """What the methods of an object's class name, and what the class itself holds."""
+        for base in type(thing).__mro__:
+            if not _is_foreign(base.__module__):
+                functions = [(name, value) for name, value in vars(base).items() if isinstance(value, FunctionType)]
+                self._queue(None, base.__name__ + ".{}", functions)
+                self._queue(None, "{}", [(base.__name__, base)])
+
+    def _note(self, path: Any, form: str, place: Place) -> None:
+        """Note what a place holds, and look at that later."""
+        before = place.get()
+        self._room -= 1 + len(before)
+        if self._room < 0:
+            return
+        self._noted.append((path, form, place, before))
+        if set(map(type, before.values() if isinstance(before, dict) else before)) <= _LEAVES:
+            return  # tokens, most of the time
+        self._queue(path, form, before.items() if isinstance(before, dict) else enumerate(before))
+
+    def _queue(self, path: Any, form: str, items: Iterable[tuple[Any, Any]]) -> None:
+        for key, value in items:
+            if type(value) not in _LEAVES:
+                self._waiting.append(((path, form, key) if form else path, value))
 
 
-def _is_standard(thing: Any) -> bool:
-    """Whether the standard library defines it: locks, loggers and files look after themselves."""
-    return type(thing).__module__.partition(".")[0] in sys.stdlib_module_names
+class _Draws:
+    """The state of a random generator that the step may draw from."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def get(self) -> list[Any]:
+        if hasattr(self.held, "bit_generator"):
+            return [self.held.bit_generator.state]
+        return [self.held.getstate() if isinstance(self.held, random.Random) else self.held.get_state()]
+
+    def put(self, items: list[Any]) -> None:
+        if hasattr(self.held, "bit_generator"):
+            self.held.bit_generator.state = items[0]
+        elif isinstance(self.held, random.Random):
+            self.held.setstate(items[0])
+        else:
+            self.held.set_state(items[0])
+
+
+def _is_random(thing: Any) -> bool:
+    if isinstance(thing, random.Random):
+        return not isinstance(thing, random.SystemRandom)
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(thing, (numpy.random.Generator, numpy.random.RandomState))
+
+
+def _position(iterator: Any) -> Any:
+    """How far an iterator is; the same only while nothing was taken from it."""
+    if isinstance(iterator, GeneratorType):
+        return iterator.gi_frame.f_lasti if iterator.gi_frame is not None else None
+    return operator.length_hint(iterator, -1)
 
 
 def _state_containers(state: Any) -> Iterator[Any]:
+    """What the snapshot of the state sees to."""
     from mlx.optimizers import Optimizer
 
     waiting, seen = [state], set()
@@ -99,71 +242,63 @@ def _state_containers(state: Any) -> Iterator[Any]:
             waiting.extend(vars(node).values())
 
 
-def _roots(step: Any) -> Iterator[tuple[str, Any, int]]:
-    """Where a function's code can put things: its closure, the globals it names, what it is bound to."""
-    if isinstance(step, functools.partial):
-        yield from _roots(step.func)
-        yield "a bound argument", [step.args, step.keywords], 0
-    elif isinstance(step, types.MethodType):
-        yield "self", step.__self__, 0
-        yield from _roots(step.__func__)
-    elif isinstance(step, types.FunctionType) or hasattr(step, "__code__"):
-        code = step.__code__
-        for name, cell in zip(code.co_freevars, step.__closure__ or (), strict=False):
-            yield name, cell, 0
-        for name in code.co_names:
-            if name in step.__globals__:
-                yield name, step.__globals__[name], 0
-    elif callable(step) and not isinstance(step, type):
-        yield type(step).__name__, step, 0
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """The globals that code reads or writes, functions defined in it included."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= dict.fromkeys(_global_names(constant))
+    return tuple(names)
 
 
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
+@cache
+def _is_foreign(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _FOREIGN
 
 
-def _changes(path: str, thing: Any, before: Any) -> Iterator[tuple[str, Any]]:
-    """Places whose content is not what it was, with the new content."""
-    if isinstance(thing, types.CellType):
-        if _content(thing) is not before:
-            yield path, _content(thing)
-    elif isinstance(thing, dict):
-        for key, value in thing.items():
-            if key not in before or before[key] is not value:
-                yield (f"{path}{key}" if path.endswith(".") else f"{path}[{key!r}]"), value
-    elif isinstance(thing, list):
-        for i, value in enumerate(thing):
-            if i >= len(before) or before[i] is not value:
-                yield f"{path}[{i}]", value
-    elif isinstance(thing, set):
-        for value in thing - before:
-            yield path, value
+def _looks_after_itself(kind: type) -> bool:
+    """Whether objects of a class are left alone: locks, files and threads, arrays of other libraries."""
+    root, _, below = kind.__module__.partition(".")
+    if kind in (SimpleNamespace, Namespace):
+        return False
+    return root in _FOREIGN and (root not in ("mlx", "mlx_lm", "mlx_tune") or below.partition(".")[0] == "core")
 
 
-def _put_back(thing: Any, before: Any) -> None:
-    if isinstance(thing, types.CellType):
-        if _content(thing) is not before:
-            thing.cell_contents = before
-    elif isinstance(thing, dict):
-        if thing.keys() != before.keys() or any(thing[k] is not v for k, v in before.items()):
-            dict.clear(thing)
-            dict.update(thing, before)
-    elif isinstance(thing, list):
-        if len(thing) != len(before) or any(a is not b for a, b in zip(thing, before, strict=True)):
-            thing[:] = before
-    elif thing != before:
-        thing.clear()
-        thing.update(before)
+def _changes(before: Any, now: Any) -> Iterator[tuple[Any, Any]]:
+    """What a place holds that it did not hold before, with its key."""
+    if len(now) == len(before) and all(
+        map(operator.is_, now.values(), before.values()) if isinstance(now, dict) else map(operator.is_, now, before)
+    ):
+        return
+    if isinstance(now, dict):
+        yield from ((key, value) for key, value in now.items() if key not in before or before[key] is not value)
+        return
+    known = set(map(id, before))
+    yield from ((key, value) for key, value in enumerate(now) if id(value) not in known)
 
 
-def _holds_array(value: Any) -> bool:
+def _holds_array(value: Any, depth: int = 6) -> bool:
     if isinstance(value, mx.array):
         return True
+    if depth == 0:
+        return False
     if isinstance(value, dict):
-        return any(_holds_array(v) for v in value.values())
-    if isinstance(value, (list, tuple, set)):
-        return any(_holds_array(v) for v in value)
-    return False
+        return any(_holds_array(item, depth - 1) for item in value.values())
+    if isinstance(value, (list, tuple, set, deque)):
+        return any(_holds_array(item, depth - 1) for item in value)
+    attributes = getattr(value, "__dict__", None)
+    return (
+        type(attributes) is dict
+        and not isinstance(value, (FunctionType, ModuleType))
+        and _holds_array(attributes, depth - 1)
+    )
+
+
+def _text(path: _Path) -> str:
+    """Where something is, as one would write it."""
+    parts: list[str] = []
+    step: Any = path
+    while step is not None:
+        step, form, key = step
+        parts.append(form.format(key))
+    return "".join(reversed(parts))

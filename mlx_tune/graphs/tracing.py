@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ from mlx_tune.graphs.recomputation import tracing
 from mlx_tune.graphs.standins import STAND_INS
 from mlx_tune.graphs.surroundings import Surroundings
 from mlx_tune.graphs.trees import leaves, with_arrays
-from mlx_tune.graphs.unmerge import BuiltGraph, unmerge
+from mlx_tune.graphs.unmerge import BuiltGraph, made_by_operations, unmerge
 from mlx_tune.state import Snapshot
 
 
@@ -88,7 +90,12 @@ def _trace(
         raise
     finally:
         snapshot.restore()
-        left_behind = surroundings.restore()
+        left_behind, taken_from = surroundings.restore(), surroundings.advanced()
+    if taken_from:
+        raise TraceError(
+            f"The step takes from an iterator, {', '.join(taken_from)}, and what the trace took cannot be put back. "
+            "Take the batch outside of the step and pass it as an argument. Everything else was put back."
+        )
     if left_behind:
         raise TraceError(
             f"The step leaves arrays outside of what it was said to change: {', '.join(left_behind)}. "
@@ -137,26 +144,25 @@ class _Recorder:
                 unique[id(slot.array)] = len(arrays)
                 arrays.append(slot.array)
                 self._inputs.append(Value(tuple(slot.array.shape), slot.array.dtype, slot.role, slot.label))
-        before = {id(slot.array) for slot in slots}
         kept: set[int] = set()
 
         def flat(*tracers: mx.array) -> list[mx.array]:
+            # Writing into an array in place gives the same object another value: these are the ones before.
+            inputs = [copy.copy(tracer) for tracer in tracers]
             place = {key: tracers[i] for key, i in unique.items()}
             for slot in slots:
                 slot.put(place[id(slot.array)])
             result = step(*with_arrays(args, (tracers[i] for i in positions)))
             outputs = [leaf for _, leaf in leaves(result, "result")]
             if not outputs:
-                raise TraceError(
-                    f"The step returned {result!r:.80}, in which there is no array. Return the loss first, as in "
-                    "`return loss`: the loss is what says which part of the step is evaluated."
-                )
+                raise TraceError(_without_arrays(result))
             self.graph.results = len(outputs)
             after = [slot.array for slot in _slots(state)]
-            tracer_ids = {id(place[key]): key for key in before}
-            kept.update(tracer_ids[id(a)] for a in after if id(a) in tracer_ids)
-            everything = [*outputs, *(a for a in after if id(a) not in tracer_ids)]
-            self.built = BuiltGraph(list(tracers), everything)
+            written = made_by_operations(tracers)
+            untouched = {id(place[id(s.array)]): id(s.array) for s in slots if id(place[id(s.array)]) not in written}
+            kept.update(untouched[id(a)] for a in after if id(a) in untouched)
+            everything = [*outputs, *(a for a in after if id(a) not in untouched)]
+            self.built = BuiltGraph(inputs, everything)
             return everything
 
         if not arrays:
@@ -195,6 +201,22 @@ class _Recorder:
             self._names[name] = len(self.graph.values)
             self.graph.values.append(Value(tuple(shape), dtype))
         return self._names[name]
+
+
+def _without_arrays(result: Any) -> str:
+    """What is wrong with a result in which there is no array."""
+    if inspect.iscoroutine(result):
+        result.close()  # or Python warns that it was never awaited
+    if inspect.isgenerator(result) or inspect.iscoroutine(result):
+        return (
+            f"The step returned a {type(result).__name__}: calling it runs nothing of it. Pass a function that returns "
+            "the loss, without `yield` or `async`."
+        )
+    shown = repr(result) if isinstance(result, (int, float, str, type(None))) else f"a {type(result).__name__}"
+    return (
+        f"The step returned {shown:.80}, in which there is no array. Return the loss first, as in `return loss`: the "
+        "loss is what says which part of the step is evaluated. Arrays are found in lists, tuples and dictionaries."
+    )
 
 
 class _Slot:

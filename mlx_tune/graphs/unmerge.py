@@ -8,6 +8,7 @@ gives each operation its counterpart, and with it its shapes and arguments.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -46,6 +47,18 @@ class BuiltGraph:
                 self.nodes[-1].inputs.append(token)
             else:
                 self.nodes[-1].outputs.append(token)
+
+
+def made_by_operations(arrays: Iterable[mx.array]) -> set[int]:
+    """Those of some arrays that an operation makes when they are evaluated, by identity; the others are there already.
+
+    Args:
+        arrays: Any arrays; nothing of them is evaluated.
+    """
+    arrays = list(arrays)
+    built = BuiltGraph([], arrays)
+    made = {name for node in built.nodes for name in node.outputs}
+    return {id(array) for array, name in zip(arrays, built.outputs, strict=True) if name in made}
 
 
 def _described(by_name: dict[str, mx.array]) -> list[tuple[str, str]]:
