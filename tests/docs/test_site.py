@@ -87,16 +87,28 @@ def errors(driver):
     return [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("page", ["", "guides/checkpoint/", "reference/api/", "measurements/"])
-def test_a_page_opens_without_an_error_and_fits_its_window(site, browser, page, scheme):
+def scheme_of(driver):
+    return driver.find_element("tag name", "body").get_attribute("data-md-color-scheme")
+
+
+def look_at(driver, page, scheme):
+    """Open a page as somebody who prefers the scheme and was never here."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    browser.get(f"{site}/{page}")
-    browser.execute_script("localStorage.clear()")
-    browser.refresh()
-    wait(browser, lambda d: d.find_element("css selector", "article h1").text)
-    wait(browser, lambda d: d.find_element("tag name", "body").get_attribute("data-md-color-scheme") == SCHEMES[scheme])
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    driver.get(page)
+    driver.execute_script("localStorage.clear()")
+    driver.refresh()
+    wait(driver, lambda d: d.find_element("css selector", "article h1").text)
+    wait(driver, lambda d: scheme_of(d) == SCHEMES[scheme])
+
+
+PAGES = ["", "guides/checkpoint/", "concepts/memory/", "concepts/claims/", "reference/api/"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_opens_without_an_error_and_fits_its_window(site, browser, page, scheme):
+    look_at(browser, f"{site}/{page}", scheme)
     assert errors(browser) == []
     wide, window = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
     assert wide <= window, "the page itself never scrolls sideways"
@@ -106,16 +118,53 @@ def test_a_page_opens_without_an_error_and_fits_its_window(site, browser, page, 
     assert broken == []
     unnamed = browser.execute_script("return [...document.querySelectorAll('article img')].filter(i => !i.alt).length")
     assert unnamed == 0, "every picture has a text that stands for it"
+    seen = browser.execute_script(
+        "return [...document.querySelectorAll('article img')].filter(i => i.offsetParent).map(i => i.src)"
+    )
+    assert all(f"-{scheme}.svg" in source for source in seen), seen
+    assert bool(seen) == (page == "concepts/memory/")
 
 
-def test_search_finds_a_function(site, browser):
-    browser.get(f"{site}/")
+@pytest.mark.parametrize("browser", ["phone"], indirect=True)
+def test_every_page_opens_and_fits_a_phone(site, browser):
+    pages = [str(page.relative_to(ROOT / "docs").with_suffix("")) for page in (ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        folder = page.removesuffix("index").rstrip("/")
+        browser.get(f"{site}/{folder}/" if folder else f"{site}/")
+        wait(browser, lambda d: d.find_element("css selector", "article h1").text)
+        wide, window = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert wide <= window, page
+        assert errors(browser) == [], page
+    assert len(pages) > 20
+
+
+def test_the_other_scheme_is_a_click_away_and_stays(site, browser):
+    look_at(browser, f"{site}/", "light")
+    browser.find_element("css selector", "label[title='Switch to dark mode']").click()
+    wait(browser, lambda d: scheme_of(d) == "slate")
+    browser.get(f"{site}/guides/checkpoint/")
+    wait(browser, lambda d: scheme_of(d) == "slate")
+    browser.execute_script("localStorage.clear()")
+    assert errors(browser) == []
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("words", "place"), [("autobatch", "autobatch"), ("kernel panic", "wire-memory")])
+def test_search_finds_what_is_there(site, browser, words, place, scheme):
+    look_at(browser, f"{site}/", scheme)
     label = browser.find_element("css selector", "label.md-header__button[for='__search']")
     if label.is_displayed():
         label.click()
     box = browser.find_element("css selector", "input.md-search__input")
     wait(browser, lambda d: box.is_displayed() and box.is_enabled())
-    box.send_keys("autobatch")
-    found = wait(browser, lambda d: d.find_elements("css selector", ".md-search-result__item a"))
-    assert any("autobatch" in link.get_attribute("href") for link in found)
+    box.send_keys(words)
+    # The list is made anew with every letter, so a link is looked for and followed in one go.
+    script = f"""
+        const links = [...document.querySelectorAll('.md-search-result__item a')]
+        const there = links.find(link => link.href.includes('{place}') && link.offsetParent)
+        if (there) there.click()
+        return Boolean(there)
+    """
+    wait(browser, lambda d: d.execute_script(script))
+    wait(browser, lambda d: place in d.current_url and d.find_element("css selector", "article h1").text)
     assert errors(browser) == []
