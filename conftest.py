@@ -17,6 +17,16 @@ from sybil.sybil import SybilCollection
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one backend are skipped on another, with the reason."""
+    metal, gpu = mx.metal.is_available(), mx.default_device() == mx.Device(mx.gpu)
+    for item in items:
+        if item.get_closest_marker("metal") and not metal:
+            item.add_marker(pytest.mark.skip(reason="needs an Apple GPU: MLX has no Metal here"))
+        if item.get_closest_marker("cpu_only") and gpu:
+            item.add_marker(pytest.mark.skip(reason="asserts what only the CPU backend promises"))
+
+
 @pytest.fixture(autouse=True)
 def _own_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch) -> None:
     """Pages and docstrings write files as a reader would: into a folder of their own."""
