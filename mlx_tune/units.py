@@ -137,6 +137,16 @@ def format_percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def format_count(n: int, one: str, many: str | None = None) -> str:
+    """Write how many there are of something.
+
+    Examples:
+        >>> format_count(1, "layer"), format_count(1200, "batch", "batches")
+        ('1 layer', '1,200 batches')
+    """
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def format_seconds(seconds: float) -> str:
     """Write a time with three significant digits in the unit that suits it.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_tune.quantization.statistics import Bucket, Estimate, by_confidence, clustered_mean, exponential
 from mlx_tune.tables import render_table
-from mlx_tune.units import format_percent
+from mlx_tune.units import format_count, format_percent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,9 +68,10 @@ class LanguageAccuracy:
         probability_change: Root mean square change of the probability of the token that came.
         non_finite: Share of tokens for which a model gave NaN or infinity; they are left out of everything else.
         buckets: Divergence by the reference's confidence.
-        noise_floor: Mean KL divergence of the reference in its own dtype from itself in float32, or None where its
-            dtype is float32: what rounding in half precision costs without any quantization.
+        noise_floor: Mean KL divergence of the reference in its own dtype from itself in float32: what rounding in
+            half precision costs without any quantization. None where `no_noise_floor` says why.
         noise_floor_tokens: Tokens that it was measured on.
+        no_noise_floor: Why there is no noise floor, such as weights in float32.
         arithmetic: How both were computed.
         warnings: Reasons to doubt the figures.
     """
@@ -98,6 +99,7 @@ class LanguageAccuracy:
     buckets: tuple[Bucket, ...]
     noise_floor: float | None = None
     noise_floor_tokens: int = 0
+    no_noise_floor: str | None = None
     arithmetic: str = ""
     warnings: tuple[str, ...] = ()
 
@@ -113,15 +115,19 @@ class LanguageAccuracy:
 
     def __str__(self) -> str:
         """Two tables: the figures, and divergence by confidence."""
-        floor = "none: the weights are float32"
+        floor, notes = "none", [f"Warning: {w}" for w in self.warnings]
         if self.noise_floor is not None:
             floor = f"{self.noise_floor:.3g} (half precision alone, {self.noise_floor_tokens:,} tokens)"
+        elif self.no_noise_floor:
+            notes.append(f"No noise floor: {self.no_noise_floor}.")
+        if math.isnan(self.mean_kl_error):
+            notes.append("No standard errors: they are taken between sequences, and there is one.")
         rows = [
             ("mean KL", Estimate(self.mean_kl, self.mean_kl_error)),
             ("median, p99, p99.9, max KL", ", ".join(f"{x:.3g}" for x in self._tails())),
             ("mean reverse KL", Estimate(self.reverse_kl, self.reverse_kl_error)),
             ("noise floor of KL", floor),
-            ("same top token", f"{format_percent(self.same_top, 2)} ± {100 * self.same_top_error:.2g}"),
+            ("same top token", f"{Estimate(100 * self.same_top, 100 * self.same_top_error)} %"),
             ("perplexity before", Estimate(self.perplexity_before, self.perplexity_before_error)),
             ("perplexity after", Estimate(self.perplexity_after, self.perplexity_after_error)),
             ("perplexity ratio", Estimate(self.perplexity_ratio, self.perplexity_ratio_error)),
@@ -129,8 +135,8 @@ class LanguageAccuracy:
         ]
         if self.non_finite:
             rows.append(("not finite, left out", format_percent(self.non_finite, 2)))
-        title = f"Accuracy on {self.tokens:,} tokens of {self.sequences} sequences ({self.arithmetic})"
-        figures = render_table(("figure", "value"), rows, title=title, notes=[f"Warning: {w}" for w in self.warnings])
+        title = f"Accuracy on {self.tokens:,} tokens of {format_count(self.sequences, 'sequence')} ({self.arithmetic})"
+        figures = render_table(("figure", "value"), rows, title=title, notes=notes)
         buckets = render_table(
             ("reference's confidence", "tokens", "mean KL", "same top"),
             [
@@ -189,7 +195,7 @@ class LossAccuracy:
                 ("loss after", Estimate(self.loss_after, self.loss_after_error)),
                 ("change", Estimate(self.loss_change, self.loss_change_error)),
             ],
-            title=f"Accuracy by the given loss on {self.batches} batches ({self.arithmetic})",
+            title=f"Accuracy by the given loss on {format_count(self.batches, 'batch', 'batches')} ({self.arithmetic})",
             notes=[f"Warning: {w}" for w in self.warnings],
         )
 
@@ -238,7 +244,8 @@ class OutputAccuracy:
         return render_table(
             ("figure", "value"),
             rows,
-            title=f"Accuracy of outputs on {self.batches} batches, {self.values:,} numbers ({self.arithmetic})",
+            title=f"Accuracy of outputs on {format_count(self.batches, 'batch', 'batches')}, {self.values:,} numbers "
+            f"({self.arithmetic})",
             notes=[f"Warning: {w}" for w in self.warnings],
         )
 

@@ -18,8 +18,14 @@ _LOW = (mx.bfloat16, mx.float16)
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and each back into the mode that it had."""
-    modes = [(site.module, site.module._training) for site in walk(model)]
+    """Put every module into evaluation mode, and each back into the mode that it had, with the arrays that it had.
+
+    Some models put other arrays into themselves while they are called: mlx-lm's Gemma 3n stores a few of its weights
+    anew in float32. Measuring must not leave such marks.
+    """
+    sites = walk(model)
+    modes = [(site.module, site.module._training) for site in sites]
+    items = [(site.module, dict(site.module)) for site in sites]
     # Set flag by flag: Module.train() of a layer with quantized inputs would requantize its weights.
     for module, _ in modes:
         module._training = False
@@ -28,6 +34,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module._training = mode
+        for module, before in items:
+            _put_back(module, before)
+
+
+def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
+    """Give a module the very items that it had; of those in place, nothing is touched."""
+    if len(module) == len(before) and all(module.get(name) is value for name, value in before.items()):
+        return
+    dict.clear(module)
+    dict.update(module, before)
 
 
 @contextmanager

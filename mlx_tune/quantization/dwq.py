@@ -23,7 +23,7 @@ from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, widen
 from mlx_tune.quantization.batches import Batch
 from mlx_tune.quantization.capture import model_arguments
-from mlx_tune.quantization.evaluation import logits_of, output_arrays
+from mlx_tune.quantization.figures import logits_of, mean_loss, output_arrays
 from mlx_tune.quantization.lazy import number
 from mlx_tune.quantization.trainable import NAMES, stored_pair, trainable_sites, trained_in_place
 
@@ -275,7 +275,7 @@ class _Training:
     def _loss_of(self, parameters: Parameters, batch: Batch, targets: list[mx.array]) -> mx.array:
         self.put(parameters)
         if self._loss is not None:
-            return mx.mean(self._loss(self._model, *batch.arguments))
+            return mean_loss(self._loss(self._model, *batch.arguments))
         output = self._model(*self._arguments(batch))
         if batch.tokens is not None and len(targets) == 1 and targets[0].ndim == 3:
             return _divergence(targets[0], logits_of(output))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +15,6 @@ from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.accuracy import (
     Accuracy,
-    OutputFigures,
     TokenFigures,
     summarise_losses,
     summarise_outputs,
@@ -26,61 +22,33 @@ from mlx_tune.quantization.accuracy import (
 )
 from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, unpacked_on_cpu, widen
 from mlx_tune.quantization.batches import Batch, rows_at_most
+from mlx_tune.quantization.figures import (
+    LOGITS_AT_ONCE,
+    compare_outputs,
+    compare_tokens,
+    join_figures,
+    logits_of,
+    mean_loss,
+    output_arrays,
+)
 from mlx_tune.quantization.lazy import number
-from mlx_tune.quantization.sites import own_arrays, walk
+from mlx_tune.quantization.outputs import OutputStore
+from mlx_tune.quantization.sites import own_arrays, walk, weight_shape
 
-#: Logits looked at together: float32 temporaries several times this size come and go.
-_LOGITS_AT_ONCE = 1 << 24
+#: What a call fails with where shapes, types or names do not belong together.
+_FAULTS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
+
+#: Modules that tokens are looked up in.
+_LOOKUPS = (nn.Embedding, nn.QuantizedEmbedding)
+
+#: Dtypes that round more than float32.
+_HALVES = (mx.bfloat16, mx.float16)
 
 #: Tokens that the noise floor is measured on; fewer on a CPU, which multiplies half-precision numbers slowly.
 _FLOOR_TOKENS, _FLOOR_TOKENS_CPU = 2048, 256
 
 #: `loss(model, *arguments)`: a scalar, or an array of which the mean counts.
 Loss = Callable[..., Any]
-
-
-class OutputStore:
-    """A reference's outputs on disk, so that the reference itself need not stay in memory.
-
-    Examples:
-        >>> with OutputStore() as store:
-        ...     store.put([mx.ones(2)])
-        ...     [array.tolist() for array in store.get(0)]
-        [[1.0, 1.0]]
-    """
-
-    def __init__(self) -> None:
-        """Nothing is written yet."""
-        self._folder: Path | None = None
-        self._count = 0
-
-    def __enter__(self) -> OutputStore:
-        """Make the folder."""
-        self._folder = Path(tempfile.mkdtemp(prefix="mlx_tune-outputs-"))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Delete everything."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-
-    def put(self, arrays: list[mx.array]) -> None:
-        """Write one batch's arrays after those before."""
-        assert self._folder is not None
-        named = {f"{i:03d}": array for i, array in enumerate(arrays)}
-        mx.save_safetensors(str(self._folder / f"{self._count}.safetensors"), named)
-        self._count += 1
-
-    def get(self, i: int) -> list[mx.array]:
-        """Read a batch's arrays back."""
-        assert self._folder is not None
-        loaded: Any = mx.load(str(self._folder / f"{i}.safetensors"))
-        return [loaded[name] for name in sorted(loaded)]
-
-    def __len__(self) -> int:
-        """How many batches it holds."""
-        return self._count
 
 
 @dataclass
@@ -93,6 +61,7 @@ class Comparison:
         loss: The caller's loss.
         noise_floor: Half precision's own divergence, where measured.
         noise_floor_tokens: Tokens that it was measured on.
+        no_noise_floor: Why there is none, where there is none.
         warnings: Reasons to doubt the figures.
     """
 
@@ -101,16 +70,25 @@ class Comparison:
     loss: Loss | None = None
     noise_floor: float | None = None
     noise_floor_tokens: int = 0
+    no_noise_floor: str | None = "not measured"
     warnings: tuple[str, ...] = ()
 
     def record(self, reference: nn.Module, store: OutputStore, *, floor: bool = True, progress: bool = False) -> None:
-        """Run the reference over all parts and put what it gave on disk; with `floor`, in its own dtype as well."""
+        """Run the reference over all parts and put what it gave on disk; with `floor`, in its own dtype as well.
+
+        Raises:
+            QuantizationError: The disk has too little room for what the reference gives.
+        """
+        numbers = [sum(a.size for a in part.arguments if isinstance(a, mx.array)) for part in self.parts]
         with _measuring(reference, "reference", len(self.parts), progress) as bar:
-            for part in self.parts:
-                store.put(self._run(reference, part))
+            for i, part in enumerate(self.parts):
+                arrays = self._run(reference, part)
+                if i == 0:
+                    store.reserve(sum(a.nbytes for a in arrays) * sum(numbers) // max(1, numbers[0]))
+                store.put(arrays)
                 bar.advance()
         if floor:
-            self._measure_floor(reference, store.get)
+            self._measure_floor(reference)
 
     def judge(self, model: nn.Module, store: OutputStore, *, progress: bool = False) -> Accuracy:
         """Run the quantized model over all parts and compare with what was recorded."""
@@ -123,13 +101,13 @@ class Comparison:
             with evaluation_mode(reference), float32_arithmetic(reference):
                 return self._run(reference, self.parts[i])
 
-        self._measure_floor(reference, outputs)
+        self._measure_floor(reference)
         return self._compare(model, outputs, progress)
 
     def _run(self, model: nn.Module, part: Batch) -> list[mx.array]:
         if self.kind == "loss":
             assert self.loss is not None
-            arrays = [mx.mean(self.loss(model, *widen(part.arguments)))]
+            arrays = [mean_loss(self.loss(model, *widen(part.arguments)))]
         elif self.kind == "tokens":
             arrays = [logits_of(model(part.shifted[0]))]
         else:
@@ -143,7 +121,7 @@ class Comparison:
             context = {"arithmetic": _arithmetic(model), "warnings": self.warnings}
             sequence = 0
             for i, part in enumerate(self.parts):
-                before, after = reference(i), self._run(model, part)
+                before, after = reference(i), self._run_now(model, i)
                 if self.kind == "loss":
                     rows.append((number(before[0]), number(after[0])))
                 elif self.kind == "outputs":
@@ -160,27 +138,110 @@ class Comparison:
             join_figures(rows),
             noise_floor=self.noise_floor,
             noise_floor_tokens=self.noise_floor_tokens,
+            no_noise_floor=self.no_noise_floor,
             **context,
         )
 
-    def _measure_floor(self, reference: nn.Module, wide: Callable[[int], list[mx.array]]) -> None:
+    def _run_now(self, model: nn.Module, i: int) -> list[mx.array]:
+        """The quantized model's answer to a part; what the reference could do, it may not be able to."""
+        try:
+            return self._run(model, self.parts[i])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise QuantizationError(
+                f"The unquantized model can be called with evaluation[{i}], the quantized one cannot: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _measure_floor(self, reference: nn.Module) -> None:
         """The divergence between the reference in its own dtype and in float32: rounding alone."""
-        low = any(a.dtype in (mx.bfloat16, mx.float16) for s in walk(reference) for a in own_arrays(s.module).values())
-        if self.kind != "tokens" or not low or unpacked_on_cpu(reference):
+        if self.kind != "tokens":
             return
-        wanted = _FLOOR_TOKENS_CPU if mx.default_device() == mx.Device(mx.cpu) else _FLOOR_TOKENS
-        rows, sequence = [], 0
-        for i, part in enumerate(self.parts):
+        if not any(a.dtype in _HALVES for s in walk(reference) for a in own_arrays(s.module).values()):
+            self.no_noise_floor = "the weights are float32"
+            return
+        if unpacked_on_cpu(reference):
+            self.no_noise_floor = "not measured: MLX multiplies by packed weights slowly on CPUs"
+            return
+        left = _FLOOR_TOKENS_CPU if mx.default_device() == mx.Device(mx.cpu) else _FLOOR_TOKENS
+        rows: list[TokenFigures] = []
+        for part in self.parts:
             inputs, targets = part.shifted
-            count = max(1, (wanted - self.noise_floor_tokens) // targets.shape[1])
-            with evaluation_mode(reference):
-                own = logits_of(reference(inputs[:count]))
-            rows.append(compare_tokens(wide(i)[0][:count], own, targets[:count], sequence))
-            sequence += own.shape[0]
-            self.noise_floor_tokens += targets[:count].size
-            if self.noise_floor_tokens + targets.shape[1] > wanted:
+            count = min(left, targets.shape[1])  # of a long sequence its beginning, which is a sequence as well
+            inputs, targets = (array[: left // count, :count] for array in (inputs, targets))
+            try:
+                with evaluation_mode(reference):
+                    own = logits_of(reference(inputs))
+                    mx.eval(own)
+                    with float32_arithmetic(reference):
+                        wide = logits_of(reference(inputs))
+            except RuntimeError as error:  # such as a stack of experts in bfloat16 on a CPU
+                self.no_noise_floor = f"not measured: MLX cannot run the model in its own dtype here ({error})"
+                return
+            rows.append(compare_tokens(wide, own, targets, 0))
+            left -= targets.size
+            if left <= 0:
                 break
-        self.noise_floor = summarise_tokens(join_figures(rows)).mean_kl
+        floor = summarise_tokens(join_figures(rows))
+        self.noise_floor, self.noise_floor_tokens, self.no_noise_floor = floor.mean_kl, floor.tokens, None
+
+
+def resolve(model: nn.Module, batches: list[Batch], where: str, loss: Loss | None = None) -> list[Batch]:
+    """Call the model with the first batch, nothing evaluated, to learn whether and how it takes these batches.
+
+    Args:
+        model: The model.
+        batches: What `read_batches` gave.
+        where: The argument that they came in, for errors.
+        loss: The caller's loss, to be called instead.
+
+    Returns:
+        The batches; without tokens where the model takes the integer arrays as they are but not one token shorter.
+
+    Raises:
+        QuantizationError: The model, or the loss, cannot be called with them.
+    """
+    if not batches:
+        return batches
+    first = batches[0]
+    fault = outline(model, first, loss)
+    if not isinstance(fault, Exception):
+        return batches
+    plain = [Batch(batch.arguments, None) for batch in batches]
+    if loss is None and first.tokens is not None and not isinstance(outline(model, plain[0]), Exception):
+        return plain
+    raise _uncallable(first.arguments, where, fault, "loss" if loss is not None else "model") from fault
+
+
+def outline(model: nn.Module, batch: Batch, loss: Loss | None = None) -> list[tuple[int, ...]] | Exception:
+    """Call the model, or the loss with it, evaluating nothing.
+
+    Args:
+        model: The model.
+        batch: What to call it with; of tokens, zeros in the shape of one sequence.
+        loss: The caller's loss.
+
+    Returns:
+        The shapes of what it gives back, or what it fails with.
+    """
+    with evaluation_mode(model), float32_arithmetic(model):
+        try:
+            if loss is not None:
+                return [mean_loss(loss(model, *widen(batch.arguments))).shape]
+            arguments = widen(batch.arguments) if batch.tokens is None else (mx.zeros_like(batch.tokens[:1, :-1]),)
+            return [array.shape for array in output_arrays(model(*arguments))]
+        except QuantizationError:
+            raise
+        except _FAULTS as error:
+            return error
+
+
+def _uncallable(arguments: tuple[Any, ...], where: str, fault: Exception, what: str = "model") -> QuantizationError:
+    shapes = ", ".join(str(list(a.shape)) if isinstance(a, mx.array) else type(a).__name__ for a in arguments)
+    return QuantizationError(
+        f"The {what} cannot be called with {where}[0] ({shapes}): {type(fault).__name__}: {str(fault).rstrip('.')}. "
+        "Batches are what the model is called with: token arrays [batch, length], which are shifted here, or tuples of "
+        "arguments."
+    )
 
 
 def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnings: tuple[str, ...] = ()) -> Comparison:
@@ -195,21 +256,37 @@ def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnin
     Raises:
         QuantizationError: The model cannot be called with the batches, or gives back nothing to compare.
     """
+    batches = resolve(model, batches, "evaluation", loss)
     if loss is not None:
         return Comparison("loss", batches, loss, warnings=warnings)
     first = batches[0]
     if first.tokens is not None:
-        probe = Batch((first.tokens[:1],), first.tokens[:1])
-        with evaluation_mode(model), float32_arithmetic(model):
-            logits = logits_of(_call(model, (probe.shifted[0],)))
-        rows, length = probe.shifted[0].shape
         highest = max(int(number(mx.max(b.tokens))) for b in batches if b.tokens is not None)
-        if logits.ndim == 3 and logits.shape[:2] == (rows, length) and logits.shape[2] > highest:
-            at_once = max(1, _LOGITS_AT_ONCE // (logits.shape[2] * max(b.tokens.shape[1] for b in batches)))  # type: ignore[union-attr]
-            if any(b.tokens is None for b in batches):
-                raise QuantizationError("evaluation mixes token arrays with other batches: pass one kind.")
-            parts = [part for batch in batches for part in rows_at_most(batch, at_once)]
-            return Comparison("tokens", parts, warnings=warnings)
+        lowest = min(int(number(mx.min(b.tokens))) for b in batches if b.tokens is not None)
+        rows = max((weight_shape(s.module)[0] for s in walk(model) if isinstance(s.module, _LOOKUPS)), default=None)
+        # MLX reads past the end of a table without a word, so the call is tried with tokens that are in it.
+        probe = first.tokens[:1, :-1] if rows is None else mx.clip(first.tokens[:1, :-1], 0, rows - 1)
+        with evaluation_mode(model), float32_arithmetic(model):
+            logits = logits_of(_call(model, (probe,)))
+        if logits.ndim == 3 and logits.shape[:2] == probe.shape:
+            vocabulary = logits.shape[2]
+            if highest >= vocabulary and rows is not None and highest >= rows:
+                raise QuantizationError(
+                    f"evaluation holds token {highest}, but the model's vocabulary ends at {vocabulary - 1}: these are "
+                    "another tokenizer's tokens."
+                )
+            if highest < vocabulary and lowest < 0:
+                raise QuantizationError(
+                    f"evaluation holds token {lowest}: padding would be judged as text. Cut the sequences to one "
+                    "length instead, or pass them one by one."
+                )
+            if highest < vocabulary:
+                if any(b.tokens is None for b in batches):
+                    raise QuantizationError("evaluation mixes token arrays with other batches: pass one kind.")
+                longest = max(b.tokens.shape[1] for b in batches if b.tokens is not None)
+                at_once = max(1, LOGITS_AT_ONCE // (vocabulary * longest))
+                parts = [part for batch in batches for part in rows_at_most(batch, at_once)]
+                return Comparison("tokens", parts, warnings=warnings)
     with evaluation_mode(model), float32_arithmetic(model):
         found = output_arrays(_call(model, widen(first.arguments)))
     if not found:
@@ -244,121 +321,14 @@ def perplexity(model: nn.Module, batches: list[Batch]) -> float:
     return math.exp(total / count)
 
 
-def logits_of(output: Any) -> Any:
-    """The logits in what a model gave back: itself, its `.logits`, or the first of several."""
-    if isinstance(output, mx.array):
-        return output
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, dict):
-        found = output.get("logits")
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = logits_of(output[0])
-    if not isinstance(found, mx.array):
-        return mx.zeros((0,))
-    return found
-
-
-def output_arrays(output: Any) -> list[mx.array]:
-    """Every floating point array in what a model gave back, as float32."""
-    from mlx.utils import tree_flatten
-
-    flat: Any = tree_flatten(
-        getattr(output, "__dict__", output) if not isinstance(output, (dict, list, tuple, mx.array)) else output
-    )
-    arrays = [leaf for _, leaf in flat if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)]
-    return [array.astype(mx.float32) for array in arrays]
-
-
-def compare_outputs(before: list[mx.array], after: list[mx.array]) -> OutputFigures:
-    """Sums over the numbers that are finite in both models' outputs.
-
-    Raises:
-        QuantizationError: The outputs have different shapes.
-    """
-    if [a.shape for a in before] != [a.shape for a in after]:
-        raise QuantizationError(
-            f"The models' outputs differ in shape: {[a.shape for a in before]} and {[a.shape for a in after]}."
-        )
-    sums, values, lost = [0.0] * 4, 0, 0
-    for x, y in zip(before, after, strict=True):
-        finite = mx.isfinite(x) & mx.isfinite(y)
-        x, y = mx.where(finite, x, 0), mx.where(finite, y, 0)
-        found = [(x * y).sum(), mx.square(x).sum(), mx.square(y).sum(), mx.square(x - y).sum()]
-        sums = [s + number(f) for s, f in zip(sums, found, strict=True)]
-        here = int(number(finite.sum()))
-        values, lost = values + here, lost + x.size - here
-    return OutputFigures(sums[0], sums[1], sums[2], sums[3], values, lost)
-
-
-def compare_tokens(before: mx.array, after: mx.array, targets: mx.array, first_sequence: int) -> TokenFigures:
-    """Divergences, agreement and likelihoods of every token.
-
-    Args:
-        before: The reference's logits [batch, length, vocabulary].
-        after: The model's.
-        targets: The tokens that came [batch, length].
-        first_sequence: The number of the first row.
-
-    Raises:
-        QuantizationError: The vocabularies differ.
-    """
-    import numpy as np
-
-    if before.shape != after.shape:
-        raise QuantizationError(
-            f"The models' logits differ in shape: {before.shape} and {after.shape}. Both must have one vocabulary."
-        )
-    batch, length, vocabulary = before.shape
-    step = max(1, _LOGITS_AT_ONCE // 4 // vocabulary)
-    x, y = before.reshape(-1, vocabulary), after.reshape(-1, vocabulary)
-    wanted = targets.reshape(-1)
-    columns: list[list[Any]] = [[] for _ in range(7)]
-    for start in range(0, x.shape[0], step):
-        part = slice(start, start + step)
-        found = _token_figures(x[part].astype(mx.float32), y[part].astype(mx.float32), wanted[part])
-        mx.eval(found)
-        for column, values in zip(columns, found, strict=True):
-            column.append(np.array(values.astype(mx.float32), dtype=np.float64))
-    sequence = np.repeat(np.arange(first_sequence, first_sequence + batch), length)
-    figures: list[Any] = [*(np.concatenate(c) for c in columns), sequence]
-    return TokenFigures(*figures)
-
-
-def join_figures(parts: list[TokenFigures]) -> TokenFigures:
-    """The figures of several batches, one after the other."""
-    import numpy as np
-
-    names = ("kl", "reverse_kl", "same_top", "nll_before", "nll_after", "confidence", "finite", "sequence")
-    return TokenFigures(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-
-
-def _token_figures(x: mx.array, y: mx.array, targets: mx.array) -> list[mx.array]:
-    # Minus infinity is a masked token, and no fault; NaN and plus infinity are.
-    finite = ~((mx.isnan(x) | mx.isposinf(x)) | (mx.isnan(y) | mx.isposinf(y))).any(axis=-1)
-    lx = x - mx.logsumexp(x, axis=-1, keepdims=True)
-    ly = y - mx.logsumexp(y, axis=-1, keepdims=True)
-    px, py = mx.exp(lx), mx.exp(ly)
-    kl = mx.where(px > 0, px * (lx - ly), 0).sum(axis=-1)
-    reverse = mx.where(py > 0, py * (ly - lx), 0).sum(axis=-1)
-    same = x.argmax(axis=-1) == y.argmax(axis=-1)
-    at = targets[:, None].astype(mx.int32)
-    before = -mx.take_along_axis(lx, at, axis=-1)[:, 0]
-    after = -mx.take_along_axis(ly, at, axis=-1)[:, 0]
-    return [kl, reverse, same, before, after, px.max(axis=-1), finite]
-
-
 def _call(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
     try:
         output = model(*arguments)
         mx.eval(
             [leaf for leaf in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(leaf, mx.array)]
         )
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        shapes = ", ".join(str(list(a.shape)) if isinstance(a, mx.array) else type(a).__name__ for a in arguments)
-        raise QuantizationError(
-            f"The model cannot be called with evaluation[0] ({shapes}): {error}. Batches are what the model is called "
-            "with: token arrays [batch, length], which are shifted here, or tuples of arguments."
-        ) from error
+    except _FAULTS as error:
+        raise _uncallable(arguments, "evaluation", error) from error
     return output
 
 

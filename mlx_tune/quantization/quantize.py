@@ -19,10 +19,12 @@ from mlx_tune.quantization.apply import (
 )
 from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.batches import Batch, read_batches, token_rows
-from mlx_tune.quantization.evaluation import Comparison, Loss, OutputStore, prepare
+from mlx_tune.quantization.evaluation import Comparison, Loss, prepare, resolve
 from mlx_tune.quantization.layout import check_request, lay_out
 from mlx_tune.quantization.methods import carry_out
+from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.plan import QuantizationPlan
+from mlx_tune.quantization.rehearsal import check_runs
 from mlx_tune.quantization.report import LayerReport, QuantizationReport, layer_report
 from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.speed import Speed, SpeedComparison, compare_speed, measure_speed
@@ -107,27 +109,31 @@ def quantize_model(
         )
     if loss is not None and not callable(loss):
         raise QuantizationError(f"loss={loss!r} must be a function loss(model, *batch).")
-    check_backend(plan)
-    check_finite(plan)
     warnings = _overlap_warning(judge, learn)
+    check_backend(plan)
     with ExitStack() as stack:
         stack.enter_context(same_random_stream())
+        learn, judge = resolve(model, learn, "calibration", loss), resolve(model, judge, "evaluation", loss)
+        for batch in (learn or judge)[:1]:
+            check_runs(model, plan.layers, batch, loss)
+        check_finite(plan)
         if target_bpw is not None or target_bytes is not None:
             plan = _to_target(plan, target_bpw, target_bytes, learn, judge, progress)
         store = stack.enter_context(OutputStore())
-        comparison, before = None, None
+        comparison, before, notes = None, None, list[str]()
         if judge:
             comparison = prepare(model, judge, loss, warnings=warnings)
             comparison.record(model, store, progress=progress)
-            before = _time(model, comparison)
+            before = _time(model, comparison, notes)
         transaction = stack.enter_context(Transaction(model))
         with track_memory() as memory:
             outcomes, remarks = carry_out(plan, transaction, learn, loss=loss, progress=progress)
-        accuracy = speed = None
-        if comparison is not None and before is not None:
+        accuracy = after = None
+        if comparison is not None:
             accuracy = comparison.judge(model, store, progress=progress)
-            speed = compare_speed(before, _time(model, comparison))
-        return _report(plan, outcomes, memory, accuracy, speed, (*remarks, *transaction.notes))
+            after = _time(model, comparison, notes) if before is not None else None
+        speed = compare_speed(before, after) if before is not None and after is not None else None
+        return _report(plan, outcomes, memory, accuracy, speed, (*remarks, *transaction.notes, *notes))
 
 
 def quantization_report(
@@ -171,12 +177,20 @@ def quantization_report(
     with same_random_stream():
         comparison = prepare(reference, judge, loss, warnings=_overlap_warning(judge, learn))
         accuracy = comparison.side_by_side(model, reference, progress=progress)
-        speed = compare_speed(_time(reference, comparison), _time(model, comparison))
-        return replace(compare_layers(model, reference), accuracy=accuracy, speed=speed)
+        report, notes = compare_layers(model, reference), list[str]()
+        before, after = (_time(either, comparison, notes) for either in (reference, model))
+        speed = compare_speed(before, after) if before is not None and after is not None else None
+        return replace(report, accuracy=accuracy, speed=speed, notes=(*report.notes, *dict.fromkeys(notes)))
 
 
-def _time(model: nn.Module, comparison: Comparison) -> Speed:
-    return measure_speed(model, comparison.parts[0], tokens_in=comparison.kind == "tokens", loss=comparison.loss)
+def _time(model: nn.Module, comparison: Comparison, notes: list[str]) -> Speed | None:
+    """How long the model takes, or None and a note that says why not."""
+    tokens_in = comparison.kind == "tokens"
+    try:
+        return measure_speed(model, comparison.parts[0], tokens_in=tokens_in, loss=comparison.loss)
+    except (RuntimeError, ValueError) as error:  # such as a stack of experts in bfloat16 on a CPU
+        notes.append(f"Speed was not measured: MLX cannot run the model here with its weights as stored ({error}).")
+        return None
 
 
 def _report(

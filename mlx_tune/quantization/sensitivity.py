@@ -13,9 +13,10 @@ from mlx_tune.quantization.accuracy import Accuracy, LanguageAccuracy, LossAccur
 from mlx_tune.quantization.apply import PackedArrays, pack, quantized_module, signal_to_noise_db
 from mlx_tune.quantization.batches import Batch
 from mlx_tune.quantization.dense import dense_twin
-from mlx_tune.quantization.evaluation import OutputStore, prepare
+from mlx_tune.quantization.evaluation import prepare
 from mlx_tune.quantization.lazy import read_array
 from mlx_tune.quantization.modes import Format
+from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.plan import LayerPlan
 from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.sites import module_at, put_module

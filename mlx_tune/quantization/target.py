@@ -12,8 +12,9 @@ from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.allocate import allocate
 from mlx_tune.quantization.apply import apply_layer
 from mlx_tune.quantization.batches import Batch, read_batches, rows_at_most
-from mlx_tune.quantization.evaluation import Comparison, OutputStore, prepare
+from mlx_tune.quantization.evaluation import Comparison, prepare
 from mlx_tune.quantization.modes import AFFINE_GROUP_SIZES, FIXED_MODES, Format
+from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.plan import ITEM_BYTES, LayerPlan, QuantizationPlan, bytes_in
 from mlx_tune.quantization.sensitivity import divergence_of, measure_divergences, weight_errors
 from mlx_tune.quantization.sites import why_not_quantizable

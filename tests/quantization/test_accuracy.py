@@ -11,14 +11,9 @@ from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.accuracy import LanguageAccuracy, summarise_losses, summarise_outputs, summarise_tokens
 from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, same_random_stream
 from mlx_tune.quantization.batches import count_tokens, read_batches
-from mlx_tune.quantization.evaluation import (
-    OutputStore,
-    compare_outputs,
-    compare_tokens,
-    join_figures,
-    perplexity,
-    prepare,
-)
+from mlx_tune.quantization.evaluation import perplexity, prepare, resolve
+from mlx_tune.quantization.figures import compare_outputs, compare_tokens, join_figures, mean_loss
+from mlx_tune.quantization.outputs import OutputStore
 
 
 def reference_figures(x: np.ndarray, y: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
@@ -56,7 +51,7 @@ def test_token_figures_are_those_of_numpy_in_float64() -> None:
 def test_long_logits_are_cut_without_a_seam(monkeypatch) -> None:
     x, y, targets = logits(0), logits(1), toys.tokens(3, 7, 50)
     whole = compare_tokens(x, y, targets, 0)
-    monkeypatch.setattr("mlx_tune.quantization.evaluation._LOGITS_AT_ONCE", 4 * 50 * 4)
+    monkeypatch.setattr("mlx_tune.quantization.figures.LOGITS_AT_ONCE", 4 * 50 * 4)
     cut = compare_tokens(x, y, targets, 0)
     np.testing.assert_allclose(whole.kl, cut.kl, rtol=1e-6)
 
@@ -144,6 +139,67 @@ def test_losses() -> None:
     assert found.loss_change_error == pytest.approx(np.std([0.5, 0, 1], ddof=1) / math.sqrt(3))
     assert "loss before" in str(found)
     assert found.to_dict()["kind"] == "loss"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(mx.array([1.0, 3.0]), 2.0), (2.5, 2.5), ((mx.array(1.5), mx.array(7)), 1.5), ([mx.array(4)], 4.0)],
+)
+def test_what_a_loss_may_give_back(value: object, expected: float) -> None:
+    assert mean_loss(value).item() == expected
+
+
+def test_what_a_loss_may_not_give_back() -> None:
+    with pytest.raises(QuantizationError, match="loss gave back a NoneType: it must give back a number"):
+        mean_loss(None)
+
+
+# Half precision's own error
+
+
+def floor_of(model: nn.Module, *batches: mx.array) -> LanguageAccuracy:
+    found = prepare(model, read_batches(batches, "evaluation"), None).side_by_side(model, model)
+    assert isinstance(found, LanguageAccuracy)
+    return found
+
+
+def test_the_noise_floor_is_that_of_numpy(monkeypatch) -> None:
+    monkeypatch.setattr("mlx_tune.quantization.evaluation._FLOOR_TOKENS", 40)
+    monkeypatch.setattr("mlx_tune.quantization.evaluation._FLOOR_TOKENS_CPU", 40)
+    model, x = toys.llama(tied=False), toys.tokens(4, 17)
+    found = floor_of(model, x)
+    assert found.noise_floor_tokens == 2 * 16  # whole rows, as far as they fit
+    wide = toys.llama(tied=False)
+    wide.set_dtype(mx.float32)
+    own, exact = (np.array(m(x[:2, :-1]).astype(mx.float32)) for m in (model, wide))
+    expected = reference_figures(exact, own, np.array(x[:2, 1:]))["kl"].mean()
+    assert found.noise_floor == pytest.approx(expected, rel=0.05, abs=1e-7)
+    assert floor_of(model, toys.tokens(1, 65)).noise_floor_tokens == 40  # of a long row its beginning
+
+
+def test_where_there_is_no_noise_floor_the_text_says_why() -> None:
+    found = floor_of(toys.llama(dtype=mx.float32), toys.tokens())
+    assert (found.noise_floor, found.no_noise_floor) == (None, "the weights are float32")
+    assert "No noise floor: the weights are float32." in str(found)
+
+
+@pytest.mark.cpu_only
+def test_nor_where_the_model_cannot_be_run_in_its_own_dtype() -> None:
+    model = toys.qwen3_moe()
+    model.set_dtype(mx.bfloat16)
+    found = floor_of(model, toys.tokens())
+    assert found.noise_floor is None
+    assert "cannot run the model in its own dtype here ([GatherMM" in found.no_noise_floor
+    packed = toys.llama()
+    nn.quantize(packed, 64, 4)
+    assert "multiplies by packed weights slowly" in floor_of(packed, toys.tokens()).no_noise_floor
+
+
+def test_one_sequence_has_no_standard_error() -> None:
+    found = floor_of(toys.llama(), toys.tokens(1))
+    assert "there is one" in str(found)
+    assert "nan" not in str(found)
+    assert "of 1 sequence (" in str(found)
 
 
 # Batches
@@ -247,6 +303,27 @@ def test_perplexity_is_that_of_numpy() -> None:
     assert found == pytest.approx(math.exp(np.concatenate(losses).mean()), rel=1e-5)
 
 
+def test_what_a_model_puts_into_itself_when_called_is_taken_out_again() -> None:
+    class Restless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(64, 64)
+            self.inner.set_dtype(mx.bfloat16)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            self.inner.weight = self.inner.weight.astype(mx.float32)  # as mlx-lm's Gemma 3n does
+            self.seen = x
+            return self.inner(x)
+
+    model = Restless()
+    before = model.inner.weight
+    with evaluation_mode(model):
+        model(mx.ones((2, 64)))
+        assert model.inner.weight.dtype == mx.float32
+    assert model.inner.weight is before
+    assert "seen" not in model
+
+
 def test_recorded_and_side_by_side_agree() -> None:
     reference, model = toys.llama(), toys.llama()
     nn.quantize(model, 64, 3)
@@ -279,6 +356,37 @@ def test_a_vocabulary_too_small_for_the_tokens_means_other_outputs() -> None:
     assert comparison.kind == "outputs"
     with pytest.raises(QuantizationError, match="gives no logits"):
         perplexity(Encoder(), read_batches([toys.tokens()], "evaluation"))
+
+
+def test_tokens_of_another_tokenizer_are_named() -> None:
+    with pytest.raises(QuantizationError, match="holds token 96, but the model's vocabulary ends at 95"):
+        prepare(toys.llama(), read_batches([toys.tokens(), mx.array([[3, 96, 4]])], "evaluation"), None)
+    with pytest.raises(QuantizationError, match="holds token -100: padding would be judged as text"):
+        prepare(toys.llama(), read_batches([mx.array([[3, 4, -100]])], "evaluation"), None)
+
+
+def test_integers_that_are_no_tokens_are_given_as_they_are() -> None:
+    class Categories(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = [nn.Embedding(8, 64) for _ in range(3)]
+            self.head = nn.Linear(192, 5)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.head(mx.concatenate([table(x[:, i]) for i, table in enumerate(self.tables)], axis=-1))
+
+    class Fixed(Categories):
+        def __call__(self, x: mx.array) -> mx.array:
+            return super().__call__(x.reshape(-1, 3))
+
+    batches = [mx.random.randint(0, 8, (4, 3), key=mx.random.key(0))]
+    for model in (Categories(), Fixed()):
+        resolved = resolve(model, read_batches(batches, "evaluation"), "evaluation")
+        assert resolved[0].tokens is None
+        comparison = prepare(model, resolved, None)
+        assert comparison.kind == "outputs"
+        found = comparison.side_by_side(model, model)
+        assert (found.values, found.relative_error) == (20, 0)
 
 
 def test_a_model_that_cannot_be_called_so() -> None:

@@ -230,8 +230,8 @@ def test_peak_memory_is_the_model_and_its_largest_block(method: str) -> None:
     layer = 2048 * 2048 * 2
     with mt.track_memory() as memory:
         quiet(model, 4, 64, method=method)
-    # Rows are worked on in pieces, which take the same 16 MB for however large a layer.
-    assert memory.peak_bytes <= start + layer + 16_000_000
+    # Rows are worked on in pieces, which take the same 20 MB for however large a layer.
+    assert memory.peak_bytes <= start + layer + 20_000_000
     assert memory.active_bytes < start - 2.5 * layer
 
 

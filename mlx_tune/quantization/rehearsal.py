@@ -1,0 +1,91 @@
+"""Whether a model would still run with its layers packed, found out before anything is computed or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tune.errors import QuantizationError
+from mlx_tune.quantization.apply import PackedArrays, quantized_module
+from mlx_tune.quantization.batches import Batch
+from mlx_tune.quantization.evaluation import Loss, outline
+from mlx_tune.quantization.plan import LayerPlan
+from mlx_tune.quantization.sites import module_at, put_module
+
+
+def check_runs(model: nn.Module, layers: Sequence[LayerPlan], batch: Batch, loss: Loss | None = None) -> None:
+    """Call the model with its layers packed, nothing evaluated.
+
+    A few models read a layer's weight themselves instead of calling the layer, as in `x @ embed_tokens.weight.T`.
+    Packed weights cannot be read so, and it would show only when the quantized model is first used.
+
+    Args:
+        model: The model, which can be called with the batch; as it was when this returns or fails.
+        layers: Layers of its plan.
+        batch: What to call it with.
+        loss: The caller's loss, to be called instead.
+
+    Raises:
+        QuantizationError: It cannot be called with these layers packed; the text names them.
+    """
+    expected = outline(model, batch, loss)
+
+    def fault_with(chosen: Sequence[LayerPlan]) -> Exception | None:
+        with _packed(model, chosen):
+            found = outline(model, batch, loss)
+        if isinstance(found, Exception):
+            return found
+        return None if found == expected else ValueError(f"outputs get shape {found} instead of {expected}")
+
+    fault = fault_with(layers)
+    if fault is None:
+        return
+    paths = [layer.path for layer in _guilty(layers, fault_with)]
+    named = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more layers" if len(paths) > 3 else "")
+    raise QuantizationError(
+        f"The model cannot be called once {named or 'its layers'} {'is' if len(paths) == 1 else 'are'} packed: "
+        f"{type(fault).__name__}: {str(fault).rstrip('.')}. Most likely its code reads the weight itself instead of "
+        f"calling the layer, which packed weights do not allow. Leave it alone with skip={paths[:3] or '...'}."
+    ) from fault
+
+
+def _guilty(
+    layers: Sequence[LayerPlan], fault_with: Callable[[Sequence[LayerPlan]], Exception | None]
+) -> list[LayerPlan]:
+    """The layers that cannot be packed, found by halving."""
+    if fault_with(layers) is None:
+        return []
+    if len(layers) == 1:
+        return list(layers)
+    middle = len(layers) // 2
+    return [layer for half in (layers[:middle], layers[middle:]) for layer in _guilty(half, fault_with)]
+
+
+@contextmanager
+def _packed(model: nn.Module, layers: Sequence[LayerPlan]) -> Iterator[None]:
+    """Have packed layers of no content in the model while the block runs."""
+    olds = [(path, module_at(model, path)) for layer in layers for path in layer.paths]
+    try:
+        for layer in layers:
+            for path in layer.paths:
+                assert layer.format is not None
+                put_module(model, path, quantized_module(module_at(model, path), layer.format, _hollow(layer)))
+        yield
+    finally:
+        for path, old in olds:
+            put_module(model, path, old)
+
+
+def _hollow(layer: LayerPlan) -> PackedArrays:
+    """Packed arrays of a layer's shape that hold no memory unless they are evaluated."""
+    assert layer.format is not None
+    *outer, inner = layer.shape
+    groups = (*outer, inner // layer.format.group_size)
+    packed = mx.zeros((*outer, inner * layer.format.bits // 32), dtype=mx.uint32)
+    if layer.format.mode != "affine":
+        return packed, mx.zeros(groups, dtype=mx.uint8), None
+    dtype = getattr(mx, layer.dtype)
+    return packed, mx.zeros(groups, dtype=dtype), mx.zeros(groups, dtype=dtype)
