@@ -79,7 +79,7 @@ class Snapshot:
         What trials left in the place of a spilled array is let go before that array is read, one after the other, so
         the two never take memory at the same time. A Ctrl-C meanwhile waits until everything is back.
         """
-        with _uninterrupted():
+        with uninterrupted():
             on_disk = self._open()
             if on_disk:
                 for container, items, attributes in self._saved:
@@ -121,7 +121,7 @@ class Snapshot:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Hold a Ctrl-C back while the block runs; only the main thread receives one, elsewhere this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
