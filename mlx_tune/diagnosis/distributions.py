@@ -72,8 +72,14 @@ def _read(name: str, distribution: metadata.Distribution) -> Installed:
 
 
 def missing(one: Installed) -> list[str]:
-    """The files that a distribution brought and that are gone."""
-    return [file for file in one.files if not (one.location / file).exists()]
+    """The files that a distribution brought and that are gone.
+
+    Those that only matter to who builds an extension of MLX are no loss: images of containers leave them out.
+    """
+    needed = [
+        file for file in one.files if not file.startswith(("mlx/include/mlx/", "mlx/include/metal", "mlx/share/"))
+    ]
+    return [file for file in needed if not (one.location / file).exists()]
 
 
 def owners(path: str, distributions: Sequence[Installed]) -> list[str]:

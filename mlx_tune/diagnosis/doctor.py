@@ -41,7 +41,8 @@ def diagnose(
         progress: Whether to show a progress line on standard error.
 
     Returns:
-        The findings. `str` is the table, `exit_code` is 1 where a check failed.
+        The findings. `str` is the table, `exit_code` is 1 where a check failed. Where MLX cannot be imported and a
+        check needs it, `mlx-import`, which says why, is among them whether it was named or not.
 
     Raises:
         InvalidArgumentError: There is no check of a name that was given; the text lists them.
@@ -62,7 +63,10 @@ def diagnose(
             else:
                 _run(one, results)
             bar.advance()
-    return Diagnosis(tuple(results[one.name] for one in chosen), versions())
+    names = [one.name for one in chosen]
+    if importable is not None and importable.status == "fail" and _IMPORT not in names:
+        names.insert(0, _IMPORT)
+    return Diagnosis(tuple(results[name] for name in names), versions())
 
 
 def _run(one: Check, results: dict[str, CheckResult]) -> CheckResult:

@@ -20,6 +20,8 @@ THEME = "gpu"
 _DRIVERS = {"mlx-cuda-12": (550, 54, 14), "mlx-cuda": (550, 54, 14), "mlx-cuda-13": (580,)}
 _CUDA = {"mlx-cuda-12": (12, 4), "mlx-cuda": (12, 4), "mlx-cuda-13": (13, 0)}
 _CAPABILITY = (7, 5)
+#: Which GPUs CUDA sees, by number or name; none of them where it is empty or starts with -1.
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @check(
@@ -107,11 +109,16 @@ def headless(
         "driver": "sudo apt install nvidia-driver-580   # or your distribution's; then restart",
         "absent": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cpu]'   # with an NVIDIA GPU "
         "install its driver instead",
+        "hidden": f"unset {_VISIBLE}   # or name the GPU to use: export {_VISIBLE}=0",
         "older": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cuda12]'",
         "cpu": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cpu]'",
     },
 )
-def cuda(found: dict[str, Installed] | None = None, gpus: Sequence[NvidiaGpu] | None = None) -> Finding:
+def cuda(
+    found: dict[str, Installed] | None = None,
+    gpus: Sequence[NvidiaGpu] | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Finding:
     """The NVIDIA driver and GPU are new enough for the CUDA backend.
 
     `mlx[cuda12]` needs a driver of 550.54.14, `mlx[cuda13]` one of 580 (or an older one with NVIDIA's compatibility
@@ -120,6 +127,7 @@ def cuda(found: dict[str, Installed] | None = None, gpus: Sequence[NvidiaGpu] | 
     found = installed() if found is None else found
     name = next((one for one in _DRIVERS if one in found), None)
     gpus = readings.nvidia_gpus() if gpus is None else gpus
+    variables = os.environ if variables is None else variables
     if name is None:
         if gpus:
             return warned(f"there is an {gpus[0].name}, but no CUDA backend of MLX", "older", {"name": "mlx-cpu"})
@@ -127,8 +135,9 @@ def cuda(found: dict[str, Installed] | None = None, gpus: Sequence[NvidiaGpu] | 
     if not gpus:
         return failed(f"{name} is installed, but there is no NVIDIA driver with a GPU", "absent", {"name": name})
     one = gpus[0]
-    driver, offered = ".".join(map(str, one.driver)), ".".join(map(str, one.cuda))
-    driver = f"driver {driver}" if driver else f"a driver for CUDA {offered}"
+    if variables.get(_VISIBLE, "0")[:1] in ("", "-"):
+        return failed(f"{one.name} is hidden: {_VISIBLE}={variables[_VISIBLE]!r}", "hidden")
+    driver = f"driver {one.driver}" if one.driver else f"a driver for CUDA {'.'.join(map(str, one.cuda))}"
     if one.capability and one.capability < _CAPABILITY:
         capability = ".".join(map(str, one.capability))
         return failed(f"{one.name} has compute capability {capability}, MLX needs 7.5", "cpu", {"name": name})
@@ -140,4 +149,4 @@ def cuda(found: dict[str, Installed] | None = None, gpus: Sequence[NvidiaGpu] | 
 
 
 def _serves(gpu: NvidiaGpu, name: str) -> bool:
-    return gpu.driver >= _DRIVERS[name] or gpu.cuda >= _CUDA[name]
+    return readings.version(gpu.driver) >= _DRIVERS[name] or gpu.cuda >= _CUDA[name]

@@ -33,14 +33,14 @@ class NvidiaGpu:
 
     Attributes:
         name: Its name.
-        driver: The driver's version, such as (550, 54, 14); empty where `nvidia-smi` is missing.
+        driver: The driver's version, such as "550.54.14"; empty where `nvidia-smi` is missing.
         capability: Its compute capability, such as (9, 0).
         cuda: The version of CUDA that the driver's library offers, such as (12, 4): with a compatibility package more
             than the driver's own. Empty where it does not load.
     """
 
     name: str
-    driver: tuple[int, ...]
+    driver: str
     capability: tuple[int, ...]
     cuda: tuple[int, ...] = ()
 
@@ -134,7 +134,7 @@ def parse_libcuda(text: str) -> list[NvidiaGpu]:
         return []
     answer = json.loads(text)
     cuda = (answer["cuda"] // 1000, answer["cuda"] % 1000 // 10)
-    return [NvidiaGpu(name, (), tuple(capability), cuda) for name, capability in answer["gpus"]]
+    return [NvidiaGpu(name, "", tuple(capability), cuda) for name, capability in answer["gpus"]]
 
 
 def parse_gpus(text: str) -> list[NvidiaGpu]:
@@ -143,7 +143,7 @@ def parse_gpus(text: str) -> list[NvidiaGpu]:
     for line in text.splitlines():
         parts = [part.strip() for part in line.split(",")]
         if len(parts) == 3:
-            found.append(NvidiaGpu(parts[0], version(parts[1]), version(parts[2])))
+            found.append(NvidiaGpu(parts[0], parts[1], version(parts[2])))
     return found
 
 

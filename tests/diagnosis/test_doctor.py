@@ -114,10 +114,13 @@ def test_where_mlx_cannot_be_imported_what_needs_it_is_skipped(plant):
     def never() -> Finding:
         raise AssertionError("was run")
 
-    plant(make("mlx-import", lambda: failed("it dies")), make("needs", never, in_child=True))
-    diagnosis = mt.diagnose()
-    assert diagnosis["needs"].status == "skip"
-    assert "see mlx-import" in diagnosis["needs"].summary
+    plant(make("mlx-import", lambda: failed("it dies")), make("needs", never, in_child=True), make("other"))
+    for diagnosis in (mt.diagnose(["mlx-import", "needs"]), mt.diagnose("needs")):
+        assert [one.name for one in diagnosis.results] == ["mlx-import", "needs"]  # named or not, it says why
+        assert diagnosis["needs"].status == "skip"
+        assert "see mlx-import" in diagnosis["needs"].summary
+        assert diagnosis.exit_code == 1
+    assert [one.name for one in mt.diagnose("other").results] == ["other"]
 
 
 def test_measurements_are_made_only_when_asked_for(plant):

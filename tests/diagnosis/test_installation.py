@@ -166,6 +166,12 @@ def test_one_file_that_is_gone_is_named(site):
     assert installation.mlx_files.run(found=site.found).summary == "mlx/nn/__init__.py of mlx 0.32.4 is gone"
 
 
+def test_headers_that_an_image_leaves_out_are_not_missed(site):
+    site.add("mlx-cpu", "0.32.4", files={"mlx/include/mlx/array.h": b"", LIBRARY: b"library"})
+    (site.path / "mlx/include/mlx/array.h").unlink()
+    assert installation.mlx_files.run(found=site.found).status == "pass"
+
+
 def test_without_mlx_no_file_is_missed(site):
     assert installation.mlx_files.run(found=site.found).status == "skip"
 

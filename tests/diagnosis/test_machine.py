@@ -101,13 +101,13 @@ def test_what_nvidia_smi_prints_is_read():
         Neighbour(412, "python3", 2**31, on_gpu=True),
         Neighbour(413, "[Not Found]", 0, on_gpu=True),
     ]
-    assert readings.parse_gpus("NVIDIA H200, 580.65.06, 9.0\n") == [NvidiaGpu("NVIDIA H200", (580, 65, 6), (9, 0))]
+    assert readings.parse_gpus("NVIDIA H200, 580.65.06, 9.0\n") == [NvidiaGpu("NVIDIA H200", "580.65.06", (9, 0))]
     assert readings.parse_gpus("") == []
 
 
 def test_what_the_drivers_library_says_is_read():
     text = '{"cuda": 12040, "gpus": [["NVIDIA A100", [8, 0]]]}'
-    assert readings.parse_libcuda(text) == [NvidiaGpu("NVIDIA A100", (), (8, 0), (12, 4))]
+    assert readings.parse_libcuda(text) == [NvidiaGpu("NVIDIA A100", "", (8, 0), (12, 4))]
     assert readings.parse_libcuda("") == []
 
 
@@ -127,9 +127,9 @@ def test_a_gpu_is_found_where_a_container_has_no_nvidia_smi(tmp_path, monkeypatc
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"], check=True)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     monkeypatch.setattr(readings, "_nvidia_smi", lambda query: "")
-    assert readings.nvidia_gpus() == [NvidiaGpu("NVIDIA Stand-in", (), (9, 0), (13, 0))]
+    assert readings.nvidia_gpus() == [NvidiaGpu("NVIDIA Stand-in", "", (9, 0), (13, 0))]
     monkeypatch.setattr(readings, "_nvidia_smi", lambda query: "NVIDIA A100, 535.1, 8.0\n")
-    assert readings.nvidia_gpus() == [NvidiaGpu("NVIDIA A100", (535, 1), (8, 0), (13, 0))]
+    assert readings.nvidia_gpus() == [NvidiaGpu("NVIDIA A100", "535.1", (8, 0), (13, 0))]
 
 
 def test_another_process_that_holds_memory_is_found():
@@ -227,28 +227,37 @@ def cuda_backend(name, tmp_path):
     return {name: Installed(name, "0.32.4", (), tmp_path, {})}
 
 
-H200 = NvidiaGpu("NVIDIA H200", (580, 65, 6), (9, 0))
+H200 = NvidiaGpu("NVIDIA H200", "580.65.06", (9, 0))
 
 
 @pytest.mark.parametrize(
     ("backend", "gpus", "status", "words", "fix"),
     [
-        ("mlx-cuda-13", [H200], "pass", "driver 580.65.6", ""),
-        ("mlx-cuda-12", [NvidiaGpu("A100", (525, 60), (8, 0))], "fail", "older than the 550.54.14", "nvidia-driver"),
-        ("mlx-cuda-13", [NvidiaGpu("A100", (550, 90), (8, 0))], "fail", "older than the 580", "mlx[cuda12]"),
-        ("mlx-cuda-12", [NvidiaGpu("V100", (550, 90), (7, 0))], "fail", "compute capability 7.0", "mlx[cpu]"),
+        ("mlx-cuda-13", [H200], "pass", "driver 580.65.06", ""),
+        ("mlx-cuda-12", [NvidiaGpu("A100", "525.60", (8, 0))], "fail", "older than the 550.54.14", "nvidia-driver"),
+        ("mlx-cuda-13", [NvidiaGpu("A100", "550.90", (8, 0))], "fail", "older than the 580", "mlx[cuda12]"),
+        ("mlx-cuda-12", [NvidiaGpu("V100", "550.90", (7, 0))], "fail", "compute capability 7.0", "mlx[cpu]"),
         ("mlx-cuda-12", [], "fail", "no NVIDIA driver with a GPU", "mlx[cpu]"),
-        ("mlx-cuda-13", [NvidiaGpu("A100", (550, 90), (8, 0), (13, 0))], "pass", "driver 550.90", ""),
-        ("mlx-cuda-12", [NvidiaGpu("A100", (), (8, 0), (12, 4))], "pass", "a driver for CUDA 12.4", ""),
-        ("mlx-cuda-13", [NvidiaGpu("A100", (), (8, 0), (12, 8))], "fail", "CUDA 12.8 is older than", "mlx[cuda12]"),
-        ("mlx-cuda-12", [NvidiaGpu("A100", (), (8, 0), (12, 2))], "fail", "older than the 550", "nvidia-driver"),
+        ("mlx-cuda-13", [NvidiaGpu("A100", "550.90", (8, 0), (13, 0))], "pass", "driver 550.90", ""),
+        ("mlx-cuda-12", [NvidiaGpu("A100", "", (8, 0), (12, 4))], "pass", "a driver for CUDA 12.4", ""),
+        ("mlx-cuda-13", [NvidiaGpu("A100", "", (8, 0), (12, 8))], "fail", "CUDA 12.8 is older than", "mlx[cuda12]"),
+        ("mlx-cuda-12", [NvidiaGpu("A100", "", (8, 0), (12, 2))], "fail", "older than the 550", "nvidia-driver"),
         (None, [H200], "warn", "no CUDA backend", "mlx[cuda12]"),
         (None, [], "skip", "no CUDA backend", ""),
     ],
 )
 def test_cuda(backend, gpus, status, words, fix, tmp_path):
     found = cuda_backend(backend, tmp_path) if backend else {}
-    result = gpu.cuda.run(found=found, gpus=gpus)
+    result = gpu.cuda.run(found=found, gpus=gpus, variables={})
     assert result.status == status
     assert words in result.summary
     assert fix in result.fix
+
+
+@pytest.mark.parametrize(("value", "status"), [("", "fail"), ("-1", "fail"), ("0", "pass"), ("GPU-0123", "pass")])
+def test_a_gpu_that_a_variable_hides_is_told(value, status, tmp_path):
+    found, variables = cuda_backend("mlx-cuda-13", tmp_path), {"CUDA_VISIBLE_DEVICES": value}
+    result = gpu.cuda.run(found=found, gpus=[H200], variables=variables)
+    assert result.status == status
+    assert ("hidden: CUDA_VISIBLE_DEVICES" in result.summary) is (status == "fail")
+    assert result.fix.startswith("unset CUDA_VISIBLE_DEVICES") is (status == "fail")
