@@ -9,6 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 import mlx_tune as mt
+from mlx_tune.graphs import is_tracing
 
 
 def main() -> None:
@@ -16,10 +17,14 @@ def main() -> None:
     mx.random.seed(0)  # the same weights everywhere
     model, optimizer = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)), optim.SGD(0.01)
     value_and_grad = nn.value_and_grad(model, lambda x: (model(x) - x).square().mean())
+    mx.eval(model.parameters())
+    mx.random.seed(1 + group.rank())  # and other rows on each
 
     def step(x):
         loss, gradients = value_and_grad(x)
-        optimizer.update(model, nn.average_gradients(gradients, group))
+        if not is_tracing():  # MLX cannot describe a sum over machines without running it
+            gradients = nn.average_gradients(gradients, group)
+        optimizer.update(model, gradients)
         return loss
 
     def make_batch(n):  # the rows of this machine
