@@ -33,7 +33,7 @@ def commands(*, uv: bool, pip: bool, active: bool, python: str) -> tuple[str, st
     Returns:
         Both commands, without the names of packages.
 
-    Example:
+    Examples:
         >>> commands(uv=False, pip=True, active=True, python="/venv/bin/python")
         ('python -m pip install', 'python -m pip uninstall -y')
     """
