@@ -28,7 +28,7 @@ def examples():
             yield shlex.split(command)
 
 
-@pytest.mark.parametrize("words", examples(), ids=" ".join)
+@pytest.mark.parametrize("words", list(examples()), ids=" ".join)
 def test_the_examples_are_ones_that_the_parsers_take(words):
     parsed, unknown = build_parser().parse_known_args(words)
     assert parsed.command == words[0]
