@@ -24,7 +24,7 @@ def examples():
     """The words after `mlx-tune` of every example, without what stands behind it."""
     for block in re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            command, *_ = re.split(r" {3,}|&&|>", line.partition("mlx-tune ")[2])
+            command, *_ = re.split(r" {2,}|&&|>", line.partition("mlx-tune ")[2])
             yield shlex.split(command)
 
 
