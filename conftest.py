@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from sybil import Sybil
+from page_output import matches
+from sybil import Document, Example, Region, Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -49,6 +54,32 @@ def _end(namespace: dict[str, Any]) -> None:
     namespace.clear()
 
 
+def _python(document: Document) -> Iterator[Region]:
+    """The Python blocks of a page; what each prints is kept for the block below it."""
+    for region in PythonCodeBlockParser()(document):
+        evaluate = region.evaluator
+
+        def evaluate_and_keep(example: Example, evaluate: Any = evaluate) -> Any:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                result = evaluate(example)
+            example.namespace["__printed__"] = printed.getvalue()
+            return result
+
+        region.evaluator = evaluate_and_keep
+        yield region
+
+
+def _output(document: Document) -> Iterator[Region]:
+    """The output under `<!-- prints -->`: what the Python block above it has printed."""
+    for block in re.finditer(r"^<!-- prints -->\n```text\n(.*?)^```$", document.text, re.MULTILINE | re.DOTALL):
+        yield Region(block.start(), block.end(), block[1], _compare)
+
+
+def _compare(example: Example) -> str | None:
+    printed = example.namespace.get("__printed__", "")
+    return None if matches(example.parsed, printed) else f"The page says\n{example.parsed}\nbut it prints\n{printed}"
+
+
 docstrings = Sybil(
     name="docstrings",
     path="mlx_tune",
@@ -59,7 +90,7 @@ docstrings = Sybil(
     teardown=_end,
 )
 # No parser for skipping: a Python block that cannot run has no place on a page.
-page_parsers = [PythonCodeBlockParser()]
+page_parsers = [_python, _output]
 page_options: dict[str, Any] = {"fixtures": ["_own_folder"], "setup": _begin, "teardown": _end}
 pages = Sybil(name="pages", path="docs", parsers=page_parsers, patterns=["*.md"], **page_options)
 readme = Sybil(name="readme", parsers=page_parsers, filenames=["README.md"], **page_options)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from page_output import matches
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -56,12 +57,6 @@ def commands_of(text: str, page: str) -> list[Command]:
             line, _, output = part.partition("\n")
             found.append(Command(page, " ".join(line.split()), output.strip(), (block["reason"] or "").strip()))
     return found
-
-
-def matches(expected: str, printed: str) -> bool:
-    """Whether the output is what the page says, where `...` stands for anything and runs of blanks are one."""
-    pieces = [re.escape(" ".join(piece.split())) for piece in expected.split("...")]
-    return re.fullmatch(r"\s*.*?\s*".join(pieces), " ".join(printed.split()), re.DOTALL) is not None
 
 
 COMMANDS = [command for page in PAGES for command in commands_of(page.read_text(), str(page.relative_to(ROOT)))]

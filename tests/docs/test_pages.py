@@ -31,7 +31,21 @@ assert x.sum().item() == 1001
 
     ```python
     assert x.sum().item() == 1000
+    print("first\\nin 12 ms\\nlast")
     ```
+
+<!-- prints -->
+```text
+first
+in ... ms
+last
+```
+
+<!-- prints -->
+```text
+first
+last
+```
 """
 SECOND = """
 ```python
@@ -45,14 +59,18 @@ assert mx.get_active_memory() < 1000  # the random state
 
 def test_a_wrong_block_fails_and_pages_leave_nothing_to_each_other(tmp_path):
     shutil.copy(ROOT / "conftest.py", tmp_path)
+    shutil.copy(ROOT / "tests" / "page_output.py", tmp_path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "first.md").write_text(FIRST)
     (tmp_path / "docs" / "second.md").write_text(SECOND)
     words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", "--rootdir", str(tmp_path), "docs"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 failed, 3 passed" in done.stdout, done.stdout
+    assert "2 failed, 4 passed" in done.stdout, done.stdout
     assert re.search(r"FAILED docs/first.md::.*line:10", done.stdout), done.stdout
+    assert re.search(r"The page says\s+first\s+last\s+but it prints\s+first\s+in 12 ms\s+last", done.stdout), (
+        done.stdout
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,4 +81,5 @@ def parse():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_python_block_is_collected(page, parse):
     written = re.findall(r"^ *(?:> *)*(?:```+|~~~+) *\{?\.?py.*$", page.read_text(), re.MULTILINE | re.IGNORECASE)
-    assert len(list(parse(page).examples())) == len(written)
+    outputs = page.read_text().count("<!-- prints -->\n```text\n")
+    assert len(list(parse(page).examples())) == len(written) + outputs
