@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.quantization import quantization_config
+from mlx_tune.errors import InvalidArgumentError, MlxTuneError
+from mlx_tune.quantization import keeps_inputs, quantization_config, quantizes_inputs
+from mlx_tune.quantization.arithmetic import same_random_stream
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -28,7 +29,8 @@ def save_quantized(
 
     The weights, sharded as mlx-lm shards them, `config.json` with the `quantization` block that belongs to the
     model as it is (read off its layers, so mixed widths and layers left alone are in it), and the tokenizer. The
-    folder appears whole or not at all: everything is written beside it first and then renamed.
+    folder appears whole or not at all: everything is written beside it first, loaded lazily by mlx-lm to see that it
+    can be, and then renamed.
 
     Args:
         path: The folder to make. One that is there already must be empty.
@@ -44,7 +46,9 @@ def save_quantized(
 
     Raises:
         InvalidArgumentError: Neither a configuration nor a folder to read it from, nothing quantized in the
-            model, or a folder that is not empty.
+            model, a folder that is not empty, or layers of which some quantize their inputs and others do not.
+        MlxTuneError: mlx-lm cannot load what was written: adapters that are not fused, or another model's
+            configuration. Nothing is left behind.
 
     Examples:
         ```python
@@ -65,12 +69,7 @@ def save_quantized(
         raise InvalidArgumentError("save_quantized needs tokenizer=, or source= to copy the tokenizer's files from.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidArgumentError(f"{str(target)!r} is there already and not empty: give a new folder.")
-    described = copy.deepcopy(config)
-    described["quantization"] = quantization_config(model)
-    if not described["quantization"]:
-        raise InvalidArgumentError(
-            "Nothing in the model is quantized: call mlx_tune.quantize_model first, or save it with mlx_lm.utils.save."
-        )
+    described = _describe(model, config)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -80,6 +79,7 @@ def save_quantized(
             tokenizer.save_pretrained(str(beside))
         if folder is not None:
             _copy_companions(folder, beside, with_tokenizer=tokenizer is None)
+        _check_loads(beside, described)
         beside.chmod(0o755)  # a temporary folder is private, a model is not
         if target.exists():
             target.rmdir()
@@ -88,6 +88,45 @@ def save_quantized(
         shutil.rmtree(beside, ignore_errors=True)
         raise
     return target
+
+
+def _describe(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with what belongs to the model as it is quantized now."""
+    described = copy.deepcopy(config)
+    described["quantization"] = quantization_config(model)
+    if not described["quantization"]:
+        raise InvalidArgumentError(
+            "Nothing in the model is quantized: call mlx_tune.quantize_model first, or save it with mlx_lm.utils.save."
+        )
+    described.pop("quantize_activations", None)
+    if quantizes_inputs(model):
+        described["quantize_activations"] = True
+        others = keeps_inputs(model)
+        if others:
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            raise InvalidArgumentError(
+                f"Some layers quantize their inputs, {', '.join(others[:3])}{more} do not: mlx-lm's config.json says it "
+                "of all packed Linear layers or of none. Quantize the model with these layers in skip=, or without "
+                "activations=True."
+            )
+    return described
+
+
+def _check_loads(folder: Path, described: dict[str, Any]) -> None:
+    """Let mlx-lm load what was written, its weights left on disk."""
+    from mlx_lm.utils import load_model
+
+    if described.get("model_file") is not None:
+        return  # a program that comes with the model, and is not run without being asked for
+    with same_random_stream():
+        try:
+            load_model(folder, lazy=True)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:400].rstrip('.')}"
+            advice = "Does config= belong to this model?"
+            if "lora_" in text:
+                advice = "The model has adapters: fuse them into its layers first, as mlx_lm.fuse does."
+            raise MlxTuneError(f"mlx-lm cannot load the model as it was to be saved: {text}. {advice}") from error
 
 
 #: What a tokenizer is made of, in any of the formats that transformers reads.

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.quantization.dense import find_dense_class
 from mlx_tune.quantization.modes import Format
-from mlx_tune.quantization.sites import current_format, is_quantized, walk
+from mlx_tune.quantization.sites import current_format, is_quantized, takes_mode, walk
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:
@@ -18,32 +20,39 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         model: A model, some layers of which are quantized.
 
     Returns:
-        The commonest `group_size`, `bits` and `mode`, and an entry for each layer that differs: its own three, or
-        False where it could be quantized and is not. Empty if nothing is quantized. mlx-lm wants it under both
-        `quantization` and `quantization_config`.
+        The commonest `group_size`, `bits` and `mode`, and an entry for each layer that differs: its own, or False
+        where it could be quantized and is not. Empty if nothing is quantized. mlx-lm wants it under both
+        `quantization` and `quantization_config`. An entry is what mlx-lm calls the layer's `to_quantized` with.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).to_quantized())
         >>> quantization_config(model)
         {'group_size': 64, 'bits': 4, 'mode': 'affine', 'layers.0': False}
     """
-    formats: dict[str, Format | None] = {}
+    entries: dict[str, dict[str, Any] | None] = {}
+    packed: Counter[Format] = Counter()
     for site in walk(model):
-        for path in site.paths:
-            if is_quantized(site.module):
-                now = current_format(site.module)
-                formats[path] = Format(now.bits, now.group_size, now.mode)
-            elif callable(getattr(site.module, "to_quantized", None)):
-                formats[path] = None
-    packed = Counter(f for f in formats.values() if f is not None)
+        if is_quantized(site.module):
+            now = current_format(site.module)
+            packed[Format(now.bits, now.group_size, now.mode)] += len(site.paths)
+            entries |= dict.fromkeys(site.paths, _entry(site.module, now))
+        elif callable(getattr(site.module, "to_quantized", None)):
+            entries |= dict.fromkeys(site.paths, None)
     if not packed:
         return {}
-    common = packed.most_common(1)[0][0]
-    config: dict[str, Any] = common.parts()
-    for path, found in formats.items():
-        if found != common:
-            config[path] = False if found is None else found.parts()
-    return config
+    config: dict[str, Any] = packed.most_common(1)[0][0].parts()
+    return config | {path: False if e is None else e for path, e in entries.items() if e != config}
+
+
+def _entry(module: nn.Module, now: Format) -> dict[str, Any]:
+    entry = now.parts()
+    if isinstance(module.get("global_scale"), mx.array):
+        entry["global_scale"] = True
+    dense = find_dense_class(type(module))
+    to_quantized = getattr(dense, "to_quantized", None)
+    if to_quantized is not None and not takes_mode(to_quantized):
+        del entry["mode"]  # such as the fused layers of mlx-lm's afm7
+    return entry
 
 
 def quantizes_inputs(model: nn.Module) -> bool:
@@ -54,3 +63,13 @@ def quantizes_inputs(model: nn.Module) -> bool:
         False
     """
     return any(isinstance(site.module, nn.QQLinear) for site in walk(model))
+
+
+def keeps_inputs(model: nn.Module) -> list[str]:
+    """Paths of packed layers of the kind that can quantize its inputs, and does not.
+
+    Examples:
+        >>> keeps_inputs(nn.Sequential(nn.Linear(64, 64).to_quantized()))
+        ['layers.0']
+    """
+    return [site.path for site in walk(model) if isinstance(site.module, nn.QuantizedLinear)]

@@ -92,11 +92,11 @@ def dense_twin(module: nn.Module, dtype: mx.Dtype | None = None) -> Any:
 
 def has_dense_class(quantized: type) -> bool:
     """Whether `dense_twin` knows what to make of a class of quantized modules."""
-    return _find_dense_class(quantized) is not None
+    return find_dense_class(quantized) is not None
 
 
 def _dense_class(quantized: type) -> type[nn.Module]:
-    found = _find_dense_class(quantized)
+    found = find_dense_class(quantized)
     if found is None:
         raise QuantizationError(
             f"{quantized.__name__} is quantized, and no unquantized class for it could be found beside it. "
@@ -105,7 +105,8 @@ def _dense_class(quantized: type) -> type[nn.Module]:
     return found
 
 
-def _find_dense_class(quantized: type) -> type[nn.Module] | None:
+def find_dense_class(quantized: type) -> type[nn.Module] | None:
+    """The class whose packed form a class of quantized modules is; None where there is none to be found."""
     for base in quantized.__mro__:
         if base in (nn.QuantizedLinear, nn.QQLinear):
             return nn.Linear

@@ -130,11 +130,11 @@ def lay_out(
     drafts = [_draft(site, rules, requantize) for site in candidates]
     _refuse_quantized(drafts, requantize)
 
-    counted: set[int] = set()
+    ledger = _Ledger()
     layers: list[LayerPlan] = []
     skipped: list[LayerPlan] = []
-    for order, group in enumerate(_tied(drafts)):
-        layer = replace(_layer(model, base, group, counted), order=order)
+    for order, (group, ties) in enumerate(_tied(drafts)):
+        layer = replace(_layer(model, base, group, ledger, ties), order=order)
         (skipped if layer.format is None else layers).append(layer)
     if not layers:
         raise QuantizationError(_nothing_left(skipped))
@@ -162,7 +162,7 @@ def _draft(site: Site, rules: Rules, requantize: bool) -> _Draft:
     module = site.module
     if is_quantized(module) and not requantize:
         # Left alone where the user says so; otherwise an error that is raised once all of them are known.
-        decision = rules.decide(site.path, module, weight_shape(module)[-1])
+        decision = rules.decide(site.paths, module, weight_shape(module)[-1])
         return _Draft(site, module, decision if decision.by_hand else Decision(None, "quantized already"))
     if not site.path:
         reason = "it is the model itself, which cannot be replaced in place: wrap it in nn.Sequential"
@@ -170,7 +170,7 @@ def _draft(site: Site, rules: Rules, requantize: bool) -> _Draft:
     twin = dense_twin(module)
     weight = twin.get("weight")
     last_axis = weight.shape[-1] if isinstance(weight, mx.array) and weight.ndim else 0
-    return _Draft(site, twin, rules.decide(site.path, twin, last_axis))
+    return _Draft(site, twin, rules.decide(site.paths, twin, last_axis))
 
 
 def _refuse_quantized(drafts: list[_Draft], requantize: bool) -> None:
@@ -186,31 +186,36 @@ def _refuse_quantized(drafts: list[_Draft], requantize: bool) -> None:
         )
 
 
-def _tied(drafts: list[_Draft]) -> Iterator[list[_Draft]]:
-    """Drafts that share one weight array and one fate, together; in order."""
+def _tied(drafts: list[_Draft]) -> Iterator[tuple[list[_Draft], list[list[_Draft]]]]:
+    """Drafts that share one weight array and one fate, together and in order; and all groups that share that array."""
     groups: dict[tuple[int, Format | None], list[_Draft]] = {}
+    sharing: dict[int, list[list[_Draft]]] = {}
     for draft in drafts:
         weight = draft.site.module.get("weight")
         key = id(weight) if isinstance(weight, mx.array) else id(draft.site.module)
-        groups.setdefault((key, draft.decision.format), []).append(draft)
-    yield from groups.values()
+        group = groups.setdefault((key, draft.decision.format), [])
+        if not group:
+            sharing.setdefault(key, []).append(group)
+        group.append(draft)
+    for (key, _), group in groups.items():
+        yield group, sharing[key]
 
 
-def _layer(model: nn.Module, base: Format, group: list[_Draft], counted: set[int]) -> LayerPlan:
+def _layer(model: nn.Module, base: Format, group: list[_Draft], ledger: _Ledger, ties: list[list[_Draft]]) -> LayerPlan:
     first = group[0]
-    before = after = 0
-    for draft in group:
-        for array in own_arrays(draft.site.module).values():
-            if id(array) not in counted:
-                counted.add(id(array))
-                before += array.nbytes
     weight = first.twin.get("weight")
     shape = tuple(weight.shape) if isinstance(weight, mx.array) else ()
     if not shape:
         shape = max((tuple(a.shape) for a in own_arrays(first.twin).values()), key=len)
     dtype = str(weight.dtype if isinstance(weight, mx.array) else mx.float32).rpartition(".")[2]
     chosen, decision = first.decision.format, first.decision
-    draft_plan = LayerPlan(
+    own = [item for draft in group for item in own_arrays(draft.site.module).items()]
+    before = ledger.before(array for _, array in own)
+    reasons = [decision.reason] if decision.reason else []
+    if len(ties) > 1:
+        others = [draft.site.path for other in ties if other is not group for draft in other]
+        reasons.append(f"stored apart from {', '.join(others)}, whose weights it shares now")
+    plan = LayerPlan(
         path=first.site.path,
         paths=tuple(path for draft in group for path in draft.site.paths),
         kind=type(first.site.module).__name__,
@@ -218,27 +223,43 @@ def _layer(model: nn.Module, base: Format, group: list[_Draft], counted: set[int
         dtype=dtype,
         format=chosen,
         bytes_before=before,
-        bytes_after=before,
-        reason=decision.reason,
+        bytes_after=0,
+        reason="; ".join(reasons) or None,
         fixed=decision.by_hand or decision.protected,
         model=model,
     )
     item = ITEM_BYTES.get(dtype)
-    if item is None or (is_quantized(first.site.module) and chosen is None):
-        return draft_plan
-    others = sum(
-        a.nbytes
-        for draft in group
-        for name, a in own_arrays(draft.site.module).items()
-        if name not in ("weight", "scales", "biases", "global_scale")
-    )
-    if chosen is None:
-        cost = 0
-        if _would_pack(first.twin):
-            cost = before - others - base.nbytes(draft_plan.weights, item)
-        return replace(draft_plan, cost_bytes=max(0, cost))
-    after = others + chosen.nbytes(draft_plan.weights, item)
-    return replace(draft_plan, bytes_after=after)
+    if chosen is not None and item is not None:
+        kept = ledger.after(array for name, array in own if name not in _PACKED)
+        return replace(plan, bytes_after=kept + chosen.nbytes(plan.weights, item))
+    after = ledger.after(array for _, array in own)
+    cost = 0
+    if item is not None and not is_quantized(first.site.module) and _would_pack(first.twin):
+        cost = after - sum(a.nbytes for name, a in own if name not in _PACKED) - base.nbytes(plan.weights, item)
+    return replace(plan, bytes_after=after, cost_bytes=max(0, cost))
+
+
+#: Arrays of a module that its packed ones take the place of.
+_PACKED = ("weight", "scales", "biases", "global_scale")
+
+
+class _Ledger:
+    """Which arrays have been counted, before and after, so that a shared one counts once in each."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[set[int], set[int]] = set(), set()
+
+    def before(self, arrays: Iterable[mx.array]) -> int:
+        return self._count(arrays, self._seen[0])
+
+    def after(self, arrays: Iterable[mx.array]) -> int:
+        return self._count(arrays, self._seen[1])
+
+    @staticmethod
+    def _count(arrays: Iterable[mx.array], seen: set[int]) -> int:
+        new = {id(array): array.nbytes for array in arrays if id(array) not in seen}
+        seen.update(new)
+        return sum(new.values())
 
 
 def _would_pack(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -61,11 +61,11 @@ class Rules:
     predicate: Callable[[str, nn.Module], Any] | None = None
     routers: frozenset[int] = frozenset()
 
-    def decide(self, path: str, module: nn.Module, last_axis: int) -> Decision:
+    def decide(self, paths: Sequence[str], module: nn.Module, last_axis: int) -> Decision:
         """Settle one layer.
 
         Args:
-            path: Where it stands.
+            paths: Every place where it stands; a pattern means it by any of them.
             module: What stands there; not yet quantized, or about to be quantized anew.
             last_axis: Length of the rows of its weights.
 
@@ -73,16 +73,16 @@ class Rules:
             QuantizationError: It was named by hand and cannot be had.
         """
         for pattern in self.skip:
-            if matches(path, pattern):
+            if any(matches(path, pattern) for path in paths):
                 return Decision(None, f"skip={pattern!r}", by_hand=True)
         wanted: bool | Mapping[str, Any] | None = None
         pattern = ""
         for candidate, value in self.overrides.items():
-            if matches(path, candidate):
+            if any(matches(path, candidate) for path in paths):
                 pattern, wanted = candidate, value  # the later one wins
         if wanted is not None:
-            return self._override(path, module, last_axis, pattern, wanted)
-        return self._protect(path, module, last_axis) or self._plain(module, last_axis)
+            return self._override(paths[0], module, last_axis, pattern, wanted)
+        return self._protect(paths[0], module, last_axis) or self._plain(module, last_axis)
 
     def _override(
         self, path: str, module: nn.Module, last_axis: int, pattern: str, wanted: bool | Mapping[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +88,21 @@ def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def own_arrays(module: nn.Module) -> dict[str, mx.array]:
-    """A module's parameters, without those of modules below it."""
-    return {name: value for name, value in module.items() if isinstance(value, mx.array) and not name.startswith("_")}
+    """A module's parameters, those in its own lists and dictionaries included, without those of modules below it.
+
+    Examples:
+        >>> list(own_arrays(nn.Linear(2, 2)))
+        ['weight', 'bias']
+    """
+    return {name: array for key, value in module.items() if key[:1] != "_" for name, array in _arrays_in(key, value)}
+
+
+def _arrays_in(name: str, value: Any) -> Iterator[tuple[str, mx.array]]:
+    if isinstance(value, mx.array):
+        yield name, value
+    elif isinstance(value, (dict, list)) and not isinstance(value, nn.Module):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _arrays_in(f"{name}.{key}", child)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -136,11 +149,15 @@ def why_not_quantizable(module: nn.Module, mode: str) -> str | None:
         return f"its weight has {weight.ndim} axis, MLX packs two or more"
     if weight.dtype not in _FLOATS:
         return f"its weight is {_name(weight.dtype)}, not a floating point number"
-    if mode != "affine":
-        accepted = inspect.signature(module.to_quantized).parameters
-        if "mode" not in accepted and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-            return f"{name} can be quantized in mode 'affine' only"
+    if mode != "affine" and not takes_mode(module.to_quantized):
+        return f"{name} can be quantized in mode 'affine' only"
     return None
+
+
+def takes_mode(to_quantized: Callable[..., Any]) -> bool:
+    """Whether a layer's `to_quantized` knows of modes; those that are older than modes do not."""
+    accepted = inspect.signature(to_quantized).parameters
+    return "mode" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
 
 
 def find_routers(sites: list[Site]) -> set[int]:

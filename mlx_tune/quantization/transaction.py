@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_tune.quantization.lazy import is_unevaluated
 from mlx_tune.quantization.sites import module_at, own_arrays, put_module, walk
+from mlx_tune.state import uninterrupted
 from mlx_tune.units import format_bytes
 
 _open: ContextVar[tuple[Transaction, ...]] = ContextVar("open_transactions", default=())
@@ -88,8 +89,8 @@ class Transaction:
         parked = next((p for _, p in self._log if p.stands_for(old)), None)
         if parked is None:
             parked = self._park(path, old, kept)
+        self._log.append((path, parked))  # first: a Ctrl-C between the two lines must find it there
         put_module(self.model, path, module)
-        self._log.append((path, parked))
 
     def original(self, path: str) -> nn.Module:
         """The module that stood at `path` when the transaction began, its weights read anew where they were set aside.
@@ -111,13 +112,14 @@ class Transaction:
         return _clone(self.model, "", dict(self._log))
 
     def roll_back(self) -> None:
-        """Put every replaced module back; the last swap is undone first."""
+        """Put every replaced module back; the last swap is undone first. A Ctrl-C meanwhile waits."""
         restored: dict[int, nn.Module] = {}
-        for path, parked in reversed(self._log):
-            if id(parked) not in restored:
-                restored[id(parked)] = parked.module(evaluate=True)
-            put_module(self.model, path, restored[id(parked)])
-        self._log.clear()
+        with uninterrupted():
+            for path, parked in reversed(self._log):
+                if id(parked) not in restored:
+                    restored[id(parked)] = parked.module(evaluate=True)
+                put_module(self.model, path, restored[id(parked)])
+            self._log.clear()
 
     def _park(self, path: str, old: nn.Module, kept: set[int]) -> _Parked:
         slots: dict[str, _Slot] = {}

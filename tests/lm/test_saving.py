@@ -89,6 +89,59 @@ def test_bad_input_is_named_and_writes_nothing(model_folder, tmp_path: Path) -> 
     assert [file.name for file in tmp_path.iterdir()] == ["taken"]
 
 
+def test_adapters_that_are_not_fused_are_named(model_folder, tmp_path: Path) -> None:
+    model, tokenizer, config, _ = lm.load(model_folder("tied"))
+    lm.add_adapters(model, num_layers=-1)
+    nn.quantize(model, 64, 8)
+    with pytest.raises(mt.MlxTuneError, match=r"cannot load the model.*lora_a.*fuse them into its layers first"):
+        lm.save_quantized(tmp_path / "out", model, tokenizer, config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_models_configuration_is_noticed(model_folder, tmp_path: Path) -> None:
+    model, tokenizer, config, _ = lm.load(model_folder("tied"))
+    nn.quantize(model, 64, 8)
+    mx.random.seed(3)
+    expected = mx.random.uniform().item()
+    mx.random.seed(3)
+    with pytest.raises(mt.MlxTuneError, match=r"Does config= belong to this model\?"):
+        lm.save_quantized(tmp_path / "out", model, tokenizer, config | {"num_hidden_layers": 2})
+    assert list(tmp_path.iterdir()) == []
+    assert mx.random.uniform().item() == expected
+
+
+def test_quantized_inputs_are_in_the_configuration(model_folder, tmp_path: Path) -> None:
+    model, tokenizer, config, _ = lm.load(model_folder("untied"))
+    nn.quantize(model, mode="nvfp4", quantize_input=True, class_predicate=lambda _, m: isinstance(m, nn.Linear))
+    model.eval()
+    saved = lm.save_quantized(tmp_path / "out", model, tokenizer, config)
+    assert json.loads((saved / "config.json").read_text())["quantize_activations"] is True
+    loaded, _ = mlx_lm.load(str(saved))
+    assert isinstance(loaded.lm_head, nn.QQLinear)
+    assert all(mx.array_equal(a, arrays(loaded)[path]) for path, a in arrays(model).items())
+
+
+def test_what_the_configuration_cannot_say_is_refused(model_folder, tmp_path: Path) -> None:
+    model, tokenizer, config, _ = lm.load(model_folder("untied"))
+    nn.quantize(model, mode="nvfp4", quantize_input=True, class_predicate=lambda path, _: path.endswith("up_proj"))
+    nn.quantize(model, 64, 8, class_predicate=lambda path, _: path == "lm_head")
+    with pytest.raises(mt.InvalidArgumentError, match=r"Some layers quantize their inputs, lm_head do not"):
+        lm.save_quantized(tmp_path / "out", model, tokenizer, config)
+
+
+def test_experts_with_a_scale_of_their_own(model_folder, tmp_path: Path) -> None:
+    model, tokenizer, config, _ = lm.load(model_folder("moe"))
+    scaled = {"group_size": 16, "bits": 4, "mode": "nvfp4", "global_scale": True}
+    nn.quantize(model, 64, 8, class_predicate=lambda _, m: isinstance(m, nn.Linear))
+    nn.quantize(
+        model, class_predicate=lambda path, m: scaled if hasattr(m, "to_quantized") and "switch" in path else False
+    )
+    saved = lm.save_quantized(tmp_path / "out", model, tokenizer, config)
+    loaded, _ = mlx_lm.load(str(saved))
+    assert loaded.layers[0].mlp.switch_mlp.up_proj.global_scale.shape == (4,)
+    assert all(mx.array_equal(a, arrays(loaded)[path]) for path, a in arrays(model).items())
+
+
 @pytest.mark.parametrize("name", ["tied", "untied", "moe", "sharded"])
 def test_loading_gives_model_configuration_and_folder(model_folder, name: str) -> None:
     model, tokenizer, config, folder = lm.load(model_folder(name), lazy=True)

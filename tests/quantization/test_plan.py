@@ -60,6 +60,40 @@ def test_a_module_that_stands_in_two_places_counts_once() -> None:
     assert plan.size_before_bytes == 64 * 64 * 4 + 64 * 4
 
 
+@pytest.mark.parametrize(
+    "options", [{"skip": "layers.1"}, {"skip": "layers.0"}, {"overrides": {"layers.0": {"bits": 8}}}]
+)
+def test_a_shared_weight_with_two_fates_counts_twice_afterwards(options: dict) -> None:
+    model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96, bias=False))
+    model.layers[1].weight = model.layers[0].weight
+    plan = mt.plan_quantization(model, 4, 64, **options)
+    assert plan.size_before_bytes == 96 * 64 * 4
+    mt.quantize_model(model, 4, 64, progress=False, **options)
+    assert plan.size_after_bytes == sum(a.nbytes for a in toys.arrays_of(model).values())
+    assert "stored apart from layers.0, whose weights it shares now" in str(plan)
+
+
+@pytest.mark.parametrize("options", [{"skip": "layers.2"}, {"overrides": {"layers.2": False}}])
+def test_a_module_in_two_places_is_meant_by_either(options: dict) -> None:
+    layer = nn.Linear(64, 64)
+    model = nn.Sequential(layer, nn.Linear(64, 64), layer)
+    assert [x.path for x in mt.plan_quantization(model, 4, 64, **options).layers] == ["layers.1"]
+
+
+def test_arrays_in_a_modules_own_lists_are_counted() -> None:
+    class Loose(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(64, 64)
+            self.tables = [mx.zeros((3, 4)), {"deep": mx.zeros(5)}]
+
+    model = nn.Sequential(Loose())
+    plan = mt.plan_quantization(model, 4, 64)
+    assert plan.size_before_bytes == sum(a.nbytes for a in toys.arrays_of(model).values())
+    assert [(x.path, x.bytes_after) for x in plan.skipped] == [("layers.0", 4 * (12 + 5))]
+    assert plan.parameters == 64 * 64 + 64 + 12 + 5
+
+
 def test_what_does_not_fit_is_skipped_with_its_reason_and_its_cost() -> None:
     plan = mt.plan_quantization(toys.vision(), 4, 64)
     skipped = {layer.path: layer for layer in plan.skipped}

@@ -12,7 +12,7 @@ from mlx_tune.quantization.rehearsal import check_runs
 
 
 class Tied(nn.Module):
-    """Its head multiplies by the embedding's weight, as mlx-lm's Seed-OSS, Llama 4 and MiniCPM do where they are tied."""
+    """Its head multiplies by the embedding's weight, as in mlx-lm's Seed-OSS and Llama 4 where they are tied."""
 
     def __init__(self, layers: int = 3) -> None:
         super().__init__()
