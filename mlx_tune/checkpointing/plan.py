@@ -124,10 +124,11 @@ def does_not_fit(survey: Survey, budget_bytes: int) -> BudgetError:
         if low
         else "Not even batch size 1 would: shorten the inputs, train fewer parameters, or quantize the base."
     )
+    count = len(survey.paths)
+    needs = f"with all {count} blocks checkpointed it still needs" if count else "it needs"
     return BudgetError(
-        f"A step at batch size {survey.batch_size} does not fit {format_bytes(budget_bytes)}: with all "
-        f"{len(survey.paths)} blocks checkpointed it still needs at least {format_bytes(floor)} "
-        f"(predicted from its graph, nothing was run). {way_out}",
+        f"A step at batch size {survey.batch_size} does not fit {format_bytes(budget_bytes)}: {needs} at least "
+        f"{format_bytes(floor)} (predicted from its graph, nothing was run). {way_out}",
         needed_bytes=floor,
         budget_bytes=budget_bytes,
     )

@@ -46,18 +46,21 @@ class Survey:
         select: Select | None,
         bar: Bar,
         share: Callable[[Callable[[], float]], float] = lambda figure: figure(),
+        blocks: bool = True,
     ) -> None:
         """Find the blocks and refuse those that cannot be planned for; nothing is run or traced.
 
         Every figure that may differ between machines is made through `share`, which hands all of them the same one.
+        Without `blocks` none is looked for: the step is surveyed as it is.
         """
         self.model, self.step, self.make_batch, self.state, self.bar = model, step, make_batch, state, bar
         self._share = share
         # A block that is in two places is one block.
-        stacks = find_blocks(model, select)
+        stacks = find_blocks(model, select) if blocks else ()
         found = {id(block): (path, block) for stack in reversed(stacks) for path, block in reversed(stack)}
         self.blocks: dict[str, nn.Module] = dict(reversed(found.values()))
-        self._require_plain()
+        if blocks:
+            self._require_plain()
         self.paths = tuple(self.blocks)
         self.none: Choice = (False,) * len(self.paths)
         self.all: Choice = (True,) * len(self.paths)
@@ -104,6 +107,10 @@ class Survey:
             self._batches[size] = self.make_batch(size)
         return self._batches[size]
 
+    def release(self) -> None:
+        """Let go of the batch that was estimated last, so that it does not count towards a measured peak."""
+        self._batches.clear()
+
     def extra(self, choice: Choice) -> float:
         """Seconds that a choice computes twice, at the survey's batch size."""
         return sum(s for s, yes in zip(self.extra_seconds, choice, strict=True) if yes)
@@ -125,10 +132,13 @@ class Survey:
             self.bar.update(text=f"timing {path}")
             seconds[kind] = self._share(partial(forward_seconds, path, self.blocks[path], calls[path]))
         self.extra_seconds = [seconds[kind] for kind in self.kinds]
-        self._batches.clear()
+        self.release()
         self._rank()
 
     def _rank(self) -> None:
+        if not self.paths:
+            self.choices = [self.none]
+            return
         plain, leanest = self.floor(self.none), self.floor(self.all)
         chain = calibrated([self.saved_bytes[kind] for kind in self.kinds], self.extra_seconds, plain, leanest)
         self.choices = [s.checkpointed for s in frontier(chain, max(1, plain // 500))]

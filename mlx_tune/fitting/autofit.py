@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, SupportsIndex
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune import devices
-from mlx_tune.batching.probe import count_items
 from mlx_tune.batching.ranks import Ranks
-from mlx_tune.checkpointing.blocks import Select
-from mlx_tune.checkpointing.choose import ESTIMATE_MARGIN, OVERSHOOT, Choice, cheapest_fitting, relaxed
-from mlx_tune.checkpointing.measure import Measured, Measurements
-from mlx_tune.checkpointing.plan import does_not_fit
+from mlx_tune.checkpointing.blocks import Select, find_blocks
 from mlx_tune.checkpointing.survey import Survey
-from mlx_tune.errors import BudgetError, InvalidArgumentError
-from mlx_tune.fitting.predict import Pace, largest_fitting, pace_through, thinned, unbeaten
+from mlx_tune.errors import CheckpointError, InvalidArgumentError
+from mlx_tune.fitting.predict import unbeaten
 from mlx_tune.fitting.result import Fit, Setting
+from mlx_tune.fitting.search import Search
 from mlx_tune.fitting.together import Together
-from mlx_tune.memory import resolve_budget
-from mlx_tune.progress import Bar, progress_bar
+from mlx_tune.fitting.trials import Candidate, Trials
+from mlx_tune.memory import MemoryBudget, resolve_budget
+from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
-from mlx_tune.timing import arrays_of, compare
-from mlx_tune.units import format_bytes
 
 #: Where neither a target nor a maximum is given, sizes end here.
 _NO_MAXIMUM = 1 << 32
-#: How many sizes without any checkpointing, and how many with some, are looked at.
-_PLAIN_SIZES, _LARGER_SIZES = 5, 4
-#: mlx-lm's default, looked at where it fits: nobody should be slower than without this library.
-_USUAL_BATCH = 4
-#: Rates this close to the best measured one are timed against it in turns.
-_CLOSE = 0.9
 
 
 def autofit(
@@ -44,10 +35,12 @@ def autofit(
     *,
     budget: str | SupportsIndex | float | None = None,
     target_batch: int | None = None,
-    tolerance: float = 0.02,
+    tolerance: float = 0.01,
     state: Any = (),
+    min_batch: int = 1,
     max_batch: int | None = None,
     multiple_of: int = 1,
+    checkpoint: bool = True,
     select: Select | None = None,
     throttle: bool | None = None,
     steps: int = 2,
@@ -58,8 +51,10 @@ def autofit(
 
     They hang together: checkpointing frees memory for a larger batch, which may or may not be faster. What a batch
     and a choice of blocks need is read from the step's graph; what a step takes is predicted from measured ones and
-    the blocks' forward passes. Batches that are run begin small and grow for as long as larger ones promise a higher
-    rate; then the settings that promise most are run, and those that come out close are timed in turns.
+    the blocks' forward passes. What anybody would try without this function is run in any case, unless it is
+    predicted to be hopeless: the largest batch without checkpoints, the largest with every block checkpointed, and
+    mlx-lm's default of four rows. Other settings are run where they promise more. Those that come out close are timed
+    in turns, and the medians decide.
 
     Args:
         model: The model, in training mode, with no block checkpointed.
@@ -69,14 +64,20 @@ def autofit(
             `memory_budget()`.
         target_batch: Rows that make up one update: batch sizes divide it, and `accumulation_steps` says how many
             steps make it up. None for whatever is fastest.
-        tolerance: Of the settings within this share of the best rate, the one with the lowest peak is chosen.
+        tolerance: Of the settings within this share of the best rate, the one with the lowest peak is chosen. Without
+            a target, batches below mlx-lm's four rows are left to those who need them: there a smaller batch is
+            chosen only if it is faster by more than this.
         state: What the step changes besides the model: the optimizer.
+        min_batch: The smallest batch to consider.
         max_batch: The largest batch to consider, such as the size of the data set.
         multiple_of: Batch sizes divide by this, such as the number of machines that share a batch.
+        checkpoint: Whether blocks may be checkpointed. False leaves the model as it is, blocks that are checkpointed
+            already included, and chooses the rest. So does a model without repeated blocks.
         select: Which blocks may be checkpointed, as for `checkpoint_blocks`.
         throttle: Whether the memory limit may be set below the budget, which makes MLX wait instead of running
             ahead. By default yes, except on Metal, where nobody has measured it yet; there the limit is the budget.
-        steps: How many real steps are timed for each setting and limit; the fastest counts.
+        steps: How many real steps are timed for each setting and limit; the fastest counts. Settings that come out
+            close are run up to three times as often again.
         group: The `mx.distributed` group to agree with; by default that of `mlx.launch`, where it is at work. Every
             rank gets the same answer, for the smallest budget and the slowest machine.
         progress: Show a progress line on standard error.
@@ -104,279 +105,142 @@ def autofit(
         >>> fit.batch_size * fit.accumulation_steps
         8
     """
-    sizes = _sizes(max_batch, multiple_of, target_batch)
+    started = time.perf_counter()
+    sizes = _sizes(min_batch, max_batch, multiple_of, target_batch)
     if not 0 <= tolerance < 1:
-        raise InvalidArgumentError(f"tolerance={tolerance!r}: give a share from 0 up to below 1, such as 0.02.")
+        raise InvalidArgumentError(f"tolerance={tolerance!r}: give a share from 0 up to below 1, such as 0.01.")
     if steps < 1:
         raise InvalidArgumentError(f"steps={steps!r}: give a whole number of at least 1.")
     ranks = Ranks(group)
-    allowed = ranks.smallest(ranks.agree(lambda: int(resolve_budget(budget))))
+    budget_of_rank = ranks.agree(lambda: resolve_budget(budget))
+    allowed = ranks.smallest(int(budget_of_rank))
+    blocks, notes = _with_blocks(model, checkpoint, select)
     may_throttle = devices.backend() != "metal" if throttle is None else throttle
+    if not may_throttle:
+        notes.append("The memory limit was not set below the budget (throttle=False).")
     whole = (model, state)
-    with Snapshot(whole, spill=True), progress_bar("autofit", enabled=progress) as bar:
-        together = Together(ranks)
-        survey = Survey(model, step, make_batch, sizes[0], whole, select, bar, together.largest)
-        search = _Search(survey, sizes, allowed, steps, may_throttle, together, bar)
-        best = search.run()
-        return search.result(best, target_batch, tolerance)
+    with (
+        Snapshot(whole, spill=True) as before,
+        progress_bar("autofit", enabled=progress and ranks.rank == 0) as bar,
+    ):
+        together = Together(ranks, before.restore)
+        survey = Survey(model, step, make_batch, sizes[0], whole, select, bar, together.largest, blocks)
+        trials = Trials(
+            survey, allowed, steps=steps, throttle=may_throttle, tolerance=tolerance, together=together, bar=bar
+        )
+        search = Search(survey, sizes, trials, bar)
+        best = search.run(keep_usual=target_batch is None)
+    return _result(
+        search,
+        best,
+        target_batch=target_batch,
+        budget_source=_source(budget_of_rank, allowed),
+        notes=[*notes, *search.notes],
+        seconds=time.perf_counter() - started,
+    )
 
 
-def _sizes(max_batch: int | None, multiple_of: int, target_batch: int | None) -> Sequence[int]:
+def _sizes(min_batch: int, max_batch: int | None, multiple_of: int, target_batch: int | None) -> Sequence[int]:
     """Every batch size that may be answered, ascending."""
-    for name, value in (("max_batch", max_batch), ("multiple_of", multiple_of), ("target_batch", target_batch)):
-        if value is not None and value < 1:
+    given = {"min_batch": min_batch, "max_batch": max_batch, "multiple_of": multiple_of, "target_batch": target_batch}
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InvalidArgumentError(f"{name}={value!r}: give a whole number of at least 1.")
+    first = -(-min_batch // multiple_of) * multiple_of
     last = _NO_MAXIMUM if max_batch is None else max_batch
-    sizes: Sequence[int] = range(multiple_of, last + 1, multiple_of)
+    sizes: Sequence[int] = range(first, last + 1, multiple_of)
     if target_batch is not None:
-        top = min(last, target_batch)
-        sizes = [n for n in range(multiple_of, top + 1, multiple_of) if target_batch % n == 0]
+        sizes = [n for n in range(first, min(last, target_batch) + 1, multiple_of) if target_batch % n == 0]
     if not sizes:
+        upper = "" if max_batch is None else f" up to max_batch={max_batch}"
+        divides = "" if target_batch is None else f" divides target_batch={target_batch} and"
         raise InvalidArgumentError(
-            f"No batch size divides target_batch={target_batch} and is a multiple of {multiple_of} up to {last}."
+            f"No batch size from min_batch={min_batch}{upper}{divides} is a multiple of multiple_of={multiple_of}."
         )
     return sizes
 
 
-@dataclass
-class _Candidate:
-    """A batch size with a choice of blocks."""
+def _with_blocks(model: nn.Module, checkpoint: bool, select: Select | None) -> tuple[bool, list[str]]:
+    """Whether there are blocks to choose from, and why not."""
+    if not checkpoint:
+        if select is not None:
+            raise InvalidArgumentError("select says which blocks may be checkpointed, and checkpoint=False that none.")
+        return False, ["Checkpoints were left as they are (checkpoint=False)."]
+    try:
+        find_blocks(model, select)
+    except CheckpointError as error:
+        if select is not None:
+            raise
+        return False, [f"Nothing was checkpointed: {str(error).partition(':')[0]}."]
+    return True, []
 
-    batch_size: int
-    choice: Choice
-    floor_bytes: int
-    measured: Measured | None = None
-    foreseen: float | None = None  # the rate in rows that was predicted before it was run
 
-    @property
-    def rows_per_second(self) -> float:
-        """Measured; 0 where it was not run."""
-        return self.batch_size / self.measured.seconds if self.measured else 0.0
+def _source(own: MemoryBudget, allowed: int) -> str:
+    return str(own) if allowed == int(own) else str(MemoryBudget(allowed, "the smallest of all ranks"))
 
 
-class _Search:
-    """One search: what may be run, and what was."""
+def _result(
+    search: Search,
+    chosen: Candidate,
+    *,
+    target_batch: int | None,
+    budget_source: str,
+    notes: list[str],
+    seconds: float,
+) -> Fit:
+    measured, per_row = chosen.measured, search.items_per_row
+    assert measured is not None
+    ordered = sorted(search.candidates, key=lambda c: (c.floor_bytes, c.batch_size))
+    keep = set(unbeaten([(c.floor_bytes, search.predicted(c)) for c in ordered]))
+    settings = [_setting(c, search, c is chosen, i in keep) for i, c in enumerate(ordered)]
+    return Fit(
+        batch_size=chosen.batch_size,
+        accumulation_steps=1 if target_batch is None else target_batch // chosen.batch_size,
+        paths=search.survey.chosen(chosen.choice),
+        found=len(search.survey.paths),
+        limit_bytes=measured.limit_bytes,
+        budget_bytes=search.budget,
+        budget_source=budget_source,
+        predicted_peak_bytes=chosen.floor_bytes,
+        measured_peak_bytes=measured.peak_bytes,
+        predicted_rate=(chosen.foreseen or search.predicted(chosen)) * per_row,
+        measured_rate=chosen.rows_per_second * per_row,
+        measured_seconds=measured.seconds,
+        unit=search.unit,
+        settings=tuple(settings),
+        search_seconds=seconds,
+        notes=tuple(notes),
+        _model=search.survey.model,
+    )
 
-    def __init__(
-        self,
-        survey: Survey,
-        sizes: Sequence[int],
-        budget_bytes: int,
-        steps: int,
-        throttle: bool,
-        together: Together,
-        bar: Bar,
-    ) -> None:
-        self.survey, self.sizes, self.budget, self.steps, self.bar = survey, sizes, budget_bytes, steps, bar
-        self.throttle, self.together = throttle, together
-        # Without throttling nothing brings a peak down that dispatch has run up, so floors need more room.
-        self.goal = int(budget_bytes / (1 + (ESTIMATE_MARGIN if throttle else OVERSHOOT)))
-        self.candidates: list[_Candidate] = []
-        self.real: dict[int, Measurements] = {}
-        self.pace = Pace(0.0, 1.0)
-        self.unit, self.items_per_row = "rows", 1.0
 
-    def run(self) -> _Candidate:
-        """Predict, measure what promises most, and return the fastest."""
-        survey = self.survey
-        if survey.floor(survey.all) > self.budget:
-            raise does_not_fit(survey, self.budget)
-        self.bar.update(text="largest batch with every block checkpointed")
-        largest = self.largest(survey.all) or self.sizes[0]
-        studied = thinned(self.sizes, self.sizes[0], max(self.sizes[0], largest // 4), 1)[-1]
-        survey.batch_size = studied
-        survey.study()
-        items, self.unit = count_items(survey.make_batch(studied), studied)
-        self.items_per_row = items / studied
-        self.bar.update(text="largest batch with no block checkpointed")
-        plain = self.largest(survey.none)
-        self.collect(plain, largest)
-        self.learn_pace()
-        for candidate in self.worth_running():
-            self.measure(candidate)
-        return self.best()
+def _setting(candidate: Candidate, search: Search, chosen: bool, undominated: bool) -> Setting:
+    """One row of the result."""
+    known = Setting(
+        batch_size=candidate.batch_size,
+        checkpointed=sum(candidate.choice),
+        floor_bytes=candidate.floor_bytes,
+        predicted_rate=(candidate.foreseen or search.predicted(candidate)) * search.items_per_row,
+        known_as=candidate.known_as,
+        unbeaten=undominated,
+        chosen=chosen,
+    )
+    measured, standing = candidate.measured, candidate.standing
+    if measured is None:
+        return known
+    return replace(
+        known,
+        limit_bytes=measured.limit_bytes,
+        peak_bytes=measured.peak_bytes,
+        seconds=measured.seconds,
+        rate=candidate.rows_per_second * search.items_per_row,
+        fits=measured.fits,
+        behind=None if standing is None else _finite(standing.behind),
+        uncertainty=None if standing is None else _finite(standing.uncertainty),
+        turns=0 if standing is None else standing.turns,
+    )
 
-    def largest(self, choice: Choice) -> int | None:
-        """The largest batch whose floor under a choice leaves the margin."""
-        return largest_fitting(self.sizes, lambda n: self.survey.floor(choice, n), self.goal)
 
-    def collect(self, plain: int | None, largest: int) -> None:
-        """The settings to predict: sizes without checkpointing, and larger ones with just as much as they need."""
-        survey = self.survey
-        if plain is not None:
-            for n in thinned(self.sizes, max(1, plain // 64), plain, _PLAIN_SIZES):
-                self.add(n, survey.none)
-            if plain > _USUAL_BATCH and _USUAL_BATCH in self.sizes:
-                self.add(_USUAL_BATCH, survey.none)
-        for n in thinned(self.sizes, (plain or 0) + 1, largest, _LARGER_SIZES):
-            self.bar.update(text=f"estimating batch {n}")
-
-            def floor(choice: Choice, n: int = n) -> int:
-                return survey.floor(choice, n)
-
-            # Half of what a limit commonly overshoots is left, so that it need not throttle hard.
-            limit = int(self.budget / (1 + OVERSHOOT / 2))
-            index = cheapest_fitting(survey.choices, floor, limit)
-            if index is not None:
-                self.add(n, relaxed(survey.choices[index], survey.kinds, survey.extra_seconds, floor, limit))
-        self.add(largest, survey.all)
-
-    def add(self, batch_size: int, choice: Choice) -> None:
-        """Note a setting, once."""
-        if not any((c.batch_size, c.choice) == (batch_size, choice) for c in self.candidates):
-            self.candidates.append(_Candidate(batch_size, choice, self.survey.floor(choice, batch_size)))
-
-    def learn_pace(self) -> None:
-        """Run what computes least twice at rising sizes, for as long as larger ones promise more.
-
-        Small steps are cheap and say how time grows with the batch; where the rate no longer grows, a step that fills
-        the budget would only take long.
-        """
-        least = min(sum(c.choice) for c in self.candidates)
-        alike = sorted((c for c in self.candidates if sum(c.choice) == least), key=lambda c: c.batch_size)
-        points: list[tuple[int, float]] = []
-        for candidate in alike:
-            if len(points) > 1 and not self.promising(candidate):
-                continue
-            self.measure(candidate)
-            if candidate.measured is not None:
-                seconds = candidate.measured.seconds - self.extra(candidate)
-                points.append((candidate.batch_size, max(1e-9, seconds)))
-                self.pace = pace_through(points[-2:])
-
-    def promising(self, candidate: _Candidate) -> bool:
-        """Whether a setting is predicted to be faster than what was run."""
-        return self.predicted(candidate) > max((c.rows_per_second for c in self.candidates), default=0.0)
-
-    def extra(self, candidate: _Candidate) -> float:
-        """Seconds that a setting computes twice."""
-        return self.survey.extra(candidate.choice) * candidate.batch_size / self.survey.batch_size
-
-    def predicted(self, candidate: _Candidate) -> float:
-        """Rows a second, from the pace."""
-        return candidate.batch_size / (self.pace.seconds(candidate.batch_size) + self.extra(candidate))
-
-    def worth_running(self) -> list[_Candidate]:
-        """Of the settings that were not run, the three that promise most, if they promise more than those that were."""
-        for candidate in self.candidates:
-            candidate.foreseen = candidate.foreseen or self.predicted(candidate)
-        waiting = [c for c in self.candidates if c.measured is None and self.promising(c)]
-        return sorted(waiting, key=self.predicted, reverse=True)[:3]
-
-    def measure(self, candidate: _Candidate) -> None:
-        """Run a setting under the best limit for it."""
-        if sum(c.measured is not None for c in self.candidates) > 1:
-            candidate.foreseen = self.predicted(candidate)
-        n = candidate.batch_size
-        if n not in self.real:
-            batch = self.survey.make_batch(n)
-            mx.eval(list(arrays_of(batch)))
-            self.real[n] = Measurements(
-                self.survey.model,
-                self.survey.paths,
-                self.survey.step,
-                batch,
-                self.survey.state,
-                self.budget,
-                self.steps,
-                self.bar,
-                throttle=self.throttle,
-                share=self.together.trial,
-            )
-        candidate.measured = self.real[n].fit(candidate.choice, candidate.floor_bytes)
-
-    def best(self) -> _Candidate:
-        """The fastest setting that fits; close ones are timed in turns."""
-        fitting = [c for c in self.candidates if c.measured is not None and c.measured.fits]
-        if not fitting:
-            smallest = min(self.candidates, key=lambda c: (c.batch_size, -sum(c.choice)))
-            smallest = _Candidate(self.sizes[0], self.survey.all, self.survey.floor(self.survey.all, self.sizes[0]))
-            self.candidates.append(smallest)
-            self.measure(smallest)
-            if smallest.measured is None or not smallest.measured.fits:
-                raise self.nothing_fits(smallest)
-            fitting = [smallest]
-        top = max(c.rows_per_second for c in fitting)
-        favourite, *others = sorted(
-            (c for c in fitting if c.rows_per_second >= _CLOSE * top), key=lambda c: c.rows_per_second, reverse=True
-        )
-        for other in others[:2]:
-            favourite = self.duel(favourite, other)
-        return favourite
-
-    def duel(self, first: _Candidate, second: _Candidate) -> _Candidate:
-        """The faster of two settings, timed in turns; the first where that is not clear."""
-        one, two = first.measured, second.measured
-        assert one is not None
-        assert two is not None
-        self.bar.update(text=f"batch {first.batch_size} against {second.batch_size}")
-        seen = compare(
-            lambda: self.real[first.batch_size].once(one) / first.batch_size,
-            lambda: self.real[second.batch_size].once(two) / second.batch_size,
-            threshold=1.0,
-            most_turns=max(3, 3 * self.steps),
-        )
-        return second if two.fits and seen.ratio * (1 + 2 * seen.uncertainty) < 1 else first
-
-    def nothing_fits(self, smallest: _Candidate) -> BudgetError:
-        """The estimate said that the smallest batch fits, and the measurement that it does not."""
-        assert smallest.measured is not None
-        return BudgetError(
-            f"Batch size {smallest.batch_size} does not fit {format_bytes(self.budget)}: with every block checkpointed "
-            f"it was predicted to need at least {format_bytes(smallest.floor_bytes)}, and its peak was "
-            f"{format_bytes(smallest.measured.peak_bytes)}. Take a budget a few per cent larger.",
-            needed_bytes=smallest.measured.peak_bytes,
-            budget_bytes=self.budget,
-        )
-
-    def result(self, best: _Candidate, target_batch: int | None, tolerance: float) -> Fit:
-        """Settle for the lowest peak within the tolerance, and put it all together."""
-        least = (1 - tolerance) * best.rows_per_second
-        close = [c for c in self.candidates if c.measured and c.measured.fits and c.rows_per_second >= least]
-        chosen = min([best, *close], key=lambda c: c.measured.peak_bytes if c.measured else 0)
-        measured = chosen.measured
-        assert measured is not None
-        per_row = self.items_per_row
-        ordered = sorted(self.candidates, key=lambda c: (c.floor_bytes, c.batch_size))
-        keep = set(unbeaten([(c.floor_bytes, self.predicted(c)) for c in ordered]))
-        settings = [replace(self.setting(c), unbeaten=i in keep) for i, c in enumerate(ordered)]
-        notes = []
-        if not self.throttle:
-            notes.append("The memory limit was not set below the budget (throttle=False).")
-        return Fit(
-            batch_size=chosen.batch_size,
-            accumulation_steps=1 if target_batch is None else target_batch // chosen.batch_size,
-            paths=self.survey.chosen(chosen.choice),
-            found=len(self.survey.paths),
-            limit_bytes=measured.limit_bytes,
-            budget_bytes=self.budget,
-            predicted_peak_bytes=chosen.floor_bytes,
-            measured_peak_bytes=measured.peak_bytes,
-            predicted_rate=(chosen.foreseen or self.predicted(chosen)) * per_row,
-            measured_rate=chosen.rows_per_second * per_row,
-            measured_seconds=measured.seconds,
-            unit=self.unit,
-            settings=tuple(settings),
-            notes=tuple(notes),
-            _model=self.survey.model,
-        )
-
-    def setting(self, candidate: _Candidate) -> Setting:
-        """One row of the result."""
-        known = Setting(
-            candidate.batch_size,
-            sum(candidate.choice),
-            candidate.floor_bytes,
-            (candidate.foreseen or self.predicted(candidate)) * self.items_per_row,
-        )
-        measured = candidate.measured
-        if measured is None:
-            return known
-        return replace(
-            known,
-            limit_bytes=measured.limit_bytes,
-            peak_bytes=measured.peak_bytes,
-            seconds=measured.seconds,
-            rate=candidate.rows_per_second * self.items_per_row,
-            fits=measured.fits,
-        )
+def _finite(figure: float) -> float | None:
+    """A figure that JSON can hold."""
+    return figure if math.isfinite(figure) else None

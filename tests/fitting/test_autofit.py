@@ -1,6 +1,7 @@
-"""autofit on a made-up machine whose fastest setting is known, and for real."""
+"""autofit on real graphs: with made-up times, whose fastest setting is known, and for real."""
 
 import gc
+import itertools
 import json
 from functools import partial
 
@@ -12,7 +13,7 @@ from mlx.utils import tree_flatten
 
 import mlx_tune.checkpointing.measure as measuring
 import mlx_tune.checkpointing.survey as surveying
-from mlx_tune import BudgetError, InvalidArgumentError, checkpoint, estimate_memory, is_checkpointed, uncheckpoint
+from mlx_tune import BudgetError, MlxTuneError, checkpoint, estimate_memory, is_checkpointed, uncheckpoint
 from mlx_tune import autofit as autofit_with_progress
 from mlx_tune.timing import StepTrial
 
@@ -105,32 +106,27 @@ class Machine:
         return n
 
 
-@pytest.mark.parametrize(
-    ("fixed", "row", "again"),
-    [
-        (1.0, 0.01, 0.0001),  # the fixed part rules: the largest batch there can be
-        (1.0, 0.1, 0.05),  # computing twice costs as much as a larger batch gains
-        (0.0, 0.1, 0.03),  # time in proportion: nothing larger is faster
-    ],
-)
-def test_the_fit_is_as_fast_as_the_best_of_the_simple_settings(monkeypatch, fixed, row, again):
-    machine = Machine(monkeypatch, fixed, row, again)
+def test_the_fit_is_as_fast_as_the_best_of_the_simple_settings(monkeypatch):
+    machine = Machine(monkeypatch, 1.0, 0.1, 0.01)
     budget = machine.training.floor(12, False)
     fit = machine.training.fit(budget)
     simple = [(machine.largest(False, budget), 0), (machine.largest(True, budget), BLOCKS), (4, 0)]
     best = max(n / machine.seconds(n, blocks) for n, blocks in simple)
-    assert fit.measured_rate / 32 >= 0.98 * best
+    assert fit.measured_rate / 32 >= 0.99 * best
     assert fit.measured_peak_bytes <= fit.budget_bytes
     assert fit.measured_seconds == pytest.approx(machine.seconds(fit.batch_size, len(fit.paths)))
     assert all(limit <= fit.budget_bytes for _, _, limit in machine.runs)
-
-
-def test_where_larger_batches_gain_nothing_the_smaller_peak_is_chosen(monkeypatch):
-    machine = Machine(monkeypatch, 0.0, 0.1, 0.03)
-    fit = machine.training.fit(machine.training.floor(256, False))
-    assert fit.paths == ()
-    assert max(n for n, _, _ in machine.runs) < 100
-    assert fit.batch_size < 100
+    names = [s.known_as for s in fit.settings if s.known_as]
+    assert sorted(names) == [
+        "largest with every block checkpointed",
+        "largest without checkpoints",
+        "mlx-lm's default batch",
+    ]
+    assert len(fit.frontier) >= 2
+    for smaller, larger in itertools.pairwise(fit.frontier):
+        assert smaller.floor_bytes <= larger.floor_bytes
+        assert smaller.predicted_rate < larger.predicted_rate
+    assert [s.batch_size for s in fit.settings if s.chosen] == [fit.batch_size]
 
 
 def test_sizes_divide_the_target_and_multiply_to_it(monkeypatch):
@@ -157,15 +153,35 @@ def test_without_throttling_the_limit_is_the_budget(monkeypatch):
     assert "throttle=False" in str(fit)
 
 
-def test_the_frontier_holds_no_beaten_setting(monkeypatch):
-    machine = Machine(monkeypatch, 1.0, 0.1, 0.01)
-    fit = machine.training.fit(machine.training.floor(12, False))
-    assert len(fit.frontier) >= 2
-    for a, b in zip(fit.frontier, fit.frontier[1:], strict=False):
-        assert a.floor_bytes <= b.floor_bytes
-    run = [s for s in fit.settings if s.rate is not None]
-    assert len(run) >= 2
-    assert any(s.batch_size == fit.batch_size and s.rate == fit.measured_rate for s in run)
+def test_checkpoints_can_be_left_as_they_are(monkeypatch):
+    machine = Machine(monkeypatch, 1.0, 0.1, 0.0)
+    list(map(checkpoint, machine.training.blocks))
+    try:
+        fit = machine.training.fit(10**6, checkpoint=False, max_batch=8)
+    finally:
+        assert uncheckpoint(machine.training.model) == BLOCKS
+    assert {blocks for _, blocks, _ in machine.runs} == {BLOCKS}
+    assert (fit.batch_size, fit.paths, fit.found) == (8, (), 0)
+    assert "(checkpoint=False)" in str(fit)
+    assert "blocks checkpointed" not in str(fit)
+
+
+def test_a_model_without_repeated_blocks_gets_the_rest():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    gradient = nn.value_and_grad(model, lambda model, x: model(x).square().mean())
+    fit = autofit(model, lambda x: gradient(model, x), lambda n: mx.ones((n, 8)), budget="1GB", max_batch=8)
+    assert 4 <= fit.batch_size <= 8
+    assert (fit.paths, fit.unit) == ((), "rows")
+    assert "Nothing was checkpointed: Sequential has no repeated block." in str(fit)
+    with fit.applied():
+        pass
+
+
+def test_the_smallest_batch_can_be_given(monkeypatch):
+    machine = Machine(monkeypatch, 0.0, 0.1, 0.0)
+    fit = machine.training.fit(10**6, min_batch=6, max_batch=9, multiple_of=3)
+    assert {n for n, _, _ in machine.runs} == {6, 9}
+    assert fit.batch_size == 6
 
 
 def test_a_real_fit_changes_nothing_and_applies(tmp_path):
@@ -186,7 +202,8 @@ def test_a_real_fit_changes_nothing_and_applies(tmp_path):
     finally:
         mx.set_memory_limit(limit_before)
     assert training.everything() == before
-    assert json.loads(json.dumps(fit.to_dict()))["batch_size"] == fit.batch_size
+    assert json.loads(json.dumps(fit.to_dict(), allow_nan=False))["batch_size"] == fit.batch_size
+    assert fit.search_seconds > 0
     assert str(fit).startswith("Fastest within ")
     fit.plot(tmp_path / "fit.svg")
     assert (tmp_path / "fit.svg").stat().st_size > 1000
@@ -211,16 +228,29 @@ def test_a_budget_that_no_batch_fits_is_an_error(monkeypatch):
         Training().fit(5000)
 
 
+def test_without_blocks_the_error_speaks_of_none(monkeypatch):
+    monkeypatch.setattr(measuring, "run_step", lambda *args: pytest.fail("ran"))
+    with pytest.raises(BudgetError, match=r"does not fit [^:]*: it needs at least"):
+        Training().fit(5000, checkpoint=False)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"target_batch": 0}, "target_batch=0"),
         ({"max_batch": 0}, "max_batch=0"),
-        ({"target_batch": 9, "multiple_of": 2}, "No batch size divides target_batch=9 and is a multiple of 2"),
+        ({"min_batch": True}, "min_batch=True"),
+        (
+            {"target_batch": 9, "multiple_of": 2},
+            "No batch size from min_batch=1 divides target_batch=9 and is a multiple of multiple_of=2",
+        ),
+        ({"min_batch": 9, "max_batch": 8}, "No batch size from min_batch=9 up to max_batch=8 is a multiple"),
+        ({"checkpoint": False, "select": "layers.*"}, "checkpoint=False that none"),
+        ({"select": "blocks.*"}, r"select='blocks.\*' selects no module"),
         ({"tolerance": 1.5}, "tolerance=1.5"),
         ({"steps": 0}, "steps=0"),
     ],
 )
 def test_contradictions_are_refused(options, text):
-    with pytest.raises(InvalidArgumentError, match=text):
+    with pytest.raises(MlxTuneError, match=text):
         Training().fit(10**9, **options)

@@ -34,7 +34,7 @@ def test_the_largest_figure_counts(own, other):
 
 def test_the_highest_peak_and_the_longest_time_count():
     together = Together(Other(-500, -2_000_000))
-    assert together.trial(lambda: StepTrial(1000, 700, 1.0)) == StepTrial(1000, 700, 2.0)
+    assert together.trial(lambda: StepTrial(1000, 700, 1.0), budget_bytes=9000) == StepTrial(1000, 700, 2.0)
 
 
 SCRIPT = """

@@ -1,0 +1,177 @@
+"""Settings that are run: the limit that holds each within the budget, and how they come in when timed in turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import mlx.core as mx
+
+from mlx_tune.checkpointing.choose import Choice
+from mlx_tune.checkpointing.measure import Measured, Measurements
+from mlx_tune.checkpointing.survey import Survey
+from mlx_tune.errors import BudgetError
+from mlx_tune.fitting.race import Standing, race
+from mlx_tune.fitting.together import Together
+from mlx_tune.progress import Bar
+from mlx_tune.timing import arrays_of
+from mlx_tune.units import format_bytes
+
+#: How often a limit is lowered for a setting whose peak went over the budget after all.
+_SECOND_CHANCES = 2
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A batch size with a choice of blocks.
+
+    Attributes:
+        batch_size: Rows in a step.
+        choice: Which blocks are checkpointed.
+        floor_bytes: What the step needs at the least.
+        known_as: Why anybody would try it, or nothing.
+        measured: What real steps took, where it was run.
+        foreseen: Rows a second, predicted before it was run.
+        standing: How it came in where it was timed in turns with others.
+    """
+
+    batch_size: int
+    choice: Choice
+    floor_bytes: int
+    known_as: str = ""
+    measured: Measured | None = None
+    foreseen: float | None = None
+    standing: Standing | None = None
+
+    @property
+    def rows_per_second(self) -> float:
+        """Measured; 0 where it was not run."""
+        return self.batch_size / self.measured.seconds if self.measured else 0.0
+
+    @property
+    def fits(self) -> bool:
+        """Whether it was run and its peak is within the budget."""
+        return self.measured is not None and self.measured.fits
+
+    @property
+    def held_back(self) -> bool:
+        """Whether it fits, and only because the limit made it wait."""
+        return self.fits and self.measured is not None and self.measured.peak_bytes >= self.measured.limit_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Measured; 0 where it was not run."""
+        return self.measured.peak_bytes if self.measured else 0
+
+    @property
+    def behind(self) -> float:
+        """How much longer a row takes than under the fastest setting; infinite where it was not timed in turns."""
+        return self.standing.behind if self.standing else math.inf
+
+    def fall_back(self, by: float) -> None:
+        """Note that what it was held against turned out to be this far behind itself."""
+        if self.standing is not None:
+            self.standing = replace(self.standing, behind=(1 + self.standing.behind) * (1 + by) - 1)
+
+
+class Trials:
+    """Runs settings of one step, and remembers what came of it.
+
+    Args:
+        survey: The step.
+        budget_bytes: What the peak may be.
+        steps: Real steps for each setting and limit.
+        throttle: Whether the memory limit may be below the budget.
+        tolerance: Differences in rate up to this share do not count.
+        together: The ranks that search.
+        bar: Told what is going on.
+    """
+
+    def __init__(
+        self,
+        survey: Survey,
+        budget_bytes: int,
+        *,
+        steps: int,
+        throttle: bool,
+        tolerance: float,
+        together: Together,
+        bar: Bar,
+    ) -> None:
+        """Note what to run; nothing is run yet."""
+        self.survey, self.budget, self.steps, self.throttle = survey, budget_bytes, steps, throttle
+        self.tolerance, self.together, self.bar = tolerance, together, bar
+        self._real: dict[int, Measurements] = {}
+
+    def measure(self, candidate: Candidate) -> None:
+        """Run a setting under the best limit for it."""
+        self._take_batch(candidate.batch_size)
+        candidate.measured = self._real[candidate.batch_size].fit(candidate.choice, candidate.floor_bytes)
+
+    def in_turns(self, racers: Sequence[Candidate], most_turns: int) -> list[Candidate]:
+        """Time settings in turns, note how they came in, and return those that fit, the fastest first."""
+        ways = [partial(self._one_turn, candidate) for candidate in racers]
+        standings = race(ways, tolerance=self.tolerance, most_turns=most_turns)
+        for candidate, standing in zip(racers, standings, strict=True):
+            candidate.standing = standing
+        finished = [c for c in racers if math.isfinite(c.behind) and c.fits]
+        if not finished:
+            raise self.nothing_fits(min(racers, key=lambda c: c.peak_bytes))
+        return sorted(finished, key=lambda c: c.behind)
+
+    def _one_turn(self, candidate: Candidate) -> float:
+        """One more step of a setting; seconds for each row, infinite where no limit holds it within the budget."""
+        measured = candidate.measured
+        assert measured is not None
+        self.bar.update(text=f"batch {candidate.batch_size}, {sum(candidate.choice)} blocks, in turns with others")
+        for _ in range(1 + _SECOND_CHANCES):
+            self._take_batch(candidate.batch_size)
+            seconds = self._real[candidate.batch_size].once(measured)
+            if measured.fits:
+                return max(1e-9, seconds) / candidate.batch_size
+            lower = measured.limit_bytes - max(round(1.25 * (measured.peak_bytes - self.budget)), 1)
+            if not self.throttle or lower < 0.7 * candidate.floor_bytes:
+                break
+            measured.limit_bytes, measured.peak_bytes, measured.seconds = lower, 0, math.inf
+        return math.inf
+
+    def _take_batch(self, size: int) -> None:
+        """Make the batch that is about to be run, and let go of others: they would count towards its peak."""
+        survey = self.survey
+        if size not in self._real:
+            self._real[size] = Measurements(
+                survey.model,
+                survey.paths,
+                survey.step,
+                None,
+                survey.state,
+                self.budget,
+                self.steps,
+                self.bar,
+                throttle=self.throttle,
+                share=partial(self.together.trial, budget_bytes=self.budget),
+            )
+        if self._real[size].batch is None:
+            for other in self._real.values():
+                other.batch = None
+            self._real[size].batch = self.together.everywhere(lambda: _made(survey.make_batch(size)))
+
+    def nothing_fits(self, least: Candidate) -> BudgetError:
+        """The estimate said that it fits, and the measurement that it does not."""
+        count = len(least.choice)
+        blocks = f"with {sum(least.choice)} of {count} blocks checkpointed " if count else ""
+        return BudgetError(
+            f"Batch size {least.batch_size} does not fit {format_bytes(self.budget)}: {blocks}it was predicted to need "
+            f"at least {format_bytes(least.floor_bytes)}, and its peak was {format_bytes(least.peak_bytes)}. Take a "
+            "budget a few per cent larger.",
+            needed_bytes=least.peak_bytes,
+            budget_bytes=self.budget,
+        )
+
+
+def _made(batch: object) -> object:
+    """A batch that exists."""
+    mx.eval(list(arrays_of(batch)))
+    return batch
