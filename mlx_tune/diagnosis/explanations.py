@@ -123,6 +123,20 @@ ENTRIES: tuple[Entry, ...] = (
         (_MLX + "issues/4174",),
     ),
     Entry(
+        "The Mac panics",
+        r"completeMemory\(\) prepare count underflow|IOGPU(Group)?Memory\.cpp",
+        'panic(cpu 9 caller 0xfffffe0044): "completeMemory() prepare count underflow" @IOGPUMemory.cpp:550',
+        "macOS's GPU driver lost count of memory and took the whole machine down. It is a fault of macOS that MLX can "
+        "bring about: long prompts, batches of many requests, buffers that are made and released all the time, above "
+        "all while memory is wired.",
+        (
+            "Wire nothing: `MLX_TUNE_NO_WIRING=1` in the environment (mlx-lm wires on its own, without a switch).",
+            "Leave slack: a smaller batch or prompt, no tight `mt.memory_limit` around wired memory.",
+            "Update macOS, and report the panic to Apple: the thread names the report to refer to.",
+        ),
+        (_MLX + "issues/3186", _MLX + "issues/3346"),
+    ),
+    Entry(
         "Too many buffers",
         r"\[metal::malloc\] Resource limit \(\d+\) exceeded",
         "[metal::malloc] Resource limit (499000) exceeded.",
