@@ -1,14 +1,14 @@
 """Places that hold values and can be put back: one small class for each way Python has of holding something.
 
-Each reads what it holds as a new dictionary or list, and puts such a reading back, touching only what differs.
+Each reads what it holds as a new dictionary or list, tells whether it still holds that, and puts such a reading back,
+touching only what differs.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from functools import partial
+from contextvars import ContextVar
 from operator import is_
-from types import FunctionType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -25,29 +25,70 @@ class Place(Protocol):
         """Hold this again."""
 
 
-class Items:
+class Held:
+    """The places of this file.
+
+    Attributes:
+        held: The container.
+    """
+
+    __slots__ = ("held",)
+
+    def __init__(self, held: Any) -> None:
+        self.held: Any = held
+
+    def get(self) -> Any:
+        """What it holds, as a dictionary or list of its own."""
+        raise NotImplementedError
+
+    def put(self, items: Any) -> None:
+        """Hold this again."""
+        raise NotImplementedError
+
+    def same(self, items: Any) -> bool:
+        """Whether it holds the very same objects as in this reading, in the same order."""
+        return same_items(self.get(), items)
+
+
+def same_items(a: Any, b: Any) -> bool:
+    """Whether two readings of a place hold the very same objects in the same order."""
+    if len(a) != len(b):
+        return False
+    if isinstance(a, dict):
+        return all(map(is_, a.values(), b.values())) and all(map(is_, a, b))
+    return all(map(is_, a, b))
+
+
+class Items(Held):
     """A dictionary: a plain one, a module's parameters, or an object's attributes.
 
     A subclass may make something else of reading and writing, so the class below is asked. An OrderedDict keeps its
     order beside the dictionary, and has to be asked itself.
     """
 
-    __slots__ = ("held", "kind")
+    __slots__ = ("kind",)
 
     def __init__(self, held: dict[Any, Any]) -> None:
-        self.held = held
+        super().__init__(held)
         self.kind: type[dict[Any, Any]] = OrderedDict if isinstance(held, OrderedDict) else dict
 
     def get(self) -> dict[Any, Any]:
         """A copy."""
-        return dict.copy(self.held)
+        return dict.copy(self.held) if self.kind is dict else dict(OrderedDict.items(self.held))
+
+    def same(self, items: dict[Any, Any]) -> bool:
+        """Compared where it lies."""
+        held, kind = self.held, self.kind
+        return (
+            len(held) == len(items)
+            and all(map(is_, kind.values(held), items.values()))
+            and all(map(is_, kind.__iter__(held), items))
+        )
 
     def put(self, items: dict[Any, Any]) -> None:
-        """Set what differs; where keys were added or removed, rebuild so that the order is the old one too."""
+        """Set what differs; where keys were added, removed or renamed, rebuild so that the order is the old one too."""
         held, kind = self.held, self.kind
-        if len(held) == len(items) and all(map(is_, dict.values(held), items.values())):
-            return
-        if dict.keys(held) != items.keys():
+        if len(held) != len(items) or not all(map(is_, kind.__iter__(held), items)):
             kind.clear(held)
             kind.update(held, items)
             return
@@ -62,54 +103,50 @@ class ModuleAttributes(Items):
     __slots__ = ()
 
 
-class Sequence:
+class Sequence(Held):
     """A list or a deque."""
 
-    __slots__ = ("held",)
-
-    def __init__(self, held: Any) -> None:
-        self.held = held
+    __slots__ = ()
 
     def get(self) -> list[Any]:
         """A copy as a list."""
         return list(self.held)
 
+    def same(self, items: list[Any]) -> bool:
+        """Compared where it lies."""
+        return len(self.held) == len(items) and all(map(is_, self.held, items))
+
     def put(self, items: list[Any]) -> None:
         """Replace the whole, where anything differs."""
-        held = self.held
-        if len(held) == len(items) and all(map(is_, held, items)):
-            return
-        held.clear()
-        held.extend(items)
+        if not self.same(items):
+            self.held.clear()
+            self.held.extend(items)
 
 
-class Members:
-    """A set."""
+class Members(Held):
+    """A set. In which order other arrays come out of it is up to where they lie."""
 
-    __slots__ = ("held",)
-
-    def __init__(self, held: set[Any]) -> None:
-        self.held = held
+    __slots__ = ()
 
     def get(self) -> list[Any]:
         """Its members in some order."""
         return list(self.held)
 
+    def same(self, items: list[Any]) -> bool:
+        """Whether these are its members, in any order."""
+        return len(self.held) == len(items) and set(map(id, self.held)) == set(map(id, items))
+
     def put(self, items: list[Any]) -> None:
         """Replace the whole, where anything differs."""
-        if len(self.held) == len(items) and all(item in self.held for item in items):
-            return
-        self.held.clear()
-        self.held.update(items)
+        if not self.same(items):
+            self.held.clear()
+            self.held.update(items)
 
 
-class Cell:
+class Cell(Held):
     """A variable that a function closes over."""
 
-    __slots__ = ("held",)
-
-    def __init__(self, held: Any) -> None:
-        self.held = held
+    __slots__ = ()
 
     def get(self) -> list[Any]:
         """One item, or none where the variable is not bound yet."""
@@ -126,13 +163,10 @@ class Cell:
             del self.held.cell_contents
 
 
-class Defaults:
+class Defaults(Held):
     """A function's defaults for positional arguments."""
 
-    __slots__ = ("held",)
-
-    def __init__(self, held: FunctionType) -> None:
-        self.held = held
+    __slots__ = ()
 
     def get(self) -> list[Any]:
         """The defaults in order."""
@@ -140,18 +174,14 @@ class Defaults:
 
     def put(self, items: list[Any]) -> None:
         """Set them where any differs."""
-        now = self.held.__defaults__ or ()
-        if len(now) != len(items) or not all(map(is_, now, items)):
+        if not self.same(items):
             self.held.__defaults__ = tuple(items) or None
 
 
-class PartialArguments:
+class PartialArguments(Held):
     """What `functools.partial` has bound."""
 
-    __slots__ = ("held",)
-
-    def __init__(self, held: partial[Any]) -> None:
-        self.held = held
+    __slots__ = ()
 
     def get(self) -> list[Any]:
         """The function, the positional and the named arguments."""
@@ -159,19 +189,39 @@ class PartialArguments:
 
     def put(self, items: list[Any]) -> None:
         """Set them where any differs."""
-        if not all(map(is_, self.get(), items)):
+        if not self.same(items):
             function, arguments, named = items
-            held: Any = self.held
-            held.__setstate__((function, arguments, named, held.__dict__ or None))
+            self.held.__setstate__((function, arguments, named, self.held.__dict__ or None))
 
 
-class Names:
+class ContextValue(Held):
+    """What a context variable holds in the context of this thread or task."""
+
+    __slots__ = ()
+
+    def __init__(self, held: ContextVar[Any]) -> None:
+        super().__init__(held)
+
+    def get(self) -> list[Any]:
+        """One item, or none where it is not set and has no default."""
+        try:
+            return [self.held.get()]
+        except LookupError:
+            return []
+
+    def put(self, items: list[Any]) -> None:
+        """Set it; one that had no value keeps the one it has, since context variables cannot be unset."""
+        if items and not self.same(items):
+            self.held.set(items[0])
+
+
+class Names(Held):
     """Some names of a dictionary, such as the globals that a function uses."""
 
-    __slots__ = ("held", "names")
+    __slots__ = ("names",)
 
     def __init__(self, held: dict[str, Any], names: tuple[str, ...]) -> None:
-        self.held = held
+        super().__init__(held)
         self.names = names
 
     def get(self) -> dict[str, Any]:
@@ -188,17 +238,21 @@ class Names:
                 self.held[name] = items[name]
 
 
-class Attributes:
-    """Some attributes of an object without a dictionary (`__slots__`), or of a class."""
+class Attributes(Held):
+    """Some attributes of an object without a dictionary (`__slots__`), or of a class itself."""
 
-    __slots__ = ("held", "names")
+    __slots__ = ("names",)
 
     def __init__(self, held: Any, names: tuple[str, ...]) -> None:
-        self.held = held
+        super().__init__(held)
         self.names = names
 
     def get(self) -> dict[str, Any]:
         """Those that are set."""
+        if isinstance(self.held, type):
+            # Not what a class inherits, and a descriptor itself rather than what it gives.
+            own = vars(self.held)
+            return {name: own[name] for name in self.names if name in own}
         found = {name: getattr(self.held, name, _MISSING) for name in self.names}
         return {name: value for name, value in found.items() if value is not _MISSING}
 
@@ -209,8 +263,9 @@ class Attributes:
             if isinstance(self.held, type)
             else (object.__setattr__, object.__delattr__)
         )
+        found = self.get()
         for name in self.names:
-            now = getattr(self.held, name, _MISSING)
+            now = found.get(name, _MISSING)
             if name in items:
                 if now is not items[name]:
                     assign(self.held, name, items[name])

@@ -2,170 +2,140 @@
 
 A block's gradient must reach each array that the block used, wherever it took it from, and running the block a
 second time must start from what the containers held the first time and leave no mark in them. So before a call
-everything reachable is noted: arguments, attributes, items, closures, defaults, and the globals that the code
-names. The walk knows arrays by identity; a tied weight is one array in two places.
+everything reachable is noted: arguments, attributes, items, closures, defaults, classes, and the globals that the
+code names. The walk knows arrays by identity; a tied weight is one array in two places.
 """
 
 from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial
-from types import FunctionType, MethodType, SimpleNamespace
+from threading import local
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
+from weakref import CallableProxyType, ProxyType, ref
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.checkpointing.named import class_arrays, class_functions, global_names, is_foreign
+from mlx_tune.checkpointing.named import MAKING, Facts, contents_of, facts_of, functions_of, global_names, is_foreign
+from mlx_tune.checkpointing.notes import Note, Ref, Remade
 from mlx_tune.places import (
     Attributes,
     Cell,
+    ContextValue,
     Defaults,
+    Held,
     Items,
+    Members,
     ModuleAttributes,
     Names,
     PartialArguments,
-    Place,
     Sequence,
-    slot_names,
 )
 
 _MISSING = object()
 
+#: Values of these types hold nothing.
+_PLAIN: frozenset[type] = frozenset(
+    {int, float, complex, bool, str, bytes, type(None), type(...), range, slice, mx.Dtype}
+)
 
-class Ref:
-    """Stands for an array in a note of what a container held."""
-
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-class TupleOf:
-    """Stands for a tuple that holds arrays, which has to be made anew to hold others."""
-
-    __slots__ = ("items", "kind")
-
-    def __init__(self, kind: type, items: list[Any]) -> None:
-        self.kind = kind
-        self.items = items
-
-
-def filled(template: Any, arrays: list[mx.array]) -> Any:
-    """A value with the arrays that its template stands for."""
-    if type(template) is Ref:
-        return arrays[template.index]
-    if type(template) is TupleOf:
-        items = [filled(item, arrays) for item in template.items]
-        if template.kind is tuple:
-            return tuple(items)
-        if hasattr(template.kind, "_make"):
-            return template.kind._make(items)
-        return template.kind(items)
-    return template
-
-
-class Note:
-    """What one place held: its items, those with arrays replaced by templates.
-
-    Attributes:
-        place: Where.
-        items: What it held.
-        templates: The keys of `items` that are templates.
-    """
-
-    __slots__ = ("items", "place", "templates")
-
-    def __init__(self, place: Place, items: Any, templates: list[Any]) -> None:
-        self.place = place
-        self.items = items
-        self.templates = templates
-
-    def filled(self, arrays: list[mx.array]) -> Any:
-        """The items with these arrays in them."""
-        if not self.templates:
-            return self.items
-        items = self.items.copy()
-        for key in self.templates:
-            items[key] = filled(items[key], arrays)
-        return items
+#: Modules of the standard library whose objects are made to hold other people's.
+_OPEN = frozenset({"argparse", "collections", "functools", "types", "weakref"})
 
 
 class Walk:
     """Walks values and notes arrays and containers, each once, in an order that only depends on the values.
 
     Args:
-        known: Identities of containers not to enter, such as those of an earlier walk.
+        known: Containers not to enter, by identity: what an earlier walk has `seen`.
         wanted: Which arrays to note; others are left where they are.
 
     Attributes:
         arrays: The arrays found.
-        notes: The containers found, with what they held.
-        before: For each of `notes`, its items themselves. Holds arrays: drop it when it is no longer needed.
-        seen: Everything entered, by identity, known ones included.
+        notes: The containers found, with what they held. They hold arrays until they are told to forget them.
+        seen: Everything entered, by identity, which holds on to it so that nothing else can have that identity.
+        untrained: The indices of arrays that a module holds and does not train: frozen ones, and those whose names
+            begin with an underscore.
+        iterators: Iterators found that only run once.
     """
 
-    def __init__(self, known: Iterable[int] = (), wanted: Callable[[mx.array], bool] | None = None) -> None:
+    def __init__(
+        self, known: Mapping[int, Any] | None = None, wanted: Callable[[mx.array], bool] | None = None
+    ) -> None:
         self.arrays: list[mx.array] = []
         self.notes: list[Note] = []
-        self.before: list[Any] = []
-        self.seen: set[int] = set(known)
+        self.seen: dict[int, Any] = {}
+        self.untrained: list[int] = []
+        self.iterators: list[Any] = []
+        self._known = known or {}
         self._wanted = wanted
         self._index: dict[int, int] = {}
-        self._queue: deque[tuple[Place, Any]] = deque()
+        self._functions: list[FunctionType] = []
+        self._entered = 0
 
     def add(self, value: Any) -> Any:
         """Note a value and everything below it; returns what stands for it."""
         template = self._encode(value)
-        queue = self._queue
-        while queue:
-            self._enter(*queue.popleft())
-        return template
-
-    def _enter(self, place: Place, items: Any) -> None:
-        noted = items
-        templates: list[Any] = []
-        for key, value in items.items() if isinstance(items, dict) else enumerate(items):
-            handler = _KINDS.get(type(value))
-            if handler is _leave:
-                continue
-            template = self._encode(value) if handler is None else handler(self, value)
-            if template is not value:
-                if not templates:
-                    noted = items.copy()
-                noted[key] = template
-                templates.append(key)
-        self.notes.append(Note(place, noted, templates))
-        self.before.append(items)
+        notes, functions = self.notes, self._functions
+        while True:
+            if functions:
+                _look_into(self, functions.pop())
+            elif self._entered < len(notes):
+                self._enter(notes[self._entered])
+                self._entered += 1
+            else:
+                return template
 
     def _encode(self, value: Any) -> Any:
+        """What stands for a value: a template, or the value itself."""
         kind = type(value)
-        handler = _KINDS.get(kind)
-        if handler is None:
-            handler = _KINDS[kind] = _handler(kind)
-        return handler(self, value)
+        if kind in _PLAIN:
+            return value
+        mark = (_HANDLERS.get(kind) or _handler(kind))(self, value)
+        return value if mark is None else mark
+
+    def _enter(self, note: Note) -> None:
+        items, marks = note.items, note.marks
+        for key, value in items.items() if type(items) is dict else enumerate(items):
+            kind = type(value)
+            if kind in _PLAIN:
+                continue
+            mark = (_HANDLERS.get(kind) or _handlers.get(id(kind)) or _handler(kind))(self, value)
+            if mark is not None:
+                marks[key] = mark
+        if marks and isinstance(note.place.held, nn.Module):
+            frozen = vars(note.place.held).get("_no_grad", ())
+            for key, mark in marks.items():
+                if type(mark) is Ref and (key in frozen or str(key).startswith("_")):
+                    self.untrained.append(mark.index)
+
+    def _push(self, place: Held) -> None:
+        self.notes.append(Note(place))
 
     def _visit(self, value: Any) -> bool:
         """Whether this is the first time."""
-        if id(value) in self.seen:
+        seen, identity = self.seen, id(value)
+        if identity in seen or identity in self._known:
             return False
-        self.seen.add(id(value))
+        seen[identity] = value
         return True
 
-    def _push(self, place: Place) -> None:
-        self._queue.append((place, place.get()))
+
+# Handlers: each notes a value, and returns a template where one has to stand for it.
 
 
-def _leave(walk: Walk, value: Any) -> Any:
-    return value
+def _leave(walk: Walk, value: Any) -> None:
+    """Nothing is in it."""
 
 
-def _array(walk: Walk, value: mx.array) -> Any:
+def _array(walk: Walk, value: mx.array) -> Ref | None:
     if walk._wanted is not None and not walk._wanted(value):
-        return value
+        return None
     index = walk._index.get(id(value))
     if index is None:
         index = walk._index[id(value)] = len(walk.arrays)
@@ -173,157 +143,227 @@ def _array(walk: Walk, value: mx.array) -> Any:
     return Ref(index)
 
 
-def _tuple(walk: Walk, value: tuple[Any, ...]) -> Any:
+def _tuple(walk: Walk, value: Any) -> Remade | None:
     items = [walk._encode(item) for item in value]
     if all(new is old for new, old in zip(items, value, strict=True)):
-        return value
-    return TupleOf(type(value), items)
+        return None
+    return Remade(type(value), items, getattr(value, "__dict__", None))
 
 
-def _set(walk: Walk, value: Any) -> Any:
-    # Arrays in a set cannot be replaced (the set is ordered by their hash); what else is in it can be entered.
-    if walk._visit(value):
-        for item in value:
-            if not isinstance(item, mx.array):
-                walk._encode(item)
-    return value
+def _set(walk: Walk, value: set[Any]) -> None:
+    if walk._visit(value) and not all(type(item) in _PLAIN for item in value):
+        walk._push(Members(value))
 
 
-def _list(walk: Walk, value: Any) -> Any:
+def _list(walk: Walk, value: Any) -> None:
     if walk._visit(value):
         walk._push(Sequence(value))
-        _own(walk, value)
-    return value
+        if type(value) is not list:
+            _own(walk, value)
 
 
-def _dict(walk: Walk, value: Any) -> Any:
+def _dict(walk: Walk, value: Any) -> None:
+    if walk._visit(value):
+        walk._push(Items(value))
+
+
+def _dict_like(walk: Walk, value: Any) -> None:
+    """A dictionary of a class of its own: a module, or what a model returns."""
     if walk._visit(value):
         walk._push(Items(value))
         _own(walk, value)
-    return value
 
 
-def _object(walk: Walk, value: Any) -> Any:
+def _object(walk: Walk, value: Any) -> None:
     if walk._visit(value):
         _own(walk, value)
-    return value
 
 
 def _own(walk: Walk, value: Any) -> None:
     """Attributes of an object, and what its class's code names."""
     kind = type(value)
+    facts = facts_of(kind)
     attributes = getattr(value, "__dict__", None)
-    if type(attributes) is dict and attributes:
-        if not isinstance(value, nn.Module):
+    if type(attributes) is dict and walk._visit(attributes):
+        if not facts.is_module:
             walk._push(Items(attributes))
-        elif not (is_foreign(kind.__module__) and _is_plain(attributes)):
+        elif not (facts.foreign and _is_plain(attributes)):
             # MLX's own layers do not change their numbers and flags when they are called.
             walk._push(ModuleAttributes(attributes))
-    names = slot_names(kind)
-    if names:
-        walk._push(Attributes(value, names))
-    for function in class_functions(kind):
-        _function(walk, function)
-    for base, arrays in class_arrays(kind):
-        if walk._visit(base):
-            walk._push(Attributes(base, arrays))
+    if facts.slots:
+        walk._push(Attributes(value, facts.slots))
+    if facts.own and walk._visit(facts):
+        for base in facts.own:
+            _class_itself(walk, base())
 
 
 def _is_plain(attributes: dict[str, Any]) -> bool:
     """Whether there is nothing in them to enter."""
-    return all(_KINDS.get(type(value)) is _leave or (not value and type(value) is set) for value in attributes.values())
+    return all(type(value) in _PLAIN or (not value and type(value) is set) for value in attributes.values())
 
 
-def _method(walk: Walk, value: MethodType) -> Any:
+def _class_itself(walk: Walk, kind: Any, making: bool = False) -> None:
+    """The functions and values of one class; how it is made only where a block may do so."""
+    contents, held = contents_of(kind), vars(kind)
+    for name in contents.functions:
+        if making or name not in MAKING:
+            for function in functions_of(held[name]):
+                _handler(type(function))(walk, function)
+    if contents.values and walk._visit(contents):
+        walk._push(Attributes(kind, contents.values))
+
+
+def _class(walk: Walk, value: type) -> None:
+    """A class that a block names or holds: it may read its attributes, or make an object of it."""
+    if walk._visit(value):
+        for base in facts_of(value).own:
+            _class_itself(walk, base(), making=True)
+        if type(value) is not type:
+            _own(walk, value)
+
+
+def _method(walk: Walk, value: MethodType) -> None:
     walk._encode(value.__self__)
     walk._encode(value.__func__)
-    return value
 
 
-def _partial(walk: Walk, value: Any) -> Any:
+def _partial(walk: Walk, value: Any) -> None:
     # A partial's arguments are read-only, but __setstate__ replaces them.
     if walk._visit(value):
         walk._push(PartialArguments(value))
-    return value
 
 
-def _transformed(walk: Walk, value: Any) -> Any:
+def _transformed(walk: Walk, value: Any) -> None:
     # mx.compile, mx.checkpoint, mx.grad and the like hold the function they wrap, and compile the state it was given
     # as inputs=, where only the garbage collector sees them.
     if walk._visit(value):
         for held in gc.get_referents(value):
-            walk._encode(held)
-    return value
+            if not isinstance(held, type):
+                walk._encode(held)
 
 
-def _function(walk: Walk, value: FunctionType) -> Any:
-    if not walk._visit(value):
-        return value
+def _weak(walk: Walk, value: Any) -> None:
+    try:
+        # A proxy hands every look-up on to what it stands for, bound methods included.
+        held = value() if isinstance(value, ref) else value.__repr__.__self__
+    except ReferenceError:
+        return
+    if not isinstance(held, mx.array):
+        walk._encode(held)
+
+
+def _context(walk: Walk, value: ContextVar[Any]) -> None:
+    if walk._visit(value):
+        walk._push(ContextValue(value))
+
+
+def _iterator(walk: Walk, value: Any) -> None:
+    walk.iterators.append(value)
+
+
+def _function(walk: Walk, value: FunctionType) -> None:
+    if walk._visit(value):
+        walk._functions.append(value)
+
+
+def _look_into(walk: Walk, value: FunctionType) -> None:
+    """What a function holds, and what its code names."""
+    code = value.__code__
+    if value.__closure__:
+        for name, cell in zip(code.co_freevars, value.__closure__, strict=True):
+            # The class that super() needs is never bound to anything else.
+            if name != "__class__" and walk._visit(cell):
+                walk._push(Cell(cell))
     if is_foreign(value.__module__):
         # A library's function holds what the caller gave it in its closure (functools.wraps, nn.value_and_grad).
-        if value.__closure__:
-            for cell in value.__closure__:
-                _cell(walk, cell)
-        return value
-    if value.__closure__:
-        for cell in value.__closure__:
-            _cell(walk, cell)
-    if value.__defaults__ and any(_KINDS.get(type(default)) is not _leave for default in value.__defaults__):
+        return
+    if value.__defaults__ and not all(type(default) in _PLAIN for default in value.__defaults__):
         walk._push(Defaults(value))
     if value.__kwdefaults__:
         walk._encode(value.__kwdefaults__)
     if value.__dict__:
         walk._encode(value.__dict__)
-    scope = value.__globals__
-    named = []
-    for name in global_names(value.__code__, scope):
-        held = scope.get(name, _MISSING)
-        if held is _MISSING:
+    names = global_names(code)
+    if names.loaded or names.stored:
+        _named(walk, value.__globals__, names.loaded, names.stored)
+
+
+def _named(walk: Walk, scope: dict[str, Any], loaded: dict[str, tuple[str, ...]], stored: tuple[str, ...]) -> None:
+    """What names stand for in a module."""
+    noted = list(stored)
+    for name, attributes in loaded.items():
+        value = scope.get(name, _MISSING)
+        kind = type(value)
+        if value is _MISSING or kind in _PLAIN:
             continue
-        handler = _KINDS.get(type(held))
-        if handler is _leave:
+        if kind is ModuleType:
+            if attributes and not is_foreign(value.__name__):
+                _of_module(walk, value, attributes)
             continue
-        if handler is _function or handler is _transformed:
-            handler(walk, held)
+        handler = _HANDLERS.get(kind) or _handler(kind)
+        if handler is _array or handler is _tuple:
+            if name not in noted:
+                noted.append(name)
         else:
-            named.append(name)
-    if named:
-        walk._push(Names(scope, tuple(named)))
-    return value
+            handler(walk, value)
+    if noted:
+        walk._push(Names(scope, tuple(noted)))
 
 
-def _cell(walk: Walk, cell: Any) -> None:
-    if walk._visit(cell):
-        walk._push(Cell(cell))
+def _of_module(walk: Walk, module: ModuleType, asked: tuple[str, ...]) -> None:
+    """What code asks of a module by name: `ops.math.sine` asks for `math`, and that for `sine`."""
+    first: dict[str, list[str]] = {}
+    for path in asked:
+        name, _, rest = path.partition(".")
+        first.setdefault(name, []).extend([rest] if rest else [])
+    _named(walk, vars(module), {name: tuple(rest) for name, rest in first.items()}, ())
 
 
 _TRANSFORMED = {type(mx.compile(abs)), type(mx.checkpoint(abs)), type(mx.custom_function(abs))}
 
-_KINDS: dict[type, Callable[[Walk, Any], Any]] = {
+_HANDLERS: dict[type, Callable[[Walk, Any], Any]] = {
+    **dict.fromkeys(_PLAIN, _leave),
+    **dict.fromkeys(_TRANSFORMED, _transformed),
     mx.array: _array,
     tuple: _tuple,
+    frozenset: _tuple,
     list: _list,
     dict: _dict,
     set: _set,
-    frozenset: _set,
     deque: _list,
     FunctionType: _function,
     MethodType: _method,
     partial: _partial,
     SimpleNamespace: _object,
+    type: _class,
+    ref: _weak,
+    ProxyType: _weak,
+    CallableProxyType: _weak,
+    ContextVar: _context,
+    local: _object,
 }
+_handlers: Facts[Callable[[Walk, Any], Any]] = Facts()
 
 
 def _handler(kind: type) -> Callable[[Walk, Any], Any]:
     """How to walk instances of a class."""
+    return _HANDLERS.get(kind) or _handlers.get(id(kind)) or _handlers.learn(kind, _choose(kind))
+
+
+def _choose(kind: type) -> Callable[[Walk, Any], Any]:
     if issubclass(kind, type):
-        return _leave
-    for base, handler in ((tuple, _tuple), (dict, _dict), (list, _list), (deque, _list), (set, _set)):
-        if issubclass(kind, base):
+        return _class
+    for bases, handler in (
+        ((tuple, frozenset), _tuple),
+        (dict, _dict_like),
+        ((list, deque), _list),
+        (set, _set),
+        (ref, _weak),
+        (partial, _partial),
+    ):
+        if issubclass(kind, bases):
             return handler
-    if kind in _TRANSFORMED:
-        return _transformed
     root, _, below = kind.__module__.partition(".")
-    if is_foreign(root) and (root != "mlx" or below.partition(".")[0] == "core"):
-        return _leave
-    return _object if kind.__dictoffset__ or slot_names(kind) else _leave
+    if is_foreign(root) and root not in _OPEN and (root != "mlx" or below.partition(".")[0] == "core"):
+        return _iterator if issubclass(kind, Iterator) else _leave
+    return _object if kind.__dictoffset__ or facts_of(kind).slots else _leave

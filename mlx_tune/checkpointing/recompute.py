@@ -8,18 +8,21 @@ places that were there before, and the values it marked with `keep`. Everything 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from operator import is_
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_tune import graphs
-from mlx_tune.checkpointing.captures import Note, Walk, filled
-from mlx_tune.checkpointing.effects import take_back
+from mlx_tune.checkpointing.captures import Walk
+from mlx_tune.checkpointing.constants import constants
+from mlx_tune.checkpointing.effects import Rewound
 from mlx_tune.checkpointing.keep import Frame
+from mlx_tune.checkpointing.notes import Note, filled
 from mlx_tune.checkpointing.randomness import draws_from, thread_stream
 from mlx_tune.errors import CheckpointError
+from mlx_tune.places import Held
 
 _thread = threading.local()
 _MISSING = object()
@@ -83,34 +86,49 @@ class _Outputs:
 
     Attributes:
         arrays: What gradients flow through, in order.
-        written: Places that were there before and hold something new.
+        written: Places that were there before and hold new arrays, with what they hold now.
+        changed: The indices of the places that hold anything new.
         made: Containers that the block made.
         template: What stands for the returned value.
     """
 
-    def __init__(self, result: Any, before: list[tuple[Note, Any]], seen: set[int]) -> None:
+    def __init__(self, result: Any, notes: list[Note], started: list[Any], seen: dict[int, Any]) -> None:
         walk = Walk(seen, is_differentiable)
-        self.written: list[Note] = []
-        for note, items in before:
-            now = note.place.get()
-            changed = _changed_keys(items, now)
-            templates = []
-            for key in changed:
-                template = walk.add(now[key])
-                if template is not now[key]:
-                    now[key] = template
-                    templates.append(key)
-            if templates:
-                self.written.append(Note(note.place, now, templates))
+        self.written: list[tuple[Held, Any]] = []
+        self.changed: set[int] = set()
+        for i, note in enumerate(notes):
+            if not note.place.same(started[i]):
+                self.changed.add(i)
+                self._add_changes(walk, note.place, started[i])
         self.template = walk.add(result)
-        self.made = [note for note in walk.notes if note.templates]
+        self.made = [note for note in walk.notes if note.marks]
         self.arrays = walk.arrays
+
+    def _add_changes(self, walk: Walk, place: Held, old: Any) -> None:
+        now = place.get()
+        found = False
+        for key in _changed_keys(old, now):
+            template = walk.add(now[key])
+            if template is not now[key]:
+                now[key] = template
+                found = True
+        if found:
+            self.written.append((place, now))
+
+    def put(self, arrays: list[mx.array]) -> Any:
+        """Put these arrays where they belong, and return the value with them in it."""
+        for place, items in self.written:
+            if isinstance(items, dict):
+                place.put({key: filled(value, arrays) for key, value in items.items()})
+            else:
+                place.put([filled(value, arrays) for value in items])
+        for note in self.made:
+            note.place.put(note.filled(arrays))
+        return filled(self.template, arrays)
 
 
 def _changed_keys(old: Any, new: Any) -> list[Any]:
     if isinstance(new, dict):
-        if len(old) == len(new) and all(map(is_, old.values(), new.values())):
-            return []
         return [key for key, value in new.items() if old.get(key, _MISSING) is not value]
     return [i for i, value in enumerate(new) if i >= len(old) or old[i] is not value]
 
@@ -127,30 +145,35 @@ class _Call:
         keep: frozenset[str],
     ) -> None:
         walk = Walk()
-        self.body = body
         walk.add(owner)
+        found_before = len(walk.iterators)
+        self.body = body
         self.args = walk.add(args)
         self.kwargs = [(name, walk.add(value)) for name, value in kwargs.items()]
+        self.used_up = [type(value).__name__ for value in walk.iterators[found_before:]]
         self.notes = walk.notes
         self.seen = walk.seen
+        self.untrained = [i for i in walk.untrained if is_differentiable(walk.arrays[i])]
         self.keep = keep
         self.marks = 0
+        self.runs = 0  # how often it was run again to its end
         self.arrays = [*walk.arrays, thread_stream()[0]]
         self.differentiable = [i for i, array in enumerate(self.arrays) if is_differentiable(array)]
+        self.stream = mx.default_stream(mx.default_device())
         self.shapes: list[tuple[tuple[int, ...], mx.Dtype]] = []
         self.outputs: _Outputs | None = None
         # Only for the first run, dropped with it: these hold arrays.
-        self._first: tuple[tuple[Any, ...], dict[str, Any], list[Any]] | None = (args, kwargs, walk.before)
+        self._first: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         """Run the block on these arrays; the first time as it stands, which is what they were taken from."""
         if self._first is not None:
             return self._run_first()
-        return self.run_again(list(arrays), Frame(self.keep))
+        return self.run_again(list(arrays), self.differentiable, Frame(self.keep))
 
     def _run_first(self) -> list[mx.array]:
         assert self._first is not None
-        args, kwargs, before = self._first
+        args, kwargs = self._first
         self._first = None
         with Frame(self.keep) as frame:
             result = self.body(*args, **kwargs)
@@ -161,35 +184,49 @@ class _Call:
                 f"keep={missed} names no value that {_name(self.body)} marks; it marked {marked}. "
                 "Mark values inside the block with mlx_tune.keep(array, name)."
             )
-        self.outputs = _Outputs(result, list(zip(self.notes, before, strict=True)), self.seen)
+        self.outputs = _Outputs(result, self.notes, [note.items for note in self.notes], self.seen)
+        for note in self.notes:
+            note.forget()
         arrays = [*self.outputs.arrays, *frame.values]
         self.outputs.arrays = []
         self.marks = len(frame.values)
         self.shapes = _shapes(arrays)
         return arrays or _nothing()
 
-    def run_again(self, arrays: list[mx.array], frame: Frame) -> list[mx.array]:
-        """Run the block from the state it had at first, on these arrays, and leave no trace of it."""
+    def run_again(self, arrays: list[mx.array], moving: Collection[int], frame: Frame) -> list[mx.array]:
+        """Run the block from the state it had at first, on these arrays, and leave no trace of it.
+
+        Args:
+            arrays: The inputs.
+            moving: The indices of those that have gradients.
+            frame: Where marks go.
+        """
+        if self.used_up:
+            raise CheckpointError(
+                f"{_name(self.body)} was given an iterator ({self.used_up[0]}) as an argument, and cannot be run again "
+                "for its gradient: the first run has used it up. Pass a list or a tuple."
+            )
         # Integers, keys and booleans have no gradient, and some operations raise when they are asked for one.
         # Fresh objects throughout: `x += y` in a block writes into the object itself.
-        arrays = [a if is_differentiable(a) else mx.stop_gradient(a) for a in arrays]
+        moving = set(moving)
+        arrays = [array if i in moving else mx.stop_gradient(array) for i, array in enumerate(arrays)]
         *arrays, key = arrays
-        notes = self.notes
-        before = [note.place.get() for note in notes]
-        installed = [note.filled(arrays) for note in notes]
+        here = mx.default_stream(mx.default_device())
         _thread.depth = getattr(_thread, "depth", 0) + 1
         try:
-            for note, items in zip(notes, installed, strict=True):
-                note.place.put(items)
-            with draws_from(key), frame:
+            with (
+                Rewound(self.notes, arrays) as rewound,
+                draws_from(key),
+                frame,
+                nullcontext() if here == self.stream else mx.stream(self.stream),
+            ):
                 result = self.body(
                     *filled(self.args, arrays), **{name: filled(value, arrays) for name, value in self.kwargs}
                 )
-            outputs = _Outputs(result, list(zip(notes, installed, strict=True)), self.seen)
+                outputs = _Outputs(result, self.notes, rewound.started, self.seen)
+                rewound.changed = outputs.changed
         finally:
             _thread.depth -= 1
-            for note, items, start in zip(notes, before, installed, strict=True):
-                take_back(note.place, items, start)
         found = [*outputs.arrays, *frame.values]
         shapes = _shapes(found)
         if shapes != self.shapes:
@@ -201,7 +238,34 @@ class _Call:
         return found or _nothing()
 
     def gradients(self, arrays: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
-        """The gradient of every input: the block is run again as soon as its outputs' gradients are there.
+        """The gradient of every input, zero for those that have none."""
+        fixed = constants(arrays, self.untrained) if self.untrained else set()
+        while True:
+            moving = [i for i in self.differentiable if i not in fixed] if self.shapes else []
+            if not moving:
+                return [mx.zeros_like(array) for array in arrays]
+            runs = self.runs
+            try:
+                found = dict(zip(moving, self._vjp(moving, arrays, cotangents, outputs), strict=False))
+            except (ValueError, RuntimeError) as error:
+                if self.runs == runs:
+                    raise  # the block's own
+                # An operation that has no gradient for one of its inputs. Where that is a constant, nobody needs it.
+                more = constants(arrays, moving)
+                if not more:
+                    error.add_note(
+                        f"{_name(self.body)} is checkpointed, so it is asked for the gradients of all its floating "
+                        "point inputs. Pass one that needs none, such as a mask, through mx.stop_gradient."
+                    )
+                    raise
+                fixed |= more
+                continue
+            return [found[i] if i in found else mx.zeros_like(array) for i, array in enumerate(arrays)]
+
+    def _vjp(
+        self, moving: list[int], arrays: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+    ) -> list[mx.array]:
+        """The gradients of some inputs: the block is run again as soon as its outputs' gradients are there.
 
         `mx.checkpoint` lets the second run begin once the outputs are there, and leaves it to the order in which
         MLX happens to walk the graph that many blocks do not run again at once. Waiting for the cotangents as well
@@ -209,36 +273,30 @@ class _Call:
         """
         tied = mx.depends(arrays, [*outputs, *cotangents])
         ends = len(self.shapes) - self.marks
-        if (ends < 1 and not self.marks) or not self.differentiable:
-            return [mx.zeros_like(array) for array in arrays]
         saved = outputs[ends:]
         kept = [array for array in saved if is_differentiable(array)]
 
         def again(*primals: mx.array) -> list[mx.array]:
             inputs = list(tied)
-            for index, primal in zip(self.differentiable, primals, strict=False):
+            for index, primal in zip(moving, primals, strict=False):
                 inputs[index] = primal
-            rest = iter(primals[len(self.differentiable) :])
+            rest = iter(primals[len(moving) :])
             frame = Frame(self.keep, [next(rest) if is_differentiable(a) else a for a in saved])
-            found = self.run_again(inputs, frame)
+            found = self.run_again(inputs, moving, frame)
+            self.runs += 1
             links = [array for array in found[ends:] if is_differentiable(array)]
             # mx.vjp skips outputs of stop_gradient and gives their cotangents to the next: make them others.
             return [*links, *(mx.depends(found[:ends], []) if ends else [])]
 
         wanted = [c for c in cotangents[ends:] if is_differentiable(c)] + cotangents[:ends]
-        _, found = mx.vjp(again, [*(tied[i] for i in self.differentiable), *kept], wanted)
-        of = dict(zip(self.differentiable, found, strict=False))
-        return [of[i] if i in of else mx.zeros_like(array) for i, array in enumerate(arrays)]
+        return mx.vjp(again, [*(tied[i] for i in moving), *kept], wanted)[1]
 
     def result(self, arrays: Sequence[mx.array]) -> Any:
         """What the first run returned and wrote, with these arrays as its outputs."""
         outputs = self.outputs
         self.outputs = None
         assert outputs is not None
-        held = list(arrays)
-        for note in (*outputs.written, *outputs.made):
-            note.place.put(note.filled(held))
-        return filled(outputs.template, held)
+        return outputs.put(list(arrays))
 
 
 def _recomputed(call: _Call) -> list[mx.array]:
@@ -258,7 +316,7 @@ def _nothing() -> list[mx.array]:
 
 
 def _shapes(arrays: list[mx.array]) -> list[tuple[tuple[int, ...], mx.Dtype]]:
-    return [(tuple(a.shape), a.dtype) for a in arrays]
+    return [(a.shape, a.dtype) for a in arrays]
 
 
 def _name(body: Callable[..., Any]) -> str:

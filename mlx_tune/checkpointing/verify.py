@@ -231,8 +231,8 @@ class _Runs:
             note.place.put(note.filled(arrays))
 
     def __exit__(self, *_: object) -> None:
-        for note, items in zip(self._walk.notes, self._walk.before, strict=True):
-            note.place.put(items)
+        for note in self._walk.notes:
+            note.place.put(note.items)
         self._streams.restore()
 
 

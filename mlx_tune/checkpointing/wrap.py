@@ -17,6 +17,7 @@ from weakref import WeakSet, WeakValueDictionary
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.checkpointing.named import GENERATED
 from mlx_tune.checkpointing.recompute import call_checkpointed
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
 
@@ -178,7 +179,7 @@ def _wrap_module(block: M, names: frozenset[str]) -> M:
                 "Checkpoint a module that calls it."
             ) from error
     object.__setattr__(block, _NAMES, names)
-    block[_MARK] = mx.zeros((0, _serials.setdefault(names, len(_serials) + 1)))
+    block[_MARK] = mx.zeros((0, _serials.setdefault(names, len(_serials) + 1)), mx.bool_)
     return block
 
 
@@ -207,6 +208,7 @@ def _checkpointed_class(plain: type) -> type:
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
         "__slots__": (),
+        GENERATED: True,
     }
     try:
         kind: Any = type(plain)(plain.__name__, (plain, _Checkpointed), names)

@@ -1,6 +1,7 @@
 """Each place gives back what it held, whatever was done to it in between."""
 
 from collections import OrderedDict, deque
+from contextvars import ContextVar
 from functools import partial
 
 import mlx.core as mx
@@ -11,8 +12,10 @@ import mlx_tune as mt
 from mlx_tune.places import (
     Attributes,
     Cell,
+    ContextValue,
     Defaults,
     Items,
+    Members,
     Names,
     PartialArguments,
     Sequence,
@@ -63,6 +66,8 @@ def assign(holder, name, value):
 
 
 SLOTTED, DEFAULTED, PARTIAL = Slotted(), function_with_default, partial(function_with_default, 1, y=2)
+VARIABLE = ContextVar("variable")
+VARIABLE.set([1])
 SCOPE = {"a": [1], "b": [2], "elsewhere": 3}
 
 CASES = {
@@ -71,9 +76,13 @@ CASES = {
     "dictionary, removed": (Items({"a": 1, "b": 2}), lambda place: place.held.pop("a")),
     "dictionary, renamed": (Items({"a": 1, "b": 2}), lambda place: (place.held.pop("a"), place.held.update(c=3))),
     "ordered": (Items(OrderedDict(a=1, b=2)), lambda place: place.held.pop("b")),
+    "ordered, moved": (Items(OrderedDict(a=1, b=2)), lambda place: place.held.move_to_end("a")),
+    "dictionary, same value": (Items({"a": 1, "b": 2}), lambda place: place.held.update(c=place.held.pop("b"))),
     "awkward": (Items(Awkward(a=1)), lambda place: dict.update(place.held, a=2)),
     "list": (Sequence([1, 2]), lambda place: place.held.append(3)),
     "deque": (Sequence(deque([1, 2], maxlen=2)), lambda place: place.held.append(3)),
+    "set": (Members({1, 2}), lambda place: place.held.add(3)),
+    "context variable": (ContextValue(VARIABLE), lambda place: place.held.set([2])),
     "cell": (Cell(cell_of([1])), lambda place: assign(place.held, "cell_contents", 2)),
     "cell, unbound": (Cell(cell_of([1])), lambda place: unbind(place.held)),
     "defaults": (Defaults(DEFAULTED), lambda place: assign(place.held, "__defaults__", None)),
@@ -92,9 +101,11 @@ def test_given_back(name):
     before = place.get()
     place.put(before)
     assert place.get() == before
+    assert place.same(before)
     change(place)
-    assert place.get() != before
+    assert not place.same(before)
     place.put(before)
+    assert place.same(before)
     assert place.get() == before
     if isinstance(before, dict):
         assert list(place.get()) == list(before)
