@@ -80,7 +80,7 @@ def autobatch(
         _checkpointed(model, args),
         training_step(model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss) as ready,
     ):
-        return find_batch(
+        found = find_batch(
             ready.step,
             ready.make_batch,
             budget=budget,
@@ -90,6 +90,7 @@ def autobatch(
             **_group(ready.multiple_of),
             **options,
         )
+    return found if options.get("target_batch") else replace(found, accumulation_steps=args.grad_accumulation_steps)
 
 
 def estimate_memory(
@@ -141,6 +142,8 @@ def autofit(
     loss: Loss | None = None,
     budget: Budget = None,
     target_batch: int | None = None,
+    max_batch: int | None = None,
+    checkpoint: bool = True,
     **options: Any,
 ) -> Fit:
     """Choose checkpoints, batch, accumulation and limit together for mlx-lm's trainer: the most tokens a second.
@@ -148,12 +151,15 @@ def autofit(
     Args:
         model: The model as it will be trained, no block checkpointed.
         dataset: What mlx-lm's trainer takes.
-        args: mlx-lm's `TrainingArgs`; `max_seq_length` counts.
+        args: mlx-lm's `TrainingArgs`; `max_seq_length` and `grad_accumulation_steps` count.
         optimizer: The optimizer; Adam where None.
         valid_set: The validation set, if there is one; a batch is no larger than it.
         loss: As mlx-lm's trainer takes it.
         budget: As for `mlx_tune.autofit`.
         target_batch: Rows that make up an update of the optimizer; None for whatever is fastest.
+        max_batch: The largest batch to consider.
+        checkpoint: Whether to choose the blocks to checkpoint. Without, `args.grad_checkpoint` says whether all of them
+            are, and the batch is chosen for that.
         **options: Whatever else `mlx_tune.autofit` takes.
 
     Returns:
@@ -172,19 +178,24 @@ def autofit(
     if target_batch is not None:
         _refuse_accumulation(args)
         args = _with_accumulation(args)
-    with training_step(model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss) as ready:
-        return find_fit(
+    with (
+        nullcontext() if checkpoint else _checkpointed(model, args),
+        training_step(model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss) as ready,
+    ):
+        found = find_fit(
             model,
             ready.step,
             ready.make_batch,
             budget=budget,
             target_batch=target_batch,
             state=ready.state,
-            max_batch=ready.max_batch,
+            max_batch=ready.max_batch if max_batch is None else min(max_batch, ready.max_batch),
             multiple_of=ready.multiple_of,
+            checkpoint=checkpoint,
             **_group(ready.multiple_of),
             **options,
         )
+    return found if target_batch else replace(found, accumulation_steps=args.grad_accumulation_steps)
 
 
 def plan_checkpoints(

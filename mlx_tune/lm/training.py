@@ -17,8 +17,8 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm.fitting import Budget, Loss, autofit
 from mlx_tune.lm.result import LossReport, TrainingResult
 from mlx_tune.lm.steps import as_rows, check_trainable, largest_batch, set_training
+from mlx_tune.lm.wired import wired_for_training
 from mlx_tune.memory import open_limit_bytes, track_memory
-from mlx_tune.wiring import wired_limit
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -44,7 +44,8 @@ def train(
 
     mlx-lm's loop does the training. Around it: blocks are checkpointed by this library, with the gradients of
     the plain model, in place of mlx-lm's `grad_checkpoint`, and are plain again afterwards; the memory limit holds
-    for the run; the wired limit, which mlx-lm raises and leaves, is back at what it was; adapter files appear whole.
+    for the run; the model is wired where the backend can and the memory limit is not tight, and the wired limit, which
+    mlx-lm raises and leaves, is back at what it was; adapter files appear whole.
     Under `mlx.launch` every rank calls this, and gradients are averaged as mlx-lm does.
 
     Args:
@@ -54,8 +55,8 @@ def train(
             `(tokens, offset)`.
         valid_set: The same to evaluate on, or None.
         args: mlx-lm's `TrainingArgs`; its defaults by default. `grad_checkpoint` checkpoints every block.
-        fit: What `autofit`, `autobatch` or `plan_checkpoints` returned: its batch, accumulation, checkpoints and
-            limit replace those of `args`. "auto" calls `lm.autofit` first. `iters` stays the number of batches.
+        fit: What `lm.autofit`, `lm.autobatch` or `lm.plan_checkpoints` returned: its batch, accumulation, checkpoints
+            and limit replace those of `args`. "auto" calls `lm.autofit` first. `iters` stays the number of batches.
         budget: For fit="auto": the memory to stay within.
         target_batch: For fit="auto": rows that make up an update of the optimizer.
         loss: As mlx-lm's trainer takes it.
@@ -99,8 +100,9 @@ def train(
         )
     else:
         chosen = fit
-    # A Fit brings its own checkpoints; a batch that was searched for, or given, goes with those of the arguments.
-    every_block = args.grad_checkpoint and (chosen is None or isinstance(chosen, AutobatchResult))
+    # What chose among the blocks brings its own checkpoints; everything else goes with those of the arguments.
+    chose_blocks = isinstance(chosen, CheckpointPlan) or bool(getattr(chosen, "found", 0))
+    every_block = args.grad_checkpoint and not chose_blocks
     args = replace(args, grad_checkpoint=False)
     if chosen is not None:
         args = replace(args, batch_size=chosen.batch_size)
@@ -136,13 +138,11 @@ def _run(
             around.enter_context(mlx_tune.checkpoint_blocks(model))
         checkpointed = tuple(path for path, block in reversed(model.named_modules()) if mlx_tune.is_checkpointed(block))
         limit = open_limit_bytes()
-        wired = around.enter_context(wired_limit(model))
+        wired = around.enter_context(wired_for_training(model))
         files = around.enter_context(_appearing_whole(Path(args.adapter_file)))
 
         def iterate_batches(**options: Any) -> Iterator[Any]:
-            # mlx-lm has just wired all that the system recommends; what was decided for this process holds.
-            if wired.applied:
-                mx.set_wired_limit(wired.limit_bytes)
+            wired.hold()  # mlx-lm has just wired all that the system recommends
             for batch in trainer.iterate_batches(**options):
                 files.publish()
                 yield batch
@@ -173,7 +173,7 @@ def _run(
         footprint_bytes=memory.footprint_bytes,
         limit_bytes=limit,
         checkpointed=checkpointed,
-        wired=str(wired),
+        wired=wired.text,
         losses=tuple(log.losses),
         validation_losses=tuple(log.validations),
         adapter_file=str(args.adapter_file),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -18,7 +19,7 @@ from mlx_tune.wiring.registry import Registry, Request, total_bytes
 
 OFF_VARIABLE = "MLX_TUNE_NO_WIRING"
 #: A memory limit below this many times the wired bytes counts as tight.
-_SLACK = 1.25
+SLACK = 1.25
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -189,8 +190,20 @@ class wired_limit:  # noqa: N801 - used as a function
             @functools.wraps(function)
             async def wrapped(*args: Any, **kwargs: Any) -> Any:
                 with self._again():
-                    async for item in function(*args, **kwargs):
-                        yield item
+                    async with contextlib.aclosing(function(*args, **kwargs)) as items:
+                        try:
+                            item = await anext(items)
+                            while True:
+                                try:
+                                    sent = yield item
+                                except GeneratorExit:
+                                    raise
+                                except BaseException as thrown:
+                                    item = await items.athrow(thrown)
+                                else:
+                                    item = await items.asend(sent)
+                        except StopAsyncIteration:
+                            return
 
         elif inspect.isgeneratorfunction(function):
 
@@ -236,10 +249,10 @@ memory.limit_watchers.append(_warn_of_tightness)
 
 
 def _tightness_warning(wired_bytes: int, limit: int | None) -> str | None:
-    if limit is None or limit >= _SLACK * wired_bytes:
+    if limit is None or limit >= SLACK * wired_bytes:
         return None
     return (
         f"The memory limit of {format_bytes(limit)} leaves little slack above {format_bytes(wired_bytes)} of wired "
         "memory: MLX would make and release wired buffers all the time, which is what the kernel panic of mlx#3186 "
-        f"is about. Raise the limit to {format_bytes(_SLACK * wired_bytes)} or wire less."
+        f"is about. Raise the limit to {format_bytes(SLACK * wired_bytes)} or wire less."
     )

@@ -171,6 +171,7 @@ class ChosenFit:
     model: nn.Module
     batch_size: int = 2
     accumulation_steps: int = 2
+    found: int = 3
     entered: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -248,6 +249,52 @@ def test_the_wired_limit_that_mlx_lm_leaves_behind_is_put_back(toy, rows, argume
     assert metal.recommended_bytes in metal.limits  # mlx-lm does raise it to all of the working set
     assert set(during) == {7 << 30}  # the model is far smaller than what was wired already
     assert metal.limit == 7 << 30
+
+
+@pytest.mark.parametrize("how", ["turned off", "tight"])
+def test_where_nothing_is_to_be_wired_mlx_lm_does_not_wire_either(
+    toy, rows, arguments, metal: MetalStandIn, monkeypatch, how: str
+) -> None:
+    model, during = toy(lora=True), []
+
+    class Watch(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict) -> None:
+            during.append(metal.limit)
+
+    limit = "3GB"
+    if how == "turned off":
+        monkeypatch.setenv("MLX_TUNE_NO_WIRING", "1")
+    else:
+        limit = sum(value.nbytes for value in weights(model).values())
+    with mt.memory_limit(limit):
+        result = lm.train(model, optim.SGD(1e-2), rows, None, arguments(), training_callback=Watch())
+    assert "not wired: " in result.wired
+    assert ("memory limit" in result.wired) == (how == "tight")
+    assert metal.recommended_bytes in metal.limits
+    assert set(during) == {0}
+    assert metal.limit == 0
+
+
+@pytest.mark.parametrize("search", [lm.autobatch, lm.autofit])
+def test_accumulation_that_was_asked_for_stays(toy, rows, arguments, search) -> None:
+    model, args = toy(lora=True), arguments(grad_accumulation_steps=2, max_seq_length=33, iters=2)
+    found = search(model, rows, args, budget="1GB", max_batch=2, progress=False)
+    assert found.accumulation_steps == 2
+    assert "x 2 accumulation steps = 4" in str(found)
+    assert lm.train(model, optim.SGD(1e-2), rows, None, args, fit=found).accumulation_steps == 2
+
+
+def test_a_fit_that_left_checkpoints_alone_goes_with_those_of_the_arguments(toy, rows, arguments) -> None:
+    model, args, seen = toy(lora=True), arguments(max_seq_length=33, iters=2, grad_checkpoint=True), set()
+
+    def loss(model, batch, lengths):
+        seen.add(mt.is_checkpointed(model.layers[0]))
+        return trainer.default_loss(model, batch, lengths)
+
+    fit = lm.autofit(model, rows, args, loss=loss, budget="1GB", max_batch=4, checkpoint=False, progress=False)
+    assert seen == {True}
+    assert (fit.paths, fit.found) == ((), 0)
+    assert len(lm.train(model, optim.SGD(1e-2), rows, None, args, fit=fit).checkpointed) == 3
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
