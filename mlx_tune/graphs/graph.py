@@ -73,13 +73,26 @@ class Node:
     arguments: tuple[Any, ...] = ()
 
 
+#: Operations that only give their input another name; the exporter drops them.
+NOOPS = frozenset({"Copy", "StopGradient"})
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one call of a compiled function reads and makes."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
 @dataclass
 class Graph:
     """A step: all values, the operations in an order in which they could run, and what is evaluated at its end.
 
     The first `results` of the outputs are what the step returned, the rest is updated state. `held` are the values
     that something outside the step keeps alive for its whole duration: the batch, frozen parameters, captured
-    arrays. `compiled` tells that `mx.compile` fuses the step in earnest.
+    arrays. `compiled` tells that `mx.compile` fuses the step in earnest, or `parts` of it; `twins` has for captured
+    scalars the first that is equal.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -89,6 +102,8 @@ class Graph:
     held: set[int] = field(default_factory=set)
     compiled: bool = False
     stand_ins: dict[str, str] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
+    twins: dict[int, int] = field(default_factory=dict)
 
     def producers(self) -> dict[int, int]:
         """Which node makes each made value."""

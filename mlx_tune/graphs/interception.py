@@ -15,10 +15,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_tune.graphs.built import BuiltGraph
 from mlx_tune.graphs.recomputation import traced_checkpoint
 from mlx_tune.graphs.standins import STAND_INS, StandIn
 from mlx_tune.graphs.trees import arrays_of, with_arrays
-from mlx_tune.graphs.unmerge import BuiltGraph
 
 _thread = threading.local()
 _lock = threading.Lock()
@@ -28,9 +28,10 @@ _originals: list[tuple[Any, str, Any]] = []
 
 @dataclass
 class Interception:
-    """What was met on the way: whether `mx.compile` is in force, and which stand-ins were used, with why."""
+    """What was met on the way: what compiled functions read and made, and which stand-ins were used, with why."""
 
-    compiled: bool = False
+    compiles: bool = True
+    parts: list[tuple[list[mx.array], list[mx.array]]] = field(default_factory=list)
     stand_ins: dict[str, str] = field(default_factory=dict)
     transforms: int = 0
     kinds: dict[int, str] = field(default_factory=dict)
@@ -114,9 +115,9 @@ def _call_transformed(original: Callable[..., Any]) -> Callable[..., Any]:
         kind = _kind(self, interception)
         if kind == "compile":
             # MLX compiles only what is not already inside a transformation; there it traces through.
-            if interception.transforms == 0:
-                interception.compiled = True
-            return original(self, *args, **kwargs)
+            if interception.transforms or not interception.compiles:
+                return original(self, *args, **kwargs)
+            return _compiled(original, self, args, kwargs, interception)
         if kind == "checkpoint":
             return _write_out(_function_of(self), args, kwargs)
         interception.transforms += 1
@@ -133,6 +134,33 @@ def _call_transformed(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return call
+
+
+def _compiled(original: Callable[..., Any], function: Any, args: Any, kwargs: Any, interception: Interception) -> Any:
+    """Call a compiled function, and note what it reads and makes, the state that it was given included."""
+    captured = [held for held in gc.get_referents(function) if not isinstance(held, type)][:2]
+
+    def state() -> list[mx.array]:
+        key: Any = mx.random.state[0]  # type: ignore[index]  # MLX's stubs call the list an object
+        return [key, *arrays_of(captured)]
+
+    inputs = [*arrays_of((args, kwargs)), *state()]
+    interception.transforms += 1
+    try:
+        result = original(function, *args, **kwargs)
+    finally:
+        interception.transforms -= 1
+    interception.parts.append((inputs, [*arrays_of(result), *state()]))
+    return result
+
+
+def compiles() -> bool:
+    """Whether `mx.compile` does anything now: it can be switched off, by a call or by the environment."""
+    built = BuiltGraph([], [_PROBE(mx.array(1.0))])
+    return any(node.name.startswith("Compiled") for node in built.nodes)
+
+
+_PROBE = mx.compile(lambda x: mx.sin(mx.cos(x)))
 
 
 def _kind(transformed: Any, interception: Interception) -> str:

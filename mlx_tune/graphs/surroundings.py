@@ -29,7 +29,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.graphs.unmerge import made_by_operations
+from mlx_tune.graphs.built import made_by_operations
 from mlx_tune.places import Attributes, Cell, Items, Members, Names, Place, Sequence, slot_names
 
 #: How many items to note at most, the nearest first: a data set that the step can reach has millions.
@@ -106,6 +106,10 @@ class Surroundings:
         if isinstance(thing, mx.array):
             # In-place writing gives the same object other values; a second handle keeps the old ones.
             self._arrays.append((path, thing, copy.copy(thing)))
+        elif type(thing) in _TRANSFORMED:
+            # mx.compile, mx.grad and the like pass for the function that they hold; that, and the state they were
+            # given, only the garbage collector sees.
+            self._queue(path, "", enumerate(gc.get_referents(thing)))
         elif isinstance(thing, CellType):
             self._note(path, "", Cell(thing))
         elif isinstance(thing, dict):
@@ -126,9 +130,6 @@ class Surroundings:
             self._queue(path, "", enumerate([thing.__self__]))  # such as the append of a list
         elif isinstance(thing, partial):
             self._queue(path, ".{}", [("func", thing.func), ("args", thing.args), ("keywords", thing.keywords)])
-        elif type(thing) in _TRANSFORMED:
-            # mx.compile, mx.grad and the like hold functions and state where only the garbage collector sees them.
-            self._queue(path, "", enumerate(gc.get_referents(thing)))
         elif type(thing) in _ITERATORS or isinstance(thing, GeneratorType):
             self._iterators.append((path, thing, _position(thing)))
         elif isinstance(thing, _WRAPPERS):

@@ -11,15 +11,17 @@ import mlx.core as mx
 
 from mlx_tune.errors import InvalidArgumentError, TraceError
 from mlx_tune.graphs.blame import explain_failure, refused_primitive
+from mlx_tune.graphs.built import BuiltGraph, made_by_operations
 from mlx_tune.graphs.checkpoints import fold_checkpoints
 from mlx_tune.graphs.fusion import fuse
 from mlx_tune.graphs.graph import ArraySpec, Graph, Node, Value, dtype_name
-from mlx_tune.graphs.interception import Interception, intercepted
+from mlx_tune.graphs.interception import Interception, compiles, intercepted
+from mlx_tune.graphs.parts import fuse_parts
 from mlx_tune.graphs.recomputation import tracing
 from mlx_tune.graphs.standins import STAND_INS
 from mlx_tune.graphs.surroundings import Surroundings
 from mlx_tune.graphs.trees import leaves, with_arrays
-from mlx_tune.graphs.unmerge import BuiltGraph, made_by_operations, unmerge
+from mlx_tune.graphs.unmerge import Names, unmerge
 from mlx_tune.state import Snapshot
 
 
@@ -45,7 +47,7 @@ def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -
     batch = list(leaves(args, "args"))
     stand_ins: dict[str, str] = {}
     while True:
-        interception = Interception(stand_ins=dict(stand_ins))
+        interception = Interception(compiles=compiles(), stand_ins=dict(stand_ins))
         try:
             return _trace(step, args, state, batch, slots, interception)
         except _RefusedError as refused:
@@ -76,7 +78,7 @@ def _trace(
     snapshot = Snapshot(state)
     try:
         with tracing(), intercepted(interception):
-            recorder.trace(step, args, batch, slots, state)
+            recorder.trace(step, args, batch, slots, state, interception)
     except BaseException as error:
         primitive = refused_primitive(error)
         if primitive in STAND_INS and STAND_INS[primitive].name not in interception.stand_ins:
@@ -101,12 +103,20 @@ def _trace(
             f"The step leaves arrays outside of what it was said to change: {', '.join(left_behind)}. "
             "Return them, or pass what holds them in state=(model, optimizer, ...). Everything was put back."
         )
-    graph = recorder.graph
-    graph.compiled, graph.stand_ins = interception.compiled, dict(interception.stand_ins)
-    if not graph.compiled:
-        graph = unmerge(graph, recorder.built) or graph
+    return _as_evaluated(recorder, dict(interception.stand_ins))
+
+
+def _as_evaluated(recorder: _Recorder, stand_ins: dict[str, str]) -> Graph:
+    """From what the exporter reported to what MLX evaluates: merged and fused where, and only where, it is compiled."""
+    simplified = recorder.graph
+    simplified.compiled, simplified.stand_ins = bool(recorder.parts), stand_ins
+    graph = unmerge(simplified, recorder.built, recorder.parts)
+    if graph is None:
+        stand_ins["operations that were built twice"] = "taken to be evaluated once, since they could not be told apart"
+        fold_checkpoints(simplified)
+        return fuse(simplified) if simplified.compiled else simplified
     fold_checkpoints(graph)
-    return fuse(graph) if graph.compiled else graph
+    return fuse_parts(graph) if graph.compiled else graph
 
 
 class _Recorder:
@@ -114,6 +124,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.graph = Graph()
+        self.parts: list[Names] = []
         self._names: dict[str, int] = {}
         self._inputs: list[Value] = []
         self._kept: list[bool] = []
@@ -125,6 +136,7 @@ class _Recorder:
         batch: list[tuple[str, Any]],
         slots: list[_Slot],
         state: Any,
+        interception: Interception,
     ) -> None:
         unique: dict[int, int] = {}
         arrays: list[mx.array] = []
@@ -163,6 +175,10 @@ class _Recorder:
             kept.update(untouched[id(a)] for a in after if id(a) in untouched)
             everything = [*outputs, *(a for a in after if id(a) not in untouched)]
             self.built = BuiltGraph(inputs, everything)
+            names = iter(self.built.names_of([a for part in interception.parts for side in part for a in side]))
+            self.parts = [
+                ([next(names) for _ in reads], [next(names) for _ in makes]) for reads, makes in interception.parts
+            ]
             return everything
 
         if not arrays:

@@ -1,0 +1,92 @@
+"""The parts of a step that go through `mx.compile`: all of it, or some.
+
+A step may compile its gradient and not its update, or call an activation of `mlx.nn`, which are compiled, outside of
+a gradient. MLX merges and fuses what is inside of each compiled call, and evaluates everything else as it was built.
+"""
+
+from __future__ import annotations
+
+from mlx_tune.graphs.fusion import fuse
+from mlx_tune.graphs.graph import NOOPS, Graph, Node, Part
+
+
+def fuse_parts(graph: Graph) -> Graph:
+    """Simplify and fuse the operations inside of each compiled call.
+
+    Args:
+        graph: A graph as it was built, with its parts.
+
+    Returns:
+        A new graph with Compiled operations; the values are the same, and some more.
+    """
+    made_by = graph.producers()
+    readers: dict[int, set[int]] = {}
+    for i, node in enumerate(graph.nodes):
+        for value in node.inputs:
+            readers.setdefault(value, set()).add(i)
+    values, fused, taken = graph.values, list[Node](), set[int]()
+    names: dict[int, int] = {}  # values that no-ops made, and what they are other names of
+    for part in graph.parts:
+        inside = _inside(graph, part, made_by, taken)
+        taken.update(inside)
+        within = set(inside)
+        made = [v for i in inside for v in graph.nodes[i].outputs]
+        wanted = {v for v in made if v in part.outputs or v in graph.outputs or readers.get(v, set()) - within}
+        nodes = _simplified(graph, inside, wanted, names)
+        outputs = [v for v in (*part.outputs, *made) if v in wanted]
+        small = fuse(Graph(values, nodes, list(dict.fromkeys(names.get(v, v) for v in outputs))))
+        values = small.values
+        fused += small.nodes
+    nodes = [*(node for i, node in enumerate(graph.nodes) if i not in taken), *fused]
+    nodes = [Node(n.name, tuple(names.get(v, v) for v in n.inputs), n.outputs, n.arguments) for n in nodes]
+    read = {value for node in nodes for value in node.inputs}
+    return Graph(
+        values=values,
+        nodes=nodes,
+        outputs=[names.get(v, v) for v in graph.outputs],
+        results=graph.results,
+        held={value for value in graph.held if value in read or value not in graph.twins},
+        compiled=True,
+        stand_ins=graph.stand_ins,
+    )
+
+
+def _inside(graph: Graph, part: Part, made_by: dict[int, int], taken: set[int]) -> list[int]:
+    """The operations of a part, in the order of MLX's depth-first walk from its outputs."""
+    order: list[int] = []
+    seen = set(taken)
+    border = set(part.inputs)
+    for output in part.outputs:
+        stack = [(output, False)]
+        while stack:
+            value, done = stack.pop()
+            node = made_by.get(value)
+            if node is None or (value in border and not done):
+                continue
+            if done:
+                order.append(node)
+            elif node not in seen:
+                seen.add(node)
+                stack.append((value, True))
+                stack.extend((needed, False) for needed in reversed(graph.nodes[node].inputs))
+    return order
+
+
+def _simplified(graph: Graph, inside: list[int], wanted: set[int], names: dict[int, int]) -> list[Node]:
+    """Without no-ops and without operations that are there already, as `compile_simplify` in mlx/compile.cpp."""
+    known: dict[tuple[object, ...], tuple[int, ...]] = {}
+    merged = dict(graph.twins)
+    nodes: list[Node] = []
+    for i in inside:
+        node = graph.nodes[i]
+        inputs = tuple(merged.get(name, name) for name in (names.get(v, v) for v in node.inputs))
+        if node.name in NOOPS:
+            names[node.outputs[0]] = inputs[0]
+            continue
+        # MLX looks for equal operations among those that read an array: two of Arange stay two. Outputs stay as well.
+        key = (node.name, repr(node.arguments), inputs)
+        if inputs and not wanted.intersection(node.outputs) and known.setdefault(key, node.outputs) != node.outputs:
+            merged |= zip(node.outputs, known[key], strict=True)
+            continue
+        nodes.append(Node(node.name, inputs, node.outputs, node.arguments))
+    return nodes
