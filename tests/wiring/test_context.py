@@ -150,9 +150,7 @@ def test_a_session_that_gets_no_device_is_skipped(metal, monkeypatch):
     monkeypatch.setattr(mx, "device_info", no_device)
     with mt.wired_limit(100) as wired:
         assert not wired.applied
-        assert wired.reason == (
-            "Metal gives this session no device: [metal::load_device] No Metal device available."
-        )
+        assert wired.reason == ("Metal gives this session no device: [metal::load_device] No Metal device available.")
     assert metal.limits == []
 
 
@@ -364,6 +362,33 @@ def test_as_a_decorator_of_coroutines_and_async_generators(metal):
 
     assert asyncio.run(main()) == (100, [50, 50])
     assert metal.limit == 0
+
+
+def test_a_decorated_async_generator_is_sent_to_thrown_at_and_closed_as_it_was(metal):
+    events = []
+
+    @mt.wired_limit(100)
+    async def talk():
+        try:
+            events.append((yield 1))
+            try:
+                yield 2
+            except KeyError:
+                events.append("caught")
+            yield metal.limit
+        finally:
+            events.append("closed")
+
+    async def main():
+        items = talk()
+        assert await anext(items) == 1
+        assert await items.asend("hello") == 2
+        assert await items.athrow(KeyError()) == 100
+        await items.aclose()
+        assert events == ["hello", "caught", "closed"]
+        assert metal.limit == 0
+
+    asyncio.run(main())
 
 
 def test_a_model_close_to_the_limit_warns_with_the_line_that_helps(monkeypatch):
