@@ -82,7 +82,7 @@ def _tops(estimate: MemoryEstimate) -> dict[str, list[int]]:
 def _columns(values: list[int]) -> tuple[list[int], list[int]]:
     """Edges and heights of at most `_COLUMNS` columns; neighbours of the same height are one."""
     width = -(-len(values) // _COLUMNS) or 1
-    edges, heights = [0], []
+    edges, heights = [0], list[int]()
     for start in range(0, len(values), width):
         height = max(values[start : start + width])
         if heights and heights[-1] == height:
