@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from functools import partial
 from typing import Any, Literal, SupportsIndex
 
 from mlx_tune.batching import canary as canary_check
-from mlx_tune.batching.forecast import floor_of
+from mlx_tune.batching.forecast import Forecast, floor_of
 from mlx_tune.batching.isolation import IsolatedProbe
 from mlx_tune.batching.journal import Journal, Runner
 from mlx_tune.batching.probe import MakeBatch, Probe, Step
@@ -101,20 +102,21 @@ def autobatch(
         >>> result.batch_size, result.peak_bytes <= 4_000_000
         (64, True)
     """
-    sizes = _sizes(min_batch, max_batch, multiple_of, target_batch)
-    _check(steps, slowdown, prefer, isolate, factory, trial_timeout, canary, step, make_batch)
     started = time.perf_counter()
     ranks = Ranks(group)
-    allowed = ranks.agree(lambda: resolve_budget(budget))
-    if ranks.size > 1:
-        allowed = _smallest(allowed, ranks)
-    note = Journal(_of_rank(journal, ranks), asked=budget, resolved=allowed) if journal is not None else None
-    if note is not None:
-        allowed = note.budget
+    sizes = _agreed_sizes(ranks, min_batch, max_batch, multiple_of, target_batch)
+    ranks.agree(lambda: _check(steps, slowdown, prefer, isolate, factory, trial_timeout, canary, step, make_batch))
+    allowed = _smallest(ranks.agree(lambda: resolve_budget(budget)), ranks)
+    note = None
+    if journal is not None:
+        note = ranks.agree(lambda: Journal(_of_rank(journal, ranks), asked=budget, resolved=allowed))
+        allowed = _smallest(note.budget, ranks)
     with progress_bar("autobatch", enabled=progress and ranks.rank == 0) as bar:
         if isolate:
-            isolated = IsolatedProbe(factory or "", _beside_parent(allowed), trial_timeout)
-            session = Session(_through(isolated, note, ranks), sizes, isolated.budget_bytes, steps, bar)
+            left = ranks.smallest(ranks.agree(lambda: _beside_parent(allowed)))
+            isolated = IsolatedProbe(factory or "", left, trial_timeout)
+            session = Session(_through(isolated, note, ranks), sizes, left, steps, bar)
+            session.foresee(lambda: Forecast.of_knots(ranks.largest_knots(lambda: isolated.knots(sizes))))
             found = session.largest()
             if found.size is None:
                 raise too_large(session, allowed)
@@ -154,6 +156,7 @@ def autobatch(
         next_measured=found.next_measured and following,
         search_seconds=time.perf_counter() - started,
         notes=tuple(session.notes),
+        unhindered_size=session.unhindered(found.size),
     )
 
 
@@ -212,7 +215,7 @@ def _through(runner: Runner, journal: Journal | None, ranks: Ranks) -> Runner:
     """The runner with what is asked for around it: ranks agree on what their journals say."""
     if journal is not None:
         journal.runner, runner = runner, journal
-    return SharedRunner(runner, ranks) if ranks.size > 1 else runner
+    return SharedRunner(runner, ranks, journal) if ranks.size > 1 else runner
 
 
 def _choose(session: Session, answer: int, slowdown: float | None, prefer: str) -> int:
@@ -248,6 +251,7 @@ def _beside_parent(budget: MemoryBudget) -> int:
 
 
 def _smallest(budget: MemoryBudget, ranks: Ranks) -> MemoryBudget:
+    """The smallest budget of all ranks."""
     smallest = ranks.smallest(int(budget))
     return budget if smallest == int(budget) else MemoryBudget(smallest, "the smallest of all ranks")
 
@@ -257,21 +261,35 @@ def _of_rank(journal: str | os.PathLike[str], ranks: Ranks) -> str:
     return os.fspath(journal) + (f".rank{ranks.rank}" if ranks.size > 1 else "")
 
 
-def _sizes(min_batch: int, max_batch: int | None, multiple_of: int, target_batch: int | None) -> Sequence[int]:
-    """Every size that may be answered, ascending."""
+def _agreed_sizes(
+    ranks: Ranks, min_batch: int, max_batch: int | None, multiple_of: int, target_batch: int | None
+) -> Sequence[int]:
+    """Every size that may be answered, ascending; where ranks have different maxima, up to the smallest."""
     given = {"min_batch": min_batch, "max_batch": max_batch, "multiple_of": multiple_of, "target_batch": target_batch}
-    for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidArgumentError(f"{name}={value!r}: give a whole number of at least 1.")
-    if max_batch is not None and min_batch > max_batch:
-        raise InvalidArgumentError(f"min_batch={min_batch} is above max_batch={max_batch}: no size lies between.")
+
+    def check() -> None:
+        for name, value in given.items():
+            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or value < 1):
+                raise InvalidArgumentError(f"{name}={value!r}: give a whole number of at least 1.")
+
+    ranks.agree(check)
+    ranks.same(min_batch=int(min_batch), multiple_of=int(multiple_of), target_batch=int(target_batch or 0))
+    last = ranks.smallest(_NO_MAXIMUM if max_batch is None else min(int(max_batch), _NO_MAXIMUM))
+    return _sizes(int(min_batch), last, int(multiple_of), None if target_batch is None else int(target_batch))
+
+
+def _sizes(min_batch: int, last: int, multiple_of: int, target_batch: int | None) -> Sequence[int]:
+    """Multiples from the minimum to the last; divisors of the target, where there is one."""
+    if min_batch > last:
+        raise InvalidArgumentError(f"min_batch={min_batch} is above max_batch={last}: no size lies between.")
     first = -(-min_batch // multiple_of) * multiple_of
-    last = max_batch if max_batch is not None else _NO_MAXIMUM
     sizes: Sequence[int] = range(first, last + 1, multiple_of)
     if target_batch is not None:
-        sizes = tuple(n for n in range(first, min(last, target_batch) + 1, multiple_of) if target_batch % n == 0)
+        small = [n for n in range(1, math.isqrt(target_batch) + 1) if target_batch % n == 0]
+        divisors = sorted({*small, *(target_batch // n for n in small)})
+        sizes = tuple(n for n in divisors if first <= n <= last and n % multiple_of == 0)
     if not sizes:
-        upper = "" if max_batch is None else f" and at most max_batch={max_batch}"
+        upper = "" if last == _NO_MAXIMUM else f" and at most max_batch={last}"
         divides = "" if target_batch is None else f" that divides target_batch={target_batch}"
         raise InvalidArgumentError(
             f"There is no multiple of multiple_of={multiple_of}{divides}, at least min_batch={min_batch}{upper}."

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import gc
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
-#: How often the crossing of the budget is looked for again; the estimate is almost straight, so twice is plenty.
-_ROUNDS = 2
+#: A look at the graph goes at most so many times as far as the one before. The floor of small batches may stand still
+#: (the optimizer's update needs more than they do), and a line through it would cross the budget at a size whose batch
+#: alone is enormous.
+_STRIDE = 8
+#: Looks by which the crossing of the budget is found; a straight floor takes two.
+_LOOKS = 8
+#: An estimate this close to the budget has found the crossing.
+_CLOSE = 0.03
 
 
 class Forecast:
-    """The floor that the graph gives at a few sizes, and straight lines between.
+    """The floor that the graph gives at a few sizes, and straight lines between and beyond.
 
     Attributes:
         knots: Size to bytes, where the graph was looked at.
@@ -19,24 +26,38 @@ class Forecast:
     Examples:
         >>> forecast = Forecast(lambda n: 1000 + 10 * n, range(1, 500), 3000)
         >>> forecast(200), sorted(forecast.knots)
-        (3000.0, [1, 2, 200, 201])
+        (3000.0, [1, 8, 64, 200])
+        >>> forecast.look(77), forecast.look(77), forecast.knots[77]
+        (True, False, 1770)
     """
 
-    def __init__(self, estimate: Callable[[int], int], sizes: Sequence[int], budget_bytes: int) -> None:
-        """Look at the two smallest sizes, and on both sides of where the line crosses the budget."""
+    def __init__(self, estimate: Callable[[int], int], sizes: Sequence[int], budget_bytes: float) -> None:
+        """Look at the smallest size, and at ever larger ones up to where the budget is crossed."""
         self.knots: dict[int, int] = {}
-        for size in sizes[:2]:
-            self.knots[size] = estimate(size)
-        for _ in range(_ROUNDS if len(sizes) > 2 else 0):
-            low, high = 0, len(sizes)
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if self(sizes[middle]) <= budget_bytes else (low, middle)
-            if self(sizes[1]) <= self(sizes[0]):
-                return  # it does not grow: there is no crossing
-            for size in sizes[low : low + 2]:
-                if size not in self.knots:
-                    self.knots[size] = estimate(size)
+        self._estimate: Callable[[int], int] | None = estimate
+        self.look(sizes[0])
+        for _ in range(_LOOKS):
+            largest = max(self.knots)
+            if self.knots[largest] > budget_bytes:
+                crossing = bisect_right(sizes, budget_bytes, key=self) - 1
+                if crossing < 0 or self._near(sizes[crossing], budget_bytes) or not self.look(sizes[crossing]):
+                    return
+                continue
+            if self._near(largest, budget_bytes) or largest == sizes[-1]:
+                return
+            known = bisect_left(sizes, largest)
+            reach = bisect_right(sizes, _STRIDE * largest) - 1
+            goal = bisect_right(sizes, budget_bytes, hi=reach + 1, key=self) - 1 if len(self.knots) > 1 else reach
+            self.look(sizes[max(goal, known + 1)])
+            if self.knots[max(self.knots)] == self.knots[largest]:
+                return  # make_batch may not give more rows than that, which a trial will find out
+
+    @classmethod
+    def of_knots(cls, knots: dict[int, int]) -> Forecast:
+        """A forecast of what was read elsewhere, which cannot look at more."""
+        self = cls.__new__(cls)
+        self.knots, self._estimate = dict(knots), None
+        return self
 
     def __call__(self, size: int) -> float:
         """Bytes expected at a size."""
@@ -47,17 +68,37 @@ class Forecast:
         a, b = sizes[right - 1], sizes[right]
         return self.knots[a] + (size - a) / (b - a) * (self.knots[b] - self.knots[a])
 
+    def look(self, size: int) -> bool:
+        """Look at the graph of one more size; False where that is known already, or the graph out of reach."""
+        if size in self.knots or self._estimate is None:
+            return False
+        self.knots[size] = self._estimate(size)
+        return True
+
+    def _near(self, size: int, budget_bytes: float) -> bool:
+        return size in self.knots and abs(self.knots[size] - budget_bytes) <= _CLOSE * budget_bytes
+
 
 def floor_of(step: Callable[[Any], Any], make_batch: Callable[[int], Any], state: Any) -> Callable[[int], int]:
     """The estimate of one step's floor as a function of the batch size.
+
+    What else is held in the process counts, too: a trial's peak includes it.
 
     Raises:
         TraceError: From the returned function, for a step that cannot be described without running it.
     """
 
     def estimate(size: int) -> int:
-        from mlx_tune.graphs import estimate_memory
+        import mlx.core as mx
 
-        return estimate_memory(step, make_batch(size), state=state).floor_bytes
+        from mlx_tune.graphs import estimate_memory
+        from mlx_tune.timing import arrays_of
+
+        gc.collect()
+        held = mx.get_active_memory()
+        batch = make_batch(size)
+        own = sum(array.nbytes for array in {id(array): array for array in arrays_of(batch)}.values())
+        estimated = estimate_memory(step, batch, state=state)
+        return estimated.floor_bytes + max(0, held - (estimated.start_bytes - own))
 
     return estimate

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.throttle import Throttle
-from mlx_tune.errors import InvalidArgumentError, TrialError
+from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
 from mlx_tune.units import format_seconds
 
 #: How much of what the child wrote to standard error goes into an error.
@@ -51,12 +51,39 @@ class IsolatedProbe:
             TrialError: The factory or the step raised; the child's own words are in the text.
         """
         request = {
-            "factory": self.factory,
-            "budget_bytes": self.budget_bytes,
             "size": size,
             "predicted_bytes": predicted_bytes,
             "steps": steps,
             "worst": list(self.throttle.worst.items()),
+        }
+        answer = self._ask(request, f"The trial of batch size {size}")
+        if isinstance(answer, str):
+            return [Trial(size, predicted_bytes, limit_bytes=self.budget_bytes, reason=answer)]
+        for share, peak in answer["worst"]:
+            self.throttle.note(float(share), peak)
+        self.unit = answer["unit"]
+        return [Trial(**trial) for trial in answer["trials"]]
+
+    def knots(self, sizes: Sequence[int]) -> dict[int, int]:
+        """What the step needs at a few of the sizes, read off its graph in a child; nothing but a first step is run.
+
+        Raises:
+            TraceError: The step cannot be described without running it, or the child did not survive that.
+            TrialError: The factory or the step raised; the child's own words are in the text.
+        """
+        spelled = [sizes.start, sizes.stop, sizes.step] if isinstance(sizes, range) else None
+        answer = self._ask({"range": spelled, "sizes": None if spelled else list(sizes)}, "Reading the step's graph")
+        if isinstance(answer, str):
+            raise TraceError(answer)
+        if answer["untraceable"] is not None:
+            raise TraceError(answer["untraceable"])
+        return {int(size): needed for size, needed in answer["knots"]}
+
+    def _ask(self, request: dict[str, Any], what: str) -> dict[str, Any] | str:
+        """A child's answer, or how it died."""
+        request |= {
+            "factory": self.factory,
+            "budget_bytes": self.budget_bytes,
             "path": [entry or os.getcwd() for entry in sys.path],
         }
         with tempfile.TemporaryDirectory(prefix="mlx_tune-") as folder:
@@ -65,21 +92,19 @@ class IsolatedProbe:
             with words.open("w") as stderr:
                 code = self._wait(folder, stderr)
             if code == 0 and answer.exists():
-                return self._read(json.loads(answer.read_text()))
+                read: dict[str, Any] = json.loads(answer.read_text())
+                return read
             if code is None or code < 0:
-                return [
-                    Trial(size, predicted_bytes, limit_bytes=self.budget_bytes, reason=_how_it_died(code, self.timeout))
-                ]
+                return _how_it_died(code, self.timeout)
             tail = "\n".join(words.read_text(errors="replace").splitlines()[-_LINES:])
-            raise TrialError(
-                f"The trial of batch size {size} failed in its process (factory={self.factory!r}):\n{tail}"
-            )
+            raise TrialError(f"{what} failed in its process (factory={self.factory!r}):\n{tail}")
 
     def _wait(self, folder: str, stderr: Any) -> int | None:
         """The child's exit code, negative for a signal; None if it had to be ended for taking too long."""
         command = [sys.executable, "-m", "mlx_tune.batching.isolation", folder]
         environment = dict(os.environ)
         package = str(Path(__file__).parents[2])
+        environment.pop("MLX_RANK", None)  # a child is alone: it must not take its parent's place among the ranks
         environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])
         child = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=environment, start_new_session=True)
         try:
@@ -90,12 +115,6 @@ class IsolatedProbe:
             if child.poll() is None:  # too slow, or this process is being interrupted
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
-
-    def _read(self, answer: dict[str, Any]) -> list[Trial]:
-        for share, peak in answer["worst"]:
-            self.throttle.note(float(share), peak)
-        self.unit = answer["unit"]
-        return [Trial(**trial) for trial in answer["trials"]]
 
 
 def _how_it_died(code: int | None, timeout: float | None) -> str:
@@ -120,11 +139,7 @@ def load_factory(factory: str) -> Callable[[], Any]:
 
 
 def _child(folder: Path) -> None:
-    """Run the one trial that the request in `folder` asks for, and leave the answer there."""
-    from dataclasses import asdict
-
-    from mlx_tune.batching.probe import Probe
-
+    """Do what the request in `folder` asks for, and leave the answer there."""
     request = json.loads((folder / "request.json").read_text())
     sys.path[:] = [*request["path"], *(entry for entry in sys.path if entry not in request["path"])]
     built = load_factory(request["factory"])()
@@ -132,17 +147,40 @@ def _child(folder: Path) -> None:
         raise InvalidArgumentError(
             f"factory={request['factory']!r} returned {type(built).__name__}: it must return (step, make_batch, state)."
         )
-    step, make_batch, state = built
+    answer = _one_trial(request, *built) if "size" in request else _knots(request, *built)
+    (folder / "answer.json").write_text(json.dumps(answer))
+
+
+def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from mlx_tune.batching.probe import Probe
+
     probe = Probe(step, make_batch, state, request["budget_bytes"])
     for share, peak in request["worst"]:
         probe.throttle.note(float(share), peak)
     trials = probe.trial(request["size"], request["predicted_bytes"], request["steps"])
-    answer = {
+    return {
         "trials": [asdict(trial) for trial in trials],
         "worst": list(probe.throttle.worst.items()),
         "unit": probe.unit,
     }
-    (folder / "answer.json").write_text(json.dumps(answer))
+
+
+def _knots(request: dict[str, Any], step: Any, make_batch: Any, state: Any) -> dict[str, Any]:
+    from mlx_tune.batching.forecast import Forecast, floor_of
+    from mlx_tune.batching.probe import Probe
+
+    sizes: Sequence[int] = range(*request["range"]) if request["range"] else request["sizes"]
+    budget, estimate = request["budget_bytes"], floor_of(step, make_batch, state)
+    try:
+        knots = {sizes[0]: estimate(sizes[0])}
+        if knots[sizes[0]] <= budget:
+            Probe(step, make_batch, state, budget).warm(sizes[0])
+            knots = Forecast(estimate, sizes, budget).knots
+    except TraceError as error:
+        return {"knots": [], "untraceable": str(error)}
+    return {"knots": list(knots.items()), "untraceable": None}
 
 
 if __name__ == "__main__":

@@ -51,9 +51,16 @@ class Journal:
 
     def trial(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
         """Answer from the file, or measure and write it down."""
+        known = self.recall(size, steps)
+        return known if known is not None else self.measure(size, predicted_bytes, steps)
+
+    def recall(self, size: int, steps: int) -> list[Trial] | None:
+        """What the file knows of a size after so many steps, or None."""
         known = self._known.get(size)
-        if known is not None and (known[-1].steps >= steps or not known[-1].fits):
-            return known
+        return known if known is not None and (known[-1].steps >= steps or not known[-1].fits) else None
+
+    def measure(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
+        """Measure, whatever the file knows, and write it down."""
         assert self.runner is not None
         self._write({"started": size})
         try:

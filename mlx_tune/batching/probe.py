@@ -11,7 +11,7 @@ from typing import Any
 from mlx_tune import devices
 from mlx_tune.batching.limits import held
 from mlx_tune.batching.result import Trial
-from mlx_tune.batching.throttle import SHARES, Throttle
+from mlx_tune.batching.throttle import HOLDING, SHARES, Throttle
 from mlx_tune.errors import MlxTuneError, TrialError
 from mlx_tune.memory import track_memory
 from mlx_tune.units import format_bytes
@@ -21,22 +21,24 @@ MakeBatch = Callable[[int], Any]
 
 #: Texts of the errors by which MLX's allocators refuse; anything else that a step raises is the user's to see.
 _OUT_OF_MEMORY = ("out of memory", "unable to allocate", "maximum allowed buffer size", "insufficient memory")
-#: How many readings a floor is taken from where nothing is known of it; single ones spread upwards.
+#: How many readings a floor is taken from at the most; single ones spread upwards.
 _FLOOR_READINGS = 3
 #: A reading this much above the budget needs no second one.
 _HOPELESS = 1.2
-#: A reading this much above the prediction is taken again, and floors that spread more than this are read often.
+#: A reading this much above the prediction is taken again.
 _SPREAD = 1.02
 #: Trials below this share of the budget cost little enough to look at how peaks follow the memory limit.
 _SMALL = 0.25
-#: Swap that grows by more than this share of the budget says that the machine no longer copes.
-_SWAP_SHARE = 0.02
+#: Swap that grows by more than this share of the budget says that the machine no longer copes; less than so many bytes
+#: says nothing, as every process of the machine may have caused it.
+_SWAP_SHARE, _SWAP_BYTES = 0.02, 64 << 20
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """What one step took."""
+    """What one step took, and the memory limit it ran under."""
 
+    limit_bytes: int
     peak_bytes: int
     seconds: float
     loss: Any
@@ -64,7 +66,6 @@ class Probe:
     restore: Callable[[], None] | None = None
     unit: str = "rows"
     _warm: bool = False
-    _trials: int = 0
     _shapes: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     def warm(self, size: int) -> None:
@@ -103,7 +104,7 @@ class Probe:
         mx.clear_cache()
         swapped = max(0, devices.swap_used_bytes() - swap)
         trials[-1] = replace(trials[-1], footprint_bytes=devices.footprint_bytes(), swapped_bytes=swapped)
-        if swapped > _SWAP_SHARE * self.budget_bytes:
+        if swapped > max(_SWAP_BYTES, _SWAP_SHARE * self.budget_bytes):
             trials[-1] = replace(trials[-1], fits=False, reason=f"the system swapped {format_bytes(swapped)}")
         return trials
 
@@ -119,70 +120,119 @@ class Probe:
         if not self._warm:
             self._run(batch, 1, trial)
             self._warm = True
-        self._trials += 1
         base = mx.get_active_memory()
         small = trial.predicted_bytes is None or trial.predicted_bytes - base < _SMALL * (self.budget_bytes - base)
-        learning = self._trials == 1 or (self._trials == 2 and small)
-        readings = self._learn(batch, base, trial) if learning else self._floor(batch, base, trial)
-        floor = min(readings)
+        unknown = not self.throttle.worst or (small and SHARES[-1] not in self.throttle.worst)
+        holding = None if unknown else self.throttle.holding_share
+        readings = self._learn(batch, base, trial) if unknown else self._floor(batch, base, trial)
+        floor, held = self._needed(readings, base, None if unknown else trial.predicted_bytes)
+        trial = trials[0] = replace(
+            trial, base_bytes=base, floor_bytes=floor, held_bytes=held, peak_bytes=held, limit_bytes=1
+        )
         added = max(1, floor - base)
-        held = max(readings) if len(readings) >= _FLOOR_READINGS else base + int(self.throttle.spread * added)
-        trial = trials[0] = replace(trial, floor_bytes=floor, held_bytes=held, peak_bytes=held, limit_bytes=1)
+        room, failed = (self.budget_bytes - base) / added, None
         while held <= self.budget_bytes:
-            share = self.throttle.share_within((self.budget_bytes - base) / added)
+            share = self._share(room, failed)
             limit = self.throttle.limit_at(share, base, floor, self.budget_bytes)
-            trials[-1] = self._steps(replace(trial, limit_bytes=limit), batch, steps)
+            if share == holding and readings[0].limit_bytes <= self.budget_bytes:
+                limit = readings[0].limit_bytes  # the same share, of what was expected beforehand
+            taken = [] if unknown else [reading for reading in readings if reading.limit_bytes == limit]
+            trials[-1] = self._steps(replace(trial, limit_bytes=limit), batch, steps, taken)
             peak = trials[-1].peak_bytes or 0
             self.throttle.note(share, (peak - base) / added)
             if trials[-1].fits or share == 0:
                 return
-            trials.append(trial)  # not under this limit: once more under the next lower one
+            failed = share
+            trials.append(trial)  # not under this limit: once more under a lower one
 
-    def _steps(self, trial: Trial, batch: Any, steps: int) -> Trial:
-        """Take real steps under the trial's limit, until one is above the budget."""
-        peak, seconds, taken = 0, float("inf"), 0
-        while taken < steps and peak <= self.budget_bytes:
+    def _needed(self, readings: list[_Reading], base: int, predicted: int | None) -> tuple[int, int]:
+        """The floor that readings show, and the peak to reckon with at the floor.
+
+        Single peaks scatter upwards. How far, several readings show; where there is but one, what earlier ones showed
+        is added to it, unless that makes it more than was predicted: then it holds some of that already.
+        """
+        peaks = [reading.peak_bytes for reading in readings]
+        floor = min(peaks)
+        scattered = base + int(self.throttle.spread * (floor - base))
+        if len(peaks) == 1 and predicted is not None:
+            scattered = min(scattered, predicted)
+        return floor, max(floor, scattered) if len(peaks) < _FLOOR_READINGS else max(peaks)
+
+    def _share(self, room: float, failed: float | None) -> float:
+        """The share to run real steps under.
+
+        Held to the floor they are slow, so they are only where the next higher share is known to need more. Where
+        single peaks scatter, those at the floor do as well.
+        """
+        if failed is None:
+            return max(self.throttle.share_within(room), self.throttle.holding_share)
+        return min(self.throttle.holding_share, self.throttle.share_within(room, below=failed))
+
+    def _steps(self, trial: Trial, batch: Any, steps: int, taken: list[_Reading]) -> Trial:
+        """Take real steps under the trial's limit, those taken already included, until one is above the budget."""
+        readings = list(taken)
+        while len(readings) < steps and all(reading.peak_bytes <= self.budget_bytes for reading in readings):
             # The cache gets what the peak so far leaves; before the first step that is nothing.
-            reading = self._run(batch, trial.limit_bytes, trial, self._cache_room(peak or self.budget_bytes))
-            peak, seconds, taken = max(peak, reading.peak_bytes), min(seconds, reading.seconds), taken + 1
+            peak = max((reading.peak_bytes for reading in readings), default=self.budget_bytes)
+            readings.append(self._run(batch, trial.limit_bytes, trial, self._cache_room(peak)))
+        peak = max(reading.peak_bytes for reading in readings)
         return replace(
             trial,
             peak_bytes=peak,
             cache_limit_bytes=self._cache_room(peak),
-            seconds=seconds,
-            steps=taken,
+            seconds=min(reading.seconds for reading in readings),
+            steps=len(readings),
             fits=peak <= self.budget_bytes,
         )
 
-    def _learn(self, batch: Any, base: int, trial: Trial) -> list[int]:
+    def _learn(self, batch: Any, base: int, trial: Trial) -> list[_Reading]:
         """Read the floor a few times, and see how peaks rise with the limit while there is room for that."""
-        readings = [self._run(batch, 1, trial).peak_bytes]
-        while len(readings) < _FLOOR_READINGS and readings[-1] <= _HOPELESS * self.budget_bytes:
-            readings.append(self._run(batch, 1, trial).peak_bytes)
-        floor = min(readings)
-        added = max(1, floor - base)
-        self.throttle.note(SHARES[0], (max(readings) - base) / added)
-        for share in SHARES[1:]:
-            if not self.throttle.may_try((self.budget_bytes - base) / added):
+        readings = [self._run(batch, 1, trial)]
+        expected = 0 if trial.predicted_bytes is None else _SPREAD * trial.predicted_bytes
+        while len(readings) < _FLOOR_READINGS and readings[-1].peak_bytes <= _HOPELESS * self.budget_bytes:
+            if len(readings) > 1 and min(reading.peak_bytes for reading in readings) <= expected:
                 break
+            readings.append(self._run(batch, 1, trial))
+        peaks = [reading.peak_bytes for reading in readings]
+        floor, added = min(peaks), max(1, min(peaks) - base)
+        self.throttle.note(SHARES[0], (max(peaks) - base) / added)
+
+        def read(share: float) -> bool:
+            """Note the peak at a share; False where there is no room for that."""
+            if not self.throttle.may_try((self.budget_bytes - base) / added):
+                return False
             limit = self.throttle.limit_at(share, base, floor, self.budget_bytes)
-            peak = self._run(batch, limit, trial).peak_bytes
-            self.throttle.note(share, (peak - base) / added)
+            self.throttle.note(share, (self._run(batch, limit, trial).peak_bytes - base) / added)
+            return True
+
+        # Where a share holds, smaller ones do, too: those are read only where it does not.
+        if read(HOLDING) and not self.throttle.holds(HOLDING):
+            for share in [share for share in SHARES[1:] if share < HOLDING][::-1]:
+                if not read(share) or self.throttle.holds(share):
+                    break
+        for share in [share for share in SHARES if share > HOLDING]:
+            if not read(share):
+                break
         return readings
 
-    def _floor(self, batch: Any, base: int, trial: Trial) -> list[int]:
-        """Peaks with dispatch held back: one, or a few where they are known to spread or the first surprises."""
-        limit, expected = 1, self.budget_bytes
+    def _floor(self, batch: Any, base: int, trial: Trial) -> list[_Reading]:
+        """Peaks held to the floor: one, or a few where the first surprises."""
+        limit, expected, added = 1, self.budget_bytes, 0
         if trial.predicted_bytes is not None:
             added = max(0, trial.predicted_bytes - base)
-            limit = max(1, base + int(self.throttle.holding_share * added / self.throttle.spread))
             expected = min(expected, int(_SPREAD * trial.predicted_bytes))
-        readings = [self._run(batch, limit, trial).peak_bytes]
-        if readings[0] > expected and limit > 1:  # dispatch may not have been held back hard enough
-            readings = [self._run(batch, 1, trial).peak_bytes]
-        if self.throttle.spread > _SPREAD:
-            while len(readings) < _FLOOR_READINGS and readings[-1] <= self.budget_bytes:
-                readings.append(self._run(batch, 1, trial).peak_bytes)
+            if self.throttle.holding_share > 0:
+                limit = max(1, base + int(self.throttle.holding_share * added / self.throttle.spread))
+        cache = self._cache_room(min(expected, self.budget_bytes))
+        readings = [self._run(batch, limit, trial, cache)]
+        while readings[-1].peak_bytes > expected and len(readings) < _FLOOR_READINGS:
+            if readings[-1].peak_bytes > _HOPELESS * self.budget_bytes and readings[-1].limit_bytes == 1:
+                break
+            readings.append(self._run(batch, 1, trial, cache))  # perhaps dispatch was not held back hard enough
+        held = [reading.peak_bytes for reading in readings if reading.limit_bytes == 1]
+        if len(held) > 1:
+            floor = min(reading.peak_bytes for reading in readings)
+            self.throttle.note(SHARES[0], (max(held) - base) / max(1, floor - base))
         return readings
 
     def _cache_room(self, held_bytes: int) -> int | None:
@@ -240,7 +290,7 @@ class Probe:
                 f"A trial at batch size {size} ran no operation: step(batch) returned without computing anything, so "
                 f"every size would seem to fit. step must run the forward pass, the gradients and the update."
             )
-        return _Reading(memory.peak_bytes, memory.seconds, arrays[0])
+        return _Reading(limit, memory.peak_bytes, memory.seconds, arrays[0])
 
 
 def _fault(loss: Any) -> str | None:

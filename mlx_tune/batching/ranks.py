@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from mlx_tune.batching.journal import Runner
+from mlx_tune.batching.journal import Journal, Runner
 from mlx_tune.batching.result import Trial
-from mlx_tune.errors import TraceError, TrialError
+from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
 
 T = TypeVar("T")
 
@@ -57,6 +57,18 @@ class Ranks:
         """The smallest of all ranks' values."""
         return min(row[0] for row in self._gather([value]))
 
+    def same(self, **values: int) -> None:
+        """See that every rank was given the same: what decides where a search goes must not differ.
+
+        Raises:
+            InvalidArgumentError: On every rank, naming what differs.
+        """
+        rows = self._gather(list(values.values()))
+        for name, *given in zip(values, *rows, strict=True):
+            if len(set(given)) > 1:
+                told = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(given))
+                raise InvalidArgumentError(f"{name} is {told}: give the same on every rank.")
+
     def largest_estimate(self, estimate: Callable[[int], int]) -> Callable[[int], int]:
         """An estimate of which every rank sees the largest; one rank's `TraceError` is everybody's."""
         if self.size == 1:
@@ -81,6 +93,27 @@ class Ranks:
 
         return shared
 
+    def largest_knots(self, read: Callable[[], dict[int, int]]) -> dict[int, int]:
+        """Rank 0's estimates by size, if every rank can read any; the others may have looked at other sizes."""
+        if self.size == 1:
+            return read()
+        untraceable: list[TraceError] = []
+
+        def own() -> dict[int, int]:
+            try:
+                return read()
+            except TraceError as error:
+                untraceable.append(error)
+                return {}
+
+        knots = self.agree(own)
+        counts = [row[0] for row in self._gather([len(knots)])]
+        if 0 in counts:
+            raise untraceable[0] if untraceable else TraceError("another rank's step cannot be traced")
+        mine = [value for item in knots.items() for value in item] if self.rank == 0 else [0] * (2 * counts[0])
+        flat = self._gather(mine)[0]
+        return dict(zip(flat[::2], flat[1::2], strict=True))
+
     @staticmethod
     def _attempt(function: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         try:
@@ -102,28 +135,37 @@ class Ranks:
 
 
 class SharedRunner:
-    """A runner whose trials fit only where they fit on every rank."""
+    """A runner whose trials fit only where they fit on every rank.
 
-    def __init__(self, runner: Runner, ranks: Ranks) -> None:
+    Args:
+        runner: This rank's own.
+        ranks: All of them.
+        journal: The journal around the runner, if there is one. What it knows counts only where every rank's knows it:
+            a step whose ranks exchange something would wait for one that does not run it.
+    """
+
+    def __init__(self, runner: Runner, ranks: Ranks, journal: Journal | None = None) -> None:
         """Wrap this rank's own runner."""
-        self.runner, self.ranks = runner, ranks
+        self.runner, self.ranks, self.journal = runner, ranks, journal
 
     def trial(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
         """Measure on every rank at once; the largest peaks, the slowest step and the lowest limit count."""
-        trials, error = self.ranks._attempt(lambda: self.runner.trial(size, predicted_bytes, steps))
+        trials, error = self.ranks._attempt(lambda: self._own(size, predicted_bytes, steps))
         own = trials[-1] if trials else Trial(size, predicted_bytes, limit_bytes=1)
         row = [
             own.fits,
             _or(own.peak_bytes),
             _or(own.held_bytes),
             _or(own.floor_bytes),
+            _or(own.base_bytes),
             own.limit_bytes,
             _or(own.cache_limit_bytes),
             -1 if own.seconds is None else round(own.seconds * 1e6),
             own.steps,
+            own.items,
         ]
         rows = self.ranks._share([int(value) for value in row], error)
-        fits, peak, held, floor, limit, cache, micros, taken = zip(*rows, strict=True)
+        fits, peak, held, floor, base, limit, cache, micros, taken, items = zip(*rows, strict=True)
         unfit = [rank for rank, value in enumerate(fits) if not value]
         reason = own.reason if self.ranks.rank in unfit or not unfit else f"it does not fit on rank {unfit[0]}"
         combined = replace(
@@ -132,13 +174,26 @@ class SharedRunner:
             peak_bytes=_most(peak),
             held_bytes=_most(held),
             floor_bytes=_most(floor),
+            base_bytes=_most(base),
             limit_bytes=min(limit),
             cache_limit_bytes=None if min(cache) < 0 else min(cache),
             seconds=None if min(micros) < 0 else max(micros) / 1e6,
             steps=min(taken),
+            items=min(items),
             reason=reason,
         )
         return [*(trials or [])[:-1], combined]
+
+    def _own(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
+        """This rank's trials: out of the journals, where they have an answer between them, else measured."""
+        if self.journal is None:
+            return self.runner.trial(size, predicted_bytes, steps)
+        known = self.journal.recall(size, steps)
+        verdicts = [row[0] for row in self.ranks._gather([-1 if known is None else int(known[-1].fits)])]
+        if 0 in verdicts:
+            reason = f"the journal of rank {verdicts.index(0)} says that it does not fit"
+            return known or [Trial(size, predicted_bytes, limit_bytes=int(self.journal.budget), reason=reason)]
+        return known if known is not None and -1 not in verdicts else self.journal.measure(size, predicted_bytes, steps)
 
 
 def _or(value: int | None) -> int:

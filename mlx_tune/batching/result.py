@@ -9,10 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.tables import render_table
-from mlx_tune.units import format_bytes, format_seconds
+from mlx_tune.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+#: An answer that loses more speed than this to its limit comes with the way to one that does not.
+_SLOW = 0.05
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Trial:
         floor_bytes: The smallest peak with dispatch held back, the least that a step of this size needs; None if the
             trial did not get that far.
         held_bytes: The largest peak to reckon with while dispatch is held back.
+        base_bytes: What MLX's arrays held before the step, the batch included.
         peak_bytes: The largest peak of the real steps under `limit_bytes`; None if the trial did not get that far.
         limit_bytes: The memory limit that those steps ran under.
         cache_limit_bytes: The cache limit that they ran under, or None where it was left alone.
@@ -47,6 +52,7 @@ class Trial:
     floor_bytes: int | None = None
     cache_limit_bytes: int | None = None
     held_bytes: int | None = None
+    base_bytes: int | None = None
     steps: int = 0
     footprint_bytes: int | None = None
     swapped_bytes: int = 0
@@ -87,6 +93,8 @@ class AutobatchResult:
         next_size: The next larger size that could have been the answer; None if there is none.
         next_bytes: Its peak.
         next_measured: True if that was measured, False if it is a prediction.
+        unhindered_size: The largest batch, up to the answer, that is predicted to run without its limit ever holding
+            it back; None if nothing ran so.
         search_seconds: How long the whole search took.
         notes: What was out of the ordinary.
     """
@@ -107,6 +115,27 @@ class AutobatchResult:
     next_measured: bool
     search_seconds: float
     notes: tuple[str, ...] = ()
+    unhindered_size: int | None = None
+
+    @property
+    def slowdown(self) -> float | None:
+        """How much longer a token (or row) takes at the answer than at the largest batch tried that ran unhindered.
+
+        0.5 means half as long again; 0 where the answer itself ran unhindered; None where nothing did.
+        """
+        chosen, free = self._chosen, self._largest_free
+        if free is None or chosen is None or not free.items_per_second or not chosen.items_per_second:
+            return None
+        return 0.0 if chosen.ran_free else free.items_per_second / chosen.items_per_second - 1
+
+    @property
+    def _chosen(self) -> Trial | None:
+        return next((t for t in reversed(self.trials) if t.batch_size == self.batch_size and t.fits), None)
+
+    @property
+    def _largest_free(self) -> Trial | None:
+        free = [trial for trial in self.trials if trial.fits and trial.ran_free]
+        return max(reversed(free), key=lambda trial: trial.batch_size, default=None)
 
     @contextmanager
     def applied(self) -> Iterator[AutobatchResult]:
@@ -123,7 +152,8 @@ class AutobatchResult:
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return fields | {"trials": [trial.to_dict() for trial in self.trials], "notes": list(self.notes)}
+        trials = [trial.to_dict() for trial in self.trials]
+        return fields | {"slowdown": self.slowdown, "trials": trials, "notes": list(self.notes)}
 
     def __str__(self) -> str:
         """The answer, and a table of the trials behind it."""
@@ -157,9 +187,32 @@ class AutobatchResult:
                 if self.next_bytes is not None
                 else f"batch {self.next_size}: not tried"
             )
-        free = [trial.batch_size for trial in self.trials if trial.fits and trial.ran_free]
-        if free and max(free) < self.batch_size:
-            lines.append(f"largest batch that ran without being held back by the limit: {max(free)}")
+        lines.extend(self._speed())
+        footprints = [trial.footprint_bytes for trial in self.trials if trial.footprint_bytes is not None]
+        if footprints:
+            lines.append(f"the system charged the process with {format_bytes(max(footprints))} at the most")
+        return lines
+
+    def _speed(self) -> list[str]:
+        """What the limit costs, and how to ask for less of that."""
+        slowdown, free = self.slowdown, self._largest_free
+        if free is None:
+            return ["no size that was tried ran without being held back by its limit"]
+        if slowdown is None or slowdown == 0.0:
+            return []
+        unit = self.unit.removesuffix("s")
+        verdict = (
+            f"{format_percent(slowdown, 0)} more time a {unit} than" if slowdown > 0 else f"no more time a {unit} than"
+        )
+        reach = ""
+        if self.unhindered_size is not None and self.unhindered_size > free.batch_size:
+            reach = f" (predicted to: {self.unhindered_size})"
+        lines = [
+            f"batch {self.batch_size} is held back by its limit and takes {verdict} batch {free.batch_size}, "
+            f"the largest tried that runs free{reach}"
+        ]
+        if slowdown > _SLOW:
+            lines.append(f"slowdown={_SLOW} asks for the largest batch within {format_percent(_SLOW, 0)} of that speed")
         return lines
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, dark: bool = False) -> Figure:

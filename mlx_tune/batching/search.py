@@ -1,9 +1,9 @@
 """The search for the largest size that fits, over numbers alone: nothing here knows of models or devices.
 
-Sizes are approached from below. Peaks grow almost linearly with the batch, so the peaks measured so far say how
-far the next step may reach; where they do not lie on a line (paddings, other kernels from some size on), the line
-is only a hint, and the bracket between the largest size that fitted and the smallest that did not is narrowed
-until it closes. A size whose predicted peak is above the budget is never measured.
+Sizes are approached from below. Peaks grow almost linearly with the batch, or with what a model of the step says (its
+shape), so the peaks measured so far say how far the next step may reach. Where they do not lie on a line (paddings,
+other kernels from some size on), the line is only a hint, and the bracket between the largest size that fitted and
+the smallest that did not is narrowed until it closes. A size whose predicted peak is above the budget is not measured.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 
 #: Slopes that differ by less than this factor are taken for one line, and then a size may be ruled out unmeasured.
 _SAME_LINE = 1.25
-#: By how much a shape's slope may be wrong, before measurements say how steep it is.
-_ESTIMATE = 1.1
 #: How far beyond the largest known size a first leap may go, while no line is established.
 _LEAP = 16
+#: By how much a single peak may scatter, as a share of it.
+_NOISE = 0.02
+#: By how much a shape may be too steep or too flat, before measurements say more.
+_DOUBT = 0.1
+#: A leap goes all the way where the error of what is foreseen there is at most this share of the budget.
+_SURE = 0.025
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,23 @@ def search(
     budget_bytes: int,
     *,
     shape: Callable[[int], float] | None = None,
+    look: Callable[[int], bool] | None = None,
     start: int = 0,
 ) -> Found:
     """Find the largest of `sizes` that fits.
 
-    On curves that never fall, the answer is the one that trying every size would give. On straight ones it takes
-    four measurements, or three with `shape`.
+    Without a `shape`, the answer on curves that never fall is the one that trying every size would give; on straight
+    ones it takes four measurements. With one it takes three, and the answer is as exact as the shape: a size that the
+    line through the measured peaks puts above the budget is not tried.
 
     Args:
         measure: Measures one size; called at most once for each.
         sizes: What may be answered, ascending. A `range` will do, however long.
         budget_bytes: What a peak must not exceed.
         shape: Bytes that are expected at a size, from a model of the step. Only its differences count: the
-            measured peaks say where it lies and how steep it is.
+            measured peaks say where it lies and how steep it is. It is trusted while they agree with it.
+        look: Makes `shape` exact at a size; False where it was already. Called for each size before it is measured
+            or ruled out, so that between those a shape may be cheap and rough.
         start: The position in `sizes` to begin at, where more than the smallest is known to be harmless.
 
     Returns:
@@ -86,12 +94,23 @@ def search(
     low, high = -1, len(sizes)  # positions: the largest that fitted, the smallest that did not
     stalled = 0
     first = min(max(start, 0), len(sizes) - 1)
+
+    def exact(position: int) -> bool:
+        """Whether the shape is exact there already; if not, it is now, and what was decided by it is open again."""
+        return look is None or not look(sizes[position])
+
     while True:
         position = first if (low, high) == (-1, len(sizes)) else _next_position(curve, sizes, low, high, stalled)
-        if position is None or position < 0:
+        if position is None:
+            if 0 <= low < high - 1 and not exact(low + 1):
+                continue
             return _answer(curve, sizes, low, high)
+        if not exact(position):
+            continue
         size, width = sizes[position], high - low
-        measured = measure(size, curve.predict(size) if low >= 0 else None)
+        predicted = curve.predict(size) if low >= 0 else None
+        measured = measure(size, predicted)
+        curve.compare(size, measured.bytes)
         if measured.fits:
             curve.add(size, measured.bytes)
             crept = position - low == 1 and position > 1  # the first step of one is how the slope is learned
@@ -113,6 +132,7 @@ class _Curve:
     shape: Callable[[int], float] | None
     fitting: list[tuple[int, int]] = field(default_factory=list)  # size and peak, ascending
     above: dict[int, int] = field(default_factory=dict)
+    scatter: float = 0.0  # how far peaks were from what three points foretold
 
     def add(self, size: int, peak: int | None) -> None:
         """Note the peak of a size that fits. Sizes come in ascending order: only larger ones are still of interest."""
@@ -135,31 +155,80 @@ class _Curve:
     def straight(self) -> bool:
         """Whether the points lie on one line, so that it can be trusted beyond them."""
         slopes = self._neighbours()
-        if self.shape is not None:
-            slopes.append(1.0)
         return len(slopes) >= 2 and 0 < max(slopes) <= _SAME_LINE * min(slopes)
+
+    @property
+    def shaped(self) -> bool:
+        """Whether the points agree with the shape, so that it can be trusted between and beyond them."""
+        if self.shape is None or not self.fitting:
+            return False
+        for a, b in zip(self.fitting, self.fitting[1:], strict=False):
+            rise, foreseen, noise = b[1] - a[1], self.x(b[0]) - self.x(a[0]), _NOISE * b[1]
+            if not foreseen / _SAME_LINE - noise <= rise <= foreseen * _SAME_LINE + noise:
+                return False
+        return True
+
+    def _weighed(self) -> tuple[float, float]:
+        """How steep the peaks are beside the shape, and the error of that.
+
+        Noise makes two peaks that are close together say little, and the shape is good, so they are weighed against
+        each other: each counts by the inverse square of its error.
+        """
+        first, last = self.fitting[0], self.fitting[-1]
+        run = self.x(last[0]) - self.x(first[0])
+        if run <= 0:
+            return 1.0, _DOUBT
+        error = _NOISE * last[1] / run
+        weight = _DOUBT**2 / (_DOUBT**2 + error**2)
+        return 1.0 + weight * (self._slope(first, last) - 1.0), weight**0.5 * error
+
+    @property
+    def sure(self) -> bool:
+        """Whether the points agree with the shape, and say what will be at the budget closely enough to go there."""
+        if not self.shaped:
+            return False
+        slope, error = self._weighed()
+        return error / slope * (self.budget - self.fitting[-1][1]) <= _SURE * self.budget
 
     @property
     def least_slope(self) -> float:
         """The slope below which the next sizes are not expected to go; 0 without a line to trust."""
-        if self.shape is not None and len(self.fitting) == 1:
-            return 1 / _ESTIMATE
-        if not self.straight:
-            return 0.0
-        return min(self._neighbours())
+        return min(self._neighbours()) if self.straight else 0.0
 
     @property
     def steep_slope(self) -> float | None:
         """The slope that leaps reckon with, taken over long distances so that noise counts little."""
+        if self.shaped:
+            return self._weighed()[0]
         if len(self.fitting) < 2:
-            return None if self.shape is None or not self.fitting else _ESTIMATE
+            return None
         last = self.fitting[-1]
         reach = self.x(last[0]) - self.x(self.fitting[0][0])
         far = [p for p in self.fitting[:-1] if self.x(last[0]) - self.x(p[0]) >= reach / 2]
         return max(self._slope(p, last) for p in far or self.fitting[-2:-1])
 
+    def _foreseen(self, size: int) -> float:
+        """The peak that the shape and the points make of a larger size."""
+        last = self.fitting[-1]
+        beyond = min((n for n in self.above if n >= size), default=None)
+        slope = self._weighed()[0]
+        if beyond is not None and self.above[beyond] > last[1]:
+            slope = self._slope(last, (beyond, self.above[beyond]))
+        return last[1] + slope * (self.x(size) - self.x(last[0]))
+
+    def compare(self, size: int, peak: int | None) -> None:
+        """See how far a peak is from what was foreseen where three points or more said what to expect."""
+        if peak is not None and len(self.fitting) + len(self.above) >= 3 and self.shaped:
+            self.scatter = max(self.scatter, abs(peak - self._foreseen(size)))
+
     def least(self, size: int) -> float:
-        """The least that the peak of a larger size can be."""
+        """The least that a larger size is expected to need room for.
+
+        Where there is a shape, that is what is foreseen and the scatter: a size that is foreseen closer to the budget
+        would be a throw of dice, and so would its neighbours, one trial after the other.
+        """
+        if self.shaped:
+            return self._foreseen(size) + self.scatter
         last = self.fitting[-1]
         return last[1] + self.least_slope * (self.x(size) - self.x(last[0]))
 
@@ -167,6 +236,8 @@ class _Curve:
         """The peak expected at a larger size; where that is uncertain, the least that it can be."""
         if not self.fitting:
             return 0
+        if self.shaped:
+            return round(self._foreseen(size))
         last = self.fitting[-1]
         slope = self.steep_slope
         if slope is None:
@@ -189,6 +260,8 @@ def _next_position(curve: _Curve, sizes: Sequence[int], low: int, high: int, sta
     if stalled >= 2:  # neither the line nor the bracket has helped twice over: halve, or double where nothing failed
         halfway = (low + high) // 2 if high < len(sizes) else low + 2 ** (stalled - 1)
         return min(max(halfway, low + 1), allowed)
+    if high < len(sizes) and curve.shaped:
+        return allowed
     if high < len(sizes):
         return min(max(_between(curve, sizes, low, high), low + 1), allowed)
     return min(_leap(curve, sizes, low, high), allowed)
@@ -217,10 +290,13 @@ def _leap(curve: _Curve, sizes: Sequence[int], low: int, high: int) -> int:
         return _last(lambda i: peak + slope * (curve.x(sizes[i]) - curve.x(size)) <= goal, low, high)
 
     target = reach(curve.budget)
-    established = len(curve.fitting) >= 3 and curve.straight
-    near = len(curve.fitting) >= 2 and target > low and curve.x(sizes[target]) - curve.x(size) <= span
-    if not (established or near):  # a far leap on little knowledge: half of what is left, and not out of sight
-        target = min(reach(peak + (curve.budget - peak) / 2), _last(lambda i: sizes[i] <= _LEAP * size, low, high))
+    if curve.sure or (len(curve.fitting) >= 3 and curve.straight):
+        return max(target, low + 1)
+    if len(curve.fitting) >= 2 and target > low and 0 < curve.x(sizes[target]) - curve.x(size) <= span:
+        return max(target, low + 1)
+    target = reach(peak + (curve.budget - peak) / 2)  # on little knowledge, half of what is left
+    if not curve.shaped:
+        target = min(target, _last(lambda i: sizes[i] <= _LEAP * size, low, high))
     return max(target, low + 1)
 
 

@@ -16,10 +16,9 @@ from mlx_tune.units import format_bytes, format_percent
 
 #: A size predicted to take this share of the budget may be the answer, and gets its real steps at once.
 _NEAR = 0.85
-#: With an estimate, the first trial goes this far from the smallest size's floor towards the budget.
-_FIRST = 0.1
-#: An estimate this far above the budget rules the smallest size out without a trial.
-_CERTAIN = 1.1
+#: With an estimate, the first trial goes this far from the smallest size's floor towards the budget, and no further
+#: than this share of the size that the estimate says will fit: it is there to learn from, and takes several steps.
+_FIRST, _FIRST_SIZE = 0.1, 0.125
 #: `prefer="fastest"` takes the smallest batch whose rate is within this of the best.
 _AS_FAST = 0.02
 #: How many more trials a question about speed may take.
@@ -58,20 +57,39 @@ class Session:
             estimate: The floor of a step at a size, from its graph.
             warm: Takes the first step of all at a size, so that the optimizer's state is there to be counted.
         """
-        self.bar.update(text="reading the step's graph")
         smallest = self.sizes[0]
-        try:
+
+        def read() -> Forecast:
             floor = estimate(smallest)
-            if floor > _CERTAIN * self.budget_bytes:
-                self._keep([Trial(smallest, floor, limit_bytes=self.budget_bytes, reason="predicted, not tried")])
-                return
+            if floor > self.budget_bytes:
+                return Forecast.of_knots({smallest: floor})
             warm(smallest)
-            self.forecast = Forecast(estimate, self.sizes, self.budget_bytes)
+            return Forecast(estimate, self.sizes, self.budget_bytes)
+
+        self.foresee(read)
+
+    def foresee(self, read: Callable[[], Forecast]) -> None:
+        """Take what the step's graph says for the shape of its peaks, and begin where that says it is cheap to learn.
+
+        Args:
+            read: Reads the graph; raises `TraceError` where it cannot.
+        """
+        self.bar.update(text="reading the step's graph")
+        try:
+            forecast = read()
         except TraceError as error:
             self.notes.append(f"two small trials took the place of an estimate: {str(error).splitlines()[0]}")
             return
+        smallest = self.sizes[0]
+        floor = forecast(smallest)
+        if floor > self.budget_bytes:
+            self._keep([Trial(smallest, round(floor), limit_bytes=self.budget_bytes, reason="predicted, not tried")])
+            return
+        self.forecast = forecast
         goal = floor + _FIRST * (self.budget_bytes - floor)
-        self.start = max(0, bisect_right(self.sizes, goal, key=self.forecast) - 1)
+        fitting = bisect_right(self.sizes, float(self.budget_bytes), key=forecast) - 1
+        small = bisect_right(self.sizes, _FIRST_SIZE * self.sizes[fitting]) - 1
+        self.start = max(0, min(small, bisect_right(self.sizes, goal, key=forecast) - 1))
 
     def largest(self, accept: Callable[[Trial], str | None] | None = None) -> Found:
         """Find the largest size that fits and, having been through all its steps, is accepted.
@@ -80,7 +98,14 @@ class Session:
             accept: Says what else is wrong with an answer, or None.
         """
         while True:
-            found = search(self._measure, self.sizes, self.budget_bytes, shape=self.forecast, start=self.start)
+            found = search(
+                self._measure,
+                self.sizes,
+                self.budget_bytes,
+                shape=self.forecast,
+                look=None if self.forecast is None else self.forecast.look,
+                start=self.start,
+            )
             if found.size is None:
                 return found
             trial = self.known[found.size]
@@ -94,19 +119,54 @@ class Session:
             self._keep([replace(trial, fits=False, reason=wrong)])
 
     def within_slowdown(self, answer: int, slowdown: float) -> int:
-        """The largest size whose steps take no more than `slowdown` longer than unhindered ones would."""
-        free = [trial for trial in self.trials if trial.fits and trial.ran_free and trial.items_per_second]
-        if not free:
+        """The largest size whose rate is at most `slowdown` below that of steps which no limit holds back.
+
+        The largest of those that were tried says what that rate is: sizes near it use the machine alike.
+        """
+        free = self._largest_free()
+        if free is None:
             self.notes.append("slowdown: no size ran unhindered within the budget, so there is nothing to compare with")
             return answer
-        best = max(trial.items_per_second or 0.0 for trial in free)
-        size = self._bisect_rate(free[-1].batch_size, answer, best / (1 + slowdown))
+        if free.batch_size == answer:
+            return answer
+        size = self._bisect_rate(free.batch_size, answer, self._rate(free.batch_size) / (1 + slowdown))
         if size < answer:
             self.notes.append(
                 f"largest batch at any speed: {answer}; the answer is the largest within "
                 f"{format_percent(slowdown)} of the unhindered rate"
             )
         return size
+
+    def unhindered(self, answer: int) -> int | None:
+        """The largest size that runs without being held back, as far as one that did can tell; None if none did."""
+        free = self._largest_free()
+        if free is None or free.base_bytes is None or free.peak_bytes is None or free.held_bytes is None:
+            return None
+        added = max(1, free.held_bytes - free.base_bytes)
+        factor, base = (free.peak_bytes - free.base_bytes) / added, free.base_bytes
+
+        def peak(size: int) -> float:
+            return base + factor * (self._needed(size) - base)
+
+        last = bisect_right(self.sizes, answer)
+        return max(
+            free.batch_size,
+            self.sizes[max(0, bisect_right(self.sizes, float(self.budget_bytes), hi=last, key=peak) - 1)],
+        )
+
+    def _largest_free(self) -> Trial | None:
+        free = [trial for trial in self.known.values() if trial.fits and trial.ran_free and trial.items_per_second]
+        return max(free, key=lambda trial: trial.batch_size, default=None)
+
+    def _needed(self, size: int) -> float:
+        """What a size needs held back, by what its neighbours were seen to need."""
+        axis = self.forecast or float
+        seen = sorted((n, t.held_bytes) for n, t in self.known.items() if t.held_bytes is not None)
+        if len(seen) < 2:
+            return seen[0][1] + axis(size) - axis(seen[0][0]) if self.forecast is not None else float(seen[0][1])
+        right = min(max(bisect_right(seen, size, key=lambda point: point[0]), 1), len(seen) - 1)
+        (a, low), (b, high) = seen[right - 1], seen[right]
+        return low + (axis(size) - axis(a)) / max(1e-9, axis(b) - axis(a)) * (high - low)
 
     def fastest(self, answer: int) -> int:
         """The smallest size whose rate is within 2 % of the best."""
@@ -137,14 +197,12 @@ class Session:
                 break
             middle = (bottom + top) // 2
             bottom, top = (middle, top) if self._rate(self.sizes[middle]) >= least else (bottom, middle)
-        if self.known[self.sizes[bottom]].steps < self.steps:
-            self._try(self.sizes[bottom], self.known[self.sizes[bottom]].held_bytes, self.steps)
         return self.sizes[bottom]
 
     def _rate(self, size: int) -> float:
         trial = self.known.get(size)
         if trial is None or (trial.fits and trial.steps < self.steps):
-            trial = self._try(size, None if self.forecast is None else round(self.forecast(size)), self.steps)
+            trial = self._try(size, round(self._needed(size)), self.steps)
         return trial.items_per_second or 0.0 if trial.fits else 0.0
 
     def _measure(self, size: int, predicted: int | None) -> Measured:
@@ -152,9 +210,22 @@ class Session:
         if trial is None:
             if predicted is None and self.forecast is not None:
                 predicted = round(self.forecast(size))
-            near = size == self.sizes[-1] or (predicted is not None and predicted >= _NEAR * self.budget_bytes)
-            trial = self._try(size, predicted, self.steps if near else 1)
-        return Measured(trial.fits, trial.held_bytes)
+            trial = self._try(size, predicted, self.steps if self._may_be_last(size, predicted) else 1)
+        # What fits under some limit is known by what it needs held back; what does not, by how far its steps went.
+        needed = [trial.held_bytes] if trial.fits else [trial.held_bytes, trial.peak_bytes]
+        return Measured(trial.fits, max((n for n in needed if n is not None), default=None))
+
+    def _may_be_last(self, size: int, predicted: int | None) -> bool:
+        """Whether a size may turn out to be the answer, so that all its steps had better be taken at once."""
+        if size == self.sizes[-1]:
+            return True
+        if predicted is None:
+            return False
+        growth = 0.0
+        if self.forecast is not None:
+            following = self.sizes[bisect_right(self.sizes, size)]
+            growth = self.forecast(following) - self.forecast(size)
+        return predicted >= _NEAR * self.budget_bytes or predicted + growth > self.budget_bytes
 
     def _try(self, size: int, predicted: int | None, steps: int) -> Trial:
         foreseen = ""

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 #: Limits to learn from, as shares of what the step adds at its floor: from every operation held back to none.
 SHARES = (0.0, 0.3, 0.6, 0.9, 1.2, math.inf)
+#: The share at which steps are held to their floor, or nearly so, and hardly lose any time by it; most models allow it.
+HOLDING = 0.9
 #: Peaks this close together are taken for the same.
 _SAME = 0.01
 #: The most that a reading is expected to rise over the one at the share before.
@@ -45,18 +47,27 @@ class Throttle:
 
     @property
     def holding_share(self) -> float:
-        """The largest share whose peaks are no higher than with everything held back; it costs less time."""
-        return min(self.share_within(self.spread + _SAME), 0.9)
+        """The largest share whose peaks are no higher than with everything held back; it costs much less time."""
+        return min(self.share_within(self.spread + _SAME), HOLDING)
+
+    def holds(self, share: float) -> bool:
+        """Whether the peaks seen at a share are no higher than with everything held back."""
+        return self.worst[share] <= self.spread + _SAME
 
     def may_try(self, room: float) -> bool:
         """Whether one more reading, at the next share, can be expected to stay within `room`."""
         return max(self.worst.values(), default=1.0) + _RISE <= room
 
-    def share_within(self, room: float) -> float:
-        """The largest share whose peaks, and those of all smaller shares, stayed within `room`; 0 if none did."""
+    def share_within(self, room: float, below: float | None = None) -> float:
+        """The largest share whose peaks, and those of all smaller shares, stayed within `room`; 0 if none did.
+
+        Args:
+            room: In units of what the step adds at its floor.
+            below: Only shares below this one.
+        """
         found = 0.0
-        for share in SHARES:
-            if self.worst.get(share, math.inf) > room:
+        for share in sorted(self.worst):
+            if self.worst[share] > room or (below is not None and share >= below):
                 break
             found = share
         return found

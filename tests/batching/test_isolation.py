@@ -1,5 +1,8 @@
 """Trials in processes of their own."""
 
+import signal
+import subprocess
+
 import pytest
 
 from mlx_tune.batching import autobatch
@@ -23,10 +26,19 @@ def test_a_child_that_is_killed_does_not_fit():
     assert trial.reason == "its process was ended by SIGKILL"
 
 
-def test_a_child_that_hangs_is_ended():
-    trial = IsolatedProbe("small_steps:hangs_from_three", BUDGET, 15).trial(3, None, 1)[-1]
+def test_a_child_that_hangs_is_ended(monkeypatch):
+    children = []
+
+    class Watched(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            children.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Watched)
+    trial = IsolatedProbe("small_steps:hangs", BUDGET, 1).trial(3, None, 1)[-1]
     assert not trial.fits
-    assert trial.reason == "its process took longer than trial_timeout=15.0 s and was ended"
+    assert trial.reason == "its process took longer than trial_timeout=1.00 s and was ended"
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
 
 
 def test_the_childs_own_error_is_told():

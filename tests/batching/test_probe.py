@@ -120,11 +120,19 @@ def test_running_out_of_memory_is_a_trial_that_does_not_fit():
 
 
 def test_swapping_is_a_reason_not_to_fit(monkeypatch):
-    readings = iter([0, BUDGET])
+    readings = iter([0, 100_000_000])
     monkeypatch.setattr("mlx_tune.devices.swap_used_bytes", lambda: next(readings))
     trial = probe().trial(1, None, 1)[-1]
     assert not trial.fits
-    assert trial.reason == "the system swapped 16.0 MB"
+    assert trial.reason == "the system swapped 100 MB"
+
+
+def test_a_little_swapping_may_be_anyones(monkeypatch):
+    readings = iter([0, BUDGET])
+    monkeypatch.setattr("mlx_tune.devices.swap_used_bytes", lambda: next(readings))
+    trial = probe().trial(1, None, 1)[-1]
+    assert trial.fits
+    assert trial.swapped_bytes == BUDGET
 
 
 def test_the_steps_own_exceptions_pass():

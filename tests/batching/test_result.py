@@ -1,5 +1,6 @@
 """The result: its table, its JSON, its picture."""
 
+import dataclasses
 import json
 
 import pytest
@@ -19,7 +20,7 @@ RESULT = AutobatchResult(
     items_per_second=7680.0,
     unit="tokens",
     trials=(
-        Trial(1, 60_000, 1_000_000, 90_000, 0.02, True, 64, floor_bytes=60_000, held_bytes=61_000, steps=1),
+        Trial(1, 60_000, 1_000_000, 90_000, 0.005, True, 64, floor_bytes=60_000, footprint_bytes=5_000_000, steps=1),
         Trial(12, 960_000, 950_000, 1_010_000, 0.1, False, 768, floor_bytes=955_000, held_bytes=960_000, steps=1),
         Trial(12, 960_000, 900_000, 970_000, 0.1, True, 768, floor_bytes=955_000, held_bytes=960_000, steps=2),
         Trial(24, None, 1_000_000, reason="its process was ended by SIGKILL"),
@@ -29,19 +30,24 @@ RESULT = AutobatchResult(
     next_measured=False,
     search_seconds=1.5,
     notes=("a note",),
+    unhindered_size=3,
 )
+FREE = Trial(1, 60_000, 1_000_000, 90_000, 0.02, True, 64, floor_bytes=60_000, held_bytes=61_000, steps=1)
 
 TABLE = """\
 batch size 12 x 2 accumulation steps = 24: peak 970 kB of 1.00 MB
 batch  predicted    floor     peak    limit     step  tokens/s  fits
 -----  ---------  -------  -------  -------  -------  --------  ------------------------------------
-    1    60.0 kB  60.0 kB  90.0 kB  1.00 MB  20.0 ms     3,200  yes
+    1    60.0 kB  60.0 kB  90.0 kB  1.00 MB  5.00 ms    12,800  yes
    12     960 kB   955 kB  1.01 MB   950 kB   100 ms     7,680  no
    12     960 kB   955 kB   970 kB   900 kB   100 ms     7,680  yes, chosen
    24                               1.00 MB                     no: its process was ended by SIGKILL
 budget: 1.00 MB (given); hold the limit with result.applied()
 batch 24: predicted at least 1.90 MB, not tried
-largest batch that ran without being held back by the limit: 1
+batch 12 is held back by its limit and takes 67 % more time a token than batch 1, the largest tried that runs free \
+(predicted to: 3)
+slowdown=0.05 asks for the largest batch within 5 % of that speed
+the system charged the process with 5.00 MB at the most
 a note"""
 
 
@@ -49,10 +55,36 @@ def test_the_table_says_what_was_tried_and_what_it_left_open():
     assert str(RESULT) == TABLE
 
 
+def with_trials(*trials):
+    return dataclasses.replace(RESULT, trials=trials)
+
+
+def test_an_answer_that_runs_free_says_nothing_of_speed():
+    result = with_trials(FREE, dataclasses.replace(FREE, batch_size=12, seconds=0.1, items=768))
+    assert result.slowdown == 0
+    assert "free" not in str(result)
+
+
+def test_an_answer_that_loses_nothing_to_its_limit_asks_for_nothing():
+    held = dataclasses.replace(RESULT.trials[2], seconds=0.06)
+    result = with_trials(dataclasses.replace(FREE, seconds=0.006), held)
+    assert result.slowdown < 0
+    assert "batch 12 is held back by its limit and takes no more time a token than batch 1" in str(result)
+    assert "slowdown=" not in str(result)
+
+
+def test_where_nothing_runs_free_there_is_no_slowdown_to_tell():
+    result = with_trials(RESULT.trials[2])
+    assert result.slowdown is None
+    assert "no size that was tried ran without being held back by its limit" in str(result)
+
+
 def test_the_dictionary_survives_json():
     read = json.loads(json.dumps(RESULT.to_dict()))
     assert read["batch_size"] == 12
-    assert read["trials"][0]["items_per_second"] == 3200.0
+    assert read["trials"][0]["items_per_second"] == 12800.0
+    assert read["slowdown"] == pytest.approx(2 / 3)
+    assert read["unhindered_size"] == 3
     assert [trial["fits"] for trial in read["trials"]] == [True, False, True, False]
     assert read["notes"] == ["a note"]
 

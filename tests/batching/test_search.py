@@ -87,12 +87,90 @@ def test_straight_curves_take_four_trials_and_none_above_the_budget_but_for_the_
         assert found.next_bytes > budget
 
 
-def test_a_shape_that_is_off_by_a_few_per_cent_keeps_every_trial_within():
+@pytest.mark.parametrize("off", [0.95, 1.0, 1.05])
+def test_a_shape_that_is_off_by_a_few_per_cent_is_put_right_by_the_second_trial(off):
+    """The shape is all that the first trial has; how far it is off can show where that decides, and not beyond."""
     for curve, budget in cases(affine):
-        found, measured = run(curve, budget, shape=lambda n, curve=curve: 1.05 * curve(n) + 12345)
-        assert found.size == exhaustive(curve, budget)
+        growth = curve(2) - curve(1)
+        found, measured = run(curve, budget, shape=lambda n, curve=curve: off * curve(n) + 12345)
+        answer = exhaustive(curve, budget)
         assert len(measured) <= 4
+        # A shape that is too flat lets a trial go over by a part of its error; one that is not never does.
+        assert max(measured.values()) <= (budget if off >= 1 else budget + max(0.05263 * growth, 0.012 * budget))
+        missed = answer - found.size
+        spare = (budget - curve(answer)) / growth
+        assert missed == 0 or (missed == 1 and spare < off - 1)
+        assert found.next_size == found.size + 1
+        assert found.next_bytes > budget
+
+
+def test_an_exact_shape_takes_three_trials_and_none_is_above():
+    """Or four, in one search of several hundred whose first sizes lie close together."""
+    taken = []
+    for curve, budget in cases(affine):
+        found, measured = run(curve, budget, shape=curve)
+        assert found.size == exhaustive(curve, budget)
         assert max(measured.values()) <= budget
+        taken.append(len(measured))
+    assert sum(taken) / len(taken) <= 3
+    assert max(taken) <= 4
+
+
+def bent(rng):
+    """Flat, then straight: small batches need less than the optimizer's update does."""
+    line, s = affine(rng)
+    flat = line(rng.randint(2, 500))
+    return lambda n: max(flat + s * n // 1000, line(n)), s
+
+
+@pytest.mark.parametrize(("noise", "mean", "most"), [(0.0, 3.1, 4), (0.015, 4.5, 15)])
+def test_a_bent_shape_is_followed_through_noise(noise, mean, most):
+    """None far above, and the answer but for what the noise hides: a size in the thousands, too, in a few trials."""
+    taken = []
+    for i, (curve, budget) in enumerate(cases(bent, 300)):
+        read = lambda n: int(curve(n) * (1 + noise * random.Random(f"{i} {n}").random()))  # noqa: E731, B023
+        if curve(1) * (1 + noise) > budget:
+            continue
+        found, measured = run(read, budget, shape=curve)
+        taken.append(len(measured))
+        assert max(measured.values()) <= budget * (1 + 2 * noise)
+        assert abs(curve(found.size) - budget) <= curve(found.size + 1) - curve(found.size) + 2 * noise * budget
+    assert sum(taken) / len(taken) <= mean
+    assert max(taken) <= most
+
+
+def test_a_rough_shape_is_made_exact_where_it_decides():
+    """Between its knots the shape is a chord; the search asks for a knot wherever it measures or rules out."""
+    for curve, budget in cases(bent, 300):
+        top = exhaustive(curve, budget)
+        if top is None:
+            continue
+        knots = {1: curve(1), 2 * top + 1: curve(2 * top + 1)}
+
+        def shape(n, knots=knots):
+            near = sorted(knots, key=lambda k: abs(k - n))[:2]
+            (a, b), (c, d) = ((k, knots[k]) for k in sorted(near))
+            return b + (n - a) * (d - b) / (c - a)
+
+        def look(n, knots=knots, curve=curve):
+            known = n in knots
+            knots[n] = curve(n)
+            return not known
+
+        found, measured = run(curve, budget, shape=shape, look=look)
+        assert found.size == top
+        assert max(measured.values()) <= budget
+        assert {*measured, found.next_size} <= set(knots)
+
+
+def test_peaks_that_leave_the_shape_are_searched_without_it():
+    """A shape that is flatter by two thirds, and without the steps, costs trials and at most a step of the answer."""
+    for curve, budget in cases(stepped, 300):
+        line = (curve(4001) - curve(1)) / 4000
+        found, measured = run(curve, budget, shape=lambda n, line=line: line * n / 3)
+        answer = exhaustive(curve, budget)
+        assert found.size is None if answer is None else answer - 16 <= found.size <= answer
+        assert len(measured) <= 25
 
 
 def test_noise_costs_no_more_than_itself():
