@@ -26,7 +26,18 @@ import psutil
 from workload_models import language_model
 
 import mlx_tune as mt
+from mlx_tune.devices import footprint_bytes
 from mlx_tune.tables import render_table
+
+#: The formats of `batches`: a name, whether inputs are quantized too, and what MLX is told.
+FORMATS: list[tuple[str, bool, dict[str, Any]]] = [
+    ("affine 4 bits, weights", False, {"mode": "affine", "bits": 4, "group_size": 64}),
+    ("affine 8 bits, weights", False, {"mode": "affine", "bits": 8, "group_size": 64}),
+    ("mxfp4, weights", False, {"mode": "mxfp4", "bits": 4, "group_size": 32}),
+    ("nvfp4, weights", False, {"mode": "nvfp4", "bits": 4, "group_size": 16}),
+    ("nvfp4, weights and activations", True, {"mode": "nvfp4", "bits": 4, "group_size": 16}),
+    ("mxfp8, weights and activations", True, {"mode": "mxfp8", "bits": 8, "group_size": 32}),
+]
 
 
 def sizes(quick: bool) -> list[dict[str, Any]]:
@@ -47,41 +58,54 @@ def sizes(quick: bool) -> list[dict[str, Any]]:
 
 
 def loading(quick: bool) -> list[dict[str, Any]]:
-    """Memory before and after the parts of loading a file: MLX's own count, and the process's resident pages."""
-    process = psutil.Process()
+    """Memory before and after the parts of loading a file: MLX's own count, and what the system charges the process.
+
+    Where the system tells what a process has mapped (Linux), also whether the file is.
+    """
     found: list[dict[str, Any]] = []
-
-    def look(moment: str) -> None:
-        found.append({"moment": moment, "active": mx.get_active_memory(), "resident": process.memory_info().rss})
-
     count = 8 if quick else 32
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "weights.safetensors")
+
+        def look(moment: str) -> None:
+            maps = getattr(psutil.Process(), "memory_maps", None)
+            mapped = None if maps is None else any(region.path == file for region in maps())
+            figures = {"active": mx.get_active_memory(), "process": footprint_bytes(), "mapped": mapped}
+            found.append({"moment": moment, **figures})
+
         mx.save_safetensors(file, {f"w{i}": mx.random.normal((2**21,)) for i in range(count)})
         mx.clear_cache()
         look("before")
         weights = mx.load(file)
         look("loaded, not used")
         mx.eval(weights["w0"])
-        look("one of them used")
+        look(f"one of {count} used")
         mx.eval(weights)
         look("all used")
         half = {name: weight.astype(mx.bfloat16) for name, weight in weights.items()}
         mx.eval(half)
         look("and cast to bfloat16")
-    first = found[0]
+        del weights
+        mx.clear_cache()
+        look("the originals dropped")
+    first, *rest = found
+    said = {True: "yes", False: "no", None: "not told"}
     rows = [
         [row["moment"], mt.format_bytes(row["active"] - first["active"]),
-         mt.format_bytes(max(row["resident"] - first["resident"], 0))]
-        for row in found
+         mt.format_bytes(max(row["process"] - first["process"], 0)), said[row["mapped"]]]
+        for row in rest
     ]  # fmt: skip
     title = f"Loading {mt.format_bytes(count * 2**23)} of float32 weights, more than before"
-    print(render_table(["moment", "MLX counts", "the process holds"], rows, title=title))
+    print(render_table(["moment", "MLX counts", "the process holds", "file mapped"], rows, title=title))
     return found
 
 
 def evaluating(quick: bool) -> list[dict[str, Any]]:
-    """Three steps of a perceptron of eight blocks, with `mx.eval` in different places; the last step's figures."""
+    """Steps of a perceptron of eight blocks, with `mx.eval` in different places.
+
+    The third step runs freely; the fourth under a memory limit of one byte, so that it does not depend on how far MLX
+    runs ahead.
+    """
     width, rows = (64, 256) if quick else (256, 1024)
 
     def everything(loss: mx.array, gradients: Any, model: nn.Module, optimizer: optim.Optimizer) -> None:
@@ -107,71 +131,80 @@ def evaluating(quick: bool) -> list[dict[str, Any]]:
         gradient = nn.value_and_grad(model, lambda model, x: model(x).square().mean())
         x = mx.random.normal((rows, width))
         mx.eval(model.parameters(), optimizer.state, x)
-        figures = []
-        for _ in range(3):
+
+        def step(
+            finish: Any = finish, model: Any = model, optimizer: Any = optimizer, x: Any = x, gradient: Any = gradient
+        ) -> Any:
             with mt.track_memory() as memory:
                 loss, gradients = gradient(model, x)
                 finish(loss, gradients, model, optimizer)
                 del loss, gradients
-            figures.append((memory.peak_bytes, memory.active_bytes, memory.seconds))
-        peak, active, seconds = figures[-1]
-        found.append({"evaluate": name, "peak": peak, "held": active, "seconds": seconds})
-        del model, optimizer, gradient, blocks
+            return memory
+
+        *_, free = (step() for _ in range(3))
+        figures = {"peak": free.peak_bytes, "held": free.active_bytes, "seconds": free.seconds}
+        mx.eval(model.parameters(), optimizer.state)
+        with mt.memory_limit(1):
+            held_back = min((step() for _ in range(3)), key=lambda memory: memory.peak_bytes)
+        found.append({"evaluate": name, **figures, "floor": held_back.peak_bytes})
+        del model, optimizer, gradient, blocks, step
     table = [
-        [row["evaluate"], mt.format_bytes(row["peak"]), mt.format_bytes(row["held"]), f"{row['seconds'] * 1e3:.0f} ms"]
+        [row["evaluate"], mt.format_bytes(row["peak"]), mt.format_bytes(row["floor"]), mt.format_bytes(row["held"]),
+         f"{row['seconds'] * 1e3:.0f} ms"]
         for row in found
-    ]
-    print(render_table(["evaluate", "peak", "held after the step", "time"], table, title="Where to call mx.eval"))
+    ]  # fmt: skip
+    columns = ["evaluate", "peak", "peak, held back", "held after the step", "time"]
+    print(render_table(columns, table, title="Where to call mx.eval"))
     return found
 
 
 def batches(quick: bool) -> list[dict[str, Any]]:
-    """The quantized product's speed over the plain one in the activations' dtype."""
-    width, dtype = 256 if quick else 512, mx.float32
+    """The quantized product's speed over the plain one, in the dtype that the device is quick in."""
+    gpu = mx.default_device() == mx.Device(mx.gpu)
+    dtype = mx.bfloat16 if gpu else mx.float32
+    width = 256 if quick else 4096 if gpu else 512
+    counts = (1, 16) if quick else (1, 16, 64, 512) if gpu else (1, 16, 64)
     weight = mx.random.normal((width, width)).astype(dtype)
-    formats: dict[str, dict[str, Any]] = {
-        "affine 4 bits, weights": {"mode": "affine", "bits": 4, "group_size": 64},
-        "affine 8 bits, weights": {"mode": "affine", "bits": 8, "group_size": 64},
-        "mxfp4, weights": {"mode": "mxfp4", "bits": 4, "group_size": 32},
-    }
-    counts = (1, 16) if quick else (1, 16, 64)
-    found = []
-    for name, options in formats.items():
+    found: list[dict[str, Any]] = []
+    for name, both, options in FORMATS:
         packed = mx.quantize(weight, **options)
         mx.eval(packed)
         for rows in counts:
             x = mx.random.normal((rows, width)).astype(dtype)
             mx.eval(x)
-            plain = _seconds(lambda x=x: x @ weight.T)
-            fused = _seconds(
-                lambda x=x, packed=packed, options=options: mx.quantized_matmul(x, *packed, transpose=True, **options)
-            )
-            found.append({"format": name, "rows": rows, "speed": plain / fused})
-    table = [
-        [name, *(f"{row['speed']:.3f}" for row in found if row["format"] == name)] for name in formats
-    ] + [["nvfp4, weights and activations", *([_both(width)] * len(counts))]]  # fmt: skip
+
+            def fused(x: mx.array = x, packed: Any = packed, both: bool = both, options: Any = options) -> mx.array:
+                if both:
+                    return mx.qqmm(x, packed[0], scales=packed[1], **options)
+                return mx.quantized_matmul(x, *packed, transpose=True, **options)
+
+            try:
+                speed: float | str = _ratio(lambda x=x: x @ weight.T, fused)
+            except (RuntimeError, ValueError) as error:
+                speed = f"raises: {error}"
+            found.append({"format": name, "rows": rows, "speed": speed})
+    table = [[name, *(_cell(row["speed"]) for row in found if row["format"] == name)] for name, *_ in FORMATS]
     columns = ["format", *(f"{rows} rows" for rows in counts)]
     print(render_table(columns, table, title=f"Speed over the {dtype} product, {width} x {width}"))
     return found
 
 
-def _both(width: int) -> str:
-    layer = nn.QQLinear(width, width, group_size=16, bits=4, mode="nvfp4")
-    try:
-        mx.eval(layer(mx.ones((1, width))))
-    except (RuntimeError, ValueError) as error:
-        return f"raises: {error}"
-    return "runs; not timed"
+def _cell(speed: float | str) -> str:
+    return speed if isinstance(speed, str) else f"{speed:.3f}"
 
 
-def _seconds(work: Callable[[], mx.array]) -> float:
-    mx.eval(work())
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        mx.eval(work())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def _ratio(plain: Callable[[], mx.array], other: Callable[[], mx.array]) -> float:
+    """How many times as fast the other is: the median of nine turns, each of which times both."""
+    mx.eval(plain(), other())
+    ratios = []
+    for _ in range(9):
+        seconds = []
+        for work in (plain, other):
+            start = time.perf_counter()
+            mx.eval(work())
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios)
 
 
 def main() -> None:
