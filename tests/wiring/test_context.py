@@ -202,9 +202,10 @@ def test_an_interrupted_synchronize_restores_too(metal, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mx, "synchronize", interrupted)
-    with pytest.raises(KeyboardInterrupt), mt.wired_limit(100, streams=["one"]):
+    block = mt.wired_limit(100, streams=["one"])
+    with pytest.raises(KeyboardInterrupt), block:
         assert metal.limit == 100
-    assert metal.limit == 0
+    assert metal.limit == 0  # although the block is still referred to
 
 
 def test_an_entry_that_wires_nothing_takes_no_other_with_it(metal, monkeypatch):
