@@ -58,7 +58,9 @@ def test_the_example_runs(name, model_folder, text_folder, tmp_path):
     assert said in done.stdout
 
 
-def test_every_example_is_run_and_short():
+def test_every_example_is_run_listed_and_short():
     lines = {path.name: len(path.read_text().splitlines()) for path in FOLDER.glob("*.py")}
     assert set(lines) == set(RUNS)
+    listed = re.findall(r"^\| `(\w+\.py)` \|", (FOLDER.parent / "docs" / "index.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(lines)
     assert {name: count for name, count in lines.items() if count >= MOST_LINES} == {}
