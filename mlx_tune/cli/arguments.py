@@ -33,9 +33,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
 
 
-def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """`--model`."""
-    parser.add_argument("--model", required=required, help="a model's folder, or its name on the hub")
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """`--model`, and whether Python files that come with it may be run."""
+    parser.add_argument("--model", required=True, help="a model's folder, or its name on the hub")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=None,
+        help="run Python files that come with the model, as mlx_lm does",
+    )
 
 
 def print_result(result: Any, *, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_tune.cli.arguments import make_parser, print_result
 from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
-from mlx_tune.cli.output import print_too_large, quiet_output, show_progress
+from mlx_tune.cli.output import is_first_rank, print_too_large, quiet_output, show_progress
 from mlx_tune.errors import BudgetError
 
 _EXAMPLES = """\
@@ -53,5 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
     except BudgetError as error:
         print_too_large(error, arguments)
         return 1
-    print_result(result, as_json=arguments.json)
+    if is_first_rank():
+        print_result(result, as_json=arguments.json)
     return 0 if not arguments.verify or result.ok else 1

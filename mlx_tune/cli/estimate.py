@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_tune.cli.arguments import make_parser
 from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
-from mlx_tune.cli.output import quiet_output, save_plot
+from mlx_tune.cli.output import is_first_rank, quiet_output, save_plot
 from mlx_tune.units import format_bytes
 
 _EXAMPLES = """\
@@ -39,12 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
     from mlx_tune import lm
     from mlx_tune.memory import resolve_budget
 
-    budget = None if arguments.memory_budget is None else resolve_budget(arguments.memory_budget)
     with quiet_output():
         ready = prepare_run(arguments, lazy=True)
         estimate = lm.estimate_memory(ready.model, ready.train_set, ready.args, optimizer=ready.optimizer)
         save_plot(estimate, arguments.plot)
+    budget = None if arguments.memory_budget is None else resolve_budget(arguments.memory_budget)
     fits = budget is None or estimate.floor_bytes <= budget
+    if not is_first_rank():
+        return 0 if fits else 1
     if arguments.json:
         verdict = {} if budget is None else {"budget_bytes": int(budget), "fits": fits}
         print(json.dumps({**estimate.to_dict(), **verdict}, indent=2))

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from mlx_tune.cli.arguments import add_json, add_model
+from mlx_tune.cli.output import check_place
 
 #: Options of the shared set that are settings of mlx-lm by the same name.
 _SETTINGS = (
@@ -20,6 +21,7 @@ _SETTINGS = (
     "grad_checkpoint",
     "mask_prompt",
     "seed",
+    "trust_remote_code",
 )
 
 #: More stand-in rows than any batch will have.
@@ -80,7 +82,11 @@ def prepare_run(arguments: argparse.Namespace, *, lazy: bool = False) -> Any:
         What `mlx_tune.lm.prepare` returns.
     """
     from mlx_tune.lm.preparation import names_data, prepare, read_settings
+    from mlx_tune.memory import resolve_budget
 
+    if arguments.memory_budget is not None:
+        resolve_budget(arguments.memory_budget)  # a typing error should not cost the time that loading takes
+    check_place("--plot", getattr(arguments, "plot", None))
     given = {name: getattr(arguments, name, None) for name in _SETTINGS}
     settings = read_settings({**given, "train": True}, arguments.config)
     return prepare(settings, lazy=lazy, stand_in_rows=None if names_data(settings) else _STAND_IN_ROWS)

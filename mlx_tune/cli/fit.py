@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_tune.cli.arguments import make_parser, print_result
 from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
-from mlx_tune.cli.output import print_too_large, quiet_output, save_plot, show_progress
+from mlx_tune.cli.output import is_first_rank, print_too_large, quiet_output, save_plot, show_progress
 from mlx_tune.errors import BudgetError
 
 _EXAMPLES = """\
@@ -30,6 +30,20 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add_fine_tuning(parser, batch=False, checkpoint=False)
     add_budget(parser)
     parser.add_argument("--target-batch", type=int, metavar="N", help="rows that make up an update of the optimizer")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="the largest batch to consider")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="of settings within this share of the best rate the one with the lowest peak wins (default: 0.01)",
+    )
+    parser.add_argument(
+        "--throttle",
+        action=argparse.BooleanOptionalAction,
+        help="let the memory limit be below the budget, so that MLX waits instead of running ahead (default: yes, "
+        "except on Metal)",
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw rate against memory into an .svg or .png file")
     return parser
 
@@ -49,11 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
                 valid_set=ready.valid_set,
                 budget=arguments.memory_budget,
                 target_batch=arguments.target_batch,
+                max_batch=arguments.max_batch,
+                tolerance=arguments.tolerance,
+                throttle=arguments.throttle,
                 progress=show_progress(arguments),
             )
             save_plot(fit, arguments.plot)
     except BudgetError as error:
         print_too_large(error, arguments)
         return 1
-    print_result(fit, as_json=arguments.json)
+    if is_first_rank():
+        print_result(fit, as_json=arguments.json)
     return 0

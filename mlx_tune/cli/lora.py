@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tune.cli.arguments import make_parser
-from mlx_tune.cli.output import print_too_large, quiet_output, show_progress, write_whole
+from mlx_tune.cli.output import (
+    check_place,
+    is_first_rank,
+    print_too_large,
+    quiet_output,
+    show_progress,
+    write_whole,
+)
 from mlx_tune.errors import BudgetError, InvalidArgumentError
 from mlx_tune.units import format_bytes
 
@@ -22,6 +29,10 @@ _EXAMPLES = """\
   mlx-tune lora --model models/mine --data data/ --train --batch-size auto --grad-checkpoint auto --memory-budget 24GB
   mlx-tune lora --config lora.yaml --batch-size auto --target-batch 64
   mlx.launch -n 2 mlx-tune lora --model models/mine --data data/ --train --batch-size auto"""
+
+
+#: What may stand in place of a batch size.
+_SEARCHES = ("auto", "largest")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,13 +74,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.__class__ = _Parser
     parser.allow_abbrev = False
-    parser.add_argument("--batch-size", type=_count_or_auto, metavar="N|auto", help="rows in a batch (default: 4)")
+    parser.add_argument(
+        "--batch-size",
+        type=_count_or_word,
+        metavar="N|auto|largest",
+        help="rows in a batch; auto takes the one that trains the most tokens a second, largest the largest that fits "
+        "(default: 4)",
+    )
     parser.add_argument(
         "--grad-checkpoint",
         nargs="?",
         const="on",
         choices=["on", "off", "auto"],
-        help="checkpoint every block; auto chooses none, some or all (default: off)",
+        help="checkpoint every block; auto chooses none, some or all for the most tokens a second (default: off)",
     )
     parser.add_argument(
         "--memory-budget",
@@ -83,12 +100,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def _count_or_auto(text: str) -> int | str:
-    if text == "auto":
+def _count_or_word(text: str) -> int | str:
+    if text in _SEARCHES:
         return text
     if text.isdecimal() and int(text) > 0:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor auto")
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor auto nor largest")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -101,6 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
     with quiet_output(arguments.json):
         if not (settings["train"] or settings["test"]):
             raise InvalidArgumentError("Nothing to do: give --train, --test or both.")
+        if settings["train"]:
+            check_place("--adapter-path", Path(settings["adapter_path"]) / "adapters.safetensors")
         ready = prepare({**settings, **_numbers(settings)}, adapters=bool(settings["train"]))
         result = None
         if settings["train"]:
@@ -109,10 +128,13 @@ def run(arguments: argparse.Namespace) -> int:
             except BudgetError as error:
                 print_too_large(error, arguments)
                 return 1
-        loss = test_loss(ready, trained=result is not None) if settings["test"] else None
-        if loss is not None and _is_first_rank():
+        loss = None
+        if settings["test"]:
+            batch_size = ready.args.batch_size if result is None else result.batch_size
+            loss = test_loss(ready, batch_size, trained=result is not None)
+        if loss is not None and is_first_rank():
             say(f"Test loss {loss:.3f}, perplexity {math.exp(loss):.3f}.")
-    if _is_first_rank():
+    if is_first_rank():
         if arguments.json:
             figures = {} if result is None else result.to_dict()
             print(json.dumps(figures | ({} if loss is None else {"test_loss": loss}), indent=2))
@@ -123,44 +145,57 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace, read_settings: Any) -> dict[str, Any]:
     """mlx-lm's settings and ours, from flags, file and defaults."""
+    from mlx_tune.memory import resolve_budget
+
     ours = {"json", "command", "passed_on", "config"}
     given = {name: value for name, value in vars(arguments).items() if name not in ours}
     if given["grad_checkpoint"] is not None:
         given["grad_checkpoint"] = {"on": True, "off": False, "auto": "auto"}[given["grad_checkpoint"]]
     settings: dict[str, Any] = {"memory_budget": None, "target_batch": None}
     settings |= read_settings(given, arguments.config)
-    for name in ("batch_size", "grad_checkpoint"):
-        if isinstance(settings[name], str) and settings[name] != "auto":
-            raise InvalidArgumentError(f"{name}: {settings[name]!r} in the configuration file is not auto.")
-    automatic = "auto" in (settings["batch_size"], settings["grad_checkpoint"])
-    if settings["memory_budget"] is not None and not automatic:
-        raise InvalidArgumentError(
-            "--memory-budget has nothing to decide: give --batch-size auto, --grad-checkpoint auto or both."
-        )
-    if settings["target_batch"] is not None and settings["batch_size"] != "auto":
+    batch, checkpoint = settings["batch_size"], settings["grad_checkpoint"]
+    for name, value, words in (("batch_size", batch, _SEARCHES), ("grad_checkpoint", checkpoint, ("auto",))):
+        if isinstance(value, str) and value not in words:
+            raise InvalidArgumentError(f"{name}: {value!r} in the configuration file is not {' or '.join(words)}.")
+    if settings["memory_budget"] is not None:
+        if batch not in _SEARCHES and checkpoint != "auto":
+            raise InvalidArgumentError(
+                "--memory-budget has nothing to decide: give --batch-size auto, --grad-checkpoint auto or both."
+            )
+        resolve_budget(settings["memory_budget"])  # a typing error should not cost the time that loading takes
+    if settings["target_batch"] is not None and batch not in _SEARCHES:
         raise InvalidArgumentError("--target-batch is what --batch-size auto aims at: give both.")
+    if batch == "largest" and checkpoint == "auto":
+        raise InvalidArgumentError(
+            "--grad-checkpoint auto goes by speed and --batch-size largest by size: give --batch-size auto, or "
+            "--grad-checkpoint on, which makes room for the largest batch."
+        )
     return settings
 
 
 def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
     """What mlx-lm's arguments need a value for until the search has found one."""
     return {
-        "batch_size": 1 if settings["batch_size"] == "auto" else settings["batch_size"],
+        "batch_size": _ranks() if settings["batch_size"] in _SEARCHES else settings["batch_size"],
         "grad_checkpoint": settings["grad_checkpoint"] is True,
     }
 
 
 def _train(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace, say: Any) -> Any:
     """Choose what is left to choose, say it, and train."""
-    from mlx_tune import lm
-    from mlx_tune.lm.lora import reporting_callback
+    from mlx_lm.tuner.utils import print_trainable_parameters
 
+    from mlx_tune import lm
+    from mlx_tune.lm.lora import check_reporting, reporting_callback
+
+    check_reporting(settings)
+    print_trainable_parameters(ready.model)
     fit = _choose(ready, settings, arguments)
     final = {**ready.settings, "lora_parameters": _lora_parameters(ready.settings)}
     if fit is not None:
         final["batch_size"] = fit.batch_size
         final["grad_accumulation_steps"] = getattr(fit, "accumulation_steps", settings["grad_accumulation_steps"])
-    if _is_first_rank():
+    if is_first_rank():
         if fit is not None:
             say(f"{fit}\n")
         say(_equivalent(final, fit, settings, arguments.passed_on) + "\n")
@@ -177,21 +212,20 @@ def _choose(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace)
     from mlx_tune import lm
 
     batch, checkpoint = settings["batch_size"], settings["grad_checkpoint"]
-    shared = {
+    shared: dict[str, Any] = {
         "optimizer": ready.optimizer,
         "budget": settings["memory_budget"],
         "progress": show_progress(arguments),
     }
+    sizes: dict[str, Any] = {"valid_set": ready.valid_set, "target_batch": settings["target_batch"]}
+    if batch == "largest":
+        return lm.autobatch(ready.model, ready.train_set, ready.args, **sizes, **shared)
     if batch == "auto":
-        search = lm.autofit if checkpoint == "auto" else lm.autobatch
-        return search(
-            ready.model,
-            ready.train_set,
-            ready.args,
-            valid_set=ready.valid_set,
-            target_batch=settings["target_batch"],
-            **shared,
-        )
+        sizes["checkpoint"] = checkpoint == "auto"
+        return lm.autofit(ready.model, ready.train_set, ready.args, **sizes, **shared)
+    if checkpoint == "auto" and _ranks() > 1:  # a plan is made on one machine; a fit of this one batch on all
+        sizes |= {"min_batch": batch, "max_batch": batch}
+        return lm.autofit(ready.model, ready.train_set, ready.args, **sizes, **shared)
     if checkpoint == "auto":
         return lm.plan_checkpoints(ready.model, ready.train_set, ready.args, **shared)
     return None
@@ -221,6 +255,8 @@ def _equivalent(final: dict[str, Any], fit: Any, settings: dict[str, Any], typed
     lines = ["The plain command that comes nearest:", f"  {shlex.join(words)}"]
     if paths:
         lines.append(f"  (it checkpoints every block; here {len(paths)} are: {', '.join(paths)})")
+    elif settings["grad_checkpoint"] == "auto" and {"-c", "--config"} & set(typed):
+        lines.append("  (take grad_checkpoint out of the configuration file: it would read auto as yes)")
     limit = getattr(fit, "limit_bytes", None)
     if limit is not None:
         lines.append(f"  (it sets no memory limit; here it is {format_bytes(limit)}, without which the peak is higher)")
@@ -233,7 +269,7 @@ def checkpointed_paths(fit: Any) -> tuple[str, ...]:
     return tuple(getattr(plan, "paths", ()))
 
 
-def _is_first_rank() -> bool:
+def _ranks() -> int:
     import mlx.core as mx
 
-    return mx.distributed.init().rank() == 0
+    return int(mx.distributed.init().size())

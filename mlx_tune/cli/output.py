@@ -25,6 +25,13 @@ def quiet_output(quiet: bool = True) -> Iterator[None]:
         yield
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one of `mlx.launch` that prints and writes files; alone it always is."""
+    import mlx.core as mx
+
+    return mx.distributed.init().rank() == 0
+
+
 def show_progress(arguments: argparse.Namespace) -> bool:
     """Whether a progress line is of use: somebody is watching."""
     return sys.stderr.isatty()
@@ -33,11 +40,28 @@ def show_progress(arguments: argparse.Namespace) -> bool:
 def print_too_large(error: BudgetError, arguments: argparse.Namespace) -> None:
     """Say that something does not fit: as JSON on standard output where that was asked for, else as a line."""
     text = " ".join(str(error).split())
+    if not is_first_rank():
+        return
     if arguments.json:
         answer = {"fits": False, "needed_bytes": error.needed_bytes, "budget_bytes": error.budget_bytes}
         print(json.dumps({**answer, "message": text}, indent=2))
     else:
         print(text, file=sys.stderr)
+
+
+def check_place(option: str, path: str | os.PathLike[str] | None) -> None:
+    """See before the work that a file or folder can be made at a path; None passes.
+
+    Raises:
+        InvalidArgumentError: A file is in the way, or the folder cannot be written to.
+    """
+    if path is None:
+        return
+    above = Path(path).absolute().parent
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InvalidArgumentError(f"{option} {str(path)!r}: {str(above)!r} is no folder that can be written to.")
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
@@ -63,6 +87,6 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
 
 def save_plot(result: Any, path: str | None) -> None:
-    """Draw a result into a file, where one is named."""
-    if path is not None:
+    """Draw a result into a file, where one is named; the first rank does."""
+    if path is not None and is_first_rank():
         result.plot(path)

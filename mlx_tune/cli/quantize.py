@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tune.cli.arguments import add_json, add_model, make_parser, print_result
-from mlx_tune.cli.output import quiet_output, show_progress, write_whole
+from mlx_tune.cli.output import check_place, is_first_rank, quiet_output, show_progress, write_whole
 from mlx_tune.errors import InvalidArgumentError
 
 _EXAMPLES = """\
@@ -87,10 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
     target = None if arguments.mlx_path is None else Path(arguments.mlx_path)
     if not arguments.plan:
         _check_target(target)
+    check_place("--report", arguments.report)
     if arguments.method in ("gptq", "dwq") and arguments.calibration is None and not arguments.plan:
         raise InvalidArgumentError(f"--method {arguments.method} learns from text: give it with --calibration FILE.")
     with quiet_output():
-        model, tokenizer, config, folder = lm.load(arguments.model, lazy=True)
+        model, tokenizer, config, folder = lm.load(
+            arguments.model, lazy=True, trust_remote_code=bool(arguments.trust_remote_code)
+        )
         shared: dict[str, Any] = {
             "mode": arguments.mode,
             "overrides": overrides or None,
@@ -115,10 +118,12 @@ def run(arguments: argparse.Namespace) -> int:
                 progress=show_progress(arguments),
                 **shared,
             )
-            lm.save_quantized(str(target), model, tokenizer, config, source=folder)
-    if arguments.report is not None:
-        write_whole(arguments.report, json.dumps(result.to_dict(), indent=2) + "\n")
-    print_result(result, as_json=arguments.json)
+            if is_first_rank():
+                lm.save_quantized(str(target), model, tokenizer, config, source=folder)
+    if is_first_rank():
+        if arguments.report is not None:
+            write_whole(arguments.report, json.dumps(result.to_dict(), indent=2) + "\n")
+        print_result(result, as_json=arguments.json)
     return 0
 
 
@@ -155,6 +160,7 @@ def _check_target(target: Path | None) -> None:
         raise InvalidArgumentError("Name the new folder with --mlx-path, or ask for --plan alone.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidArgumentError(f"--mlx-path {str(target)!r} is there already and not empty: name a new folder.")
+    check_place("--mlx-path", target)
 
 
 def _batches(tokenizer: Any, source: str | None, samples: int, arguments: argparse.Namespace) -> Any:

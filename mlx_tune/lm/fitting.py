@@ -222,6 +222,10 @@ def plan_checkpoints(
     Returns:
         What `mlx_tune.plan_checkpoints` returns: train in `with plan.applied():`.
 
+    Raises:
+        InvalidArgumentError: There are several ranks; `lm.autofit` is what agrees across them.
+        BudgetError: The batch does not fit with every block checkpointed.
+
     Examples:
         ```python
         plan = lm.plan_checkpoints(model, train_set, TrainingArgs(batch_size=16), budget="24GB")
@@ -233,6 +237,11 @@ def plan_checkpoints(
 
     args = TrainingArgs() if args is None else args
     with training_step(model, _optimizer(optimizer), dataset, args, loss=loss) as ready:
+        if ready.multiple_of > 1:
+            raise InvalidArgumentError(
+                f"A plan is made on one machine, and here are {ready.multiple_of} ranks: call lm.autofit(..., "
+                f"min_batch={args.batch_size}, max_batch={args.batch_size}), which agrees across them."
+            )
         return mlx_tune.plan_checkpoints(
             model,
             ready.step,

@@ -44,11 +44,29 @@ def reporting_callback(settings: Mapping[str, Any]) -> Any:
         raise InvalidArgumentError(f"report_to={settings['report_to']!r}: {error}") from error
 
 
-def test_loss(ready: FineTuning, *, trained: bool) -> float:
+def check_reporting(settings: Mapping[str, Any]) -> None:
+    """See that `report_to` names what mlx-lm can report to, before anything is measured or trained.
+
+    Raises:
+        InvalidArgumentError: It does not.
+    """
+    from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK
+
+    names = [name.strip().lower() for name in (settings["report_to"] or "").split(",") if name.strip()]
+    unknown = [name for name in names if name not in SUPPORT_CALLBACK]
+    if unknown:
+        raise InvalidArgumentError(
+            f"report_to={settings['report_to']!r}: mlx-lm reports to {' and '.join(SUPPORT_CALLBACK)}, not to "
+            f"{unknown[0]!r}."
+        )
+
+
+def test_loss(ready: FineTuning, batch_size: int, *, trained: bool) -> float:
     """The loss on the test set, by mlx-lm's own evaluation.
 
     Args:
         ready: The run.
+        batch_size: Rows in a batch, all ranks together; fewer where the test set has fewer.
         trained: Whether the model has just been trained; adapters are loaded from their folder where not.
 
     Returns:
@@ -57,10 +75,11 @@ def test_loss(ready: FineTuning, *, trained: bool) -> float:
     Raises:
         InvalidArgumentError: No test set, no adapters in their folder, or ones of another model.
     """
+    import mlx.core as mx
     from mlx_lm.tuner.trainer import evaluate
     from mlx_lm.tuner.utils import load_adapters
 
-    from mlx_tune.lm.steps import as_rows
+    from mlx_tune.lm.steps import as_rows, largest_batch
 
     settings = SimpleNamespace(**ready.settings)
     if ready.test_set is None:
@@ -74,10 +93,11 @@ def test_loss(ready: FineTuning, *, trained: bool) -> float:
                 'adapters, give --adapter-path "".'
             ) from error
     rows = as_rows(ready.test_set)
+    most = largest_batch(rows, None, int(mx.distributed.init().size()))
     loss = evaluate(
         model=ready.model,
         dataset=rows,
-        batch_size=min(ready.args.batch_size, len(rows)),
+        batch_size=min(batch_size, most),
         num_batches=settings.test_batches,
         max_seq_length=settings.max_seq_length,
     )

@@ -73,6 +73,7 @@ def test_without_auto_it_trains_what_mlx_lm_trains(lora, model_folder, data_fold
         "val_batches": 1,
         "adapter_path": str(tmp_path / "theirs"),
         "learning_rate": 1e-2,
+        "max_seq_length": 33,
     }
     plain_run(SimpleNamespace(**(CONFIG_DEFAULTS | given)))
     code, out, _ = lora(*SHORT, "--learning-rate", "1e-2")
@@ -91,16 +92,40 @@ def test_without_auto_it_trains_what_mlx_lm_trains(lora, model_folder, data_fold
     assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])).astype(mx.float32))).all()
 
 
-def test_the_batch_is_chosen_said_and_trained_with(lora, tmp_path) -> None:
+def plain_command(out: str) -> list[str]:
+    """The words of the plain command that is printed."""
+    return next(line for line in out.splitlines() if line.strip().startswith("mlx_lm.lora ")).split()
+
+
+def test_the_fastest_batch_is_chosen_said_and_trained_with(lora, tmp_path) -> None:
     code, out, _ = lora(*SHORT, "--batch-size", "auto", "--memory-budget", "100MB", "--test")
     assert code == 0
-    assert "batch size 12: " in out  # the validation set has twelve rows
-    command = next(line for line in out.splitlines() if line.strip().startswith("mlx_lm.lora "))
-    assert command.endswith("--batch-size 12")
+    assert "Trainable parameters: " in out
+    assert "mlx-lm's default batch" in out
+    command = plain_command(out)
+    assert command[-2] == "--batch-size"
+    assert 1 <= int(command[-1]) <= 12  # the validation set has twelve rows
     assert "--memory-budget" not in command
-    assert "4 iterations of 12 rows" in out
+    assert f"4 iterations of {command[-1]} rows" in out
+    assert "0 blocks checkpointed" in out
     assert "Test loss" in out
-    assert json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["batch_size"] == 12
+    assert json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["batch_size"] == int(command[-1])
+
+
+def test_the_largest_batch_is_chosen_where_that_is_asked_for(lora) -> None:
+    code, out, _ = lora(*SHORT, "--batch-size", "largest", "--grad-checkpoint", "--memory-budget", "100MB")
+    assert code == 0
+    assert plain_command(out)[-3:] == ["--batch-size", "12", "--grad-checkpoint"]
+    assert "4 iterations of 12 rows" in out
+    assert "3 blocks checkpointed" in out
+
+
+def test_accumulation_that_was_asked_for_stays(lora, tmp_path) -> None:
+    code, out, _ = lora(*SHORT, "--batch-size", "largest", "--grad-accumulation-steps", "2", "--memory-budget", "100MB")
+    assert code == 0
+    assert "4 iterations of 12 rows x 2 = 24 an update" in out
+    assert plain_command(out).count("--grad-accumulation-steps") == 1
+    assert json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["grad_accumulation_steps"] == 2
 
 
 def test_json_is_all_that_standard_output_holds(lora) -> None:
@@ -128,10 +153,18 @@ def test_everything_is_chosen_together(lora) -> None:
 
 def test_a_configuration_file_may_say_auto(lora, tmp_path) -> None:
     config = tmp_path / "lora.yaml"
-    config.write_text("train: true\niters: 2\nbatch_size: auto\nmemory_budget: 100MB\nnum_layers: 1\nval_batches: 1\n")
+    config.write_text(
+        "train: true\niters: 2\nbatch_size: auto\ngrad_checkpoint: auto\nmemory_budget: 100MB\nnum_layers: 1\n"
+        "val_batches: 1\nmax_seq_length: 33\n"
+    )
     code, out, _ = lora("--config", str(config))
     assert code == 0
-    assert "2 iterations of 12 rows" in out
+    assert "blocks checkpointed" in out
+    command = plain_command(out)
+    rows = command[command.index("--batch-size") + 1]
+    assert f"2 iterations of {rows} rows" in out
+    # mlx_lm.lora would take the word auto for a yes.
+    assert ("--grad-checkpoint" in command) != ("take grad_checkpoint out of the configuration file" in out)
 
 
 def test_testing_alone_loads_the_adapters(lora) -> None:
@@ -158,6 +191,9 @@ def test_what_does_not_fit_is_bad_news(lora, tmp_path) -> None:
         (["--train", "--report-to", "nobody"], "report_to='nobody'"),
         (["--train", "--resume-adapter-file", "nowhere.safetensors"], "resume_adapter_file='nowhere.safetensors'"),
         (["--train", "--batch-size", "100"], "batch_size=100 is more than the data has"),
+        (["--train", "--batch-size", "largest", "--grad-checkpoint", "auto"], "goes by speed and --batch-size largest"),
+        (["--train", "--batch-size", "auto", "--memory-budget", "much"], "'much'"),
+        (["--train", "--adapter-path", "/dev/null/adapters"], "--adapter-path '/dev/null/adapters/adapters"),
     ],
 )
 def test_bad_input_is_one_line(lora, options: list[str], text: str) -> None:
