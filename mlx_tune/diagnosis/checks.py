@@ -42,7 +42,7 @@ class Check:
         theme: The heading that it stands under.
         function: Looks, and returns a `Finding`. Its docstring says what for. Every argument has a default, which
             reads this machine; tests put faults there.
-        remedies: What can be done about what it finds, by a short name. Placeholders are filled in by the finding, and
+        remedies: What can be done, by what was found. Placeholders are filled in by the finding, and
             `uv pip` becomes the command that reaches this environment.
         in_child: Whether it imports MLX, and so runs in a process of its own.
         bench: Whether it measures, and so runs only when asked to.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tune import devices
+from mlx_tune.diagnosis import distributions
 from mlx_tune.diagnosis.checks import Finding, check, failed, passed, skipped, warned
 
 THEME = "compute"
@@ -72,11 +73,12 @@ def _kernels(device: Any, operations: Sequence[Operation] | None) -> Finding:
             if not error <= tolerance:  # NaN is wrong too
                 wrong.append(f"{name} is off by {error:.2g} of the largest value")
     if wrong:
-        return failed("; ".join(wrong), "reinstall", figures={"wrong": wrong})
+        again = distributions.with_backend(distributions.installed())
+        return failed("; ".join(wrong), "again", again, figures={"wrong": wrong})
     return passed(f"{', '.join(names)} give the right numbers")
 
 
-_REINSTALL = {"reinstall": "uv pip install -U --force-reinstall mlx   # then update the driver or macOS, and report it"}
+_REINSTALL = {"again": f"{distributions.AGAIN}   # then update the driver or macOS, and report it"}
 
 
 @check("kernel-cpu", THEME, remedies=_REINSTALL, in_child=True)
@@ -131,8 +133,8 @@ def default_device(default: str | None = None, gpu: bool | None = None) -> Findi
     "blas",
     THEME,
     remedies={
-        "preload": "export LD_PRELOAD={library}",
-        "install": "sudo apt install libopenblas0-pthread && "
+        "OpenBLAS is there": "export LD_PRELOAD={library}",
+        "no OpenBLAS": "sudo apt install libopenblas0-pthread && "
         "export LD_PRELOAD=/usr/lib/$(uname -m)-linux-gnu/openblas-pthread/libopenblas.so.0",
     },
     in_child=True,
@@ -167,12 +169,12 @@ def blas(
     if not library:
         why = f"{Path(libraries[0]).name} cannot be preloaded" if libraries else "OpenBLAS is not installed"
         text = f"the reference BLAS, {before:.1f} GFLOP/s; {why}"
-        return warned(text, "install", figures={"gflops": before})
+        return warned(text, "no OpenBLAS", figures={"gflops": before})
     figures = {"gflops": before, "preloaded": after}
     if after < 1.5 * before:
         return passed(f"{before:.0f} GFLOP/s, {after:.0f} with {Path(library).name}", figures=figures)
     text = f"the reference BLAS: {before:.1f} GFLOP/s, {after:.0f} with {Path(library).name}"
-    return warned(text, "preload", {"library": library}, figures=figures)
+    return warned(text, "OpenBLAS is there", {"library": library}, figures=figures)
 
 
 def _is_fast(path: str) -> bool:

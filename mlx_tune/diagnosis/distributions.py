@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from pathlib import Path
 BACKENDS = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 #: How MLX names the extras that install them on Linux.
 EXTRAS = {"mlx-cpu": "cpu", "mlx-cuda-12": "cuda12", "mlx-cuda-13": "cuda13", "mlx-cuda": "cuda"}
+#: Puts every file of MLX and its backend there once more. One of them alone would not: older backends brought files of
+#: `mlx` too, which go when they are replaced. Filled in by `with_backend`.
+AGAIN = "uv pip install --force-reinstall {mlx_with_its_backend}"
 _LIBRARIES = ("libmlx.so", "libmlx.dylib", "mlx.dll")
 
 
@@ -108,3 +112,20 @@ def _sha256(path: Path) -> str | None:
 def library_path(one: Installed) -> str | None:
     """The `libmlx` that a backend brings, relative to site-packages."""
     return next((path for path in one.hashes if path.rsplit("/", 1)[-1] in _LIBRARIES), None)
+
+
+def with_backend(found: dict[str, Installed], genuine: Sequence[str] = (), nvidia: bool = True) -> dict[str, str]:
+    """MLX with its backend, in the version that is there, as `AGAIN` wants it.
+
+    Args:
+        found: What is installed.
+        genuine: Whose `libmlx` is in force: of several backends it is kept.
+        nvidia: Whether a backend for CUDA is of any use here.
+    """
+    names = [name for name in BACKENDS if name in found]
+    usable = [name for name in names if nvidia or "cuda" not in name] or names
+    usable = usable or ["mlx-cpu" if platform.system() == "Linux" else ""]
+    keep = next((name for name in genuine if name in usable), usable[-1])
+    extra = f"[{EXTRAS[keep]}]" if keep in EXTRAS else ""  # none brings mlx-metal
+    version = f"=={found['mlx'].version}" if "mlx" in found else ""
+    return {"mlx_with_its_backend": f"'mlx{extra}{version}'"}

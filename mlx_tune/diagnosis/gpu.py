@@ -106,12 +106,13 @@ def headless(
     "cuda",
     THEME,
     remedies={
-        "driver": "sudo apt install nvidia-driver-580   # or your distribution's; then restart",
-        "absent": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cpu]'   # with an NVIDIA GPU "
-        "install its driver instead",
-        "hidden": f"unset {_VISIBLE}   # or name the GPU to use: export {_VISIBLE}=0",
-        "older": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cuda12]'",
-        "cpu": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cpu]'",
+        "driver too old": "sudo apt install nvidia-driver-580   # or your distribution's; then restart",
+        "no driver, or no GPU": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cpu]'"
+        "   # with an NVIDIA GPU install its driver instead",
+        "GPU hidden": f"unset {_VISIBLE}   # or name the GPU to use: export {_VISIBLE}=0",
+        "driver for CUDA 12 only": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cuda12]'",
+        "GPU unused": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cuda12]'",
+        "GPU too old": "uv pip uninstall {name} && uv pip install --force-reinstall 'mlx[cpu]'",
     },
 )
 def cuda(
@@ -130,20 +131,24 @@ def cuda(
     variables = os.environ if variables is None else variables
     if name is None:
         if gpus:
-            return warned(f"there is an {gpus[0].name}, but no CUDA backend of MLX", "older", {"name": "mlx-cpu"})
+            return warned(f"there is an {gpus[0].name}, but no CUDA backend of MLX", "GPU unused", {"name": "mlx-cpu"})
         return skipped("no CUDA backend is installed")
     if not gpus:
-        return failed(f"{name} is installed, but there is no NVIDIA driver with a GPU", "absent", {"name": name})
+        return failed(
+            f"{name} is installed, but there is no NVIDIA driver with a GPU", "no driver, or no GPU", {"name": name}
+        )
     one = gpus[0]
     if variables.get(_VISIBLE, "0")[:1] in ("", "-"):
-        return failed(f"{one.name} is hidden: {_VISIBLE}={variables[_VISIBLE]!r}", "hidden")
+        return failed(f"{one.name} is hidden: {_VISIBLE}={variables[_VISIBLE]!r}", "GPU hidden")
     driver = f"driver {one.driver}" if one.driver else f"a driver for CUDA {'.'.join(map(str, one.cuda))}"
     if one.capability and one.capability < _CAPABILITY:
         capability = ".".join(map(str, one.capability))
-        return failed(f"{one.name} has compute capability {capability}, MLX needs 7.5", "cpu", {"name": name})
+        return failed(f"{one.name} has compute capability {capability}, MLX needs 7.5", "GPU too old", {"name": name})
     if not _serves(one, name):
         needed = ".".join(map(str, _DRIVERS[name]))
-        remedy = "older" if name == "mlx-cuda-13" and _serves(one, "mlx-cuda-12") else "driver"
+        remedy = (
+            "driver for CUDA 12 only" if name == "mlx-cuda-13" and _serves(one, "mlx-cuda-12") else "driver too old"
+        )
         return failed(f"{driver} is older than the {needed} that {name} needs", remedy, {"name": name})
     return passed(f"{one.name}, {driver}, {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
 

@@ -15,15 +15,13 @@ from mlx_tune.diagnosis.checks import Finding, check, failed, passed, skipped, w
 from mlx_tune.diagnosis.distributions import Installed, installed
 
 THEME = "installation"
-#: Puts every file of MLX and its backend there once more. The one without the other would not: see `mlx-versions`.
-AGAIN = "uv pip install --force-reinstall {wanted}"
 OLDEST_PYTHON = (3, 11)
 
 
 @check(
     "python",
     THEME,
-    remedies={"upgrade": "uv venv --python 3.12 && uv pip install mlx-tune-kit", "wide": "uv python install 3.12"},
+    remedies={"too old": "uv venv --python 3.12 && uv pip install mlx-tune-kit", "32 bits": "uv python install 3.12"},
 )
 def python(version: Sequence[int] | None = None, bits: int | None = None) -> Finding:
     """Python is new enough, and a 64-bit one.
@@ -34,10 +32,10 @@ def python(version: Sequence[int] | None = None, bits: int | None = None) -> Fin
     bits = struct.calcsize("P") * 8 if bits is None else bits
     text = ".".join(map(str, version))
     if bits != 64:
-        return failed(f"Python {text} has {bits} bits, MLX has wheels for 64 only", "wide")
+        return failed(f"Python {text} has {bits} bits, MLX has wheels for 64 only", "32 bits")
     if version[:2] < OLDEST_PYTHON:
         what = "MLX needs 3.10" if version[:2] < (3, 10) else "mlx-lm needs 3.11"
-        return failed(f"Python {text} is too old: {what}", "upgrade")
+        return failed(f"Python {text} is too old: {what}", "too old")
     return passed(f"Python {text}, 64 bits")
 
 
@@ -45,8 +43,8 @@ def python(version: Sequence[int] | None = None, bits: int | None = None) -> Fin
     "architecture",
     THEME,
     remedies={
-        "native": "arch -arm64 zsh -c 'uv python install --reinstall 3.12'  # and a new environment from it",
-        "other": "Use a Mac with Apple silicon, or Linux on x86_64 or aarch64.",
+        "under Rosetta": "arch -arm64 zsh -c 'uv python install --reinstall 3.12'   # and a new environment from it",
+        "another processor": "Use a Mac with Apple silicon, or Linux on x86_64 or aarch64.",
     },
 )
 def architecture(system: str | None = None, machine: str | None = None, translated: bool | None = None) -> Finding:
@@ -61,11 +59,13 @@ def architecture(system: str | None = None, machine: str | None = None, translat
         translated = devices.sysctl("sysctl.proc_translated") == 1
     if system == "Darwin":
         if translated or (machine != "arm64" and devices.sysctl("hw.optional.arm64") == 1):
-            return failed("this Python is built for Intel and runs under Rosetta: MLX needs a native one", "native")
+            return failed(
+                "this Python is built for Intel and runs under Rosetta: MLX needs a native one", "under Rosetta"
+            )
         if machine != "arm64":
-            return failed(f"MLX has no wheels for Macs with {machine} processors", "other")
+            return failed(f"MLX has no wheels for Macs with {machine} processors", "another processor")
     elif system != "Linux" or machine not in ("x86_64", "aarch64"):
-        return failed(f"MLX has no wheels with a backend for {system} on {machine}", "other")
+        return failed(f"MLX has no wheels with a backend for {system} on {machine}", "another processor")
     return passed(f"{system} on {machine}, native")
 
 
@@ -73,10 +73,10 @@ def architecture(system: str | None = None, machine: str | None = None, translat
     "wheel",
     THEME,
     remedies={
-        "macos": "Update macOS to {needed} (System Settings > General > Software Update), or: "
-        "uv pip install --force-reinstall mlx",
-        "glibc": "Use a newer Linux distribution (Ubuntu 22.04, Debian 12), or build MLX from source.",
-        "wiring": "Update macOS to 15 to let memory be wired.",
+        "wheel for a newer macOS": "Update macOS to {needed} (System Settings > General > Software Update), or: "
+        "`uv pip install --force-reinstall mlx`",
+        "glibc too old": "Use a newer Linux distribution (Ubuntu 22.04, Debian 12), or build MLX from source.",
+        "before macOS 15": "Update macOS to 15 to let memory be wired.",
     },
 )
 def wheel(
@@ -101,10 +101,12 @@ def wheel(
         here, wanted = ".".join(map(str, macos)), ".".join(map(str, needed))
         if macos < needed:
             return failed(
-                f"macOS {here} is older than the {wanted} that the wheels are made for", "macos", {"needed": wanted}
+                f"macOS {here} is older than the {wanted} that the wheels are made for",
+                "wheel for a newer macOS",
+                {"needed": wanted},
             )
         if macos[0] < 15:
-            return warned(f"macOS {here} runs MLX, but cannot keep memory wired", "wiring")
+            return warned(f"macOS {here} runs MLX, but cannot keep memory wired", "before macOS 15")
         return passed(f"macOS {here}, the wheels need {wanted}")
     if system != "Linux":
         return skipped(f"there is nothing to compare on {system}")
@@ -114,7 +116,7 @@ def wheel(
         return skipped("this system's C library is not glibc")
     here, wanted = ".".join(map(str, glibc)), ".".join(map(str, needed))
     if glibc < needed:
-        return failed(f"glibc {here} is older than the {wanted} that the wheels are made for", "glibc")
+        return failed(f"glibc {here} is older than the {wanted} that the wheels are made for", "glibc too old")
     return passed(f"glibc {here}, the wheels need {wanted}")
 
 
@@ -131,10 +133,10 @@ def _glibc() -> tuple[int, ...]:
     "mlx-backend",
     THEME,
     remedies={
-        "none-linux": "uv pip install 'mlx-tune-kit[cpu]'   # or [cuda12], [cuda13] with an NVIDIA GPU",
-        "none-mac": "uv pip install mlx-tune-kit",
-        "linux": "uv pip install 'mlx[cpu]=={version}'   # or mlx[cuda12], mlx[cuda13] with an NVIDIA GPU",
-        "mac": "uv pip install --force-reinstall 'mlx=={version}'",
+        "no MLX, Linux": "uv pip install 'mlx-tune-kit[cpu]'   # or [cuda12], [cuda13] with an NVIDIA GPU",
+        "no MLX, Mac": "uv pip install mlx-tune-kit",
+        "no backend, Linux": "uv pip install 'mlx[cpu]=={version}'   # or mlx[cuda12], mlx[cuda13] with an NVIDIA GPU",
+        "no backend, Mac": "uv pip install --force-reinstall 'mlx=={version}'",
     },
 )
 def mlx_backend(found: dict[str, Installed] | None = None, system: str | None = None) -> Finding:
@@ -146,14 +148,14 @@ def mlx_backend(found: dict[str, Installed] | None = None, system: str | None = 
     found = installed() if found is None else found
     system = platform.system() if system is None else system
     if "mlx" not in found:
-        return failed("MLX is not installed", "none-mac" if system == "Darwin" else "none-linux")
+        return failed("MLX is not installed", "no MLX, Mac" if system == "Darwin" else "no MLX, Linux")
     version = found["mlx"].version
     backends = [found[name] for name in distributions.BACKENDS if name in found]
     own_library = distributions.library_path(found["mlx"]) is not None  # built from source, or before 0.26.5
     if not backends and not own_library:
         return failed(
             f"mlx {version} is installed without a backend: `import mlx.core` cannot find libmlx",
-            "mac" if system == "Darwin" else "linux",
+            "no backend, Mac" if system == "Darwin" else "no backend, Linux",
             {"version": version},
         )
     names = ", ".join(f"{one.name} {one.version}" for one in backends) or "its own libmlx"
@@ -163,7 +165,7 @@ def mlx_backend(found: dict[str, Installed] | None = None, system: str | None = 
 @check(
     "mlx-versions",
     THEME,
-    remedies={"again": AGAIN},
+    remedies={"again": distributions.AGAIN},
 )
 def mlx_versions(found: dict[str, Installed] | None = None) -> Finding:
     """MLX and its backend have the same version.
@@ -182,13 +184,13 @@ def mlx_versions(found: dict[str, Installed] | None = None) -> Finding:
     if not wrong:
         return passed(f"all of version {version}") if others else skipped("there is no backend to compare")
     names = ", ".join(f"{one.name} {one.version}" for one in wrong)
-    return failed(f"mlx is {version}, but {names}", "again", {"wanted": _wanted(found)})
+    return failed(f"mlx is {version}, but {names}", "again", distributions.with_backend(found))
 
 
 @check(
     "mlx-files",
     THEME,
-    remedies={"again": AGAIN},
+    remedies={"again": distributions.AGAIN},
 )
 def mlx_files(found: dict[str, Installed] | None = None) -> Finding:
     """Every file that MLX's wheels brought is there.
@@ -205,7 +207,9 @@ def mlx_files(found: dict[str, Installed] | None = None) -> Finding:
         return passed(f"{sum(len(one.files) for one in looked_at)} files, none is missing")
     (one, file), more = gone[0], f" and {len(gone) - 1} more" if len(gone) > 1 else ""
     return failed(
-        f"{file} of {one.name} {one.version}{more} {'are' if more else 'is'} gone", "again", {"wanted": _wanted(found)}
+        f"{file} of {one.name} {one.version}{more} {'are' if more else 'is'} gone",
+        "again",
+        distributions.with_backend(found),
     )
 
 
@@ -213,8 +217,8 @@ def mlx_files(found: dict[str, Installed] | None = None) -> Finding:
     "one-backend",
     THEME,
     remedies={
-        "remove": "uv pip uninstall {names} && uv pip install --force-reinstall {wanted}",
-        "again": AGAIN,
+        "two backends": "uv pip uninstall {names} && uv pip install --force-reinstall {mlx_with_its_backend}",
+        "another libmlx, or none": distributions.AGAIN,
     },
 )
 def one_backend(found: dict[str, Installed] | None = None, nvidia: bool | None = None) -> Finding:
@@ -233,28 +237,17 @@ def one_backend(found: dict[str, Installed] | None = None, nvidia: bool | None =
         names = [one.name for one in backends]
         whose = f"libmlx comes from {' and '.join(genuine)}" if genuine else "libmlx comes from neither"
         nvidia = bool(readings.nvidia_gpus()) if nvidia is None else nvidia
-        values = {"names": " ".join(names), "wanted": _wanted(found, genuine, nvidia)}
+        values = {"names": " ".join(names), **distributions.with_backend(found, genuine, nvidia)}
         return failed(
-            f"{' and '.join(names)} are both installed; {whose}", "remove", values, figures={"owner": genuine}
+            f"{' and '.join(names)} are both installed; {whose}", "two backends", values, figures={"owner": genuine}
         )
     only = backends[0]
     if path and not genuine:
         gone = not (only.location / path).is_file()
         brought = f"{only.name} {only.version} brought"
         text = f"libmlx is gone, although {brought} it" if gone else f"libmlx is not the file that {brought}"
-        return failed(text, "again", {"wanted": _wanted(found)})
+        return failed(text, "another libmlx, or none", distributions.with_backend(found))
     return passed(f"{only.name} alone" + (", libmlx is its own" if genuine else ""), figures={"owner": genuine})
-
-
-def _wanted(found: dict[str, Installed], genuine: Sequence[str] = (), nvidia: bool = True) -> str:
-    """MLX with its backend; of several with one that is of use here, the one in force where that is one."""
-    names = [name for name in distributions.BACKENDS if name in found]
-    usable = [name for name in names if nvidia or "cuda" not in name] or names
-    usable = usable or ["mlx-cpu" if platform.system() == "Linux" else ""]
-    keep = next((name for name in genuine if name in usable), usable[-1])
-    extra = f"[{distributions.EXTRAS[keep]}]" if keep in distributions.EXTRAS else ""  # none brings mlx-metal
-    version = f"=={found['mlx'].version}" if "mlx" in found else ""
-    return f"'mlx{extra}{version}'"
 
 
 @check(
@@ -282,7 +275,7 @@ def mlx_tune_name(found: dict[str, Installed] | None = None) -> Finding:
 @check(
     "mlx-import",
     THEME,
-    remedies={"known": "{advice}", "again": AGAIN},
+    remedies={"known": "{advice}", "again": distributions.AGAIN},
 )
 def mlx_import(python: str | None = None, environment: dict[str, str] | None = None) -> Finding:
     """`import mlx.core` works, tried in a process of its own.
@@ -307,7 +300,7 @@ def mlx_import(python: str | None = None, environment: dict[str, str] | None = N
     known = explanations.find(ended.stderr)
     if known is not None:
         return failed(f"import mlx.core fails: {said}", "known", {"advice": known.remedies[0]})
-    return failed(f"import mlx.core fails: {said}", "again", {"wanted": _wanted(installed())})
+    return failed(f"import mlx.core fails: {said}", "again", distributions.with_backend(installed()))
 
 
 def _errors(text: str) -> str:
@@ -321,7 +314,7 @@ def _errors(text: str) -> str:
 @check(
     "mlx-lm",
     THEME,
-    remedies={"install": "uv pip install -U mlx-lm", "broken": "uv pip install -U --force-reinstall mlx-lm"},
+    remedies={"not installed": "uv pip install -U mlx-lm", "broken": "uv pip install -U --force-reinstall mlx-lm"},
     in_child=True,
 )
 def mlx_lm(name: str = "mlx_lm") -> Finding:
@@ -335,7 +328,7 @@ def mlx_lm(name: str = "mlx_lm") -> Finding:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name:
-            return warned("mlx-lm is not installed: `mlx_tune.lm` will not work", "install")
+            return warned("mlx-lm is not installed: `mlx_tune.lm` will not work", "not installed")
         return failed(f"importing mlx-lm fails: {error}", "broken")
     except ImportError as error:
         return failed(f"importing mlx-lm fails: {error}", "broken")

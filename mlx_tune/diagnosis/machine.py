@@ -23,7 +23,7 @@ GB = 10**9
 @check(
     "memory",
     THEME,
-    remedies={"close": "Close what you do not need; mlx-tune doctor --only processes says who holds most."},
+    remedies={"close": "Close what you do not need; `mlx-tune doctor --only processes` says who holds most."},
 )
 def memory(total: int | None = None, available: int | None = None) -> Finding:
     """Enough memory is free to work with.
@@ -153,7 +153,7 @@ def processes(neighbours: Sequence[Neighbour] | None = None, total: int | None =
 @check(
     "disk",
     THEME,
-    remedies={"free": "Free some space, or move the models: export HF_HOME=/another/disk/huggingface"},
+    remedies={"free": "Free some space, or move the models: `export HF_HOME=/another/disk/huggingface`"},
 )
 def disk(free: Mapping[str, int] | None = None) -> Finding:
     """There is room for models, adapters and swap.

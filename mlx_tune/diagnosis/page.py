@@ -70,7 +70,7 @@ def _contents(entries: Sequence[Entry]) -> str:
 
 
 def _short(text: str, length: int = 72) -> str:
-    text = text.replace("|", "/").replace("`", "'")
+    text = " ".join(text.replace("|", "/").replace("`", "'").split())  # a row of a table is one line
     return text if len(text) <= length else text[: length - 3].rsplit(" ", 1)[0] + " ..."
 
 
@@ -96,8 +96,8 @@ def _of_entry(entry: Entry) -> str:
 def _as_markdown(remedy: str) -> str:
     """A remedy that is a command becomes code; prose has its code marked already."""
     command, _, comment = remedy.partition("   # ")
-    is_command = re.match(r"(uv|brew|sudo|export|unset|mlx-tune|arch) ", remedy) is not None
-    return (f"`{command.strip()}`" + (f": {comment}" if comment else "")) if is_command else remedy
+    is_command = re.match(r"(uv|brew|sudo|export|unset|mlx-tune|arch|with|mx)\b", remedy) is not None
+    return (f"`{command.strip()}`" + (f" ({comment})" if comment else "")) if is_command else remedy
 
 
 def _label(source: str) -> str:
@@ -111,8 +111,8 @@ def _of_check(one: Check) -> str:
     lines = [f"#### `{one.name}`\n", one.title, ""]
     if one.explanation:
         lines += [one.explanation, ""]
-    written = [_capitals(remedy) for remedy in one.remedies.values() if not re.fullmatch(r"\{\w+\}", remedy)]
-    lines += [f"- {_as_markdown(remedy)}" for remedy in written]
+    written = {when: _capitals(it) for when, it in one.remedies.items() if not re.fullmatch(r"\{\w+\}", it)}
+    lines += [f"- {f'{when}: ' if len(written) > 1 else ''}{_as_markdown(it)}" for when, it in written.items()]
     return "\n".join(lines).rstrip() + "\n"
 
 

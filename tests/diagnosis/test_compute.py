@@ -22,6 +22,7 @@ def test_a_kernel_with_wrong_numbers_fails_by_name(check, fault):
     assert result.status == "fail"
     assert result.summary.startswith(f"{fault[0]} is off by")
     assert RIGHT[0] not in result.summary
+    assert result.fix.startswith("uv pip install --force-reinstall 'mlx")
 
 
 def test_without_a_gpu_its_kernels_are_skipped():

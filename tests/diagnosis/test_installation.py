@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_tune.diagnosis import installation
+from mlx_tune.diagnosis import distributions, installation
 from mlx_tune.diagnosis.distributions import installed
 
 
@@ -202,10 +202,10 @@ def test_on_a_mac_no_extra_brings_the_backend_that_stays(site):
 
 
 def test_where_mlx_is_missing_on_linux_the_processors_backend_comes_with_it(site, monkeypatch):
-    monkeypatch.setattr(installation.platform, "system", lambda: "Linux")
-    assert installation._wanted(site.found) == "'mlx[cpu]'"
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    assert distributions.with_backend(site.found) == {"mlx_with_its_backend": "'mlx[cpu]'"}
     site.add("mlx", "0.32.4").add("mlx-cuda-13", "0.32.4")
-    assert installation._wanted(site.found) == "'mlx[cuda13]==0.32.4'"
+    assert distributions.with_backend(site.found) == {"mlx_with_its_backend": "'mlx[cuda13]==0.32.4'"}
 
 
 def test_a_library_that_belongs_to_nobody_fails(site):
