@@ -83,3 +83,13 @@ def test_every_python_block_is_collected(page, parse):
     written = re.findall(r"^ *(?:> *)*(?:```+|~~~+) *\{?\.?py.*$", page.read_text(), re.MULTILINE | re.IGNORECASE)
     outputs = page.read_text().count("<!-- prints -->\n```text\n")
     assert len(list(parse(page).examples())) == len(written) + outputs
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_row_of_a_table_is_whole(page):
+    """A line break or a missing bar would end the table there."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^ *\|[^\n]*\n)+", text, re.MULTILINE):
+        rows = [re.sub(r"\\\||`[^`]*`", "", row).strip() for row in table.splitlines()]
+        assert all(row.endswith("|") for row in rows), table
+        assert len({row.count("|") for row in rows}) == 1, table
