@@ -36,7 +36,7 @@ from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.sites import own_arrays, walk, weight_shape
 
 #: What a call fails with where shapes, types or names do not belong together.
-_FAULTS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
+_FAULTS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 #: Modules that tokens are looked up in.
 _LOOKUPS = (nn.Embedding, nn.QuantizedEmbedding)
@@ -146,7 +146,7 @@ class Comparison:
         """The quantized model's answer to a part; what the reference could do, it may not be able to."""
         try:
             return self._run(model, self.parts[i])
-        except (TypeError, ValueError, RuntimeError) as error:
+        except _FAULTS as error:
             raise QuantizationError(
                 f"The unquantized model can be called with evaluation[{i}], the quantized one cannot: "
                 f"{type(error).__name__}: {error}"

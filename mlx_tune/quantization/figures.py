@@ -122,13 +122,28 @@ def join_figures(parts: list[TokenFigures]) -> TokenFigures:
 def _token_figures(x: mx.array, y: mx.array, targets: mx.array) -> list[mx.array]:
     # Minus infinity is a masked token, and no fault; NaN and plus infinity are.
     finite = ~((mx.isnan(x) | mx.isposinf(x)) | (mx.isnan(y) | mx.isposinf(y))).any(axis=-1)
-    lx = x - mx.logsumexp(x, axis=-1, keepdims=True)
-    ly = y - mx.logsumexp(y, axis=-1, keepdims=True)
-    px, py = mx.exp(lx), mx.exp(ly)
-    kl = mx.where(px > 0, px * (lx - ly), 0).sum(axis=-1)
-    reverse = mx.where(py > 0, py * (ly - lx), 0).sum(axis=-1)
+    x, y = x - mx.logsumexp(x, axis=-1, keepdims=True), y - mx.logsumexp(y, axis=-1, keepdims=True)
     same = x.argmax(axis=-1) == y.argmax(axis=-1)
     at = targets[:, None].astype(mx.int32)
-    before = -mx.take_along_axis(lx, at, axis=-1)[:, 0]
-    after = -mx.take_along_axis(ly, at, axis=-1)[:, 0]
-    return [kl, reverse, same, before, after, px.max(axis=-1), finite]
+    before = -mx.take_along_axis(x, at, axis=-1)[:, 0]
+    after = -mx.take_along_axis(y, at, axis=-1)[:, 0]
+    return [_divergence(x, y), _divergence(y, x), same, before, after, mx.exp(x).max(axis=-1), finite]
+
+
+def _divergence(x: mx.array, y: mx.array) -> mx.array:
+    """KL divergence of y from x, both logarithms of probabilities, along the last axis.
+
+    The sum of p (x - y) cancels where both are close: over 150,000 tokens float32 then leaves errors of 1e-5. With
+    d = x - y, m its mean under p, and t = d - m, the divergence is log E[exp(-t)] as well, and E[t] is zero: so it is
+    log(1 + E[exp(-t) - 1 + t]), in which every term is positive and of second order.
+    """
+    p = mx.exp(x)
+    p = p / p.sum(axis=-1, keepdims=True)
+    there = p > 0
+    d = mx.where(there, x - y, 0)
+    mean = (p * d).sum(axis=-1, keepdims=True)
+    t = d - mean
+    close = p * (mx.expm1(-t) + t)
+    far = mx.exp(y + mean) - mx.where(there, p * (1 - t), 0)
+    terms = mx.where(there & (mx.abs(t) < 1), close, far)
+    return mx.where(mean[..., 0] > 1, mean[..., 0], mx.log1p(mx.maximum(terms.sum(axis=-1), 0)))

@@ -48,6 +48,28 @@ def test_token_figures_are_those_of_numpy_in_float64() -> None:
     assert found.finite.all()
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 30.0])
+def test_small_and_large_divergences_are_those_of_numpy(size: float) -> None:
+    x = logits(0, (2, 8, 20_000))
+    y = x + size * logits(1, x.shape) / 3
+    found = compare_tokens(x, y, toys.tokens(2, 8, 20_000), 0)
+    expected = reference_figures(np.array(x), np.array(y), np.array(toys.tokens(2, 8, 20_000)))
+    np.testing.assert_allclose(found.kl, expected["kl"], rtol=1e-3)
+    np.testing.assert_allclose(found.reverse_kl, expected["reverse_kl"], rtol=1e-3)
+
+
+def test_tokens_that_one_model_rules_out() -> None:
+    x, y, targets = np.array(logits(0)), np.array(logits(1)), toys.tokens(3, 7, 40)
+    x[..., -1] = -np.inf
+    found = compare_tokens(mx.array(x), mx.array(y), targets, 0)
+    expected = reference_figures(x[..., :-1], y[..., :-1], np.array(targets))["kl"]
+    # The reference gives the last token no probability, so it counts only in what the model has left for the rest.
+    rest = y.astype(np.float64) - y.max(-1, keepdims=True)
+    expected = expected - np.log(np.exp(rest[..., :-1]).sum(-1) / np.exp(rest).sum(-1)).reshape(-1)
+    np.testing.assert_allclose(found.kl, expected, rtol=1e-4)
+    assert np.isinf(found.reverse_kl).all()
+
+
 def test_long_logits_are_cut_without_a_seam(monkeypatch) -> None:
     x, y, targets = logits(0), logits(1), toys.tokens(3, 7, 50)
     whole = compare_tokens(x, y, targets, 0)
