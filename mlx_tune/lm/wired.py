@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_tune import devices
 from mlx_tune.memory import open_limit_bytes
 from mlx_tune.units import format_bytes
 from mlx_tune.wiring import wired_limit
-from mlx_tune.wiring.context import SLACK
+from mlx_tune.wiring.context import SLACK, registry
+from mlx_tune.wiring.limits import read_capacity
+from mlx_tune.wiring.registry import Request
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -46,31 +47,28 @@ def wired_for_training(model: nn.Module) -> Iterator[Wired]:
     Yields:
         What is wired, and the way to hold it against mlx-lm.
     """
-    import mlx.core as mx
-
-    info = devices.metal_info() or {}
-    recommended = int(info.get("max_recommended_working_set_size", 0))
-    if recommended <= 0:
+    capacity = read_capacity()
+    if capacity.reason:
         with wired_limit(model, headroom=_HEADROOM) as wired:  # says why there is nothing to wire
             yield Wired(str(wired), lambda: None)
         return
-    # There is no way to read the limit. mlx-lm is about to set it to the same value anyway.
-    before = mx.set_wired_limit(recommended)
-    mx.set_wired_limit(before)
+    # A request for nothing brings back what mlx-lm raises and leaves, where nothing is wired too, and whatever other
+    # blocks come and go meanwhile.
+    token = registry.make_token()
     try:
+        before = registry.enter(token, Request(), capacity.cap_bytes)
         limit, wanted = open_limit_bytes(), max(before, int((1 + _HEADROOM) * _bytes_of(model)))
         if limit is not None and limit < SLACK * wanted:
             text = (
                 f"not wired: the memory limit of {format_bytes(limit)} leaves less than a quarter above the "
                 f"{format_bytes(wanted)} that would be"
             )
-            yield Wired(text, lambda: _set(before))
+            yield Wired(text, registry.hold)
             return
         with wired_limit(model, headroom=_HEADROOM) as wired:
-            held = wired.limit_bytes if wired.applied else before
-            yield Wired(str(wired), lambda: _set(held))
+            yield Wired(str(wired), registry.hold)
     finally:
-        mx.set_wired_limit(before)
+        registry.leave(token)
 
 
 def _bytes_of(model: nn.Module) -> int:
@@ -79,9 +77,3 @@ def _bytes_of(model: nn.Module) -> int:
 
     arrays: Any = tree_flatten(model.parameters())
     return sum({id(array): array.nbytes for _, array in arrays}.values())
-
-
-def _set(limit_bytes: int) -> None:
-    import mlx.core as mx
-
-    mx.set_wired_limit(limit_bytes)

@@ -134,6 +134,11 @@ class Registry:
                 raise
             return self._limit
 
+    def hold(self) -> None:
+        """Set the limit that follows from the live requests once more, after somebody else has set his own."""
+        with self._lock:
+            self._settle()
+
     def leave(self, token: int) -> None:
         """Take a request out and lower the limit to what the rule says. One that is not in changes nothing."""
         with self._lock:

@@ -251,6 +251,22 @@ def test_the_wired_limit_that_mlx_lm_leaves_behind_is_put_back(toy, rows, argume
     assert metal.limit == 7 << 30
 
 
+def test_a_block_that_ends_during_training_stays_ended(toy, rows, arguments, metal: MetalStandIn) -> None:
+    model, during = toy(lora=True), []
+    other = mt.wired_limit(7 << 30)
+
+    class Watch(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict) -> None:
+            if not during:
+                other.__exit__(None, None, None)
+            during.append(metal.limit)
+
+    other.__enter__()
+    lm.train(model, optim.SGD(1e-2), rows, None, arguments(), training_callback=Watch())
+    assert 0 < during[0] < 1 << 30  # the model alone
+    assert metal.limit == 0
+
+
 @pytest.mark.parametrize("how", ["turned off", "tight"])
 def test_where_nothing_is_to_be_wired_mlx_lm_does_not_wire_either(
     toy, rows, arguments, metal: MetalStandIn, monkeypatch, how: str

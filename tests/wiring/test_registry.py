@@ -123,6 +123,20 @@ def test_a_limit_that_an_outsider_raised_and_left_goes():
     assert allocator.limit == 5
 
 
+def test_a_limit_that_an_outsider_set_is_put_right_when_asked():
+    registry, allocator = make(5)
+    token, _ = registry.enter(Request(), 100)  # asks for nothing, and brings the baseline back
+    assert allocator.limit == 5
+    other, _ = registry.enter(Request(extra_bytes=30), 100)
+    allocator.limit = 100
+    registry.hold()
+    assert allocator.limit == 30
+    registry.leave(other)
+    allocator.limit = 100
+    registry.leave(token)
+    assert allocator.limit == 5
+
+
 def test_a_collector_that_runs_while_the_limit_is_set_loses_nothing():
     registry, allocator = make(1)
     dropped, _ = registry.enter(Request(extra_bytes=30), 100)
