@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_tune.graphs.belonging import modules_of
 from mlx_tune.graphs.floor import PURPOSES, Buffer, Course, simulate
 from mlx_tune.graphs.graph import Graph, dtype_name
 from mlx_tune.graphs.order import evaluation_order
@@ -30,7 +31,10 @@ class PeakOwner:
         dtype: Dtype of that array, as in "float32".
         operation: The MLX operation that made it; empty for what existed before the step.
         purpose: One of `PURPOSES`.
-        label: A parameter's path or an argument's place; empty for what an operation made.
+        label: A parameter's path or an argument's place; for an update, what it is the new value of; empty for
+            everything else that an operation made.
+        module: The path of the module whose parameters the operation used, or that made what it used, as far as the
+            graph tells; where several come together the path that they share.
     """
 
     nbytes: int
@@ -39,6 +43,15 @@ class PeakOwner:
     operation: str
     purpose: str
     label: str
+    module: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it belongs, in words: its module, or what it is for, or both."""
+        where = self.label if self.purpose == "updates" else self.module
+        if not self.operation or not where:
+            return self.purpose
+        return where if self.purpose == "activations" else f"{self.purpose} of {where}"
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -49,6 +62,7 @@ class PeakOwner:
             "operation": self.operation,
             "purpose": self.purpose,
             "label": self.label,
+            "module": self.module,
         }
 
 
@@ -140,7 +154,7 @@ class MemoryEstimate:
                 f"  {owner.operation or owner.label}",
                 format_bytes(owner.nbytes * count),
                 format_percent(owner.nbytes * count / max(self.floor_bytes, 1)),
-                f"{f'{count} x ' if count > 1 else ''}{list(owner.shape)} {owner.dtype}, {owner.purpose}",
+                f"{list(owner.shape)} {owner.dtype}{f' x {count}' if count > 1 else ''}, {owner.place}",
             )
             for owner, count in self.largest_owners()
         ]
@@ -164,17 +178,17 @@ class MemoryEstimate:
     def largest_owners(self, most: int = 10) -> list[tuple[PeakOwner, int]]:
         """The largest kinds of buffers at the peak: one of each kind, and how many there are.
 
+        Buffers in the same place of several blocks are one kind: the numbers that differ in its paths are stars then.
+
         Args:
             most: How many kinds at most.
         """
-        kinds: Counter[tuple[Any, ...]] = Counter()
-        example: dict[tuple[Any, ...], PeakOwner] = {}
+        kinds: dict[PeakOwner, list[PeakOwner]] = {}
         for owner in self.peak_owners:
-            key = (owner.nbytes, owner.shape, owner.dtype, owner.operation, owner.purpose, owner.label)
-            kinds[key] += 1
-            example.setdefault(key, owner)
-        ranked = sorted(kinds, key=lambda key: (-key[0] * kinds[key], key[3], key[5]))
-        return [(example[key], kinds[key]) for key in ranked[:most]]
+            kind = replace(owner, label=_starred(owner.label), module=_starred(owner.module))
+            kinds.setdefault(kind, []).append(owner)
+        ranked = sorted(kinds, key=lambda kind: (-kind.nbytes * len(kinds[kind]), kind.operation, kind.label))
+        return [(_in_common(kinds[kind]), len(kinds[kind])) for kind in ranked[:most]]
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, dark: bool = False) -> Figure:
         """Draw memory over the step's operations, with the owners of the peak named.
@@ -231,8 +245,25 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
     return _estimate(graph, course, time.perf_counter() - started)
 
 
+def _starred(path: str) -> str:
+    """A path without the numbers of blocks in it."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+
+
+def _in_common(owners: list[PeakOwner]) -> PeakOwner:
+    """One for several that differ in the numbers of their paths only."""
+
+    def common(paths: list[str]) -> str:
+        parts = zip(*(path.split(".") for path in paths), strict=True)
+        return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
+
+    return replace(owners[0], label=common([o.label for o in owners]), module=common([o.module for o in owners]))
+
+
 def _estimate(graph: Graph, course: Course, seconds: float) -> MemoryEstimate:
-    owners = sorted((_owner(graph, b) for b in course.owners), key=lambda o: -o.nbytes)
+    modules = modules_of(graph, course.order)
+    updated = dict(zip(graph.outputs[graph.results :], graph.updated, strict=True))
+    owners = sorted((_owner(graph, b, modules, updated) for b in course.owners), key=lambda o: -o.nbytes)
     split = dict.fromkeys(PURPOSES, 0)
     for owner in owners:
         split[owner.purpose] += owner.nbytes
@@ -253,7 +284,14 @@ def _estimate(graph: Graph, course: Course, seconds: float) -> MemoryEstimate:
     )
 
 
-def _owner(graph: Graph, buffer: Buffer) -> PeakOwner:
+def _owner(graph: Graph, buffer: Buffer, modules: dict[int, str], updated: dict[int, str]) -> PeakOwner:
     value = graph.values[buffer.value]
-    operation = graph.nodes[buffer.node].name if buffer.node is not None else ""
-    return PeakOwner(buffer.nbytes, value.shape, dtype_name(value.dtype), operation, buffer.purpose, value.label)
+    return PeakOwner(
+        nbytes=buffer.nbytes,
+        shape=value.shape,
+        dtype=dtype_name(value.dtype),
+        operation=graph.nodes[buffer.node].name if buffer.node is not None else "",
+        purpose=buffer.purpose,
+        label=value.label or updated.get(buffer.value, ""),
+        module=modules.get(buffer.value, ""),
+    )

@@ -69,6 +69,7 @@ class _Fusion:
             nodes=kept[::-1],
             outputs=list(self.graph.outputs),
             results=self.graph.results,
+            updated=self.graph.updated,
             held=set(self.graph.held),
             compiled=True,
             stand_ins=self.graph.stand_ins,

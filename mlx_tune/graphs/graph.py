@@ -89,7 +89,8 @@ class Part:
 class Graph:
     """A step: all values, the operations in an order in which they could run, and what is evaluated at its end.
 
-    The first `results` of the outputs are what the step returned, the rest is updated state. `held` are the values
+    The first `results` of the outputs are what the step returned, the rest is updated state: new values of the places
+    in it that `updated` names. `held` are the values
     that something outside the step keeps alive for its whole duration: the batch, frozen parameters, captured
     arrays. `compiled` tells that `mx.compile` fuses the step in earnest, or `parts` of it; `twins` has for captured
     scalars the first that is equal.
@@ -99,6 +100,7 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     results: int = 0
+    updated: list[str] = field(default_factory=list)
     held: set[int] = field(default_factory=set)
     compiled: bool = False
     stand_ins: dict[str, str] = field(default_factory=dict)

@@ -45,6 +45,7 @@ def fuse_parts(graph: Graph) -> Graph:
         nodes=nodes,
         outputs=[names.get(v, v) for v in graph.outputs],
         results=graph.results,
+        updated=graph.updated,
         held={value for value in graph.held if value in read or value not in graph.twins},
         compiled=True,
         stand_ins=graph.stand_ins,

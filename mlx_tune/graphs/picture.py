@@ -26,8 +26,8 @@ _COLUMNS = 400
 
 def draw(estimate: MemoryEstimate, path: str | os.PathLike[str] | None, *, dark: bool) -> Figure:
     """Draw an estimate; see `MemoryEstimate.plot`."""
-    figure, axes = new_figure(dark=dark, size=(6.4, 5.2))
-    grid = figure.add_gridspec(2, 1, height_ratios=(3.1, 1))
+    figure, axes = new_figure(dark=dark, size=(6.4, 5.8))
+    grid = figure.add_gridspec(2, 1, height_ratios=(2.5, 1))
     axes.set_subplotspec(grid[0])
     scale, unit = bytes_unit(estimate.floor_bytes)
     tops = _tops(estimate)
@@ -53,18 +53,23 @@ def draw(estimate: MemoryEstimate, path: str | os.PathLike[str] | None, *, dark:
         handles,
         labels,
         loc="upper left",
-        bbox_to_anchor=(-0.01, 0.84),
+        bbox_to_anchor=(-0.01, 0.9),
+        ncols=3,
+        columnspacing=1.2,
         frameon=False,
         labelcolor=ink(dark),
         fontsize=9,
         borderaxespad=0,
     )
-    lines = ["largest there"]
+    lines = ["largest of it"]
     for owner, count in estimate.largest_owners(6):
-        times = f"{count} x " if count > 1 else ""
+        times = f" x {count}" if count > 1 else ""
         what = owner.operation or owner.label
-        lines.append(f"{format_bytes(owner.nbytes * count)}  {what}, {times}{list(owner.shape)}")
-    below.text(0.4, 1, "\n".join(lines), color=ink(dark), fontsize=9, va="top", transform=below.transAxes)
+        lines.append(f"{format_bytes(owner.nbytes * count)}  {what}, {list(owner.shape)}{times}, {owner.place}")
+    rows = -(-len(labels) // 3)
+    below.text(
+        0, 0.84 - 0.14 * rows, "\n".join(lines), color=ink(dark), fontsize=9, va="top", transform=below.transAxes
+    )
     return save_figure(figure, path)
 
 

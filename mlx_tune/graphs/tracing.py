@@ -169,11 +169,13 @@ class _Recorder:
             if not outputs:
                 raise TraceError(_without_arrays(result))
             self.graph.results = len(outputs)
-            after = [slot.array for slot in _slots(state)]
             written = made_by_operations(tracers)
             untouched = {id(place[id(s.array)]): id(s.array) for s in slots if id(place[id(s.array)]) not in written}
-            kept.update(untouched[id(a)] for a in after if id(a) in untouched)
-            everything = [*outputs, *(a for a in after if id(a) not in untouched)]
+            after = list(_slots(state))
+            kept.update(untouched[id(slot.array)] for slot in after if id(slot.array) in untouched)
+            updated = [slot for slot in after if id(slot.array) not in untouched]
+            self.graph.updated = [slot.label for slot in updated]
+            everything = [*outputs, *(slot.array for slot in updated)]
             self.built = BuiltGraph(inputs, everything)
             names = iter(self.built.names_of([a for part in interception.parts for side in part for a in side]))
             self.parts = [
@@ -281,6 +283,7 @@ def _slots(state: Any) -> Iterator[_Slot]:
             else:
                 yield from walk(child, role, path)
 
-    top = state if isinstance(state, (tuple, list)) else (state,)
-    for child in top:
-        yield from walk(child, "state", "")
+    top = list(state) if isinstance(state, (tuple, list)) else [state]
+    several = sum(isinstance(child, Module) for child in top) > 1
+    for i, child in enumerate(top):
+        yield from walk(child, "state", f"state[{i}]" if several else "")

@@ -62,7 +62,8 @@ def unmerge(simplified: Graph, built: BuiltGraph, parts: list[Names]) -> Graph |
 def _assemble(
     simplified: Graph, built: BuiltGraph, counterpart: dict[str, int], partner: dict[int, int], parts: list[Names]
 ) -> Graph:
-    graph = Graph(compiled=simplified.compiled, results=simplified.results, stand_ins=simplified.stand_ins)
+    graph = Graph(compiled=simplified.compiled, results=simplified.results, updated=simplified.updated)
+    graph.stand_ins = simplified.stand_ins
     index: dict[str, int] = {}
     inputs = set(built.inputs)
     made = {name for node in built.nodes for name in node.outputs} - inputs
