@@ -43,8 +43,9 @@ def _own_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def _begin(_: dict[str, Any]) -> None:
-    """A page begins as a reader's script does: with nothing in memory, which the budgets on it count on."""
-    gc.collect()
+    """Examples begin as a reader's script does: with nothing in memory, which their budgets count on."""
+    if mx.get_active_memory() > 100_000:
+        gc.collect()
     mx.clear_cache()
     mx.random.seed(0)
 
@@ -87,6 +88,7 @@ docstrings = Sybil(
     patterns=["*.py"],
     document_types={".py": PythonDocStringDocument},
     fixtures=["_own_folder"],
+    setup=_begin,
     teardown=_end,
 )
 # No parser for skipping: a Python block that cannot run has no place on a page.
