@@ -11,6 +11,7 @@ from typing import Any, Literal, SupportsIndex
 
 from mlx_tune.batching import canary as canary_check
 from mlx_tune.batching.forecast import Forecast, floor_of
+from mlx_tune.batching.garbage import quick_collections
 from mlx_tune.batching.isolation import IsolatedProbe
 from mlx_tune.batching.journal import Journal, Runner
 from mlx_tune.batching.probe import MakeBatch, Probe, Step
@@ -126,11 +127,11 @@ def autobatch(
             assert step is not None
             assert make_batch is not None
             ranks.agree(lambda: used_up(allowed, state))
-            with ranks.agree(lambda: Snapshot(state, spill=True)) as before:
+            with quick_collections(), ranks.agree(lambda: Snapshot(state, spill=True)) as before:
                 probe = Probe(step, make_batch, state, int(allowed), restore=before.restore)
                 session = Session(_through(probe, note, ranks), sizes, int(allowed), steps, bar)
                 estimate = floor_of(step, make_batch, state)
-                session.look_ahead(ranks.largest_estimate(estimate), lambda n: ranks.agree(lambda: probe.warm(n)))
+                session.look_ahead(ranks.largest_estimate(estimate), lambda n: ranks.any(lambda: probe.warm(n)))
                 accept = _canary(step, make_batch, state, before, ranks) if canary else None
                 found = session.largest(accept)
                 if found.size is None:

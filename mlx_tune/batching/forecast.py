@@ -15,6 +15,8 @@ _STRIDE = 8
 _LOOKS = 8
 #: An estimate this close to the budget has found the crossing.
 _CLOSE = 0.03
+#: Knots this close to the line from the first to the last, as a share of them, need no more between them.
+_STRAIGHT = 0.003
 
 
 class Forecast:
@@ -27,13 +29,19 @@ class Forecast:
         >>> forecast = Forecast(lambda n: 1000 + 10 * n, range(1, 500), 3000)
         >>> forecast(200), sorted(forecast.knots)
         (3000.0, [1, 8, 64, 200])
-        >>> forecast.look(77), forecast.look(77), forecast.knots[77]
-        (True, False, 1770)
+        >>> forecast.look(77)  # it is straight already
+        False
     """
 
-    def __init__(self, estimate: Callable[[int], int], sizes: Sequence[int], budget_bytes: float) -> None:
+    def __init__(
+        self,
+        estimate: Callable[[int], int],
+        sizes: Sequence[int],
+        budget_bytes: float,
+        known: dict[int, int] | None = None,
+    ) -> None:
         """Look at the smallest size, and at ever larger ones up to where the budget is crossed."""
-        self.knots: dict[int, int] = {}
+        self.knots: dict[int, int] = dict(known or {})
         self._estimate: Callable[[int], int] | None = estimate
         self.look(sizes[0])
         for _ in range(_LOOKS):
@@ -45,10 +53,10 @@ class Forecast:
                 continue
             if self._near(largest, budget_bytes) or largest == sizes[-1]:
                 return
-            known = bisect_left(sizes, largest)
+            position = bisect_left(sizes, largest)
             reach = bisect_right(sizes, _STRIDE * largest) - 1
             goal = bisect_right(sizes, budget_bytes, hi=reach + 1, key=self) - 1 if len(self.knots) > 1 else reach
-            self.look(sizes[max(goal, known + 1)])
+            self.look(sizes[max(goal, position + 1)])
             if self.knots[max(self.knots)] == self.knots[largest]:
                 return  # make_batch may not give more rows than that, which a trial will find out
 
@@ -69,14 +77,44 @@ class Forecast:
         return self.knots[a] + (size - a) / (b - a) * (self.knots[b] - self.knots[a])
 
     def look(self, size: int) -> bool:
-        """Look at the graph of one more size; False where that is known already, or the graph out of reach."""
-        if size in self.knots or self._estimate is None:
+        """Look at the graph of one more size; False where that would say nothing new, or the graph is out of reach."""
+        if size in self.knots or self._estimate is None or self._straight:
             return False
         self.knots[size] = self._estimate(size)
         return True
 
+    @property
+    def _straight(self) -> bool:
+        """Whether three knots or more, the middle ones well apart from the ends, lie on one line."""
+        sizes = sorted(self.knots)
+        if len(sizes) < 3:
+            return False
+        a, b = sizes[0], sizes[-1]
+        slope = (self.knots[b] - self.knots[a]) / (b - a)
+        inner = [n for n in sizes if 4 * min(n - a, b - n) >= b - a]
+        off = [abs(self.knots[a] + slope * (n - a) - self.knots[n]) for n in sizes]
+        return bool(inner) and max(off) <= _STRAIGHT * self.knots[a]
+
     def _near(self, size: int, budget_bytes: float) -> bool:
         return size in self.knots and abs(self.knots[size] - budget_bytes) <= _CLOSE * budget_bytes
+
+
+def read_ahead(
+    estimate: Callable[[int], int], warm: Callable[[int], bool], sizes: Sequence[int], budget_bytes: int
+) -> Forecast:
+    """The forecast, after the first step of all; or only the smallest size's floor, if that is above the budget.
+
+    Args:
+        estimate: The floor of a step at a size, from its graph.
+        warm: Takes the first step at a size; whether that made the optimizer's state, so that steps now need more.
+        sizes: What may be answered, ascending.
+        budget_bytes: What a peak must not exceed.
+    """
+    known = {sizes[0]: estimate(sizes[0])}
+    if known[sizes[0]] > budget_bytes:
+        return Forecast.of_knots(known)
+    made = warm(sizes[0])
+    return Forecast(estimate, sizes, budget_bytes, None if made else known)
 
 
 def floor_of(step: Callable[[Any], Any], make_batch: Callable[[int], Any], state: Any) -> Callable[[int], int]:

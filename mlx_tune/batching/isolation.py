@@ -168,16 +168,13 @@ def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) 
 
 
 def _knots(request: dict[str, Any], step: Any, make_batch: Any, state: Any) -> dict[str, Any]:
-    from mlx_tune.batching.forecast import Forecast, floor_of
+    from mlx_tune.batching.forecast import floor_of, read_ahead
     from mlx_tune.batching.probe import Probe
 
     sizes: Sequence[int] = range(*request["range"]) if request["range"] else request["sizes"]
-    budget, estimate = request["budget_bytes"], floor_of(step, make_batch, state)
+    probe = Probe(step, make_batch, state, request["budget_bytes"])
     try:
-        knots = {sizes[0]: estimate(sizes[0])}
-        if knots[sizes[0]] <= budget:
-            Probe(step, make_batch, state, budget).warm(sizes[0])
-            knots = Forecast(estimate, sizes, budget).knots
+        knots = read_ahead(floor_of(step, make_batch, state), probe.warm, sizes, probe.budget_bytes).knots
     except TraceError as error:
         return {"knots": [], "untraceable": str(error)}
     return {"knots": list(knots.items()), "untraceable": None}

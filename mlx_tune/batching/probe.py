@@ -68,10 +68,12 @@ class Probe:
     _warm: bool = False
     _shapes: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
-    def warm(self, size: int) -> None:
-        """Take the first step of all, which makes the optimizer's state, with dispatch held back."""
+    def warm(self, size: int) -> bool:
+        """Take the first step of all, with dispatch held back; whether that made the optimizer's state."""
+        before = sum(array.nbytes for array in arrays_in(self.state))
         self._run(self._batch(size), 1, Trial(size, None, limit_bytes=1))
         self._warm = True
+        return sum(array.nbytes for array in arrays_in(self.state)) != before
 
     def trial(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
         """Measure one batch size.
@@ -164,6 +166,7 @@ class Probe:
         Held to the floor they are slow, so they are only where the next higher share is known to need more. Where
         single peaks scatter, those at the floor do as well.
         """
+        room /= self.throttle.spread  # the one reading at a share may have been a low one
         if failed is None:
             return max(self.throttle.share_within(room), self.throttle.holding_share)
         return min(self.throttle.holding_share, self.throttle.share_within(room, below=failed))

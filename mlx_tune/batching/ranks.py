@@ -53,6 +53,11 @@ class Ranks:
         self._share([], error)
         return result  # type: ignore[return-value]
 
+    def any(self, function: Callable[[], bool]) -> bool:
+        """Whether a function is true on any rank; an exception as for `agree`."""
+        result, error = self._attempt(function)
+        return any(row[0] for row in self._share([int(bool(result))], error))
+
     def smallest(self, value: int) -> int:
         """The smallest of all ranks' values."""
         return min(row[0] for row in self._gather([value]))

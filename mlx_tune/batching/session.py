@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from mlx_tune.batching.forecast import Forecast
+from mlx_tune.batching.forecast import Forecast, read_ahead
 from mlx_tune.batching.journal import Runner
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.search import Found, Measured, search
@@ -50,23 +50,15 @@ class Session:
     forecast: Forecast | None = None
     start: int = 0
 
-    def look_ahead(self, estimate: Callable[[int], int], warm: Callable[[int], None]) -> None:
+    def look_ahead(self, estimate: Callable[[int], int], warm: Callable[[int], bool]) -> None:
         """Read the step's graph where that is possible, so that fewer sizes have to be tried.
 
         Args:
             estimate: The floor of a step at a size, from its graph.
-            warm: Takes the first step of all at a size, so that the optimizer's state is there to be counted.
+            warm: Takes the first step of all at a size, so that the optimizer's state is there to be counted, and
+                says whether that made any.
         """
-        smallest = self.sizes[0]
-
-        def read() -> Forecast:
-            floor = estimate(smallest)
-            if floor > self.budget_bytes:
-                return Forecast.of_knots({smallest: floor})
-            warm(smallest)
-            return Forecast(estimate, self.sizes, self.budget_bytes)
-
-        self.foresee(read)
+        self.foresee(lambda: read_ahead(estimate, warm, self.sizes, self.budget_bytes))
 
     def foresee(self, read: Callable[[], Forecast]) -> None:
         """Take what the step's graph says for the shape of its peaks, and begin where that says it is cheap to learn.

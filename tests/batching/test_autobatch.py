@@ -2,6 +2,7 @@
 
 import gc
 import re
+import weakref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +12,7 @@ from mlx.utils import tree_flatten
 
 import mlx_tune as mt
 from mlx_tune.batching import autobatch, autobatch_by_length
+from mlx_tune.batching.garbage import quick_collections
 from mlx_tune.errors import BudgetError, InvalidArgumentError
 
 OPTIONS = {"progress": False}
@@ -94,6 +96,27 @@ def test_everything_is_as_it_was_after_an_exception_in_any_trial(error, at):
         autobatch(failing, make_batch, budget="10MB", max_batch=4, state=state, **OPTIONS)
     assert len(calls) == at
     assert bits(state) == before
+
+
+def test_garbage_is_collected_and_objects_that_the_program_froze_stay_frozen():
+    seen = []
+    with quick_collections():
+        array = mx.zeros(1000)
+        cycle = [array]
+        cycle.append(cycle)
+        seen.append(weakref.ref(array))
+        del array, cycle
+        gc.collect()
+        assert gc.get_freeze_count() > 0
+    assert seen[0]() is None
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        with quick_collections():
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_training_under_the_result_stays_within_the_budget():

@@ -1,8 +1,11 @@
 """autobatch against trying every size, and against the rules of other finders.
 
-Each workload runs in a clean process. Its budget lies 40 % of the way from what six units of batch need to what
-seven need, a unit being an eighth of the workload's usual batch (at least one row). The exhaustive answer is the
-largest number of units, tried one by one, of which every one of three steps with dispatch held back stays within.
+Each workload runs in a clean process. Its budget lies between what six units of batch need and what seven need, a unit
+being an eighth of the workload's usual batch (at least one row). Single peaks scatter upwards, so each size is read
+four times with dispatch held back, and the budget is 40 % of the way from the highest peak at six units to the lowest
+at seven: which of them fits is then no matter of luck. Where these overlap, units are twice as large and three of
+them are asked for, or three times and two. The exhaustive answer is the largest number of units, tried one by one, of
+which every peak stays within.
 
 Two other rules search for the same budget, written anew from their descriptions; as users of those libraries do, they
 run steps without a memory limit, and a measured peak above the budget stands for an out-of-memory:
@@ -38,23 +41,24 @@ NAMES = (
     "mlp-f32-adamw",
 )
 QUICK = ("llama-f32-adamw", "llama-f32-sgd-checkpointed", "cnn-f32-adamw-compiled", "mlp-f32-adamw")
-UNITS = 6
-STEPS = 3
+#: How many units are asked for, and how much larger than the smallest these are; the first whose peaks do not overlap.
+UNITS = ((6, 1), (3, 2), (2, 3))
+READINGS, STEPS = 4, 3
 
 
 class Meter:
-    """Peaks and seconds of real steps, each size measured once."""
+    """Peaks of real steps, each size measured once."""
 
     def __init__(self, workload: Any) -> None:
         self.workload, self.known = workload, {}
 
-    def __call__(self, size: int, limit: int | None, steps: int) -> tuple[int, float]:
-        """The largest peak, and the seconds of all steps together."""
-        if (size, limit, steps) not in self.known:
-            self.known[size, limit, steps] = self._measure(size, limit, steps)
-        return self.known[size, limit, steps]
+    def __call__(self, size: int, *, held: bool, steps: int) -> list[int]:
+        """The peak of each step, with dispatch held back or free."""
+        if (size, held, steps) not in self.known:
+            self.known[size, held, steps] = self._measure(size, held, steps)
+        return self.known[size, held, steps]
 
-    def _measure(self, size: int, limit: int | None, steps: int) -> tuple[int, float]:
+    def _measure(self, size: int, held: bool, steps: int) -> list[int]:
         import mlx.core as mx
         from mlx.utils import tree_map
         from workloads import evaluate
@@ -63,13 +67,25 @@ class Meter:
 
         batch = tree_map(mx.array, self.workload.make_batch(size))
         mx.eval(batch)
-        peaks, started = [], time.perf_counter()
-        for _ in range(steps):
+        peaks = []
+        for run in range(steps):
+            for _ in range(run if held else 0):  # so that runs wait at different places, see estimates.py --shift
+                mx.eval(mx.zeros((1,))[None].reshape(-1))
             mx.clear_cache()
-            with memory_limit(limit or mx.get_active_memory() + (1 << 40)), track_memory() as memory:
+            with memory_limit(1 if held else mx.get_active_memory() + (1 << 40)), track_memory() as memory:
                 evaluate(self.workload, batch)
             peaks.append(memory.peak_bytes)
-        return max(peaks), time.perf_counter() - started
+        return peaks
+
+
+def pose(meter: Meter, smallest: int) -> tuple[int, int, int]:
+    """How many rows a unit has, how many units are to fit, and the budget that lets just these fit."""
+    for units, rows in UNITS:
+        unit = rows * smallest
+        within, above = (meter(n * unit, held=True, steps=READINGS) for n in (units, units + 1))
+        if max(within) < min(above):
+            break
+    return unit, units, max(within) + int(0.4 * (min(above) - max(within)))
 
 
 def accelerate_rule(fits: Callable[[int], bool], start: int) -> int:
@@ -97,7 +113,7 @@ def by_rule(
     tried: list[int] = []
 
     def fits(units: int) -> bool:
-        peak, _ = meter(units * unit, None, steps)
+        peak = max(meter(units * unit, held=False, steps=steps))
         tried.append(peak)
         return peak <= budget
 
@@ -111,14 +127,14 @@ def measure(name: str) -> dict[str, Any]:
 
     from mlx_tune import autobatch
 
+    started = time.perf_counter()
     workload = WORKLOADS[name]()
-    unit = max(1, workload.batch_size // 8)
     meter = Meter(workload)
-    meter(unit, 1, 1)
-    low, high = (meter(units * unit, 1, STEPS)[0] for units in (UNITS, UNITS + 1))
-    budget = low + int(0.4 * (high - low))
+    smallest = max(1, workload.batch_size // 8)
+    meter(smallest, held=True, steps=1)
+    unit, units, budget = pose(meter, smallest)
     exhaustive = 0
-    while meter((exhaustive + 1) * unit, 1, STEPS)[0] <= budget:
+    while max(meter((exhaustive + 1) * unit, held=True, steps=READINGS)) <= budget:
         exhaustive += 1
     result = autobatch(
         workload.step, workload.make_batch, budget=budget, multiple_of=unit, state=workload.state, progress=False
@@ -130,10 +146,12 @@ def measure(name: str) -> dict[str, Any]:
         "batch": result.batch_size,
         "trials": len(result.trials),
         "above": sum((trial.peak_bytes or 0) > budget for trial in result.trials),
+        "search_seconds": result.search_seconds,
         "step_times": result.search_seconds / result.seconds,
-        "accelerate": by_rule(lambda fits: accelerate_rule(fits, 4 * UNITS), meter, unit, budget, 1),
+        "accelerate": by_rule(lambda fits: accelerate_rule(fits, 4 * units), meter, unit, budget, 1),
         "power": by_rule(lambda fits: doubling_rule(fits, halve=False), meter, unit, budget, STEPS),
         "binsearch": by_rule(lambda fits: doubling_rule(fits, halve=True), meter, unit, budget, STEPS),
+        "seconds": time.perf_counter() - started,
     }
 
 
