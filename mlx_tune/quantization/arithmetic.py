@@ -107,12 +107,18 @@ def _stand_in(kind: type, unpack: bool) -> type | None:
     if issubclass(kind, nn.QuantizedEmbedding):
         body["__call__"] = _packed_lookup
         if unpack:
-            body["as_linear"] = lambda self, x: dense_twin(self, mx.float32).as_linear(widen(x))
+            body["as_linear"] = lambda self, x: dense_twin(self, mx.float32, after=x).as_linear(widen(x))
     elif issubclass(kind, nn.Embedding):
         body["__call__"] = lambda self, x: widen(kind.__call__(self, x))
     elif unpack:
-        body["__call__"] = lambda self, *args, **kwargs: dense_twin(self, mx.float32)(*widen(args), **kwargs)
+        body["__call__"] = _unpacked_call
     return type(kind.__name__, (kind,), body) if body else None
+
+
+def _unpacked_call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+    """The call of the unpacked layer, which is unpacked when its input is there and not before."""
+    given = (value for value in (*arguments, *keywords.values()) if isinstance(value, mx.array))
+    return dense_twin(self, mx.float32, after=next(given, None))(*widen(arguments), **widen(keywords))
 
 
 def _packed_lookup(self: Any, x: mx.array) -> mx.array:

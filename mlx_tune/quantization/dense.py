@@ -12,7 +12,7 @@ from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.sites import is_quantized
 
 
-def dequantized_weight(module: nn.Module, dtype: mx.Dtype = mx.float32) -> mx.array:
+def dequantized_weight(module: nn.Module, dtype: mx.Dtype = mx.float32, *, after: mx.array | None = None) -> mx.array:
     """The weights of a quantized module as numbers, not yet evaluated.
 
     They are reconstructed in float32 from the scales and biases as stored: doing it in bfloat16 rounds again, which
@@ -21,8 +21,12 @@ def dequantized_weight(module: nn.Module, dtype: mx.Dtype = mx.float32) -> mx.ar
     Args:
         module: Any module with packed weights.
         dtype: What to give back.
+        after: An array that is to be computed first. Without one MLX unpacks all layers of a model before it computes
+            with the first, whatever its memory limit.
     """
     weight, scales, biases = module["weight"], module["scales"], module.get("biases")
+    if after is not None:
+        (weight,) = mx.depends([weight], [after])
     mode = getattr(module, "mode", "affine")
     formats: dict[str, Any] = {"group_size": module.group_size, "bits": module.bits, "mode": mode}
     global_scale = module.get("global_scale")
@@ -57,12 +61,13 @@ def dequantize_arrays(
     return mx.dequantize(packed, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=mx.float32)
 
 
-def dense_twin(module: nn.Module, dtype: mx.Dtype | None = None) -> Any:
+def dense_twin(module: nn.Module, dtype: mx.Dtype | None = None, *, after: mx.array | None = None) -> Any:
     """An unquantized module that computes the same; its weights are a recipe that holds no memory yet.
 
     Args:
         module: A quantized module; any other is handed back as it is.
         dtype: Of the twin's weights; that of the scales by default, where they are floats.
+        after: As for `dequantized_weight`.
 
     Raises:
         QuantizationError: The class has no unquantized counterpart that could be found.
@@ -82,7 +87,7 @@ def dense_twin(module: nn.Module, dtype: mx.Dtype | None = None) -> Any:
     for name, value in module.items():
         if name not in ("weight", "scales", "biases", "global_scale"):
             dict.__setitem__(twin, name, value)
-    twin["weight"] = dequantized_weight(module, dtype)
+    twin["weight"] = dequantized_weight(module, dtype, after=after)
     for name, value in vars(module).items():  # such as a fused layer's split points
         if name not in vars(twin) and name not in ("bits", "group_size", "mode", "biases", "global_scale"):
             vars(twin)[name] = value

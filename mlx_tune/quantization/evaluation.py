@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.memory import memory_limit
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.accuracy import (
     Accuracy,
@@ -34,6 +35,9 @@ from mlx_tune.quantization.figures import (
 from mlx_tune.quantization.lazy import number
 from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.sites import own_arrays, walk, weight_shape
+
+#: Memory that an evaluation may take beside the model before MLX is held back from queueing ahead.
+ROOM_BYTES = 256 << 20
 
 #: What a call fails with where shapes, types or names do not belong together.
 _FAULTS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
@@ -98,7 +102,7 @@ class Comparison:
         """Compare two models that are both at hand; nothing is written to disk."""
 
         def outputs(i: int) -> list[mx.array]:
-            with evaluation_mode(reference), float32_arithmetic(reference):
+            with _exactly(reference):
                 return self._run(reference, self.parts[i])
 
         self._measure_floor(reference)
@@ -172,8 +176,9 @@ class Comparison:
                 with evaluation_mode(reference):
                     own = logits_of(reference(inputs))
                     mx.eval(own)
-                    with float32_arithmetic(reference):
-                        wide = logits_of(reference(inputs))
+                with _exactly(reference):
+                    wide = logits_of(reference(inputs))
+                    mx.eval(wide)
             except RuntimeError as error:  # such as a stack of experts in bfloat16 on a CPU
                 self.no_noise_floor = f"not measured: MLX cannot run the model in its own dtype here ({error})"
                 return
@@ -223,7 +228,7 @@ def outline(model: nn.Module, batch: Batch, loss: Loss | None = None) -> list[tu
     Returns:
         The shapes of what it gives back, or what it fails with.
     """
-    with evaluation_mode(model), float32_arithmetic(model):
+    with _exactly(model):
         try:
             if loss is not None:
                 return [mean_loss(loss(model, *widen(batch.arguments))).shape]
@@ -266,7 +271,7 @@ def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnin
         rows = max((weight_shape(s.module)[0] for s in walk(model) if isinstance(s.module, _LOOKUPS)), default=None)
         # MLX reads past the end of a table without a word, so the call is tried with tokens that are in it.
         probe = first.tokens[:1, :-1] if rows is None else mx.clip(first.tokens[:1, :-1], 0, rows - 1)
-        with evaluation_mode(model), float32_arithmetic(model):
+        with _exactly(model):
             logits = logits_of(_call(model, (probe,)))
         if logits.ndim == 3 and logits.shape[:2] == probe.shape:
             vocabulary = logits.shape[2]
@@ -287,7 +292,7 @@ def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnin
                 at_once = max(1, LOGITS_AT_ONCE // (vocabulary * longest))
                 parts = [part for batch in batches for part in rows_at_most(batch, at_once)]
                 return Comparison("tokens", parts, warnings=warnings)
-    with evaluation_mode(model), float32_arithmetic(model):
+    with _exactly(model):
         found = output_arrays(_call(model, widen(first.arguments)))
     if not found:
         raise QuantizationError(
@@ -334,12 +339,26 @@ def _call(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
 
 @contextmanager
 def _measuring(model: nn.Module, what: str, total: int, progress: bool) -> Iterator[Bar]:
-    with (
-        evaluation_mode(model),
-        float32_arithmetic(model),
-        progress_bar(f"measuring {what}", total, enabled=progress) as bar,
-    ):
+    with _exactly(model), progress_bar(f"measuring {what}", total, enabled=progress) as bar:
         yield bar
+
+
+@contextmanager
+def _exactly(model: nn.Module) -> Iterator[None]:
+    """Have the model compute in float32, and no more of its weights widened at a time than there is room for.
+
+    Without a limit MLX queues ahead, and holds a float32 copy of every layer that it has queued.
+    """
+    with evaluation_mode(model), float32_arithmetic(model), memory_limit(_limit_bytes(model)):
+        yield
+
+
+def _limit_bytes(model: nn.Module) -> int:
+    arrays = {id(a): a.nbytes for site in walk(model) for a in own_arrays(site.module).values()}
+    wanted = max(mx.get_active_memory(), sum(arrays.values())) + ROOM_BYTES
+    present = mx.set_memory_limit(wanted)  # the only way to learn it
+    mx.set_memory_limit(present)
+    return min(wanted, present)
 
 
 def _arithmetic(model: nn.Module) -> str:
