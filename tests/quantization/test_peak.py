@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-LAYERS, WIDTH = 24, 2048
+LAYERS, WIDTH = 16, 2048
 LAYER = WIDTH * WIDTH * 2
 MODEL = LAYERS * LAYER
 #: Of every 16 bits 4.5 are left.

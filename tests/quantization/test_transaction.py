@@ -1,4 +1,6 @@
+import os
 import shutil
+import signal
 import tempfile
 from collections import namedtuple
 from collections.abc import Iterator
@@ -11,6 +13,10 @@ import mlx.nn as nn
 import pytest
 import quantization_toys as toys
 
+import mlx_tune as mt
+import mlx_tune.quantization.apply as apply
+import mlx_tune.quantization.transaction as transaction_module
+from mlx_tune.quantization.evaluation import Comparison
 from mlx_tune.quantization.lazy import is_unevaluated
 from mlx_tune.quantization.sites import module_at
 from mlx_tune.quantization.transaction import Transaction, original, swap
@@ -53,6 +59,55 @@ def test_a_failure_puts_everything_back(tmp_path: Path) -> None:
     assert toys.same_arrays(before, toys.arrays_of(model))
     assert [type(m) for m in model.modules()] == modules
     assert list(tmp_path.iterdir()) == []
+
+
+def interrupting(monkeypatch, owner: Any, name: str, at: int) -> None:
+    """Have the system send a Ctrl-C during one of the calls of a function."""
+    real, calls = getattr(owner, name), []
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(name)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at"),
+    [
+        (apply, "pack", 3),
+        (apply, "signal_to_noise_db", 15),
+        (transaction_module, "put_module", 1),
+        (transaction_module, "put_module", 15),
+        (mx, "save_safetensors", 4),
+        (Comparison, "judge", 1),
+    ],
+)
+def test_a_ctrl_c_at_any_moment_leaves_the_model_as_it_was(monkeypatch, tmp_path, owner, name: str, at: int) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = toys.llama()
+    before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
+    interrupting(monkeypatch, owner, name, at)
+    with pytest.raises(KeyboardInterrupt):
+        mt.quantize_model(model, 4, 64, method="nearest", evaluation=[toys.tokens()], progress=False)
+    assert toys.same_arrays(before, toys.arrays_of(model))
+    assert [type(m) for m in model.modules()] == kinds
+    assert all(m.training for m in model.modules())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_ctrl_c_waits_until_everything_is_back(monkeypatch) -> None:
+    model = toys.llama(tied=False)
+    before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
+    with pytest.raises(KeyboardInterrupt), Transaction(model):  # noqa: PT012
+        for i in range(2):
+            swap(model, f"model.layers.{i}.mlp.up_proj", nn.ReLU())
+        interrupting(monkeypatch, transaction_module, "put_module", 1)
+        raise FailedError
+    assert toys.same_arrays(before, toys.arrays_of(model))
+    assert [type(m) for m in model.modules()] == kinds
 
 
 def test_success_leaves_no_file_and_keeps_the_swaps(tmp_path: Path) -> None:
