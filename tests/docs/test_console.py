@@ -34,6 +34,8 @@ _BLOCK = re.compile(
 #: What a command of a page may begin with.
 _PROGRAM = re.compile(r"\s*(\$|mlx-tune|mlx\.launch|mlx_lm\.\w+|python3?|pip|uv|export|sudo|git|brew) ")
 
+#: Stands in a command for a port that is free when it is run.
+_FREE_PORT = "FREE PORT"
 #: An option whose value is a place on the reader's machine, and the toy that stands in for it.
 _STAND_INS = {"--model": "model", "--data": "data", "--text": "text", "--adapter-path": "adapters"}
 
@@ -80,6 +82,10 @@ def folder(tmp_path_factory, model_folder, data_folder):
 def run(words: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ, HF_HUB_OFFLINE="1", COLUMNS="120", NO_COLOR="1")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/benchmarks")])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = tuple(port if word == _FREE_PORT else word for word in words)
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -88,11 +94,8 @@ def here(words: list[str]) -> list[str]:
     program, *rest = words
     if program == "mlx.launch":
         dashes = rest.index("--") if "--" in rest else len(rest)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         launch = str(Path(sys.executable).with_name("mlx.launch"))
-        return [launch, *rest[:dashes], "--starting-port", port, "--", *here(rest[dashes + 1 :])]
+        return [launch, *rest[:dashes], "--starting-port", _FREE_PORT, "--", *here(rest[dashes + 1 :])]
     if [program, *rest[:2]] == ["uv", "run", "python"]:
         program, rest = "python", rest[2:]
     assert program in ("mlx-tune", "python"), f"run it here, or say why not: <!-- not run: ... -->: {shlex.join(words)}"
