@@ -107,6 +107,9 @@ def autobatch(
     ranks = Ranks(group)
     sizes = _agreed_sizes(ranks, min_batch, max_batch, multiple_of, target_batch)
     ranks.agree(lambda: _check(steps, slowdown, prefer, isolate, factory, trial_timeout, canary, step, make_batch))
+    ranks.same(
+        steps=steps, slowdown=slowdown, prefer=prefer, canary=canary, isolate=isolate, journal=journal is not None
+    )
     allowed = _smallest(ranks.agree(lambda: resolve_budget(budget)), ranks)
     note = None
     if journal is not None:
@@ -117,7 +120,7 @@ def autobatch(
             left = ranks.smallest(ranks.agree(lambda: _beside_parent(allowed)))
             isolated = IsolatedProbe(factory or "", left, trial_timeout)
             session = Session(_through(isolated, note, ranks), sizes, left, steps, bar)
-            session.foresee(lambda: Forecast.of_knots(ranks.largest_knots(lambda: isolated.knots(sizes))))
+            session.foresee(lambda: Forecast.of_knots(ranks.first_knots(lambda: isolated.knots(sizes))))
             found = session.largest()
             if found.size is None:
                 raise too_large(session, allowed)
@@ -274,7 +277,7 @@ def _agreed_sizes(
                 raise InvalidArgumentError(f"{name}={value!r}: give a whole number of at least 1.")
 
     ranks.agree(check)
-    ranks.same(min_batch=int(min_batch), multiple_of=int(multiple_of), target_batch=int(target_batch or 0))
+    ranks.same(min_batch=min_batch, multiple_of=multiple_of, target_batch=target_batch)
     last = ranks.smallest(_NO_MAXIMUM if max_batch is None else min(int(max_batch), _NO_MAXIMUM))
     return _sizes(int(min_batch), last, int(multiple_of), None if target_batch is None else int(target_batch))
 

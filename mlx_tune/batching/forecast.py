@@ -57,8 +57,8 @@ class Forecast:
             reach = bisect_right(sizes, _STRIDE * largest) - 1
             goal = bisect_right(sizes, budget_bytes, hi=reach + 1, key=self) - 1 if len(self.knots) > 1 else reach
             self.look(sizes[max(goal, position + 1)])
-            if self.knots[max(self.knots)] == self.knots[largest]:
-                return  # make_batch may not give more rows than that, which a trial will find out
+            if len(self.knots) > 2 and len({self.knots[n] for n in sorted(self.knots)[-3:]}) == 1:
+                return  # even the batch has stopped growing: make_batch has no more rows, as a trial will find out
 
     @classmethod
     def of_knots(cls, knots: dict[int, int]) -> Forecast:
@@ -78,7 +78,9 @@ class Forecast:
 
     def look(self, size: int) -> bool:
         """Look at the graph of one more size; False where that would say nothing new, or the graph is out of reach."""
-        if size in self.knots or self._estimate is None or self._straight:
+        if size in self.knots or self._estimate is None:
+            return False
+        if min(self.knots, default=size) < size < max(self.knots, default=size) and self._straight:
             return False
         self.knots[size] = self._estimate(size)
         return True
@@ -91,7 +93,7 @@ class Forecast:
             return False
         a, b = sizes[0], sizes[-1]
         slope = (self.knots[b] - self.knots[a]) / (b - a)
-        inner = [n for n in sizes if 4 * min(n - a, b - n) >= b - a]
+        inner = [n for n in sizes if 10 * min(n - a, b - n) >= b - a]
         off = [abs(self.knots[a] + slope * (n - a) - self.knots[n]) for n in sizes]
         return bool(inner) and max(off) <= _STRAIGHT * self.knots[a]
 

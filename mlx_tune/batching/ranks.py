@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -62,17 +63,20 @@ class Ranks:
         """The smallest of all ranks' values."""
         return min(row[0] for row in self._gather([value]))
 
-    def same(self, **values: int) -> None:
+    def same(self, **values: object) -> None:
         """See that every rank was given the same: what decides where a search goes must not differ.
 
         Raises:
             InvalidArgumentError: On every rank, naming what differs.
         """
-        rows = self._gather(list(values.values()))
-        for name, *given in zip(values, *rows, strict=True):
-            if len(set(given)) > 1:
-                told = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(given))
-                raise InvalidArgumentError(f"{name} is {told}: give the same on every rank.")
+        rows = self._gather([zlib.crc32(repr(value).encode()) for value in values.values()])
+        for (name, value), *given in zip(values.items(), *rows, strict=True):
+            other = next((rank for rank, code in enumerate(given) if code != given[self.rank]), None)
+            if other is not None:
+                raise InvalidArgumentError(
+                    f"{name}={value!r} here, on rank {self.rank}, and something else on rank {other}: give the same on "
+                    f"every rank."
+                )
 
     def largest_estimate(self, estimate: Callable[[int], int]) -> Callable[[int], int]:
         """An estimate of which every rank sees the largest; one rank's `TraceError` is everybody's."""
@@ -98,7 +102,7 @@ class Ranks:
 
         return shared
 
-    def largest_knots(self, read: Callable[[], dict[int, int]]) -> dict[int, int]:
+    def first_knots(self, read: Callable[[], dict[int, int]]) -> dict[int, int]:
         """Rank 0's estimates by size, if every rank can read any; the others may have looked at other sizes."""
         if self.size == 1:
             return read()

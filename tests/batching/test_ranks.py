@@ -1,12 +1,23 @@
-"""Two ranks on this machine: one answer, and nobody waits for a rank that has raised."""
+"""Several ranks: one answer, and nobody waits for a rank that has raised.
+
+Two processes show it for real. The rest is shown by threads that exchange rows as processes do, each row's length
+being the same everywhere: a rank that asks for another exchange than the others would hang, and here it fails.
+"""
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from mlx_tune.batching.ranks import Ranks
+from mlx_tune.batching.autobatch import _agreed_sizes
+from mlx_tune.batching.journal import Journal
+from mlx_tune.batching.ranks import Ranks, SharedRunner
+from mlx_tune.batching.result import Trial
+from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
+from mlx_tune.memory import MemoryBudget
 
 SCRIPT = """
 import sys
@@ -56,6 +67,149 @@ def test_a_rank_that_raises_takes_the_other_along(tmp_path):
     first, second = launch(tmp_path, "raise")
     assert first.startswith("rank 0: TrialError: Rank 1 raised during the search, so rank 0 stops too")
     assert "ValueError: rank one's own" in second
+
+
+class Threads(Ranks):
+    """A rank that is a thread."""
+
+    def __init__(self, rank, barrier, board):
+        self.group, self.rank, self.size = None, rank, len(board)
+        self.barrier, self.board = barrier, board
+
+    def _gather(self, row):
+        self.board[self.rank] = list(row)
+        self.barrier.wait()
+        rows = [list(row) for row in self.board]
+        self.barrier.wait()
+        assert len({len(row) for row in rows}) == 1, f"different exchanges met: {rows}"
+        return rows
+
+
+def together(work, size=2):
+    """What `work(ranks)` returned or raised on each rank."""
+    barrier, board = threading.Barrier(size, timeout=20), [None] * size
+
+    def on(rank):
+        try:
+            return work(Threads(rank, barrier, board))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(on, range(size)))
+
+
+def test_the_smallest_data_set_decides():
+    sizes = together(lambda ranks: _agreed_sizes(ranks, 1, [64, 48][ranks.rank], 4, None))
+    assert sizes == [range(4, 49, 4)] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            [(1, None, 1, None), (1, None, 2, None)],
+            r"multiple_of=[12] here, on rank [01], and something else on rank [10]: give the same",
+        ),
+        ([(1, None, 1, 64), (1, None, 1, None)], r"target_batch=(64|None) here, on rank [01]"),
+    ],
+)
+def test_what_would_lead_ranks_apart_is_refused_on_all(arguments, text):
+    errors = together(lambda ranks: _agreed_sizes(ranks, *arguments[ranks.rank]))
+    for error in errors:
+        with pytest.raises(InvalidArgumentError, match=text):
+            raise error
+
+
+def test_a_bad_argument_on_one_rank_stops_the_other():
+    first, second = together(lambda ranks: _agreed_sizes(ranks, [1, 0][ranks.rank], None, 1, None))
+    assert isinstance(first, TrialError)
+    assert str(second) == "min_batch=0: give a whole number of at least 1."
+
+
+class Counting:
+    """A runner on which everything fits, and that counts."""
+
+    def __init__(self, fits=True):
+        self.tried, self.fits = [], fits
+
+    def trial(self, size, predicted_bytes, steps):
+        self.tried.append(size)
+        return [Trial(size, predicted_bytes, limit_bytes=900, peak_bytes=10 * size, steps=steps, fits=self.fits)]
+
+
+def journal(path, runner):
+    note = Journal(path, asked="1kB", resolved=MemoryBudget(1000))
+    note.runner = runner
+    return note
+
+
+@pytest.mark.parametrize(
+    ("known", "fits", "tried"),
+    [([4, 4], True, [[], []]), ([4, None], True, [[4], [4]]), ([None, "died"], False, [[], []])],
+    ids=["all know", "one knows", "one did not survive"],
+)
+def test_a_journal_counts_where_every_rank_has_it_or_one_says_no(tmp_path, known, fits, tried):
+    """A rank that skipped a step which another runs would leave that one waiting in its exchange."""
+    for rank, what in enumerate(known):
+        if what == 4:
+            journal(tmp_path / f"{rank}", Counting()).trial(4, None, 2)
+        elif what == "died":
+            journal(tmp_path / f"{rank}", Counting())._write({"started": 4})
+    runners = [Counting(), Counting()]
+
+    def search(ranks):
+        note = journal(tmp_path / f"{ranks.rank}", runners[ranks.rank])
+        return SharedRunner(note, ranks, note).trial(4, None, 2)[-1]
+
+    trials = together(search)
+    assert [trial.fits for trial in trials] == [fits, fits]
+    assert [runner.tried for runner in runners] == tried
+    if not fits:
+        assert trials[0].reason == "the journal of rank 1 says that it does not fit"
+        assert trials[1].reason == "an earlier search did not survive this trial"
+
+
+def test_a_size_fits_only_where_it_fits_on_every_rank():
+    trials = together(lambda ranks: SharedRunner(Counting(fits=ranks.rank == 0), ranks).trial(4, None, 2)[-1])
+    assert [trial.fits for trial in trials] == [False, False]
+    assert trials[0].reason == "it does not fit on rank 1"
+
+
+def test_an_error_in_a_trial_reaches_every_rank():
+    class Broken(Counting):
+        def trial(self, size, predicted_bytes, steps):
+            raise ValueError("mine")
+
+    first, second = together(lambda ranks: SharedRunner([Counting(), Broken()][ranks.rank], ranks).trial(4, None, 2))
+    assert isinstance(first, TrialError)
+    assert isinstance(second, ValueError)
+
+
+def test_every_rank_goes_by_the_largest_estimate():
+    assert together(lambda ranks: ranks.largest_estimate(lambda n: n * (1 + ranks.rank))(10)) == [20, 20]
+
+
+def test_one_rank_that_cannot_be_read_leaves_all_without_an_estimate():
+    def estimate(ranks):
+        def own(size):
+            if ranks.rank:
+                raise TraceError("it evaluates")
+            return size
+
+        return ranks.largest_estimate(own)(10)
+
+    assert [str(error) for error in together(estimate)] == ["another rank's step cannot be traced", "it evaluates"]
+
+
+def test_isolated_ranks_share_the_first_ones_readings():
+    readings = [{1: 100, 8: 170}, {1: 90, 8: 160, 64: 700}]
+    assert together(lambda ranks: ranks.first_knots(lambda: readings[ranks.rank])) == [readings[0]] * 2
+
+
+def test_what_is_true_anywhere_is_true_on_all():
+    assert together(lambda ranks: ranks.any(lambda: ranks.rank == 1)) == [True, True]
+    assert together(lambda ranks: ranks.any(lambda: False)) == [False, False]
 
 
 def test_one_process_alone_agrees_with_itself():

@@ -1,0 +1,149 @@
+"""One search over a machine that is made of numbers: floors, limits and rates are formulas here."""
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+import pytest
+
+from mlx_tune.batching.result import Trial
+from mlx_tune.batching.session import Session
+from mlx_tune.errors import TraceError
+from mlx_tune.progress import Bar
+
+BUDGET = 10_000
+BASE = 1000
+
+
+def floor(n):
+    return BASE + 100 * n
+
+
+@dataclass
+class Machine:
+    """Steps peak at their floor when held back and 30 % above it when free; held back, they lose time."""
+
+    tried: list = field(default_factory=list)
+    free: float = 1.3
+    cost: float = 0.5
+
+    def trial(self, size, predicted_bytes, steps):
+        assert predicted_bytes is None or predicted_bytes <= BUDGET
+        self.tried.append((size, steps))
+        held, running = floor(size), BASE + self.free * 100 * size
+        slow = max(0.0, running - BUDGET) / BUDGET
+        return [
+            Trial(
+                size,
+                predicted_bytes,
+                limit_bytes=BUDGET if running <= BUDGET else held,
+                peak_bytes=round(min(running, max(held, BUDGET))) if running <= BUDGET else held + 1,
+                seconds=size * (1 + self.cost * slow),
+                fits=held <= BUDGET,
+                items=size,
+                floor_bytes=held,
+                held_bytes=held,
+                base_bytes=BASE,
+                steps=steps,
+            )
+        ]
+
+
+def session(machine, sizes=range(1, 10**6), estimate=floor, made=False):
+    search = Session(machine, sizes, BUDGET, 2, Bar(None, None))
+    if estimate is not None:
+        search.look_ahead(estimate, lambda n: made)
+    return search
+
+
+def test_an_estimate_makes_three_trials_of_it():
+    machine = Machine()
+    found = session(machine).largest()
+    assert (found.size, found.next_size, found.next_measured) == (90, 91, False)
+    assert len(machine.tried) == 3
+    assert machine.tried[-1] == (90, 2)
+
+
+def test_the_first_trial_is_small():
+    machine = Machine()
+    session(machine).largest()
+    assert 1 <= machine.tried[0][0] <= 90 / 8
+
+
+def test_a_step_that_cannot_be_read_starts_with_two_small_trials():
+    def unreadable(size):
+        raise TraceError("it evaluates\nat line 3")
+
+    machine = Machine()
+    search = session(machine, estimate=unreadable)
+    assert search.largest().size == 90
+    assert [size for size, _ in machine.tried[:2]] == [1, 2]
+    assert search.notes == ["two small trials took the place of an estimate: it evaluates"]
+
+
+@pytest.mark.parametrize("known_before", [True, False])
+def test_a_smallest_size_that_is_predicted_above_the_budget_is_not_run(known_before):
+    """Before the first step, or once the optimizer's state is there."""
+    machine, readings = Machine(), iter([12_000] if known_before else [9_000, 12_000, 12_000])
+    search = session(machine, range(110, 111), estimate=lambda n: next(readings), made=True)
+    assert search.largest().size is None
+    assert machine.tried == []
+    assert search.trials == [Trial(110, 12_000, limit_bytes=BUDGET, reason="predicted, not tried")]
+
+
+def test_the_expected_answer_takes_its_steps_at_once():
+    """Its share of the budget may be small where sizes are far apart."""
+    machine = Machine()
+    assert session(machine, (8, 16, 32, 64, 128)).largest().size == 64
+    assert machine.tried[-1] == (64, 2)
+    assert [size for size, _ in machine.tried].count(64) == 1
+
+
+def test_an_answer_that_is_not_accepted_gives_way_to_the_next_smaller_one():
+    machine = Machine()
+    search = session(machine)
+    found = search.largest(lambda trial: "wrong loss" if trial.batch_size > 80 else None)
+    assert found.size == 80
+    assert found.next_measured
+    assert {trial.reason for trial in search.trials if trial.batch_size > 80 and not trial.fits} == {"wrong loss"}
+
+
+@pytest.mark.parametrize("slowdown", [0.01, 0.05, 10.0])
+def test_slowdown_is_measured_against_the_largest_size_that_runs_free(slowdown):
+    machine = Machine()
+    search = session(machine)
+    answer = search.largest().size
+    size = search.within_slowdown(answer, slowdown)
+    lost = lambda n: 0.5 * max(0.0, BASE + 130 * n - BUDGET) / BUDGET  # noqa: E731
+    exact = min(90, bisect_right(range(1, 200), slowdown + 1e-9, key=lost))
+    assert exact - 1 <= size <= exact
+    assert (size < answer) == any("largest batch at any speed: 90" in note for note in search.notes)
+
+
+def test_what_runs_free_is_known_without_trying_it():
+    search = session(Machine())
+    answer = search.largest().size
+    assert search.unhindered(answer) == 69  # 1000 + 1.3 * 100 * 69 = 9970
+    assert session_answer(Machine(free=1.0)) == 90
+
+
+def session_answer(machine):
+    search = session(machine)
+    return search.unhindered(search.largest().size)
+
+
+def test_where_nothing_runs_free_slowdown_has_nothing_to_hold_against():
+    search = session(Machine(free=200.0))
+    answer = search.largest().size
+    assert search.unhindered(answer) is None
+    assert search.within_slowdown(answer, 0.05) == answer
+    assert "no size ran unhindered" in search.notes[0]
+
+
+def test_the_fastest_is_the_smallest_within_two_per_cent_of_the_best():
+    machine = Machine(cost=3.0)
+    search = session(machine)
+    size = search.fastest(search.largest().size)
+    rates = {t.batch_size: t.items_per_second for t in search.trials if t.steps == 2}
+    assert rates[size] >= 0.98 * max(rates.values())
+    assert all(rate < 0.98 * max(rates.values()) for n, rate in rates.items() if n < size)
+    assert "largest batch that fits: 90; the answer is the smallest that is as fast" in search.notes
