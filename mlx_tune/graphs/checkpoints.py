@@ -17,17 +17,7 @@ def fold_checkpoints(graph: Graph) -> int:
     Returns:
         How many checkpoints were found.
     """
-    behind = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.name == "StopGradient"}
-    differences = {
-        node.outputs[0]
-        for node in graph.nodes
-        if node.name == "Subtract" and node.inputs[0] == behind.get(node.inputs[1], node.inputs[1])
-    }
-    # value -> the node that adds a difference of nothing to it
-    sums: dict[int, int] = {}
-    for i, node in enumerate(graph.nodes):
-        if node.name == "Add" and node.inputs[1] in differences:
-            sums.setdefault(node.inputs[0], i)
+    sums = sums_with_nothing(graph)
     rewritten: dict[int, Node | None] = {}
     found = 0
     for i, node in enumerate(graph.nodes):
@@ -46,3 +36,22 @@ def fold_checkpoints(graph: Graph) -> int:
     nodes = (rewritten.get(i, node) for i, node in enumerate(graph.nodes))
     graph.nodes = [node for node in nodes if node is not None]
     return found
+
+
+def sums_with_nothing(graph: Graph) -> dict[int, int]:
+    """For each value y of which a trace made y + (z - z) the node of that sum.
+
+    Args:
+        graph: The traced step.
+    """
+    behind = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.name == "StopGradient"}
+    differences = {
+        node.outputs[0]
+        for node in graph.nodes
+        if node.name == "Subtract" and node.inputs[0] == behind.get(node.inputs[1], node.inputs[1])
+    }
+    sums: dict[int, int] = {}
+    for i, node in enumerate(graph.nodes):
+        if node.name == "Add" and node.inputs[1] in differences:
+            sums.setdefault(node.inputs[0], i)
+    return sums

@@ -93,7 +93,7 @@ class Graph:
     in it that `updated` names. `held` are the values
     that something outside the step keeps alive for its whole duration: the batch, frozen parameters, captured
     arrays. `compiled` tells that `mx.compile` fuses the step in earnest, or `parts` of it; `twins` has for captured
-    scalars the first that is equal.
+    scalars the first that is equal; `marks` says which values mark the ends of custom gradients.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -106,10 +106,25 @@ class Graph:
     stand_ins: dict[str, str] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
     twins: dict[int, int] = field(default_factory=dict)
+    marks: dict[int, Any] = field(default_factory=dict)
 
     def producers(self) -> dict[int, int]:
         """Which node makes each made value."""
         return {v: n for n, node in enumerate(self.nodes) for v in node.outputs}
+
+    def drop_unneeded(self) -> None:
+        """Forget operations that no output needs, and captured arrays that only those read."""
+        made_by = self.producers()
+        needed: set[int] = set()
+        waiting = list(self.outputs)
+        while waiting:
+            node = made_by.get(waiting.pop())
+            if node is not None and node not in needed:
+                needed.add(node)
+                waiting.extend(self.nodes[node].inputs)
+        self.nodes = [node for i, node in enumerate(self.nodes) if i in needed]
+        read = {value for node in self.nodes for value in node.inputs}.union(self.outputs)
+        self.held = {v for v in self.held if v in read or self.values[v].role != "captured"}
 
     def inputs(self) -> Iterator[int]:
         """The values that exist before the step."""

@@ -7,6 +7,7 @@ any other thread they are the originals. They are put back when the last trace e
 from __future__ import annotations
 
 import gc
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.graphs.built import BuiltGraph
+from mlx_tune.graphs.custom_gradients import Marks, called_with_gradient, derivative_of
 from mlx_tune.graphs.recomputation import traced_checkpoint
 from mlx_tune.graphs.standins import STAND_INS, StandIn
 from mlx_tune.graphs.trees import arrays_of, with_arrays
@@ -33,6 +35,7 @@ class Interception:
     compiles: bool = True
     parts: list[tuple[list[mx.array], list[mx.array]]] = field(default_factory=list)
     stand_ins: dict[str, str] = field(default_factory=dict)
+    marks: Marks = field(default_factory=Marks)
     transforms: int = 0
     kinds: dict[int, str] = field(default_factory=dict)
     alive: list[Any] = field(default_factory=list)
@@ -65,6 +68,8 @@ def _install() -> None:
         (mx, "checkpoint", _checkpoint),
         (transformed, "__call__", _call_transformed),
         (mx.custom_function, "__call__", _call_custom),
+        (mx, "vjp", _transforming),
+        (mx, "jvp", _transforming),
         *((owner, name, replacement) for (owner, name), replacement in operations.items()),
     ]:
         original = getattr(owner, name)
@@ -136,6 +141,20 @@ def _call_transformed(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _transforming(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Transformations that are done at once: what is compiled inside is traced through."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        interception = _current() or Interception()
+        interception.transforms += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            interception.transforms -= 1
+
+    return call
+
+
 def _compiled(original: Callable[..., Any], function: Any, args: Any, kwargs: Any, interception: Interception) -> Any:
     """Call a compiled function, and note what it reads and makes, the state that it was given included."""
     captured = [held for held in gc.get_referents(function) if not isinstance(held, type)][:2]
@@ -187,20 +206,30 @@ def _is_custom(result: Any) -> bool:
 
 
 def _call_custom(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls of a `mx.custom_function`: its own gradient cannot be exported, so the function is differentiated."""
+    """Calls of a `mx.custom_function`, which MLX cannot export: its function and its gradient are traced instead."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         interception = _current()
         if interception is None:
             return original(self, *args, **kwargs)
-        function = next(r for r in gc.get_referents(self) if callable(r) and not isinstance(r, type))
-        name = getattr(function, "__name__", "a custom function")
-        interception.stand_ins[f"custom_function {name}"] = (
-            "its own gradient was replaced by the derivative of the function"
-        )
-        return function(*args, **kwargs)
+        function, *others = (held for held in gc.get_referents(self) if not isinstance(held, type))
+        if not others:
+            return function(*args, **kwargs)  # a plain function, to MLX too
+        name = f"custom_function {getattr(function, '__name__', '')}".strip()
+        gradient = next(filter(_is_gradient, others), None)
+        interception.stand_ins[name] = "the function, and its gradient called with placeholders"
+        return called_with_gradient(function, gradient or derivative_of(function), args, kwargs, interception.marks)
 
     return call
+
+
+def _is_gradient(function: Any) -> bool:
+    """Whether it takes primals, cotangents and outputs; a `jvp` or `vmap` takes two arguments."""
+    try:
+        positional = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    except (TypeError, ValueError):
+        return True
+    return len(positional) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in positional)
 
 
 def _stand_in(stand_in: StandIn) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

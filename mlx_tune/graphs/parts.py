@@ -39,17 +39,18 @@ def fuse_parts(graph: Graph) -> Graph:
         fused += small.nodes
     nodes = [*(node for i, node in enumerate(graph.nodes) if i not in taken), *fused]
     nodes = [Node(n.name, tuple(names.get(v, v) for v in n.inputs), n.outputs, n.arguments) for n in nodes]
-    read = {value for node in nodes for value in node.inputs}
-    return Graph(
+    merged = Graph(
         values=values,
         nodes=nodes,
         outputs=[names.get(v, v) for v in graph.outputs],
         results=graph.results,
         updated=graph.updated,
-        held={value for value in graph.held if value in read or value not in graph.twins},
+        held=set(graph.held),
         compiled=True,
         stand_ins=graph.stand_ins,
     )
+    merged.drop_unneeded()
+    return merged
 
 
 def _inside(graph: Graph, part: Part, made_by: dict[int, int], taken: set[int]) -> list[int]:

@@ -13,6 +13,7 @@ from mlx_tune.errors import InvalidArgumentError, TraceError
 from mlx_tune.graphs.blame import explain_failure, refused_primitive
 from mlx_tune.graphs.built import BuiltGraph, made_by_operations
 from mlx_tune.graphs.checkpoints import fold_checkpoints
+from mlx_tune.graphs.custom_gradients import Marks, fold_custom_gradients
 from mlx_tune.graphs.fusion import fuse
 from mlx_tune.graphs.graph import ArraySpec, Graph, Node, Value, dtype_name
 from mlx_tune.graphs.interception import Interception, compiles, intercepted
@@ -113,10 +114,13 @@ def _as_evaluated(recorder: _Recorder, stand_ins: dict[str, str]) -> Graph:
     graph = unmerge(simplified, recorder.built, recorder.parts)
     if graph is None:
         stand_ins["operations that were built twice"] = "taken to be evaluated once, since they could not be told apart"
-        fold_checkpoints(simplified)
-        return fuse(simplified) if simplified.compiled else simplified
+        graph = simplified
+    fold_custom_gradients(graph)
     fold_checkpoints(graph)
-    return fuse_parts(graph) if graph.compiled else graph
+    graph.drop_unneeded()
+    if not graph.compiled:
+        return graph
+    return fuse(graph) if graph is simplified else fuse_parts(graph)
 
 
 class _Recorder:
@@ -125,6 +129,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.graph = Graph()
         self.parts: list[Names] = []
+        self.marks = Marks()
         self._names: dict[str, int] = {}
         self._inputs: list[Value] = []
         self._kept: list[bool] = []
@@ -157,6 +162,7 @@ class _Recorder:
                 arrays.append(slot.array)
                 self._inputs.append(Value(tuple(slot.array.shape), slot.array.dtype, slot.role, slot.label))
         kept: set[int] = set()
+        self.marks = interception.marks
 
         def flat(*tracers: mx.array) -> list[mx.array]:
             # Writing into an array in place gives the same object another value: these are the ones before.
@@ -201,6 +207,8 @@ class _Recorder:
         elif kind == "constants":
             for name, array in event["constants"]:
                 index = self._value((name, tuple(array.shape), array.dtype))
+                if mark := self.marks.find(array):
+                    graph.marks[index] = mark
                 graph.values[index] = Value(tuple(array.shape), array.dtype, "captured", "a captured array")
                 graph.held.add(index)
         elif kind == "primitive":

@@ -76,6 +76,8 @@ def _assemble(
                 value = Value(value.shape, value.dtype)  # a no-op on an input: another name for it
             index[name] = len(graph.values)
             graph.values.append(value)
+            if counterpart[name] in simplified.marks:
+                graph.marks[index[name]] = simplified.marks[counterpart[name]]
             if value.role == "captured":
                 graph.twins[index[name]] = constants.setdefault(counterpart[name], index[name])
             if value.role == "captured" or (name in inputs and counterpart[name] in simplified.held):

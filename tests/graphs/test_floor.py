@@ -74,6 +74,81 @@ FUNCTIONS: dict[str, Callable[[mx.array], mx.array]] = {
 }
 
 
+@mx.custom_function
+def gate(x: mx.array) -> mx.array:
+    return mx.tanh(x) * mx.sigmoid(x)
+
+
+@gate.vjp
+def gate_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+    return cotangent * (1 + x)
+
+
+@mx.custom_function
+def rotate(x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+    return x * mx.cos(y) - mx.sin(x), mx.exp(y) + x
+
+
+@rotate.vjp
+def rotate_vjp(
+    primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
+) -> tuple[mx.array, mx.array]:
+    (_, y), (a, b), (u, v) = primals, cotangents, outputs
+    return a @ u + b, (a * v).T @ y
+
+
+@mx.custom_function
+def halved(x: mx.array) -> mx.array:
+    return mx.exp(x.astype(mx.float32) * 0.5).astype(x.dtype)
+
+
+@halved.vjp
+def halved_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+    return (cotangent * y) * 0.5
+
+
+@mx.custom_function
+def total(x: mx.array) -> mx.array:
+    return mx.exp(x).sum()
+
+
+@total.vjp
+def total_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+    return mx.exp(x) * cotangent
+
+
+@mx.custom_function
+def mapped(x: mx.array) -> mx.array:
+    return mx.sin(mx.exp(x) * 2) * x
+
+
+@mapped.vmap
+def mapped_vmap(x: mx.array, axis: int) -> tuple[mx.array, int]:
+    return mapped(x), axis
+
+
+def layers(x: mx.array, activation: Callable[[mx.array], mx.array], depth: int = 3) -> mx.array:
+    for _ in range(depth):
+        x = activation(mx.tanh(x) @ x)
+    return x
+
+
+# Losses whose gradients are taken, with functions that have gradients of their own.
+LOSSES: dict[str, Callable[[mx.array], mx.array]] = {
+    "custom gradient": lambda x: layers(x, gate).square().mean(),
+    "custom gradient of a custom gradient's result": lambda x: layers(x, lambda y: gate(gate(y)), 2).sum(),
+    "custom gradient of two inputs and outputs": lambda x: sum(y.sum() for y in rotate(mx.exp(x), mx.tanh(x) @ x)),
+    "custom gradient of one of two outputs": lambda x: rotate(mx.exp(x), x @ x)[0].mean(),
+    "custom gradient in bfloat16": lambda x: layers(x.astype(mx.bfloat16), halved).sum(),
+    "custom gradient of a scalar": lambda x: total(mx.tanh(x) @ x) * 2,
+    "custom function with a derivative of MLX's": lambda x: layers(x, mapped).sum(),
+    "checkpoint": lambda x: layers(x, mx.checkpoint(lambda y: mx.sin(mx.exp(y) @ y) * y)).sum(),
+    "a custom gradient in a checkpoint": lambda x: layers(x, mx.checkpoint(lambda y: gate(mx.exp(y) @ y))).sum(),
+    "vmap": lambda x: mx.vmap(lambda row: mx.tanh(row @ x).square().sum())(x).sum(),
+}
+FUNCTIONS |= {f"value and gradient, {name}": mx.value_and_grad(loss) for name, loss in LOSSES.items()}
+FUNCTIONS |= {f"gradient alone, {name}": mx.grad(loss) for name, loss in LOSSES.items()}
+
 OPTIMIZERS: dict[str, Callable[[], optim.Optimizer]] = {
     "SGD": lambda: optim.SGD(0.1, momentum=0.9),
     "AdamW": lambda: optim.AdamW(0.1),
