@@ -67,7 +67,8 @@ def autobatch_generate(
         The largest batch, the knee, and peak and rate of every size tried.
 
     Raises:
-        InvalidArgumentError: A number below 1, or a cache that cannot be batched or quantized.
+        InvalidArgumentError: A number below 1, a cache that cannot be quantized, or an architecture whose code in
+            mlx-lm does not take a batch, or a quantized cache; the text names it.
         BudgetError: Not even one row fits.
 
     Examples:
@@ -201,11 +202,17 @@ class _Rows:
         import mlx.core as mx
 
         mx.clear_cache()
-        with track_memory() as reading:
-            self._read_prompts(size)
-        mx.clear_cache()
-        with track_memory() as writing:
-            seconds = min(self._write(size))
+        try:
+            with track_memory() as reading:
+                self._read_prompts(size)
+            mx.clear_cache()
+            with track_memory() as writing:
+                seconds = min(self._write(size))
+        except (ValueError, TypeError) as error:  # shapes and types that the architecture's own code does not expect
+            cache = "" if self._bits is None else f" on a {self._bits}-bit cache"
+            raise InvalidArgumentError(
+                f"mlx-lm's {type(self._model).__module__} does not generate in a batch of {size}{cache}: {error}"
+            ) from error
         prompt_peak = reading.peak_bytes - self._own_bytes
         peak = max(prompt_peak, writing.peak_bytes - self._own_bytes)
         mx.clear_cache()
@@ -312,10 +319,6 @@ class _Rows:
         )
         try:
             yield generator
-        except ValueError as error:
-            if "does not yet support batching" not in str(error):
-                raise
-            raise InvalidArgumentError(f"mlx-lm cannot generate in batches with this model: {error}.") from error
         finally:
             generator.close()
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from metal_stand_in import MetalStandIn, metal
 from mlx_lm.models.cache import make_prompt_cache
+from workload_models import language_model
 
 import mlx_tune as mt
 from mlx_tune import lm
@@ -128,6 +129,33 @@ def test_it_draws(toy, tmp_path) -> None:
 def test_bad_input_is_named(toy, options, text: str) -> None:
     with pytest.raises(mt.InvalidArgumentError, match=text):
         lm.autobatch_generate(toy(), **({"prompt_tokens": 4, "max_tokens": 4, "progress": False} | options))
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_bits", "text"),
+    [
+        ("lfm2", 4, "has a ArraysCache, which mlx-lm cannot quantize"),
+        ("gemma3_text", 4, "the cache cannot be quantized so: RotatingKVCache"),
+        ("gemma2", 4, "mlx_lm.models.gemma2 does not generate in a batch of 1 on a 4-bit cache: "),
+    ],
+)
+def test_architectures_that_mlx_lm_cannot_serve_are_named(family: str, kv_bits: int, text: str) -> None:
+    model = language_model(family)
+    options = {"prompt_tokens": 40, "max_tokens": 4, "max_batch": 2, "steps": 1, "progress": False}
+    with pytest.raises(mt.InvalidArgumentError, match=text):
+        lm.autobatch_generate(model, kv_bits=kv_bits, kv_group_size=32, **options)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "lfm2", "falcon_h1", "mamba2"])
+def test_caches_of_every_kind_are_filled(family: str) -> None:
+    model = language_model(family)
+    options = {"prompt_tokens": 20, "max_tokens": 8, "max_batch": 2, "steps": 1, "budget": "1GB", "progress": False}
+    result = lm.autobatch_generate(model, **options)
+    assert result.batch_size == 2
+    cache = make_prompt_cache(model)
+    model(mx.zeros((1, 20 + 8 - 1 - 1), mx.int32), cache=cache)
+    mx.eval([c.state for c in cache])
+    assert result.cache_bytes_per_row == sum(c.nbytes for c in cache)
 
 
 def test_one_row_that_does_not_fit_is_an_error_with_both_figures(toy) -> None:
