@@ -167,6 +167,7 @@ class LossAccuracy:
         loss_after_error: Its standard error over batches.
         loss_change: Mean of the differences.
         loss_change_error: Its standard error over batches.
+        non_finite: Share of batches for which a model's loss was NaN or infinite; they are left out.
         arithmetic: How both were computed.
         warnings: Reasons to doubt the figures.
     """
@@ -178,6 +179,7 @@ class LossAccuracy:
     loss_after_error: float
     loss_change: float
     loss_change_error: float
+    non_finite: float = 0.0
     arithmetic: str = ""
     warnings: tuple[str, ...] = ()
 
@@ -327,16 +329,25 @@ def summarise_losses(before: list[float], after: list[float], **context: Any) ->
     """Statistics of a loss measured batch by batch, on both models."""
     import numpy as np
 
-    x, y, batches = np.array(before), np.array(after), np.arange(len(before))
+    x, y = np.array(before, dtype=np.float64), np.array(after, dtype=np.float64)
+    use = np.isfinite(x) & np.isfinite(y)
+    x, y = x[use], y[use]
+    batches = np.arange(x.size)
     first, second, change = (clustered_mean(v, batches) for v in (x, y, y - x))
+    non_finite = 1 - x.size / max(1, use.size)
+    warnings = tuple(context.pop("warnings", ()))
+    if non_finite:
+        warnings += (f"{format_percent(non_finite)} of the batches have a NaN or infinite loss and are left out.",)
     return LossAccuracy(
-        batches=len(before),
+        batches=int(x.size),
         loss_before=first.mean,
         loss_before_error=first.error,
         loss_after=second.mean,
         loss_after_error=second.error,
         loss_change=change.mean,
         loss_change_error=change.error,
+        non_finite=non_finite,
+        warnings=warnings,
         **context,
     )
 

@@ -222,10 +222,11 @@ def check_backend(plan: QuantizationPlan) -> None:
                 y = dequantize_arrays(packed, scales, biases[0] if biases else None, **wanted.parts())
             mx.eval(y)
         except (RuntimeError, ValueError) as error:
-            what = "quantizing a layer's inputs" if wanted.quantize_input else "packed weights"
+            what = "quantize a layer's inputs" if wanted.quantize_input else "compute with packed weights"
             advice = "Leave activations=True out" if wanted.quantize_input else "Use mode='affine'"
             raise BackendError(
-                f"MLX has no {what} in mode {wanted.mode!r} on this backend ({mx.default_device()}): {error}. {advice}."
+                f"MLX cannot {what} in mode {wanted.mode!r} on this backend ({mx.default_device()}): "
+                f"{str(error).rstrip('.')}. {advice}."
             ) from error
 
 

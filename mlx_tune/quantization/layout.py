@@ -24,7 +24,6 @@ from mlx_tune.quantization.sites import (
     own_arrays,
     parameter_count,
     walk,
-    weight_shape,
 )
 from mlx_tune.units import format_bytes
 
@@ -162,8 +161,8 @@ def _draft(site: Site, rules: Rules, requantize: bool) -> _Draft:
     module = site.module
     if is_quantized(module) and not requantize:
         # Left alone where the user says so; otherwise an error that is raised once all of them are known.
-        decision = rules.decide(site.paths, module, weight_shape(module)[-1])
-        return _Draft(site, module, decision if decision.by_hand else Decision(None, "quantized already"))
+        by_hand = rules.left_by_hand(site.paths)
+        return _Draft(site, module, by_hand or Decision(None, "quantized already"))
     if not site.path:
         reason = "it is the model itself, which cannot be replaced in place: wrap it in nn.Sequential"
         return _Draft(site, module, Decision(None, reason))

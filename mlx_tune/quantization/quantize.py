@@ -109,6 +109,8 @@ def quantize_model(
         )
     if loss is not None and not callable(loss):
         raise QuantizationError(f"loss={loss!r} must be a function loss(model, *batch).")
+    if loss is not None and not judge and method != "dwq":
+        raise QuantizationError("loss=... is what the evaluation is judged by: pass evaluation=[batches] as well.")
     warnings = _overlap_warning(judge, learn)
     check_backend(plan)
     with ExitStack() as stack:
@@ -121,6 +123,8 @@ def quantize_model(
             plan = _to_target(plan, target_bpw, target_bytes, learn, judge, progress)
         store = stack.enter_context(OutputStore())
         comparison, before, notes = None, None, list[str]()
+        if learn and method in ("nearest", "optimal") and target_bpw is None and target_bytes is None:
+            notes.append(f"The calibration was not used: method={method!r} looks at the weights alone.")
         if judge:
             comparison = prepare(model, judge, loss, warnings=warnings)
             comparison.record(model, store, progress=progress)

@@ -72,24 +72,34 @@ class Rules:
         Raises:
             QuantizationError: It was named by hand and cannot be had.
         """
-        for pattern in self.skip:
-            if any(matches(path, pattern) for path in paths):
-                return Decision(None, f"skip={pattern!r}", by_hand=True)
-        wanted: bool | Mapping[str, Any] | None = None
-        pattern = ""
-        for candidate, value in self.overrides.items():
-            if any(matches(path, candidate) for path in paths):
-                pattern, wanted = candidate, value  # the later one wins
+        by_hand = self.left_by_hand(paths)
+        if by_hand is not None:
+            return by_hand
+        pattern, wanted = self._wanted(paths)
         if wanted is not None:
             return self._override(paths[0], module, last_axis, pattern, wanted)
         return self._protect(paths[0], module, last_axis) or self._plain(module, last_axis)
 
+    def left_by_hand(self, paths: Sequence[str]) -> Decision | None:
+        """The decision of `skip`, or of an override that is False; None where neither says anything."""
+        for pattern in self.skip:
+            if any(matches(path, pattern) for path in paths):
+                return Decision(None, f"skip={pattern!r}", by_hand=True)
+        pattern, wanted = self._wanted(paths)
+        return Decision(None, f"overrides[{pattern!r}] is False", by_hand=True) if wanted is False else None
+
+    def _wanted(self, paths: Sequence[str]) -> tuple[str, bool | Mapping[str, Any] | None]:
+        """The override that counts, and its pattern."""
+        found: tuple[str, bool | Mapping[str, Any] | None] = "", None
+        for pattern, value in self.overrides.items():
+            if any(matches(path, pattern) for path in paths):
+                found = pattern, value  # the later one wins
+        return found
+
     def _override(
         self, path: str, module: nn.Module, last_axis: int, pattern: str, wanted: bool | Mapping[str, Any]
     ) -> Decision:
-        if wanted is False:
-            return Decision(None, f"overrides[{pattern!r}] is False", by_hand=True)
-        target = self.base if wanted is True else _merge(self.base, wanted, f"overrides[{pattern!r}]: ")
+        target = _merge(self.base, wanted, f"overrides[{pattern!r}]: ") if isinstance(wanted, Mapping) else self.base
         problem = _problem(module, last_axis, target)
         if problem is None:
             # True lifts a protection; it leaves the bits open to an allocation.
@@ -105,7 +115,7 @@ class Rules:
         if isinstance(answer, Mapping):
             parts = {k: v for k, v in answer.items() if k in ("bits", "group_size", "mode")}
             target, source = _merge(self.base, parts, f"the model's quant_predicate for {path}: "), "quant_predicate"
-        elif id(module) in self.routers:
+        elif id(module) in self.routers and not (self.base.mode == "affine" and self.base.bits >= _ROUTER_FORMAT.bits):
             target, source = _ROUTER_FORMAT, "router"
         else:
             return None
@@ -165,6 +175,8 @@ def check_patterns(
                 f"overrides[{pattern!r}] has {', '.join(sorted(map(repr, unknown)))}: "
                 "only 'bits', 'group_size' and 'mode' can be set for a layer."
             )
+    if skip is not None and not isinstance(skip, Iterable):
+        raise QuantizationError(f"skip={skip!r} must be a pattern or a list of patterns, such as '*.lm_head'.")
     left = () if skip is None else (skip,) if isinstance(skip, str) else tuple(skip)
     known = list(paths)
     for argument, patterns in (("overrides", chosen), ("skip", left)):
@@ -172,6 +184,10 @@ def check_patterns(
             if not isinstance(pattern, str):
                 raise QuantizationError(f"{argument}: {pattern!r} must be text, such as '*.lm_head'.")
             if not any(matches(path, pattern) for path in known):
+                if any(matches(path, f"{pattern}.*") for path in known):
+                    raise QuantizationError(
+                        f"{argument}: {pattern!r} is no layer, but holds some: {pattern + '.*'!r} means all of them."
+                    )
                 close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
                 raise QuantizationError(
                     f"{argument}: no layer matches {pattern!r}. Layers are named like {', '.join(close)}."

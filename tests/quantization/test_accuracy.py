@@ -176,6 +176,12 @@ def test_what_a_loss_may_not_give_back() -> None:
         mean_loss(None)
 
 
+def test_losses_that_are_no_numbers_are_left_out_and_counted() -> None:
+    found = summarise_losses([1.0, math.nan, 3.0, 1.0], [1.5, 2.0, 4.0, math.inf])
+    assert (found.batches, found.loss_before, found.loss_change, found.non_finite) == (2, 2.0, 0.75, 0.5)
+    assert "Warning: 50.0 % of the batches have a NaN or infinite loss" in str(found)
+
+
 # Half precision's own error
 
 

@@ -151,6 +151,13 @@ def test_overrides_and_skip() -> None:
     [
         ({"overrides": {"*.lm_haed": {"bits": 8}}}, r"no layer matches '\*\.lm_haed'. Layers are named like lm_head"),
         ({"skip": "nonsense"}, "skip: no layer matches 'nonsense'"),
+        (
+            {"skip": "model.layers.0"},
+            r"is no layer, but holds some: 'model\.layers\.0\.\*' means all",
+        ),
+        ({"skip": 3}, "skip=3 must be a pattern or a list of patterns"),
+        ({"skip": [3]}, "skip: 3 must be text"),
+        ({"overrides": {"lm_head": {"bits": 64, "group_size": 4}}}, "swapped"),
         ({"overrides": {"lm_head": {"bits": 9}}}, r"overrides\['lm_head'\]: bits=9 is not supported"),
         ({"overrides": {"lm_head": {"width": 9}}}, "has 'width': only 'bits', 'group_size' and 'mode'"),
         ({"overrides": {"lm_head": 8}}, "must be a dict of bits"),
@@ -182,6 +189,9 @@ def test_quantized_already() -> None:
     nn.quantize(model, 64, 4, class_predicate=lambda path, m: path.endswith("up_proj"))
     with pytest.raises(QuantizationError, match=r"2 of 15 layers.*model\.layers\.0\.mlp\.up_proj.*requantize=True"):
         mt.plan_quantization(model, 4, 64)
+    for wanted in ({"bits": 8}, True):  # naming a quantized layer by hand is no permission to quantize it again
+        with pytest.raises(QuantizationError, match=r"2 of 15 layers are quantized already"):
+            mt.plan_quantization(model, 4, 64, overrides={"model.layers.0.mlp.up_proj": wanted})
     left = mt.plan_quantization(model, 4, 64, skip="*.up_proj")
     assert len(left.layers) == 13
     anew = mt.plan_quantization(model, 3, 64, requantize=True)
@@ -221,6 +231,8 @@ def test_routers_are_found_without_a_predicate() -> None:
     plan = mt.plan_quantization(model, 2, 64)
     assert formats(plan)["layers.0.gate"] == "8 bits, group 64"
     assert formats(plan)["layers.1"] == "2 bits, group 64"
+    assert formats(mt.plan_quantization(model, mode="mxfp4"))["layers.0.gate"] == "8 bits, group 64"
+    assert formats(mt.plan_quantization(model, 8, 32))["layers.0.gate"] == "8 bits, group 32"  # no worse than the rest
 
 
 def test_a_predicate_that_says_no() -> None:

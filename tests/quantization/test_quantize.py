@@ -126,6 +126,13 @@ def test_bias_flags_and_the_random_stream_survive() -> None:
         ({"evaluation": [mx.zeros((3, 3))]}, "cannot be called with evaluation"),
         ({"calibration": mx.zeros((3, 3))}, "Write calibration="),
         ({"loss": 3}, "loss=3 must be a function"),
+        ({"loss": lambda model, x: 0.0}, "is what the evaluation is judged by: pass evaluation="),
+        (
+            {"loss": lambda model: 0.0, "evaluation": [mx.ones((2, 8, 8, 3))]},
+            r"loss cannot be called with evaluation\[0\]",
+        ),
+        ({"loss": lambda model, x: None, "evaluation": [mx.ones((2, 8, 8, 3))]}, "loss gave back a NoneType"),
+        ({"method": "gptq", "calibration": [mx.zeros((3, 3))]}, r"cannot be called with calibration\[0\] \(\[3, 3\]\)"),
     ],
 )
 def test_bad_input_changes_nothing(arguments: dict, text: str) -> None:
@@ -282,7 +289,7 @@ def test_other_modes(mode: str, make) -> None:
 @pytest.mark.cpu_only
 def test_activations_are_refused_where_the_backend_cannot() -> None:
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
-    with pytest.raises(BackendError, match="no quantizing a layer's inputs in mode 'nvfp4' on this backend"):
+    with pytest.raises(BackendError, match="cannot quantize a layer's inputs in mode 'nvfp4' on this backend"):
         quiet(model, mode="nvfp4", activations=True)
     assert type(model.layers[0]) is nn.Linear
 

@@ -109,6 +109,25 @@ def test_a_given_loss() -> None:
     assert "given loss" in str(report)
 
 
+def test_what_was_given_for_nothing_is_in_the_notes() -> None:
+    report = mt.quantize_model(toys.vision(), 4, 64, calibration=[mx.ones((2, 8, 8, 3))], progress=False)
+    assert "The calibration was not used: method='optimal' looks at the weights alone." in report.notes
+
+
+@pytest.mark.cpu_only
+def test_speed_that_cannot_be_measured_is_in_the_notes() -> None:
+    model, reference = toys.qwen3_moe(), toys.qwen3_moe()
+    for either in (model, reference):
+        either.set_dtype(mx.bfloat16)
+    report = mt.quantize_model(model, 4, 64, evaluation=[toys.tokens()], progress=False)
+    assert report.speed is None
+    assert report.accuracy.mean_kl > 0
+    assert any("Speed was not measured: MLX cannot run the model here" in note for note in report.notes)
+    again = mt.quantization_report(model, reference, [toys.tokens()])
+    assert again.speed is None
+    assert again.notes == tuple(note for note in report.notes if "Speed" in note)
+
+
 def test_without_evaluation_nothing_is_claimed() -> None:
     report = mt.quantize_model(toys.vision(), 4, 64, progress=False)
     assert report.accuracy is None
