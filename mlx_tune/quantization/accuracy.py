@@ -113,6 +113,14 @@ class LanguageAccuracy:
             "warnings": list(self.warnings),
         }
 
+    def summary(self) -> str:
+        """The figures that matter most, in a line."""
+        return (
+            f"mean KL {Estimate(self.mean_kl, self.mean_kl_error)}, p99 {self.p99_kl:.3g}, same top token "
+            f"{format_percent(self.same_top)}, perplexity {self.perplexity_before:.4f} -> {self.perplexity_after:.4f} "
+            f"on {self.tokens:,} tokens"
+        )
+
     def __str__(self) -> str:
         """Two tables: the figures, and divergence by confidence."""
         floor, notes = "none", [f"Warning: {w}" for w in self.warnings]
@@ -123,7 +131,7 @@ class LanguageAccuracy:
         if math.isnan(self.mean_kl_error):
             notes.append("No standard errors: they are taken between sequences, and there is one.")
         rows = [
-            ("mean KL", Estimate(self.mean_kl, self.mean_kl_error)),
+            ("mean KL, in nats", Estimate(self.mean_kl, self.mean_kl_error)),
             ("median, p99, p99.9, max KL", ", ".join(f"{x:.3g}" for x in self._tails())),
             ("mean reverse KL", Estimate(self.reverse_kl, self.reverse_kl_error)),
             ("noise floor of KL", floor),
@@ -188,6 +196,14 @@ class LossAccuracy:
         figures = {k: _json(v) for k, v in asdict(self).items() if k != "warnings"}
         return {"kind": "loss", **figures, "warnings": list(self.warnings)}
 
+    def summary(self) -> str:
+        """The figures that matter most, in a line."""
+        return (
+            f"loss {self.loss_before:.4g} -> {self.loss_after:.4g}, "
+            f"change {Estimate(self.loss_change, self.loss_change_error)} "
+            f"on {format_count(self.batches, 'batch', 'batches')}"
+        )
+
     def __str__(self) -> str:
         """The table."""
         return render_table(
@@ -232,6 +248,13 @@ class OutputAccuracy:
         """The same, ready for JSON."""
         figures = {k: _json(v) for k, v in asdict(self).items() if k != "warnings"}
         return {"kind": "outputs", **figures, "warnings": list(self.warnings)}
+
+    def summary(self) -> str:
+        """The figures that matter most, in a line."""
+        return (
+            f"relative error of outputs {self.relative_error:.4g}, cosine {self.cosine:.6f} "
+            f"on {format_count(self.batches, 'batch', 'batches')}"
+        )
 
     def __str__(self) -> str:
         """The table."""

@@ -25,7 +25,7 @@ from mlx_tune.quantization.sites import (
     parameter_count,
     walk,
 )
-from mlx_tune.units import format_bytes
+from mlx_tune.units import format_bytes, format_count
 
 METHODS = ("nearest", "optimal", "gptq", "dwq")
 EFFORTS = ("fast", "best")
@@ -280,7 +280,7 @@ def _notes(layers: list[LayerPlan], skipped: list[LayerPlan]) -> Iterator[str]:
         yield f"Left as they are: {text}.{extra}"
     protected = sum(1 for layer in layers if layer.fixed)
     if protected:
-        yield f"{protected} of {len(layers)} layers have a format of their own (see remarks)."
+        yield f"{protected} of {format_count(len(layers), 'layer')} have a format of their own (see remarks)."
 
 
 def _nothing_left(skipped: list[LayerPlan]) -> str:
