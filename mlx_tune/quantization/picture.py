@@ -44,9 +44,9 @@ def draw_report(
     kinds = list(dict.fromkeys(_kind(layer) for layer in layers))
     for number, kind in enumerate(kinds):
         points = [
-            (i, 100 * 10 ** (-layer.snr_db / 20))
+            (i, 100 * 10 ** (-layer.snr_db / 20))  # of a lossless layer, whose decibels are infinite, zero
             for i, layer in enumerate(layers)
-            if _kind(layer) == kind and layer.snr_db is not None and math.isfinite(layer.snr_db)
+            if _kind(layer) == kind and layer.snr_db is not None and layer.snr_db > -math.inf
         ]
         if points:
             color = COLORS[number % len(COLORS)]
@@ -66,16 +66,24 @@ def draw_report(
         above.set_ylim(top=1.35 * above.get_ylim()[1])
 
     both = [*layers, *report.skipped]
+    unit, size = _unit(max(layer.bytes_before for layer in both)) if both else ("MB", 1e6)
     places = range(len(both))
-    below.bar(places, [layer.bytes_before / 1e6 for layer in both], color=COLORS[5], alpha=0.35, label="before")
-    colors = [COLORS[0]] * len(layers) + [COLORS[3]] * len(report.skipped)
-    below.bar(places, [layer.bytes_after / 1e6 for layer in both], color=colors, label="now")
-    below.set_ylabel("MB", color=ink(dark))
+    below.bar(places, [layer.bytes_before / size for layer in both], color=COLORS[5], alpha=0.35, label="before")
+    below.bar(places[: len(layers)], [x.bytes_after / size for x in layers], color=COLORS[0], label="now")
+    if report.skipped:
+        left = [layer.bytes_after / size for layer in report.skipped]
+        below.bar(places[len(layers) :], left, color=COLORS[3], label="left as it is")
+    below.xaxis.get_major_locator().set_params(integer=True)
+    below.set_ylabel(unit, color=ink(dark))
     below.set_xlabel("layers in the model's order, then those left as they are", color=ink(dark))
     below.legend(frameon=False, labelcolor=ink(dark), fontsize=8)
     return save_figure(figure, path)
 
 
 def _kind(layer: LayerReport) -> str:
-    """The layer's name without the block that it stands in."""
-    return layer.path.rpartition(".")[2] or layer.kind
+    """The layer's name without the block that it stands in, and without a number."""
+    return next((part for part in reversed(layer.path.split(".")) if part and not part.isdecimal()), layer.kind)
+
+
+def _unit(largest: int) -> tuple[str, float]:
+    return next(((name, size) for name, size in (("GB", 1e9), ("MB", 1e6)) if largest >= size), ("kB", 1e3))

@@ -69,6 +69,9 @@ def test_plot(report: mt.QuantizationReport, tmp_path: Path, dark: bool) -> None
     assert sum(len(line.get_xdata()) for line in above.lines) == 15
     assert len(below.patches) == 2 * 16
     assert (tmp_path / "report.svg").read_text().startswith("<?xml")
+    assert [text.get_text() for text in below.get_legend().get_texts()] == ["before", "now", "left as it is"]
+    assert below.get_ylabel() == "kB"
+    assert {line.get_label() for line in above.lines} >= {"embed_tokens", "q_proj", "lm_head"}
 
 
 def test_lossless_layers() -> None:
@@ -78,7 +81,8 @@ def test_lossless_layers() -> None:
     assert report.layers[0].snr_db == math.inf
     assert "lossless" in str(report)
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["layers"][0]["lossless"] is True
-    assert report.plot() is not None
+    above, _ = report.plot().axes
+    assert [(line.get_label(), *line.get_ydata()) for line in above.lines] == [("layers", 0.0)]
 
 
 def test_outputs_of_a_model_without_logits() -> None:
