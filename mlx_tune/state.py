@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_tune.devices import scratch_folder
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 from mlx_tune.units import format_bytes
 
@@ -330,7 +331,7 @@ def _put_back(
 def _spill(arrays: dict[str, Any], folder: str | os.PathLike[str] | None) -> Path:
     import mlx.core as mx
 
-    place = Path(folder) if folder is not None else Path(tempfile.gettempdir())
+    place = Path(folder) if folder is not None else scratch_folder()
     needed, free = sum(a.nbytes for a in arrays.values()), shutil.disk_usage(place).free
     if needed + (64 << 20) > free:
         raise MlxTuneError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_tune.devices import scratch_folder
 from mlx_tune.errors import QuantizationError
 from mlx_tune.units import format_bytes
 
@@ -33,7 +34,7 @@ class OutputStore:
 
     def __enter__(self) -> OutputStore:
         """Make the folder."""
-        self._folder = Path(tempfile.mkdtemp(prefix="mlx_tune-outputs-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="mlx_tune-outputs-", dir=scratch_folder()))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.devices import in_memory, scratch_folder
 from mlx_tune.quantization.lazy import is_unevaluated
 from mlx_tune.quantization.sites import module_at, own_arrays, put_module, walk
 from mlx_tune.state import uninterrupted
@@ -33,7 +34,8 @@ class Transaction:
 
     Args:
         model: The model whose modules are swapped.
-        folder: Where the temporary files go; the system's temporary folder by default.
+        folder: Where the temporary files go; by default the system's temporary folder, or `/var/tmp` where that lies
+            in memory.
 
     Attributes:
         notes: What a report should mention.
@@ -147,11 +149,17 @@ class Transaction:
     def _save(self, arrays: dict[str, mx.array]) -> Path | None:
         """Write arrays to a file of their own, or say why they stay in memory."""
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="mlx_tune-originals-", dir=self._folder_wanted))
+            place = scratch_folder() if self._folder_wanted is None else Path(self._folder_wanted)
+            self._folder = Path(tempfile.mkdtemp(prefix="mlx_tune-originals-", dir=place))
+            if in_memory(place):
+                self.notes.append(
+                    f"The originals were set aside in {place}, which lies in memory itself. Set TMPDIR to a folder on "
+                    "a disk to need less."
+                )
         size = sum(a.nbytes for a in arrays.values())
         free = shutil.disk_usage(self._folder).free
         if size + _SPARE_BYTES > free:
-            if not self.notes:
+            if not any("stayed in memory" in note for note in self.notes):
                 self.notes.append(
                     "The originals stayed in memory until the end, as the temporary folder has only "
                     f"{format_bytes(free)} free. Set TMPDIR to a folder on a larger disk to need less memory."

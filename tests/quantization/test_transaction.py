@@ -237,6 +237,13 @@ def test_a_full_disk_keeps_the_originals_in_memory_and_says_so(monkeypatch) -> N
     assert toys.same_arrays(before, toys.arrays_of(model))
 
 
+def test_a_temporary_folder_in_memory_is_in_the_notes(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(transaction_module, "in_memory", lambda folder: folder == tmp_path)
+    with Transaction(wide(), folder=tmp_path) as transaction:
+        quantize_all(transaction.model)
+        assert [f"set aside in {tmp_path}, which lies in memory itself" in note for note in transaction.notes] == [True]
+
+
 def test_swaps_outside_a_transaction_are_plain() -> None:
     model = wide(2)
     other = wide(2)
