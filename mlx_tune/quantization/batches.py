@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,3 +116,23 @@ def rows_at_most(batch: Batch, rows: int) -> Iterator[Batch]:
     for start in range(0, batch.tokens.shape[0], rows):
         part = batch.tokens[start : start + rows]
         yield Batch((part,), part)
+
+
+def in_parts(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Token batches cut between sequences into parts of at most so many tokens; other batches as they are.
+
+    Args:
+        batches: The batches.
+        tokens: Tokens of a part; a sequence that is longer is a part of its own.
+
+    Examples:
+        >>> [b.tokens.shape for b in in_parts(read_batches([mx.zeros((5, 8), dtype=mx.int32)], "calibration"), 16)]
+        [(2, 8), (2, 8), (1, 8)]
+    """
+    parts: list[Batch] = []
+    for batch in batches:
+        if batch.tokens is None:
+            parts.append(batch)
+        else:
+            parts += rows_at_most(batch, max(1, tokens // batch.tokens.shape[1]))
+    return parts

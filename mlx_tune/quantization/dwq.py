@@ -8,6 +8,7 @@ goes on; batches kept aside decide when to stop and what is kept; any model, any
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from mlx_tune.errors import CheckpointError, QuantizationError
 from mlx_tune.memory import memory_budget, track_memory
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, widen
-from mlx_tune.quantization.batches import Batch
+from mlx_tune.quantization.batches import Batch, count_tokens, in_parts
 from mlx_tune.quantization.capture import model_arguments
+from mlx_tune.quantization.evaluation import OutputStore
 from mlx_tune.quantization.figures import logits_of, mean_loss, output_arrays
 from mlx_tune.quantization.lazy import number
 from mlx_tune.quantization.trainable import NAMES, stored_pair, trainable_sites, trained_in_place
@@ -33,8 +35,15 @@ RATES = (0.003, 0.01, 0.03)
 #: Steps that a run is given unless told otherwise: fewer leave the grid where it was, more are ended by early stopping.
 _STEPS = 256
 
-#: One batch in so many is kept aside.
-_HELD_OUT_EVERY = 8
+#: Token batches are cut into steps of at most so many tokens: many small steps learn more from a text than few large
+#: ones.
+_STEP_TOKENS = 1024
+
+#: One step in so many is kept aside, up to so many tokens.
+_HELD_OUT_EVERY, _HELD_OUT_TOKENS = 8, 8192
+
+#: Bytes of the reference's outputs that are kept on disk for when they are needed again.
+_STORED_BYTES = 2 << 30
 
 #: `loss(model, *batch)`.
 Loss = Callable[..., Any]
@@ -93,10 +102,11 @@ def train_dwq(
         model: The quantized model; it is changed only if that is better on the batches kept aside.
         reference: The unquantized model, or anything that is called alike and gives what it would give. Not needed
             with `loss`.
-        calibration: Batches; one in eight is kept aside and never trained on.
+        calibration: Batches. Those of tokens are cut into steps of some thousand tokens; one step in eight, up to 8,192
+            tokens, is kept aside and never trained on.
         loss: `loss(model, *batch)`, a scalar, instead of the distance to the reference.
         rates: Learning rates to try, in quantization steps.
-        epochs: How often to go through the batches; by default as often as makes some 256 steps. Where the loss on
+        epochs: How often to go through the calibration; by default as often as makes some 256 steps. Where the loss on
             the batches kept aside stops falling, training ends before.
         checkpoint: Recompute activations of the model's blocks; by default where memory calls for it.
         progress: Show a progress line with the loss on the batches kept aside.
@@ -105,7 +115,7 @@ def train_dwq(
         Losses before and after, and how they came about.
 
     Raises:
-        QuantizationError: Fewer than two batches, nothing to train, or neither reference nor loss.
+        QuantizationError: A single sequence or batch, nothing to train, or neither reference nor loss.
 
     Examples:
         >>> from mlx_tune.quantization.batches import read_batches
@@ -117,10 +127,11 @@ def train_dwq(
         >>> result.loss_after < result.loss_before
         True
     """
-    if len(calibration) < 2:
+    lessons, judges = _lessons_and_judges(calibration)
+    if not judges:
+        one = "one sequence" if calibration[0].tokens is not None else "one batch"
         raise QuantizationError(
-            f"calibration has {len(calibration)} batch: method='dwq' trains on some and judges on others, so it needs "
-            "two or more, better dozens. Split the batch along its first axis."
+            f"calibration holds {one}: method='dwq' trains on some of it and judges on the rest. Pass dozens."
         )
     if reference is None and loss is None:
         raise QuantizationError("Training needs the unquantized model as reference, or a loss.")
@@ -139,7 +150,8 @@ def train_dwq(
         if cpu:
             stack.enter_context(float32_arithmetic(model))
         bar = stack.enter_context(progress_bar("dwq", enabled=progress))
-        training = _Training(model, layers, reference, list(calibration), loss, bar)
+        store = stack.enter_context(OutputStore())
+        training = _Training(model, layers, reference, lessons, judges, loss, store, bar)
         result, best = training.run(tuple(rates), epochs, checkpoint)
         training.put(best)
         pairs = [stored_pair(layer) for layer in layers]
@@ -158,14 +170,16 @@ class _Training:
         model: nn.Module,
         layers: list[nn.Module],
         reference: Callable[..., Any] | None,
-        batches: list[Batch],
+        lessons: list[Batch],
+        judges: list[Batch],
         loss: Loss | None,
+        store: OutputStore,
         bar: Bar,
     ) -> None:
         self._model, self._layers, self._reference, self._loss = model, layers, reference, loss
-        aside = [i for i in range(len(batches)) if i % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1] or [len(batches) - 1]
-        self._judges = [batches[i] for i in aside]
-        self._lessons = [batch for i, batch in enumerate(batches) if i not in set(aside)]
+        self._lessons, self._judges = lessons, judges
+        self._store, self._stored_bytes = store, 0
+        self._places: dict[int, int] = {}
         self._bar = bar
         self._steps = 0
         self._gradient = mx.value_and_grad(self._loss_of)
@@ -260,12 +274,19 @@ class _Training:
     def _targets(self, batch: Batch) -> list[mx.array]:
         if self._loss is not None:
             return []
+        if id(batch) in self._places:
+            return self._store.get(self._places[id(batch)])
         assert self._reference is not None
         output = self._reference(*self._arguments(batch))
         logits = logits_of(output)
         # Targets are constants: evaluated now, so that their graph is not held with that of the model.
         arrays = [logits] if batch.tokens is not None and logits.ndim == 3 else output_arrays(output)
         mx.eval(arrays)
+        size = sum(array.nbytes for array in arrays)
+        if self._stored_bytes + size <= _STORED_BYTES:
+            self._places[id(batch)] = len(self._store)
+            self._store.put(arrays)
+            self._stored_bytes += size
         return arrays
 
     def _arguments(self, batch: Batch) -> tuple[Any, ...]:
@@ -283,6 +304,21 @@ class _Training:
         error = sum((mx.square(a - b).sum() for a, b in pairs), mx.array(0.0))
         energy = sum((mx.square(a).sum() for a, _ in pairs), mx.array(0.0))
         return error / mx.maximum(energy, 1e-30)
+
+
+def _lessons_and_judges(calibration: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """What to train on, in an order of its own, and what to judge on."""
+    parts = in_parts(calibration, _STEP_TOKENS)
+    if len(parts) == 1:
+        parts = in_parts(calibration, 1)
+    aside = list(range(_HELD_OUT_EVERY - 1, len(parts), _HELD_OUT_EVERY)) or [len(parts) - 1][: len(parts) - 1]
+    tokens = count_tokens([parts[i] for i in aside])
+    # Evenly spread over the whole, if not all of it: neighbours are often cut from one document.
+    aside = aside[:: max(1, math.ceil(tokens / _HELD_OUT_TOKENS))]
+    lessons = [part for i, part in enumerate(parts) if i not in set(aside)]
+    # Texts of one kind often follow each other, and the last ones would be learned best.
+    random.Random(0).shuffle(lessons)
+    return lessons, [parts[i] for i in aside]
 
 
 class _Adam:

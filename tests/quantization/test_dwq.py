@@ -52,6 +52,10 @@ def batches(count=12):
     return read_batches([mx.random.randint(0, 40, (8, 17)) for _ in range(count)], "calibration")
 
 
+def one_sequence():
+    return read_batches([mx.zeros((1, 17), dtype=mx.int32)], "calibration")
+
+
 def snapshot(model):
     return {name: np.array(a.astype(mx.float32)) for name, a in tree_flatten(model.parameters())}
 
@@ -129,6 +133,36 @@ def test_training_lowers_the_divergence_and_leaves_the_codes():
     assert f"{result.loss_before:.4g} to {result.loss_after:.4g}" in result.summary
 
 
+def test_batches_of_tokens_are_cut_into_steps_some_of_which_are_kept_aside(monkeypatch):
+    monkeypatch.setattr(dwq, "_STEP_TOKENS", 20)
+    monkeypatch.setattr(dwq, "_HELD_OUT_TOKENS", 30)
+    tokens = mx.arange(64 * 10).reshape(64, 10)
+    lessons, judges = dwq._lessons_and_judges(read_batches([tokens[:20], tokens[20:]], "calibration"))
+    # 32 steps of two sequences. Four of them could be kept aside, but two hold more than 30 tokens already.
+    assert len(lessons) == 30
+    assert [judge.tokens[:, 0].tolist() for judge in judges] == [[140, 150], [620, 630]]
+    seen = [row for part in lessons + judges for row in part.tokens[:, 0].tolist()]
+    assert sorted(seen) == [10 * i for i in range(64)]
+    assert seen[:60] != sorted(seen[:60])  # sources that follow each other are mixed
+
+
+def test_outputs_of_the_reference_that_are_needed_again_are_not_worked_out_again(monkeypatch):
+    model, reference = pair_of_models()
+    calls = 0
+
+    def counting(tokens):
+        nonlocal calls
+        calls += 1
+        return reference(tokens)
+
+    calibration = batches(4)
+    stored = train_dwq(copy.deepcopy(model), counting, calibration, epochs=2, progress=False)
+    assert calls == 4
+    monkeypatch.setattr(dwq, "_STORED_BYTES", 0)
+    assert train_dwq(model, counting, calibration, epochs=2, progress=False) == stored
+    assert calls > 8
+
+
 def test_the_reported_loss_is_that_of_the_model_as_it_is_left():
     model, reference = pair_of_models()
     calibration = batches()
@@ -193,7 +227,11 @@ def test_modes_are_left_alone():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda m, r: train_dwq(m, r, batches(1)), "calibration has 1 batch"),
+        (lambda m, r: train_dwq(m, r, one_sequence()), "calibration holds one sequence"),
+        (
+            lambda m, r: train_dwq(nn.Sequential(m), r, read_batches([mx.ones((2, 3))], "c")),
+            "calibration holds one batch",
+        ),
         (lambda m, r: train_dwq(m, None, batches(2)), "unquantized model as reference, or a loss"),
         (lambda m, r: train_dwq(r, r, batches(2)), "no layer of the model has affine scales"),
     ],
