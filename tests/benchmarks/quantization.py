@@ -1,23 +1,25 @@
 """What quantization costs a language model, by method, at the same bytes; and mlx-lm's own methods beside it.
 
-    python tests/benchmarks/quantization.py --model PATH [--bits 8 6 4 3 2] [--methods nearest optimal ...] [--quick]
-                                            [--mlx-lm] [--json FILE]
+    python tests/benchmarks/quantization.py --model PATH [--bits 8 6 4 3 2] [--bpw 5 4.5 4 3.5] [--quick]
+                                            [--methods nearest optimal gptq dwq mixed] [--mlx-lm] [--json FILE]
 
 PATH holds a model that mlx-lm loads, and two arrays of tokens: `calibration_tokens.npy` and `heldout_tokens.npy`.
 Every figure is from text that no method saw: windows spread evenly over the held-out tokens, the reference and all
 quantized models in float32, weights reconstructed in float32 from codes and scales as stored, the tied embedding
-included. The ratio is the mean KL divergence over that of rounding to nearest at the same bits.
+included. The ratio is the mean KL divergence over that of rounding to nearest at the same bits, with the standard error
+over windows. Hours on a CPU: with --json, rows that FILE holds already are not measured again, so that a run can go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import mlx_tune as mt
+from mlx_tune.quantization.batches import read_batches
 from mlx_tune.quantization.dense import dequantized_weight
+from mlx_tune.quantization.dwq import train_dwq
 from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.packing import dequantize_float32
 from mlx_tune.quantization.sites import is_quantized, walk
@@ -35,8 +39,7 @@ from mlx_tune.tables import render_table
 
 WINDOW = 256
 GROUP = 64
-OURS = ("nearest", "optimal", "optimal best", "gptq", "dwq")
-THEIRS = ("mlx-lm gptq", "mlx-lm awq", "mlx-lm dwq", "mlx-lm dynamic")
+THEIRS = ("mlx-lm gptq", "mlx-lm awq", "mlx-lm dwq")
 
 
 @dataclass
@@ -54,7 +57,8 @@ class Row:
     same_top: float
     seconds: float
     ratio: float = math.nan
-    note: str = ""
+    ratio_error: float = math.nan
+    windows: list[float] = field(default_factory=list)
 
 
 class Judge:
@@ -77,8 +81,11 @@ class Judge:
         self.store.put([logits])
         return -mx.take_along_axis(logits[:, :-1], x[:, 1:, None], axis=-1).mean().item()
 
-    def measure(self, quantized: nn.Module) -> dict[str, float]:
-        """Compare a model with the reference, through float32 copies of what its weights stand for."""
+    def measure(self, quantized: nn.Module) -> tuple[dict[str, float], np.ndarray]:
+        """Compare a model with the reference, through float32 copies of what its weights stand for.
+
+        Also gives the mean divergence of every window.
+        """
         weights = {k: v.astype(mx.float32) for k, v in tree_flatten(quantized.parameters()) if k in self.own}
         for site in walk(quantized):
             if is_quantized(site.module):
@@ -98,13 +105,14 @@ class Judge:
         self.model.load_weights(list(self.own.items()))
         every = np.concatenate(kl)
         by_window = every.mean(1)
-        return {
+        figures = {
             "mean_kl": float(every.mean()),
             "standard_error": float(by_window.std(ddof=1) / math.sqrt(len(by_window))),
             "p99_kl": float(np.quantile(every, 0.99)),
             "perplexity": math.exp(np.concatenate(nll).mean()),
             "same_top": float(np.concatenate(top).mean()),
         }
+        return figures, by_window
 
 
 def load(path: str) -> nn.Module:
@@ -123,6 +131,13 @@ def windows(path: str, name: str, count: int, length: int) -> np.ndarray:
     return np.stack([tokens[i * step : i * step + length] for i in range(count)])
 
 
+def ratio(kl: np.ndarray, base: np.ndarray) -> tuple[float, float]:
+    """The ratio of two means over the same windows, and its standard error."""
+    found = kl.mean() / base.mean()
+    left = kl - found * base  # windows that are hard for one are hard for the other: only what is left over is noise
+    return float(found), float(left.std(ddof=1) / math.sqrt(len(left)) / base.mean())
+
+
 def ours(method: str, bits: int, calibration: list[mx.array]) -> Callable[[nn.Module], nn.Module]:
     """One of this library's methods."""
     name, _, effort = method.partition(" ")
@@ -132,27 +147,37 @@ def ours(method: str, bits: int, calibration: list[mx.array]) -> Callable[[nn.Mo
         report = mt.quantize_model(
             model, bits, GROUP, method=name, effort=effort or "fast", calibration=learn, progress=False
         )
-        for note in report.notes:
-            print(f"    {note}", flush=True)
+        _tell(report.notes)
         return model
 
     return quantize
 
 
-def mixed(bits_per_weight: float, calibration: list[mx.array]) -> Callable[[nn.Module], nn.Module]:
+def dwq_after_gptq(path: str, model: nn.Module, calibration: list[mx.array]) -> nn.Module:
+    """What "dwq" does once it has done what "gptq" does."""
+    _tell([train_dwq(model, load(path), read_batches(calibration, "calibration"), progress=False).summary])
+    return model
+
+
+def mixed(method: str, target_bytes: int, bits: int, calibration: list[mx.array]) -> Callable[[nn.Module], nn.Module]:
     """Bits chosen layer by layer."""
 
     def quantize(model: nn.Module) -> nn.Module:
-        bits = max(2, math.floor(bits_per_weight - 0.45))
-        mt.quantize_model(
-            model, bits, GROUP, method="optimal", target_bpw=bits_per_weight, calibration=calibration, progress=False
+        report = mt.quantize_model(
+            model, bits, GROUP, method=method, target_bytes=target_bytes, calibration=calibration, progress=False
         )
+        _tell(report.notes)
         return model
 
     return quantize
 
 
-def theirs(method: str, bits: int, data: np.ndarray, bits_per_weight: float) -> Callable[[nn.Module], nn.Module]:
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"    {note}", flush=True)
+
+
+def theirs(method: str, bits: int, data: np.ndarray, target: float = 0.0) -> Callable[[nn.Module], nn.Module]:
     """One of mlx-lm's methods, on the same tokens."""
 
     def quantize(model: nn.Module) -> nn.Module:
@@ -160,7 +185,7 @@ def theirs(method: str, bits: int, data: np.ndarray, bits_per_weight: float) -> 
         cpu = mx.default_device() == mx.Device(mx.cpu)
         if cpu:
             model.set_dtype(mx.float32)
-        done = _theirs(method, model, bits, mx.array(data[:, :-1]), data, bits_per_weight)
+        done = _theirs(method, model, bits, mx.array(data[:, :-1]), data, target)
         if cpu:
             done.set_dtype(mx.bfloat16)
         return done
@@ -168,9 +193,7 @@ def theirs(method: str, bits: int, data: np.ndarray, bits_per_weight: float) -> 
     return quantize
 
 
-def _theirs(
-    method: str, model: nn.Module, bits: int, inputs: mx.array, data: np.ndarray, bits_per_weight: float
-) -> nn.Module:
+def _theirs(method: str, model: nn.Module, bits: int, inputs: mx.array, data: np.ndarray, target: float) -> nn.Module:
     if method == "mlx-lm gptq":
         from mlx_lm.quant.gptq import gptq_quantize
 
@@ -204,14 +227,15 @@ def _theirs(
         return best[1]
     from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
 
-    low = bits
-    found = dict(estimate_sensitivities(model, inputs, low, GROUP, low + 1, GROUP))
-    threshold = estimate_threshold(model, found, bits_per_weight, low, GROUP, low + 1, GROUP)
+    # Two levels around the target, as its command line has them: 4 and 5 bits for 5 bits per weight.
+    low, high = math.ceil(target - 1.5), math.floor(target + 0.5)
+    found = dict(estimate_sensitivities(model, inputs, low, GROUP, high, GROUP))
+    threshold = estimate_threshold(model, found, target, low, GROUP, high, GROUP)
 
     def choose(path: str, module: nn.Module) -> Any:
         if not hasattr(module, "to_quantized"):
             return False
-        return {"bits": low + 1, "group_size": GROUP} if found[path] > threshold else True
+        return {"bits": high, "group_size": GROUP} if found[path] > threshold else True
 
     nn.quantize(model, GROUP, low, class_predicate=choose)
     return model
@@ -237,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the model and its token files")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2])
-    parser.add_argument("--bpw", type=float, nargs="*", default=[4.5, 3.5], help="targets of mixed precision")
+    parser.add_argument("--bpw", type=float, nargs="*", default=[5, 4.5, 4, 3.5], help="targets of mixed precision")
     parser.add_argument("--methods", nargs="+", default=["nearest", "optimal", "gptq", "dwq", "mixed"])
     parser.add_argument("--mlx-lm", action="store_true", help="mlx-lm's own methods, too (slow on a CPU)")
     parser.add_argument("--heldout-tokens", type=int, default=49152)
@@ -245,7 +269,7 @@ def main() -> None:
     parser.add_argument("--calibration-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="a few tokens, 4 and 2 bits: to see that it runs")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument("--json", type=Path, help="write the figures here, and go on from those that are there")
     options = parser.parse_args()
     if options.quick:
         options.bits, options.heldout_tokens, options.calibration_tokens = [4, 2], 2048, 4096
@@ -256,64 +280,111 @@ def main() -> None:
         options.calibration_length + 1,
     )  # fmt: skip
     calibration = [mx.array(data[i : i + options.batch_size]) for i in range(0, len(data), options.batch_size)]
-    rows: list[Row] = []
+    found = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     with OutputStore() as store:
         judge = Judge(options.model, mx.array(held), store)
         print(f"unquantized: perplexity {judge.perplexity:.4f} on {held.size:,} tokens", flush=True)
-        for method, asked, bits, quantize in _jobs(options, data, calibration):
-            mx.random.seed(0)
-            model = load(options.model)
-            start = time.perf_counter()
-            model = quantize(model)
-            mx.eval(model.parameters())
-            seconds = time.perf_counter() - start
-            size = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
-            count = sum(a.size for a in judge.own.values())
-            if method == "nearest":
-                check_nearest(model, load(options.model), bits)
-            row = Row(method, asked, 8 * size / count, size, seconds=seconds, **judge.measure(model))
-            base = next((r for r in rows if r.method == "nearest" and r.asked == asked), None)
-            row.ratio = row.mean_kl / base.mean_kl if base else (1.0 if method == "nearest" else math.nan)
-            rows.append(row)
-            print(
-                f"{row.asked:>8} {row.method:<14} {row.bits_per_weight:.3f} bpw  KL {row.mean_kl:.5f} "
-                f"({row.ratio:.3f})  perplexity {row.perplexity:.4f}  {row.seconds:.1f} s",
-                flush=True,
-            )
-            if options.json:
-                options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
-            del model
-            mx.clear_cache()
-    print(table(rows, held.size, data.size))
+        run = Run(options, judge, data, calibration, [Row(**row) for row in found])
+        for bits in options.bits:
+            run.uniform(bits)
+        for target in options.bpw:
+            run.mixed(target)
+    print(table(run.rows, held.size, data.size))
 
 
-def _jobs(options: argparse.Namespace, data: np.ndarray, calibration: list[mx.array]) -> Any:
-    for bits in options.bits:
-        for method in options.methods:
-            if method in ("gptq", "dwq", "nearest", "optimal") or method.startswith("optimal "):
-                yield method, f"{bits} bits", bits, ours(method, bits, calibration)
-        if options.mlx_lm:
-            for method in THEIRS[:3]:
-                if (method != "mlx-lm gptq" or bits in (2, 4, 8)) and bits < 8:
-                    yield method, f"{bits} bits", bits, theirs(method, bits, data, bits + 0.5)
-    for target in options.bpw:
-        if "mixed" in options.methods:
-            yield "mixed", f"{target} bpw", 0, mixed(target, calibration)
-        if options.mlx_lm:
-            low = math.floor(target - 0.5)
-            yield "mlx-lm dynamic", f"{target} bpw", low, theirs("mlx-lm dynamic", low, data, target)
+class Run:
+    """All that was asked for, one model after another."""
+
+    def __init__(
+        self, options: argparse.Namespace, judge: Judge, data: np.ndarray, calibration: list[mx.array], rows: list[Row]
+    ) -> None:
+        self.options, self.judge, self.data, self.calibration, self.rows = options, judge, data, calibration, rows
+        self.parameters = sum(a.size for a in judge.own.values())
+
+    def uniform(self, bits: int) -> None:
+        """Every method at the same bits everywhere."""
+        asked, after_gptq = f"{bits} bits", None
+        for method in self.options.methods:
+            if method == "dwq" and after_gptq is not None:  # it starts from there, so that need not be done again
+                model, seconds = after_gptq
+                more = functools.partial(dwq_after_gptq, self.options.model, calibration=self.calibration)
+                self.measure(method, asked, more, model, seconds)
+            elif method != "mixed":
+                done = self.measure(method, asked, ours(method, bits, self.calibration))
+                after_gptq = done if method == "gptq" else after_gptq
+        if self.options.mlx_lm and bits < 8:
+            for method in THEIRS:
+                if method != "mlx-lm gptq" or bits in (2, 4):
+                    self.measure(method, asked, theirs(method, bits, self.data))
+
+    def mixed(self, target: float) -> None:
+        """Formats chosen layer by layer; beside mlx-lm's choice, in no more bytes than that took."""
+        asked, size = f"{target:g} bpw", int(target * self.parameters / 8)
+        if self.options.mlx_lm:
+            self.measure("mlx-lm dynamic", asked, theirs("mlx-lm dynamic", 0, self.data, target))
+            size = min(size, next(r.size_bytes for r in self.rows if (r.method, r.asked) == ("mlx-lm dynamic", asked)))
+        if "mixed" in self.options.methods:
+            for method in ("optimal", "gptq"):
+                make = mixed(method, size, max(2, math.floor(target - 0.5)), self.calibration)
+                self.measure(f"mixed {method}", asked, make)
+
+    def measure(
+        self,
+        method: str,
+        asked: str,
+        quantize: Callable[[nn.Module], nn.Module],
+        model: nn.Module | None = None,
+        seconds: float = 0.0,
+    ) -> tuple[nn.Module, float] | None:
+        """One row, unless it is there; the quantized model and the seconds that it took."""
+        if any((row.method, row.asked) == (method, asked) for row in self.rows):
+            return None
+        mx.random.seed(0)
+        model = load(self.options.model) if model is None else model
+        start = time.perf_counter()
+        model = quantize(model)
+        mx.eval(model.parameters())
+        seconds += time.perf_counter() - start
+        size = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+        if method == "nearest":
+            check_nearest(model, load(self.options.model), int(asked.split()[0]))
+        figures, by_window = self.judge.measure(model)
+        row = Row(
+            method, asked, 8 * size / self.parameters, size, seconds=seconds, windows=by_window.tolist(), **figures
+        )
+        # A mixed model is compared with the uniform one of the same size, if there is one.
+        base = [r for r in [*self.rows, row] if r.method == "nearest" and abs(r.size_bytes - size) < 0.01 * size]
+        if base:
+            row.ratio, row.ratio_error = ratio(by_window, np.array(base[0].windows))
+        self.rows.append(row)
+        print(
+            f"{row.asked:>8} {row.method:<14} {row.bits_per_weight:.3f} bpw  KL {row.mean_kl:.5f} "
+            f"({row.ratio:.3f} ± {row.ratio_error:.3f})  perplexity {row.perplexity:.4f}  {row.seconds:.1f} s",
+            flush=True,
+        )
+        if self.options.json:
+            self.options.json.write_text(json.dumps([asdict(r) for r in self.rows], indent=1))
+        mx.clear_cache()
+        return model, seconds
 
 
 def table(rows: list[Row], heldout: int, learned: int) -> str:
     """All figures."""
     lines = [
         (
-            row.asked, row.method, f"{row.bits_per_weight:.3f}", mt.format_bytes(row.size_bytes),
-            f"{row.mean_kl:.5f} ± {row.standard_error:.5f}", f"{row.ratio:.3f}" if row.ratio == row.ratio else "",
-            f"{row.p99_kl:.4f}", f"{row.perplexity:.4f}", f"{100 * row.same_top:.1f} %", f"{row.seconds:.1f}",
+            row.asked,
+            row.method,
+            f"{row.bits_per_weight:.3f}",
+            mt.format_bytes(row.size_bytes),
+            f"{row.mean_kl:.5f} ± {row.standard_error:.5f}",
+            f"{row.ratio:.3f} ± {row.ratio_error:.3f}" if row.ratio == row.ratio else "",
+            f"{row.p99_kl:.4f}",
+            f"{row.perplexity:.4f}",
+            f"{100 * row.same_top:.1f} %",
+            f"{row.seconds:.1f}",
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     columns = ("asked", "method", "bits/weight", "size", "mean KL", "ratio", "p99 KL", "perplexity", "same top", "s")
     return render_table(
         columns,
