@@ -107,6 +107,58 @@ def lfm2() -> nn.Module:
     return model
 
 
+#: What an architecture needs beside the sizes of a toy.
+FAMILIES: dict[str, dict[str, object]] = {
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "rope_scaling": None},
+    "deepseek_v3": {
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 64,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    },
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    },
+    "phi": {"num_key_value_heads": 2},
+    "mamba2": {
+        "num_heads": 4,
+        "intermediate_size": 128,
+        "state_size": 16,
+        "conv_kernel": 4,
+        "n_groups": 1,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "layer_norm_epsilon": 1e-5,
+        "time_step_limit": (0.0, 100.0),
+        "time_step_rank": "auto",
+    },
+}
+
+
+def family(name: str) -> nn.Module:
+    """Experts, biases, latent attention, state spaces: one small model of an architecture, in bfloat16."""
+    import importlib
+
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(7)
+    sizes = {**_LLAMA, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": False}
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(sizes | {"model_type": name} | FAMILIES[name]))
+    model.set_dtype(mx.bfloat16)
+    mx.eval(model.parameters())
+    return model
+
+
 class Vision(nn.Module):
     """A convolution, an odd width, a bias and a small head."""
 

@@ -22,7 +22,7 @@ FORMATS: dict[str, dict[str, Any]] = {
         "bits": 4,
         "overrides": {"*.v_proj": {"bits": 6, "group_size": 32}, "*.o_proj": {"mode": "mxfp8"}, "*.0.*.up_proj": False},
     },
-    "to a size": {"target_bpw": 4.2},
+    "to a size": {"target_bpw": 4.2, "method": "nearest"},
     "mxfp4": {"mode": "mxfp4"},
     "mxfp8": {"mode": "mxfp8"},
     "nvfp4": {"mode": "nvfp4"},
@@ -60,6 +60,21 @@ def test_other_families(make, tmp_path: Path) -> None:
     mt.quantize_model(model, 4, 64, method="nearest", progress=False)
     loaded = save_and_load(model, tmp_path)
     assert toys.same_arrays(toys.arrays_of(model), toys.arrays_of(loaded))
+
+
+@pytest.mark.parametrize("name", toys.FAMILIES)
+def test_experts_biases_latent_attention_and_state_spaces(name: str, tmp_path: Path) -> None:
+    model = toys.family(name)
+    batches = [toys.tokens(seed=3)]
+    plan = mt.plan_quantization(model, 4, 32)
+    report = mt.quantize_model(model, 4, 32, evaluation=batches, progress=False)
+    assert plan.size_after_bytes == report.size_after_bytes == sum(a.nbytes for a in toys.arrays_of(model).values())
+    assert 0 < report.accuracy.mean_kl < 0.1
+    assert report.accuracy.non_finite == 0
+    loaded = save_and_load(model, tmp_path)
+    assert toys.same_arrays(toys.arrays_of(model), toys.arrays_of(loaded))
+    found = perplexity(loaded, read_batches(batches, "evaluation"))
+    assert found == pytest.approx(report.accuracy.perplexity_after, rel=1e-5)
 
 
 def test_several_files(tmp_path: Path, monkeypatch) -> None:
