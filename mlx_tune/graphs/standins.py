@@ -66,6 +66,11 @@ def attention(
     return traced_checkpoint(pure, [q, k, v])[0]
 
 
+def unfused(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """An operation of `mx.fast` as the CPU has it, where it is made of others: the same arrays, and some in between."""
+    return original(*args, **kwargs | {"stream": mx.cpu})
+
+
 def contiguous(_: Callable[..., Any], a: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     """A view where the array lies in a row, else a copy, as reshapes make them."""
     return a.reshape(-1).reshape(a.shape)
@@ -78,6 +83,10 @@ STAND_INS: dict[str, StandIn] = {
     "CrossEntropyVJP": StandIn(mx.fast, "cross_entropy", cross_entropy, "log-sum-exp minus the target's score"),
     "ScaledDotProductAttentionVJP": StandIn(
         mx.fast, "scaled_dot_product_attention", attention, "attention whose gradients are one array each"
+    ),
+    **dict.fromkeys(
+        ("GatedDeltaUpdate", "GatedDeltaUpdateVJP"),
+        StandIn(mx.fast, "gated_delta_update", unfused, "made of single operations, as on a CPU, which hold more"),
     ),
     "Contiguous": StandIn(mx, "contiguous", contiguous, "two reshapes, which copy where it would"),
 }

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import pytest
 
+import mlx_tune.graphs.interception as interception
 from mlx_tune.errors import TraceError
 from mlx_tune.graphs import ArraySpec, estimate_memory
 from mlx_tune.graphs.interception import Interception, intercepted
 from mlx_tune.graphs.recomputation import tracing
 from mlx_tune.graphs.standins import STAND_INS
+from mlx_tune.timing import arrays_of
 
 EXPERTS, WIDTH, HIDDEN = 4, 32, 48
 
@@ -82,6 +88,110 @@ def test_fused_cross_entropy_of_a_gpu_costs_one_array_of_the_logits_size() -> No
 
     estimate = estimate_memory(step, ArraySpec((128, 4096), mx.float32), ArraySpec((128,), mx.int32))
     assert estimate.floor_bytes == pytest.approx(2 * 128 * 4096 * 4, rel=0.01)
+
+
+class Refusing:
+    """MLX's exporter as on a GPU: it refuses steps that call some operations, until those have stand-ins."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **refused: str) -> None:
+        self.export = mx.export_function
+        self.attempts = 0
+        self.called: set[str] = set()
+        self.refused = refused
+        for name in refused:
+            monkeypatch.setattr(mx.fast, name, self.watched(name, getattr(mx.fast, name)))
+        monkeypatch.setattr(mx, "export_function", self.export_function)
+
+    def watched(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.called.add(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    def export_function(self, *args: Any) -> None:
+        self.attempts += 1
+        self.called.clear()
+        self.export(*args)
+        for name, primitive in self.refused.items():
+            if name in self.called and name not in interception._current().stand_ins:
+                raise ValueError(f"[export_function] Unable to get state for primitive {primitive}")
+
+
+def trained_attention(fused: bool) -> tuple[nn.Module, optim.Optimizer, Callable[[mx.array], mx.array]]:
+    """One layer of attention with a loss over a vocabulary, and its step."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project, self.head = nn.Linear(32, 3 * 32), nn.Linear(32, 2048)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            q, k, v = (y.reshape(2, 128, 4, 8).swapaxes(1, 2) for y in mx.split(self.project(x), 3, axis=-1))
+            y = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask="causal")
+            return self.head(y.swapaxes(1, 2).reshape(2, 128, 32))
+
+    model, optimizer = Attention(), optim.Adam(1e-3)
+    optimizer.init(model.trainable_parameters())
+    mx.eval(model.parameters(), optimizer.state)
+
+    def loss(model: nn.Module, x: mx.array) -> mx.array:
+        logits, targets = model(x), mx.zeros((2, 128), mx.int32)
+        return (
+            mx.fast.cross_entropy(logits, targets).mean() if fused else nn.losses.cross_entropy(logits, targets).mean()
+        )
+
+    def step(x: mx.array) -> mx.array:
+        value, gradients = nn.value_and_grad(model, loss)(model, x)
+        optimizer.update(model, gradients)
+        return value
+
+    return model, optimizer, step
+
+
+def test_what_a_gpu_refuses_is_traced_anew_with_stand_ins_that_hold_no_more_than_they_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = ArraySpec((2, 128, 32), mx.float32)
+    model, optimizer, step = trained_attention(fused=False)
+    unfused = estimate_memory(step, x, state=(model, optimizer))
+    model, optimizer, step = trained_attention(fused=True)
+    before = [a.tolist() for a in arrays_of((model, optimizer))]
+    refusing = Refusing(
+        monkeypatch, cross_entropy="CrossEntropy", scaled_dot_product_attention="ScaledDotProductAttentionVJP"
+    )
+    estimate = estimate_memory(step, x, state=(model, optimizer))
+    assert refusing.attempts == 3  # one for each operation, and the one that went through
+    assert set(estimate.stand_ins) == {"cross_entropy", "scaled_dot_product_attention"}
+    assert "Stand-in for scaled_dot_product_attention" in str(estimate)
+    assert estimate.unknown_operations == {}
+    assert [a.tolist() for a in arrays_of((model, optimizer))] == before
+    # The fused loss saves arrays of the logits' size, fused attention those of the scores' size.
+    logits, scores = 2 * 128 * 2048 * 4, 2 * 4 * 128 * 128 * 4
+    assert unfused.floor_bytes - estimate.floor_bytes > logits
+    assert estimate.floor_bytes > estimate.start_bytes + 2 * logits
+    shapes = [owner.shape for owner in estimate.peak_owners]
+    assert not any(len(shape) > 3 and shape[-2:] == (128, 128) for shape in shapes), scores
+
+
+def test_a_refusal_that_a_stand_in_does_not_help_is_the_user_s_to_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    Refusing(monkeypatch, cross_entropy="SomethingNew")
+    model, optimizer, step = trained_attention(fused=True)
+    with pytest.raises(TraceError, match=r"operation SomethingNew, which MLX cannot describe.*autobatch\(\)"):
+        estimate_memory(step, ArraySpec((2, 128, 32), mx.float32), state=(model, optimizer))
+
+
+def test_gated_delta_is_made_of_single_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, v, gates = (ArraySpec(shape, mx.float32) for shape in ((1, 64, 2, 32), (1, 64, 2, 32), (1, 64, 2)))
+
+    def step(*args: mx.array) -> mx.array:
+        return mx.grad(lambda q, *args: mx.fast.gated_delta_update(q, *args)[0].sum())(*args)
+
+    plain = estimate_memory(step, q, q, v, gates, gates)
+    Refusing(monkeypatch, gated_delta_update="GatedDeltaUpdateVJP")
+    estimate = estimate_memory(step, q, q, v, gates, gates)
+    assert "gated_delta_update" in estimate.stand_ins
+    assert estimate.floor_bytes == plain.floor_bytes
 
 
 def test_a_stand_in_is_used_only_where_it_was_asked_for() -> None:
