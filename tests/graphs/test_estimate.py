@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,32 @@ def test_a_step_that_evaluates_is_told_where(step: Callable[[mx.array], Any], li
 def test_a_step_that_returns_no_array_is_refused(result: object) -> None:
     with pytest.raises(TraceError, match="in which there is no array"):
         estimate_memory(lambda x: result, mx.ones((4,)))
+
+
+@dataclass
+class Outcome:
+    loss: mx.array
+
+
+async def awaited(x: mx.array) -> mx.array:
+    return x.sum()
+
+
+def yielding(x: mx.array) -> Iterator[mx.array]:
+    yield x.sum()
+
+
+@pytest.mark.parametrize(
+    ("step", "what"),
+    [
+        (lambda x: Outcome(x.sum()), r"returned a Outcome, .* lists, tuples and dictionaries"),
+        (awaited, "returned a coroutine: calling it runs nothing"),
+        (yielding, "returned a generator: calling it runs nothing"),
+    ],
+)
+def test_what_hides_its_arrays_is_said_without_evaluating_them(step: Callable[[mx.array], Any], what: str) -> None:
+    with pytest.raises(TraceError, match=what):
+        estimate_memory(step, mx.ones((4,)))
 
 
 def test_arrays_left_in_a_list_are_found_and_removed() -> None:
