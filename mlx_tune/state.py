@@ -11,17 +11,16 @@ import copy
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
-import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlx_tune.devices import scratch_folder
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
+from mlx_tune.interrupts import uninterrupted
 from mlx_tune.units import format_bytes
 
 
@@ -69,10 +68,13 @@ class Snapshot:
         for container in _containers(state):
             self._saved.append(_shallow(container, spilled_ids, to_disk))
         if to_disk:
-            try:
-                self._file = _spill(to_disk, folder)
-            finally:
-                to_disk.clear()  # whatever still refers to this dictionary must not hold the arrays
+            with uninterrupted():
+                try:
+                    self._file = _spill(to_disk, folder)
+                finally:
+                    to_disk.clear()  # whatever still refers to this dictionary must not hold the arrays
+                # An interrupt may come before anybody holds this snapshot.
+                weakref.finalize(self, self._file.unlink, missing_ok=True)
 
     def restore(self) -> None:
         """Put everything back. May be called again after further changes.
@@ -105,11 +107,12 @@ class Snapshot:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore, then let go."""
-        try:
-            self.restore()
-        finally:
-            self.discard()
+        """Restore, then let go. A Ctrl-C waits until that is done."""
+        with uninterrupted():
+            try:
+                self.restore()
+            finally:
+                self.discard()
 
     def _open(self) -> dict[str, Any]:
         """The spilled arrays, not read yet; raises before anything is touched if the file is gone."""
@@ -119,22 +122,6 @@ class Snapshot:
 
         arrays: dict[str, Any] = mx.load(str(self._file))  # type: ignore[assignment]
         return arrays
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back while the block runs; only the main thread receives one, elsewhere this does nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *received: waiting.append(received))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if waiting and callable(before):
-        before(*waiting[0])
 
 
 class _RandomStreams:
@@ -340,5 +327,9 @@ def _spill(arrays: dict[str, Any], folder: str | os.PathLike[str] | None) -> Pat
         )
     handle, name = tempfile.mkstemp(prefix="mlx_tune-", suffix=".safetensors", dir=place)
     os.close(handle)
-    mx.save_safetensors(name, arrays)
+    try:
+        mx.save_safetensors(name, arrays)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
     return Path(name)

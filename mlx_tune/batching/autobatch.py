@@ -20,6 +20,7 @@ from mlx_tune.batching.refusals import too_large, used_up
 from mlx_tune.batching.result import AutobatchResult, Trial
 from mlx_tune.batching.session import Session
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import MemoryBudget, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
@@ -130,7 +131,7 @@ def autobatch(
             assert step is not None
             assert make_batch is not None
             ranks.agree(lambda: used_up(allowed, state))
-            with quick_collections(), ranks.agree(lambda: Snapshot(state, spill=True)) as before:
+            with uninterrupted(), quick_collections(), ranks.agree(lambda: Snapshot(state, spill=True)) as before:
                 probe = Probe(step, make_batch, state, int(allowed), restore=before.restore)
                 session = Session(_through(probe, note, ranks), sizes, int(allowed), steps, bar)
                 estimate = floor_of(step, make_batch, state)

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_tune.batching.limits import held
 from mlx_tune.batching.probe import MakeBatch, Step, arrays_in
 from mlx_tune.errors import TrialError
+from mlx_tune.interrupts import interruptible
 
 #: Losses of the same rows may differ by this share: sums are taken in another order, and half precision rounds.
 _SAME = 0.02
@@ -69,7 +70,7 @@ def _loss(
         mx.eval(mx.random.uniform())
     for module, mode in zip(training, modes, strict=True):
         module._training = mode  # restoring puts the training flag back, too
-    with held(limit_bytes, None):
+    with held(limit_bytes, None), interruptible():
         out = step(batch)
         mx.eval(arrays_in(out), arrays_in(state))
     return float(arrays_in(out)[0].astype(mx.float32).mean().item())

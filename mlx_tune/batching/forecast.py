@@ -57,8 +57,8 @@ class Forecast:
             reach = bisect_right(sizes, _STRIDE * largest) - 1
             goal = bisect_right(sizes, budget_bytes, hi=reach + 1, key=self) - 1 if len(self.knots) > 1 else reach
             self.look(sizes[max(goal, position + 1)])
-            if len(self.knots) > 2 and len({self.knots[n] for n in sorted(self.knots)[-3:]}) == 1:
-                return  # even the batch has stopped growing: make_batch has no more rows, as a trial will find out
+            if self.flat:
+                return
 
     @classmethod
     def of_knots(cls, knots: dict[int, int]) -> Forecast:
@@ -84,6 +84,11 @@ class Forecast:
             return False
         self.knots[size] = self._estimate(size)
         return True
+
+    @property
+    def flat(self) -> bool:
+        """Whether the largest knots are all the same, so that not even the batch grows any more."""
+        return len(self.knots) > 2 and len({self.knots[n] for n in sorted(self.knots)[-3:]}) == 1
 
     @property
     def _straight(self) -> bool:

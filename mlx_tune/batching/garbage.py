@@ -20,8 +20,8 @@ def quick_collections() -> Iterator[None]:
         yield
         return
     gc.collect()
-    gc.freeze()
     try:
+        gc.freeze()
         yield
     finally:
         gc.unfreeze()

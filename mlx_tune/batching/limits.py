@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import memory_limit
 
 
@@ -26,8 +27,19 @@ def held(limit_bytes: int, cache_limit_bytes: int | None) -> Iterator[None]:
         if cache_limit_bytes is None:
             yield
             return
-        before = mx.set_cache_limit(cache_limit_bytes)
+        with uninterrupted():
+            before = cache_limit()
         try:
+            mx.set_cache_limit(cache_limit_bytes)
             yield
         finally:
             mx.set_cache_limit(before)
+
+
+def cache_limit() -> int:
+    """The cache limit in force; MLX only tells it to whoever sets it."""
+    import mlx.core as mx
+
+    limit = mx.set_cache_limit(0)
+    mx.set_cache_limit(limit)
+    return limit

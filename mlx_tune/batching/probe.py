@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_tune import devices
-from mlx_tune.batching.limits import held
+from mlx_tune.batching.limits import cache_limit, held
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.throttle import HOLDING, SHARES, Throttle
 from mlx_tune.errors import MlxTuneError, TrialError
+from mlx_tune.interrupts import interruptible
 from mlx_tune.memory import track_memory
 from mlx_tune.units import format_bytes
 
@@ -29,6 +30,10 @@ _HOPELESS = 1.2
 _SPREAD = 1.02
 #: Trials below this share of the budget cost little enough to look at how peaks follow the memory limit.
 _SMALL = 0.25
+#: How far the peaks of other sizes may lie above what one reading said of a share.
+_MARGIN = 1.1
+#: Shares to fall back to from one under which a step went above the budget.
+_LOWER = (HOLDING, 0.6, 0.0)
 #: Swap that grows by more than this share of the budget says that the machine no longer copes; less than so many bytes
 #: says nothing, as every process of the machine may have caused it.
 _SWAP_SHARE, _SWAP_BYTES = 0.02, 64 << 20
@@ -67,6 +72,7 @@ class Probe:
     unit: str = "rows"
     _warm: bool = False
     _shapes: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    _rows: set[tuple[int, int]] = field(default_factory=set)  # axes that were as long as the size, every time
 
     def warm(self, size: int) -> bool:
         """Take the first step of all, with dispatch held back; whether that made the optimizer's state."""
@@ -166,10 +172,12 @@ class Probe:
         Held to the floor they are slow, so they are only where the next higher share is known to need more. Where
         single peaks scatter, those at the floor do as well.
         """
-        room /= self.throttle.spread  # the one reading at a share may have been a low one
         if failed is None:
-            return max(self.throttle.share_within(room), self.throttle.holding_share)
-        return min(self.throttle.holding_share, self.throttle.share_within(room, below=failed))
+            # The one reading at a share may have been a low one, and of a step whose peak was another operation's.
+            sure = self.throttle.share_within(room / (_MARGIN * self.throttle.spread))
+            return max(sure, self.throttle.holding_share)
+        lower = [share for share in _LOWER if share < failed and self.throttle.worst.get(share, 0.0) <= room]
+        return max(lower, default=0.0)
 
     def _steps(self, trial: Trial, batch: Any, steps: int, taken: list[_Reading]) -> Trial:
         """Take real steps under the trial's limit, those taken already included, until one is above the budget."""
@@ -242,14 +250,15 @@ class Probe:
         """The cache limit with which arrays of `held_bytes` and cached buffers stay within the budget together."""
         if devices.backend() != "cpu":
             return None  # the memory limit releases cached buffers itself
-        return max(0, min(_default_cache_limit(), self.budget_bytes - held_bytes))
+        return max(0, min(cache_limit(), self.budget_bytes - held_bytes))
 
     def _batch(self, size: int) -> Any:
         """Make a batch, and see that its shapes depend on the size that was asked for."""
         import mlx.core as mx
 
-        batch = self.make_batch(size)
-        mx.eval(arrays_in(batch))
+        with interruptible():
+            batch = self.make_batch(size)
+            mx.eval(arrays_in(batch))
         shapes = tuple(tuple(array.shape) for array in arrays_in(batch))
         known = self._shapes.setdefault(shapes, size)
         if shapes and known != size:
@@ -258,26 +267,35 @@ class Probe:
                 f"{', '.join(str(list(shape)) for shape in shapes)}: make_batch must return as many rows as it is "
                 f"asked for. If the data set holds no more than {known} rows, pass max_batch={known}."
             )
+        rows = {(i, axis) for i, shape in enumerate(shapes) for axis, n in enumerate(shape) if n == size}
+        if self._rows and not self._rows & rows:
+            i, axis = min(self._rows)
+            given = shapes[i][axis] if i < len(shapes) and axis < len(shapes[i]) else None
+            raise TrialError(
+                f"make_batch({size}) returned {given} rows, where smaller batches had as many as they were asked for. "
+                f"If the data set holds no more than {given} rows, pass max_batch={given}."
+            )
+        self._rows = rows if not self._rows else self._rows & rows
         return batch
 
-    def _run(self, batch: Any, limit: int, trial: Trial, cache_limit: int | None = None) -> _Reading:
+    def _run(self, batch: Any, limit: int, trial: Trial, cache: int | None = None) -> _Reading:
         """Take one step under a limit and read the counters; see that it computed a loss."""
-        reading = self._step_once(batch, limit, trial.batch_size, cache_limit)
+        reading = self._step_once(batch, limit, trial.batch_size, cache)
         if _fault(reading.loss) is not None and self.restore is not None:
             # Many steps on the same rows may have driven the loss to zero, or off: look again from where it began.
             self.restore()
-            reading = self._step_once(batch, limit, trial.batch_size, cache_limit)
+            reading = self._step_once(batch, limit, trial.batch_size, cache)
         fault = _fault(reading.loss)
         if fault is not None:
             raise TrialError(fault.format(size=trial.batch_size))
         return reading
 
-    def _step_once(self, batch: Any, limit: int, size: int, cache_limit: int | None) -> _Reading:
+    def _step_once(self, batch: Any, limit: int, size: int, cache: int | None) -> _Reading:
         import mlx.core as mx
 
         gc.collect()
         before = mx.get_active_memory()
-        with held(limit, cache_limit), track_memory() as memory:
+        with held(limit, cache), track_memory() as memory, interruptible():
             out = self.step(batch)
             mx.eval(arrays_in(out), arrays_in(self.state))
             mx.synchronize()
@@ -346,15 +364,6 @@ def count_items(batch: Any, size: int) -> tuple[int, str]:
     if arrays and arrays[0].ndim == 2 and mx.issubdtype(arrays[0].dtype, mx.integer):
         return int(arrays[0].size), "tokens"
     return size, "rows"
-
-
-def _default_cache_limit() -> int:
-    """The cache limit in force; MLX only tells it to whoever sets it."""
-    import mlx.core as mx
-
-    limit = mx.set_cache_limit(0)
-    mx.set_cache_limit(limit)
-    return limit
 
 
 def _described(out: Any) -> str:

@@ -30,10 +30,12 @@ class Measured:
     Attributes:
         fits: Whether the size fits the budget.
         bytes: The peak, or None where the trial died before it could be read.
+        base_bytes: The part of it that was there before and does not grow with the size, where that is known.
     """
 
     fits: bool
     bytes: int | None
+    base_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def search(
         curve.compare(size, measured.bytes)
         if measured.fits:
             curve.add(size, measured.bytes)
+            curve.base = measured.base_bytes
             crept = position - low == 1 and position > 1  # the first step of one is how the slope is learned
             slow = 2 * (high - position) > width and high < len(sizes)
             stalled = stalled + 1 if crept or slow else 0
@@ -133,6 +136,7 @@ class _Curve:
     fitting: list[tuple[int, int]] = field(default_factory=list)  # size and peak, ascending
     above: dict[int, int] = field(default_factory=dict)
     scatter: float = 0.0  # how far peaks were from what three points foretold
+    base: int | None = None  # what was held before the largest size that fits, where that is known
 
     def add(self, size: int, peak: int | None) -> None:
         """Note the peak of a size that fits. Sizes come in ascending order: only larger ones are still of interest."""
@@ -221,6 +225,25 @@ class _Curve:
         if peak is not None and len(self.fitting) + len(self.above) >= 3 and self.shaped:
             self.scatter = max(self.scatter, abs(peak - self._foreseen(size)))
 
+    @property
+    def hidden(self) -> bool:
+        """Whether something steeper than the points show may lie below them, as far as that can be told.
+
+        Whatever grows with the size grows no faster than the size itself, so its slope is at most what the last size
+        added, by its size. Where the points rise much less than that, something else makes the peak, such as the
+        optimizer's update, and what the size takes is yet to be seen.
+        """
+        if self.base is None or self.shaped:
+            return False
+        size, peak = self.fitting[-1]
+        return self.least_slope < (peak - self.base) / size / 2
+
+    @property
+    def farthest(self) -> float:
+        """How many times the last size a leap may go, while no line is established."""
+        added = 0 if self.base is None else self.fitting[-1][1] - self.base
+        return _LEAP if added <= 0 else min(_LEAP, (self.budget - (self.base or 0)) / added)
+
     def least(self, size: int) -> float:
         """The least that a larger size is expected to need room for.
 
@@ -259,6 +282,9 @@ def _next_position(curve: _Curve, sizes: Sequence[int], low: int, high: int, sta
         return None
     if stalled >= 2:  # neither the line nor the bracket has helped twice over: halve, or double where nothing failed
         halfway = (low + high) // 2 if high < len(sizes) else low + 2 ** (stalled - 1)
+        if curve.hidden:
+            farthest = sizes[low] * curve.farthest
+            halfway = min(halfway, _last(lambda i: sizes[i] <= farthest, low, high))
         return min(max(halfway, low + 1), allowed)
     if high < len(sizes) and curve.shaped:
         return allowed
@@ -290,13 +316,12 @@ def _leap(curve: _Curve, sizes: Sequence[int], low: int, high: int) -> int:
         return _last(lambda i: peak + slope * (curve.x(sizes[i]) - curve.x(size)) <= goal, low, high)
 
     target = reach(curve.budget)
-    if curve.sure or (len(curve.fitting) >= 3 and curve.straight):
-        return max(target, low + 1)
-    if len(curve.fitting) >= 2 and target > low and 0 < curve.x(sizes[target]) - curve.x(size) <= span:
-        return max(target, low + 1)
-    target = reach(peak + (curve.budget - peak) / 2)  # on little knowledge, half of what is left
-    if not curve.shaped:
-        target = min(target, _last(lambda i: sizes[i] <= _LEAP * size, low, high))
+    straight = len(curve.fitting) >= 3 and curve.straight
+    near = len(curve.fitting) >= 2 and target > low and 0 < curve.x(sizes[target]) - curve.x(size) <= span
+    if not (curve.sure or straight or near):
+        target = reach(peak + (curve.budget - peak) / 2)  # on little knowledge, half of what is left
+    if not curve.shaped and (curve.hidden or not (straight or near)):
+        target = min(target, _last(lambda i: sizes[i] <= curve.farthest * size, low, high))
     return max(target, low + 1)
 
 

@@ -10,7 +10,7 @@ from mlx_tune.batching.forecast import Forecast, read_ahead
 from mlx_tune.batching.journal import Runner
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.search import Found, Measured, search
-from mlx_tune.errors import TraceError
+from mlx_tune.errors import TraceError, TrialError
 from mlx_tune.progress import Bar
 from mlx_tune.units import format_bytes, format_percent
 
@@ -65,6 +65,9 @@ class Session:
 
         Args:
             read: Reads the graph; raises `TraceError` where it cannot.
+
+        Raises:
+            TrialError: However many rows are asked for, the step needs the same.
         """
         self.bar.update(text="reading the step's graph")
         try:
@@ -77,6 +80,12 @@ class Session:
         if floor > self.budget_bytes:
             self._keep([Trial(smallest, round(floor), limit_bytes=self.budget_bytes, reason="predicted, not tried")])
             return
+        if forecast.flat:
+            same = [f"make_batch({size})" for size in sorted(forecast.knots)[-3:]]
+            raise TrialError(
+                f"Steps with {same[0]}, {same[1]} and {same[2]} need exactly the same memory: make_batch must return "
+                f"as many rows as it is asked for. If the data set holds no more, pass max_batch= how many it holds."
+            )
         self.forecast = forecast
         goal = floor + _FIRST * (self.budget_bytes - floor)
         fitting = bisect_right(self.sizes, float(self.budget_bytes), key=forecast) - 1
@@ -121,7 +130,12 @@ class Session:
             return answer
         if free.batch_size == answer:
             return answer
-        size = self._bisect_rate(free.batch_size, answer, self._rate(free.batch_size) / (1 + slowdown))
+        least = self._rate(free.batch_size) / (1 + slowdown)
+
+        def fast(size: int) -> bool:
+            return self._rate(size) >= least or self.known[size].ran_free  # which no timing can deny
+
+        size = self._largest_fast(free.batch_size, answer, fast)
         if size < answer:
             self.notes.append(
                 f"largest batch at any speed: {answer}; the answer is the largest within "
@@ -179,16 +193,16 @@ class Session:
             self.notes.append(f"largest batch that fits: {answer}; the answer is the smallest that is as fast")
         return size
 
-    def _bisect_rate(self, low: int, high: int, least: float) -> int:
-        """The largest size up to `high` with at least a rate, `low` being known to have it."""
-        if low >= high or self._rate(high) >= least:
+    def _largest_fast(self, low: int, high: int, fast: Callable[[int], bool]) -> int:
+        """The largest size up to `high` that is fast, as `low` is known to be."""
+        if fast(high):
             return high
         bottom, top = bisect_right(self.sizes, low) - 1, bisect_right(self.sizes, high) - 1
         for _ in range(_SPEED_TRIALS):
             if top - bottom <= 1:
                 break
             middle = (bottom + top) // 2
-            bottom, top = (middle, top) if self._rate(self.sizes[middle]) >= least else (bottom, middle)
+            bottom, top = (middle, top) if fast(self.sizes[middle]) else (bottom, middle)
         return self.sizes[bottom]
 
     def _rate(self, size: int) -> float:
@@ -205,7 +219,7 @@ class Session:
             trial = self._try(size, predicted, self.steps if self._may_be_last(size, predicted) else 1)
         # What fits under some limit is known by what it needs held back; what does not, by how far its steps went.
         needed = [trial.held_bytes] if trial.fits else [trial.held_bytes, trial.peak_bytes]
-        return Measured(trial.fits, max((n for n in needed if n is not None), default=None))
+        return Measured(trial.fits, max((n for n in needed if n is not None), default=None), trial.base_bytes)
 
     def _may_be_last(self, size: int, predicted: int | None) -> bool:
         """Whether a size may turn out to be the answer, so that all its steps had better be taken at once."""

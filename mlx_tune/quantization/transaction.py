@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.devices import in_memory, scratch_folder
+from mlx_tune.interrupts import uninterrupted
 from mlx_tune.quantization.lazy import is_unevaluated
 from mlx_tune.quantization.sites import module_at, own_arrays, put_module, walk
-from mlx_tune.state import uninterrupted
 from mlx_tune.units import format_bytes
 
 _open: ContextVar[tuple[Transaction, ...]] = ContextVar("open_transactions", default=())

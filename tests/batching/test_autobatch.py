@@ -2,6 +2,7 @@
 
 import gc
 import re
+import signal
 import weakref
 
 import mlx.core as mx
@@ -96,6 +97,42 @@ def test_everything_is_as_it_was_after_an_exception_in_any_trial(error, at):
         autobatch(failing, make_batch, budget="10MB", max_batch=4, state=state, **OPTIONS)
     assert len(calls) == at
     assert bits(state) == before
+
+
+@pytest.mark.parametrize("moment", ["in a step", "in make_batch", "between steps", "while limits are set"])
+def test_ctrl_c_at_any_moment_leaves_everything_as_it_was(moment, monkeypatch, tmp_path):
+    """A real signal, not an exception: it may come between any two lines."""
+    step, make_batch, state = small_steps.build(dropout=0.3)
+    mx.eval(step(make_batch(1)), state[0].state, state[1].state)
+    before = bits(state)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    calls = []
+
+    def interrupting(function):
+        def called(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                signal.raise_signal(signal.SIGINT)
+            return function(*args)
+
+        return called
+
+    if moment == "in a step":
+        step = interrupting(step)
+    elif moment == "in make_batch":
+        make_batch = interrupting(make_batch)
+    elif moment == "between steps":
+        monkeypatch.setattr(gc, "collect", interrupting(gc.collect))
+    else:
+        monkeypatch.setattr(mx, "set_cache_limit", interrupting(mx.set_cache_limit))
+    with pytest.raises(KeyboardInterrupt):
+        autobatch(step, make_batch, budget="10MB", max_batch=4, state=state, **OPTIONS)
+    monkeypatch.undo()
+    assert len(calls) >= 3
+    assert bits(state) == before
+    assert list(tmp_path.iterdir()) == []
+    assert gc.get_freeze_count() == 0
 
 
 def test_garbage_is_collected_and_objects_that_the_program_froze_stay_frozen():

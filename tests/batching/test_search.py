@@ -200,6 +200,24 @@ def test_only_the_given_sizes_are_answered(kind):
         assert set(measured) <= set(sizes)
 
 
+def test_small_sizes_that_hide_their_growth_do_not_lure_the_search_over_the_budget():
+    """Below 500 the optimizer's update needs more than the batch does, and nothing tells how steep it is beyond."""
+    base = 10**6
+
+    def measure(size, predicted):
+        measured[size] = peak(size)
+        return Measured(peak(size) <= budget, peak(size), base)
+
+    for bend in (10, 100, 500):
+        peak = lambda n: max(base + 500_000 + n, base + n * 500_000 // bend)  # noqa: E731, B023
+        for factor in (1.2, 2, 4):
+            budget, measured = int(base + factor * 500_000), {}
+            found = search(measure, range(1, 10**6), budget)
+            assert found.size == exhaustive(peak, budget)
+            assert max(measured.values()) <= budget + 500_000 // bend
+            assert len(measured) <= 16
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(0, 900), st.integers(0, 59))
 def test_any_rising_curve_ends_with_both_sides_of_the_budget_known(rises, budget, start):
