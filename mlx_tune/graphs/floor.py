@@ -111,6 +111,20 @@ class Machine:
         self.buffer[value] = self.buffer[source]
         self.holders[self.buffer[source]] += 1
 
+    def copied(self, value: int, out: int, whole: bool) -> None:
+        """Let `out` be a copy of `value`, in its place where nothing else needs it; `whole` keeps its layout."""
+        if not whole:
+            self.allocate(out)
+        elif self.donatable(value, out):
+            self.share(out, value)
+        else:
+            self.allocate(out, self.layout[value])
+
+    def rows(self, value: int, out: int) -> None:
+        """Copy `value` for an operation that takes nothing but rows, unless it lies in rows."""
+        if not self.layout[value].row:
+            self.temporary(self.nbytes(value), out)
+
     def temporary(self, nbytes: int, value: int) -> None:
         """Allocate working memory that is held until the operation that made `value` has run."""
         self.temporaries.append(self._new(nbytes, value, temporary=True))

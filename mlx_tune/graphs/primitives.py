@@ -1,8 +1,8 @@
 """What each primitive does to memory on the CPU backend: views, donations, copies and temporaries.
 
-One function a kind of primitive. The table at the end names, for each
-primitive, its function and the upstream file it was read from (MLX 0.32). Metal and CUDA differ in temporaries and
-in fusing more; their rows can be added as a second table.
+One function a kind of primitive; convolutions and products have files of their own. The table at the end names for
+each primitive its function and the upstream file that it was read from (MLX 0.32). Metal and CUDA differ in temporaries
+and in fusing more; their rows can be added as a second table.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mlx_tune.graphs.convolutions import convolution
 from mlx_tune.graphs.floor import Machine
 from mlx_tune.graphs.graph import Node
 from mlx_tune.graphs.layouts import Layout
+from mlx_tune.graphs.products import addmm, gather_quantized_matmul, matmul, quantized_matmul
 
 Effect = Callable[[Machine, Node], None]
 
@@ -212,39 +213,30 @@ def contiguous(m: Machine, node: Node) -> None:
 
 def cast(m: Machine, node: Node) -> None:
     """Another dtype: in place where the size stays and nothing else needs it."""
-    _copy(m, node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].contiguous)
+    m.copied(node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].contiguous)
 
 
 def filled(m: Machine, node: Node) -> None:
     """A constant written out."""
     layout = m.layout[node.inputs[0]]
-    _copy(m, node.inputs[0], node.outputs[0], layout.data_size != 1 and layout.contiguous)
+    m.copied(node.inputs[0], node.outputs[0], layout.data_size != 1 and layout.contiguous)
 
 
 def updated(m: Machine, node: Node) -> None:
     """A copy of the first input, or the input itself, that parts are written into."""
     layout = m.layout[node.inputs[0]]
     whole = layout.contiguous and layout.data_size == prod(m.shape(node.inputs[0]))
-    _copy(m, node.inputs[0], node.outputs[0], whole and layout.data_size != 1)
+    m.copied(node.inputs[0], node.outputs[0], whole and layout.data_size != 1)
 
 
 def scattered(m: Machine, node: Node) -> None:
     """As `updated`, for the scatters."""
-    _copy(m, node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].row)
+    m.copied(node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].row)
 
 
 def sorted_copy(m: Machine, node: Node) -> None:
     """A copy sorted in place."""
-    _copy(m, node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].contiguous)
-
-
-def _copy(m: Machine, value: int, out: int, vector: bool) -> None:
-    if not vector:
-        m.allocate(out)
-    elif m.donatable(value, out):
-        m.share(out, value)
-    else:
-        m.allocate(out, m.layout[value])
+    m.copied(node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].contiguous)
 
 
 def softmax(m: Machine, node: Node) -> None:
@@ -281,54 +273,8 @@ def padded(m: Machine, node: Node) -> None:
 
 def scanned(m: Machine, node: Node) -> None:
     """A scan reads rows, so another layout is copied first."""
-    _row_copy(m, node.inputs[0], node.outputs[0])
+    m.rows(node.inputs[0], node.outputs[0])
     m.allocate(node.outputs[0])
-
-
-def matmul(m: Machine, node: Node) -> None:
-    """BLAS takes plain and transposed matrices; other layouts are copied first."""
-    m.allocate(node.outputs[0])
-    for value in node.inputs[:2]:
-        _matrix_copy(m, value, node.outputs[0])
-
-
-def addmm(m: Machine, node: Node) -> None:
-    """As `matmul`, into a copy of the third input."""
-    layout = m.layout[node.inputs[2]]
-    _copy(m, node.inputs[2], node.outputs[0], layout.row and layout.data_size != 1)
-    for value in node.inputs[:2]:
-        _matrix_copy(m, value, node.outputs[0])
-
-
-def quantized_matmul(m: Machine, node: Node) -> None:
-    """Every array must lie in a row; other layouts are copied first."""
-    out = node.outputs[0]
-    for value in node.inputs:
-        _row_copy(m, value, out)
-    for made in node.outputs:
-        m.allocate(made)
-
-
-def gather_quantized_matmul(m: Machine, node: Node) -> None:
-    """As `quantized_matmul`, for the last two axes; the indices are read where they lie."""
-    out = node.outputs[0]
-    for value in node.inputs[:-2]:
-        rows, columns = m.layout[value].strides[-2:]
-        if rows != m.shape(value)[-1] or columns != 1:
-            m.temporary(m.nbytes(value), out)
-    m.allocate(out)
-
-
-def _matrix_copy(m: Machine, value: int, out: int) -> None:
-    (rows, columns), shape = m.layout[value].strides[-2:], m.shape(value)
-    if (rows == shape[-1] and columns == 1) or (rows == 1 and columns == shape[-2]):
-        return
-    m.temporary(m.nbytes(value), out)
-
-
-def _row_copy(m: Machine, value: int, out: int) -> None:
-    if not m.layout[value].row:
-        m.temporary(m.nbytes(value), out)
 
 
 def _table(effect: Effect, source: str, names: str) -> dict[str, tuple[Effect, str]]:

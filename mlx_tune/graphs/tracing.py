@@ -101,7 +101,7 @@ def _trace(
         )
     if left_behind:
         raise TraceError(
-            f"The step leaves arrays outside of what it was said to change: {', '.join(left_behind)}. "
+            f"The step leaves arrays outside of what it was said to change: {_listed(left_behind)}. "
             "Return them, or pass what holds them in state=(model, optimizer, ...). Everything was put back."
         )
     return _as_evaluated(recorder, dict(interception.stand_ins))
@@ -227,6 +227,12 @@ class _Recorder:
             self._names[name] = len(self.graph.values)
             self.graph.values.append(Value(tuple(shape), dtype))
         return self._names[name]
+
+
+def _listed(places: list[str]) -> str:
+    """The first few of some places, and how many more there are."""
+    shown = ", ".join(places[:5])
+    return shown if len(places) <= 5 else f"{shown} and {len(places) - 5} more"
 
 
 def _without_arrays(result: Any) -> str:
