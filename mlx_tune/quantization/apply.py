@@ -177,9 +177,12 @@ def _decibels(weight: mx.array, after: Callable[[slice], mx.array]) -> float:
     signal = noise = 0.0
     for rows in _row_chunks(weight):
         before = _rows(weight, rows).astype(mx.float32)
-        power, error = mx.square(before).sum(), mx.square(before - after(rows)).sum()
-        mx.eval(power, error)
-        signal, noise = signal + number(power), noise + number(error)
+        largest = mx.abs(before).max()
+        unit = mx.where(largest > 0, largest, 1)  # squares of very large or small weights leave float32's range
+        power, error = mx.square(before / unit).sum(), mx.square((before - after(rows)) / unit).sum()
+        mx.eval(power, error, unit)
+        signal += number(power) * number(unit) ** 2
+        noise += number(error) * number(unit) ** 2
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

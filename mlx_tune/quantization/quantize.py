@@ -32,6 +32,9 @@ from mlx_tune.quantization.statistics import overlap
 from mlx_tune.quantization.transaction import Transaction
 from mlx_tune.units import format_percent
 
+#: Decibels below which a layer's error is more than half as large as its weights.
+_LOST_DB = 6.0
+
 #: Share of the evaluation's windows found in the calibration from which on a report warns: code and prose repeat
 #: licences and boilerplate, so that a little of it is nobody's fault.
 _OVERLAP = 0.05
@@ -221,7 +224,20 @@ def _report(
         speed=speed,
         seconds=memory.seconds,
         peak_bytes=memory.peak_bytes,
-        notes=(*plan.notes, *notes),
+        notes=(*plan.notes, *_little_left(layers), *notes),
+    )
+
+
+def _little_left(layers: list[LayerReport]) -> tuple[str, ...]:
+    """A warning where quantization left less than half of a layer's power, as where a mode's range ends before it."""
+    lost = [layer for layer in layers if layer.snr_db is not None and layer.snr_db < _LOST_DB]
+    if not lost:
+        return ()
+    named = ", ".join(f"{layer.path} ({layer.snr_db:.1f} dB)" for layer in lost[:3])
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return (
+        f"Warning: the error is more than half as large as the weights in {named}{more}: give them more bits, or "
+        "another mode.",
     )
 
 

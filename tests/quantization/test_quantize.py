@@ -10,7 +10,7 @@ import quantization_toys as toys
 import mlx_tune as mt
 from mlx_tune.errors import BackendError, QuantizationError
 from mlx_tune.quantization import quantization_config, quantizes_inputs
-from mlx_tune.quantization.apply import quantized_module
+from mlx_tune.quantization.apply import quantized_module, signal_to_noise_db_between
 from mlx_tune.quantization.dense import dense_twin, dequantized_weight
 from mlx_tune.quantization.lazy import is_unevaluated
 from mlx_tune.quantization.modes import AFFINE_BITS, AFFINE_GROUP_SIZES, Format
@@ -63,6 +63,19 @@ def test_it_quantizes_what_the_plan_says_and_the_model_still_runs(make, method: 
     assert all(15 < x.snr_db < 60 for x in report.layers)
     assert {x.method for x in report.layers} == {method}
     assert mx.isfinite(model(toys.tokens())).all().item()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
+def test_decibels_do_not_depend_on_the_size_of_the_weights(size: float) -> None:
+    weight = mx.random.normal((16, 128), key=mx.random.key(0))
+    assert signal_to_noise_db_between(weight * size, weight * size * 1.1) == pytest.approx(20, abs=1e-3)
+
+
+def test_weights_out_of_a_modes_range_are_in_the_notes() -> None:
+    model = nn.Sequential(*(nn.Linear(128, 16, bias=False) for _ in range(2)))
+    model.layers[1].weight = model.layers[1].weight * 1e6  # nvfp4's scales end at 448
+    report = quiet(model, mode="nvfp4")
+    assert any("more than half as large as the weights in layers.1 (0." in note for note in report.notes)
 
 
 def test_optimal_is_the_default_and_better_than_nearest() -> None:
