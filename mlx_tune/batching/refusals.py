@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
+from mlx_tune.batching.forecast import floor_of
 from mlx_tune.batching.probe import arrays_in
 from mlx_tune.batching.session import Session
-from mlx_tune.errors import BudgetError, TraceError
+from mlx_tune.errors import BudgetError, CheckpointError, TraceError
 from mlx_tune.memory import MemoryBudget
 from mlx_tune.units import format_bytes
 
@@ -49,24 +51,57 @@ def too_large(session: Session, budget: MemoryBudget, *, estimated: tuple[Any, A
     return BudgetError(
         f"Batch size {size} does not fit: a step {'is predicted to take' if untried else 'takes'} "
         f"{format_bytes(needed)} with dispatch held back, {format_bytes(needed - session.budget_bytes)} more than the "
-        f"budget of {budget}.{_advice(size, estimated)}",
+        f"budget of {budget}.{_advice(size, session.budget_bytes, estimated)}",
         needed_bytes=needed,
         budget_bytes=int(budget),
     )
 
 
-def _advice(size: int, estimated: tuple[Any, Any, Any] | None) -> str:
-    plain = " Shorter rows, or mlx_tune.checkpoint_blocks(model), may bring it down."
+def _advice(size: int, budget_bytes: int, estimated: tuple[Any, Any, Any] | None) -> str:
+    """What could be given up, and what that saves according to the graph."""
+    plain = "Shorter rows, or mlx_tune.checkpoint_blocks(model), may bring it down."
     if estimated is None:
-        return plain
+        return f" {plain}"
     from mlx_tune.graphs import estimate_memory
 
     step, make_batch, state = estimated
     try:
-        activations = estimate_memory(step, make_batch(size), state=state).activations_bytes
+        kept = estimate_memory(step, make_batch(size), state=state).activations_bytes
     except TraceError:
-        return plain
-    return (
-        f" {format_bytes(activations)} of it are activations kept for the backward pass, of which "
-        f"mlx_tune.checkpoint_blocks(model) saves a part by computing them again."
-    )
+        return f" {plain}"
+    saved = _saved_by_checkpoints(size, estimated)
+    if saved is not None:
+        needed, less = saved
+        over = needed - budget_bytes
+        plain = (
+            f"With mlx_tune.checkpoint_blocks(model) the step is predicted to take {format_bytes(needed)}, "
+            f"{format_bytes(less)} less, "
+            + ("which fits." if over <= 0 else f"still {format_bytes(over)} too much: shorten the rows as well.")
+        )
+    return f" {format_bytes(kept)} of it are activations kept for the backward pass. {plain}"
+
+
+def _saved_by_checkpoints(size: int, estimated: tuple[Any, Any, Any]) -> tuple[int, int] | None:
+    """What the step would need with every block checkpointed, and how much less that is; None where it is not less."""
+    from mlx_tune.checkpointing import checkpoint_blocks
+
+    floor = floor_of(*estimated)
+    with ExitStack() as undone:
+        try:
+            plain = floor(size)
+            for model in _models(estimated[2]):
+                undone.enter_context(checkpoint_blocks(model))
+            needed = floor(size)
+        except (TraceError, CheckpointError):
+            return None
+    return (needed, plain - needed) if needed < plain else None
+
+
+def _models(state: Any) -> list[Any]:
+    """The outermost modules of a state."""
+    import mlx.nn as nn
+
+    if isinstance(state, nn.Module):
+        return [state]
+    children = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [model for child in children for model in _models(child)]
