@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.quantization.batches import read_batches
 from mlx_tune.quantization.dense import dense_twin
 from mlx_tune.quantization.modes import ACTIVATION_MODES, Format, check_format
 from mlx_tune.quantization.plan import ITEM_BYTES, LayerPlan, QuantizationPlan
@@ -46,10 +47,13 @@ def plan_quantization(
     activations: bool = False,
     requantize: bool = False,
     calibration: Iterable[Any] | None = None,
+    evaluation: Iterable[Any] | None = None,
+    progress: bool = False,
 ) -> QuantizationPlan:
     """Work out what `quantize_model` would do, without touching the model or reading a weight.
 
-    With `target_bpw` or `target_bytes` the weights are read once, since the choice of bits rests on their error.
+    With `target_bpw` or `target_bytes` the weights are read and candidates tried, since the choice of bits rests on
+    their error; the model is then as it was.
 
     Args:
         model: Any model; see `quantize_model` for all arguments.
@@ -65,6 +69,8 @@ def plan_quantization(
         activations: Whether layers quantize their inputs too.
         requantize: Whether layers that are quantized already are quantized anew.
         calibration: Batches to measure layers' sensitivity on, where a target is given.
+        evaluation: Batches to check such a choice on, where there is no calibration.
+        progress: Show progress lines, where a target is given.
 
     Returns:
         The plan; `print` it.
@@ -79,12 +85,16 @@ def plan_quantization(
     """
     base = check_request(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
     plan = lay_out(model, base, method, effort, overrides, skip, requantize)
-    if target_bpw is None and target_bytes is None:
+    if target_bpw is None and target_bytes is None and calibration is None and evaluation is None:
         return plan
+    from mlx_tune.quantization.rehearsal import rehearse
     from mlx_tune.quantization.target import allocate_to_target, parse_target
 
+    learn, judge = rehearse(plan, read_batches(calibration, "calibration"), read_batches(evaluation, "evaluation"))
+    if target_bpw is None and target_bytes is None:
+        return plan
     target = parse_target(plan, target_bpw, target_bytes)
-    return allocate_to_target(plan, target, calibration=calibration).plan
+    return allocate_to_target(plan, target, calibration=learn, evaluation=judge, progress=progress).plan
 
 
 def check_request(

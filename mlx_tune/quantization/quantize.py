@@ -19,12 +19,12 @@ from mlx_tune.quantization.apply import (
 )
 from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.batches import Batch, read_batches, token_rows
-from mlx_tune.quantization.evaluation import Comparison, Loss, prepare, resolve
+from mlx_tune.quantization.evaluation import Comparison, Loss, prepare
 from mlx_tune.quantization.layout import check_request, lay_out
 from mlx_tune.quantization.methods import carry_out
 from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.plan import QuantizationPlan
-from mlx_tune.quantization.rehearsal import check_runs
+from mlx_tune.quantization.rehearsal import rehearse
 from mlx_tune.quantization.report import LayerReport, QuantizationReport, layer_report
 from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.speed import Speed, SpeedComparison, compare_speed, measure_speed
@@ -118,9 +118,7 @@ def quantize_model(
     check_backend(plan)
     with ExitStack() as stack:
         stack.enter_context(same_random_stream())
-        learn, judge = resolve(model, learn, "calibration", loss), resolve(model, judge, "evaluation", loss)
-        for batch in (learn or judge)[:1]:
-            check_runs(model, plan.layers, batch, loss)
+        learn, judge = rehearse(plan, learn, judge, loss)
         check_finite(plan)
         if target_bpw is not None or target_bytes is not None:
             plan = _to_target(plan, target_bpw, target_bytes, learn, judge, progress)

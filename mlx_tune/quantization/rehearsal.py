@@ -10,10 +10,36 @@ import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.apply import PackedArrays, quantized_module
+from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.batches import Batch
-from mlx_tune.quantization.evaluation import Loss, outline
-from mlx_tune.quantization.plan import LayerPlan
+from mlx_tune.quantization.evaluation import Loss, outline, resolve
+from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.sites import module_at, put_module
+
+
+def rehearse(
+    plan: QuantizationPlan, learn: list[Batch], judge: list[Batch], loss: Loss | None = None
+) -> tuple[list[Batch], list[Batch]]:
+    """Find out whether the model takes the batches, as it is and with its layers packed, before anything is done.
+
+    Args:
+        plan: A plan for the model.
+        learn: Calibration, as `read_batches` gave it.
+        judge: Evaluation.
+        loss: The caller's loss.
+
+    Returns:
+        Both, as the model takes them.
+
+    Raises:
+        QuantizationError: It does not.
+    """
+    model = plan.layers[0].model
+    with same_random_stream():
+        learn, judge = resolve(model, learn, "calibration", loss), resolve(model, judge, "evaluation", loss)
+        for batch in (learn or judge)[:1]:
+            check_runs(model, plan.layers, batch, loss)
+    return learn, judge
 
 
 def check_runs(model: nn.Module, layers: Sequence[LayerPlan], batch: Batch, loss: Loss | None = None) -> None:

@@ -46,6 +46,13 @@ def test_a_weight_that_the_model_reads_itself_is_named_before_anything_is_done(m
     assert toys.same_arrays(before, toys.arrays_of(model))
 
 
+def test_the_plan_names_it_too() -> None:
+    with pytest.raises(mt.MlxTuneError, match=r"once embed is packed"):
+        mt.plan_quantization(Tied(), 4, 64, evaluation=[toys.tokens()])
+    with pytest.raises(mt.MlxTuneError, match=r"cannot be called with calibration\[0\]"):
+        mt.plan_quantization(Tied(), 4, 64, calibration=[mx.ones((3, 3))])
+
+
 def test_it_works_with_that_layer_left_alone() -> None:
     report = mt.quantize_model(Tied(), 4, 64, skip=["embed"], evaluation=[toys.tokens()], progress=False)
     assert len(report.layers) == 3
