@@ -27,6 +27,7 @@ from mlx_tune.quantization.capture import model_arguments
 from mlx_tune.quantization.evaluation import OutputStore
 from mlx_tune.quantization.figures import logits_of, mean_loss, output_arrays
 from mlx_tune.quantization.lazy import number
+from mlx_tune.quantization.shares import Shares
 from mlx_tune.quantization.trainable import NAMES, stored_pair, trainable_sites, trained_in_place
 
 #: Adam's step, in quantization steps at the ends of a group's grid; the best of these is found by trying.
@@ -62,6 +63,7 @@ class DwqResult:
         steps: Training steps done, trials included.
         layers: How many layers were trained.
         checkpointed: Whether activations were recomputed to save memory.
+        ranks: How many processes shared the calibration.
         note: Why nothing was kept, where nothing was.
     """
 
@@ -71,6 +73,7 @@ class DwqResult:
     steps: int
     layers: int
     checkpointed: bool
+    ranks: int = 1
     note: str | None = None
 
     @property
@@ -79,6 +82,7 @@ class DwqResult:
         if self.note is not None:
             return f"dwq: {self.note}."
         recomputed = ", activations recomputed" if self.checkpointed else ""
+        recomputed += f", over {self.ranks} ranks" if self.ranks > 1 else ""
         return (
             f"dwq: {self.loss_before:.4g} to {self.loss_after:.4g} on calibration kept aside, "
             f"in {self.steps} steps at a rate of {self.rate:g} quantization steps{recomputed}."
@@ -94,9 +98,13 @@ def train_dwq(
     rates: Sequence[float] = RATES,
     epochs: int | None = None,
     checkpoint: bool | None = None,
+    group: Any = None,
     progress: bool = True,
 ) -> DwqResult:
     """Train scales and biases of a quantized model's affine layers, in place.
+
+    Under `mlx.launch` all ranks call this with the same model and calibration: each works on its sequences of every
+    step, gradients are averaged, and all end with the same numbers, those of one rank alone but for rounding.
 
     Args:
         model: The quantized model; it is changed only if that is better on the batches kept aside.
@@ -109,6 +117,8 @@ def train_dwq(
         epochs: How often to go through the calibration; by default as often as makes some 256 steps. Where the loss on
             the batches kept aside stops falling, training ends before.
         checkpoint: Recompute activations of the model's blocks; by default where memory calls for it.
+        group: The `mx.distributed` group to share the calibration with; by default that of `mlx.launch`, where it
+            started this process.
         progress: Show a progress line with the loss on the batches kept aside.
 
     Returns:
@@ -149,9 +159,10 @@ def train_dwq(
         layers = stack.enter_context(trained_in_place(model, sites, dtype))
         if cpu:
             stack.enter_context(float32_arithmetic(model))
-        bar = stack.enter_context(progress_bar("dwq", enabled=progress))
+        shares = Shares(group)
+        bar = stack.enter_context(progress_bar("dwq", enabled=progress and shares.rank == 0))
         store = stack.enter_context(OutputStore())
-        training = _Training(model, layers, reference, lessons, judges, loss, store, bar)
+        training = _Training(model, layers, reference, lessons, judges, loss, store, shares, bar)
         result, best = training.run(tuple(rates), epochs, checkpoint)
         training.put(best)
         pairs = [stored_pair(layer) for layer in layers]
@@ -174,10 +185,14 @@ class _Training:
         judges: list[Batch],
         loss: Loss | None,
         store: OutputStore,
+        shares: Shares,
         bar: Bar,
     ) -> None:
         self._model, self._layers, self._reference, self._loss = model, layers, reference, loss
-        self._lessons, self._judges = lessons, judges
+        self._shares = shares
+        # A loss of the caller's own need not be a mean over sequences: then every rank works on all of a step.
+        self._lessons = [shares.of(batch, divide=loss is None) for batch in lessons]
+        self._judges = [shares.of(batch, divide=loss is None) for batch in judges]
         self._store, self._stored_bytes = store, 0
         self._places: dict[int, int] = {}
         self._bar = bar
@@ -218,7 +233,8 @@ class _Training:
                     best_loss, best, best_rate = loss, current, rate
                 self._bar.update(text=f"held-out loss {loss:.4g}, from {before:.4g}")
         note = None if best_loss < before else "training made nothing better on the batches kept aside: left as it was"
-        result = DwqResult(before, best_loss, best_rate, self._steps, len(self._layers), checkpointed, note)
+        ranks = self._shares.size
+        result = DwqResult(before, best_loss, best_rate, self._steps, len(self._layers), checkpointed, ranks, note)
         return result, best
 
     def put(self, parameters: Parameters) -> None:
@@ -235,9 +251,10 @@ class _Training:
             handle = checkpoint_blocks(self._model)
         except CheckpointError:
             return False  # nothing is repeated in it
-        if not forced:
+        batch = next((share.batch for share in self._lessons if share.batch is not None), None)
+        if not forced and batch is not None:
             with track_memory() as memory:
-                mx.eval(self._gradient(start, self._lessons[0], self._targets(self._lessons[0])))
+                mx.eval(self._gradient(start, batch, self._targets(batch)))
             self.put(start)
             # Without recomputation every block's activations are held at once: at worst so many times the peak now.
             if memory.peak_bytes * len(handle.paths) < int(memory_budget()) // 2:
@@ -251,10 +268,13 @@ class _Training:
     ) -> Parameters | None:
         """Some steps; None where the loss stopped being a number."""
         for step in steps:
-            batch = self._lessons[step % len(self._lessons)]
-            loss, gradients = self._gradient(parameters, batch, self._targets(batch))
-            share = 0.5 * (1 + math.cos(math.pi * step / total)) if decay else 1.0
-            parameters = state.step(parameters, gradients, rate * share)
+            share = self._lessons[step % len(self._lessons)]
+            loss, gradients = mx.array(0.0), tree_map(mx.zeros_like, parameters)
+            if share.batch is not None:
+                loss, gradients = self._gradient(parameters, share.batch, self._targets(share.batch))
+            loss, gradients = self._shares.mean(share, loss, gradients)
+            part = 0.5 * (1 + math.cos(math.pi * step / total)) if decay else 1.0
+            parameters = state.step(parameters, gradients, rate * part)
             mx.eval(loss, parameters, state.moments)
             self._steps += 1
             self._bar.advance()
@@ -263,12 +283,13 @@ class _Training:
         return parameters
 
     def _judge(self, parameters: Parameters) -> float:
-        losses, weights = [], []
-        for batch in self._judges:
-            losses.append(number(self._loss_of(parameters, batch, self._targets(batch))))
-            weights.append(batch.tokens.size if batch.tokens is not None else 1)
+        own = 0.0
+        for share in self._judges:
+            if share.batch is not None:
+                loss = number(self._loss_of(parameters, share.batch, self._targets(share.batch)))
+                own += loss * share.weight * share.size
         self.put(parameters)
-        loss = sum(a * w for a, w in zip(losses, weights, strict=True)) / sum(weights)
+        loss = self._shares.total(own) / sum(share.size for share in self._judges)
         return loss if math.isfinite(loss) else math.inf
 
     def _targets(self, batch: Batch) -> list[mx.array]:

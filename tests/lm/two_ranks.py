@@ -5,6 +5,7 @@ Arguments: a folder, and "train" or "search".
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import TrainingArgs
 from toy_models import CONFIGS, build_model
 
+import mlx_tune as mt
 from mlx_tune import lm
+from mlx_tune.quantization.batches import read_batches
+from mlx_tune.quantization.dwq import train_dwq
 
 
 def main(folder: Path, task: str) -> None:
@@ -32,13 +36,38 @@ def main(folder: Path, task: str) -> None:
     if task == "search":
         # One rank has less memory than the other.
         budget = 40_000_000 if world.rank() else 12_000_000
-        result = lm.autobatch(model, rows, args, budget=budget, max_batch=8, progress=False)
-        answer = {"batch_size": result.batch_size}
+        options = {"budget": budget, "max_batch": 8, "progress": False}
+        result = lm.autobatch(model, rows, args, **options)
+        fit = lm.autofit(model, rows, args, target_batch=8, **options)
+        try:
+            lm.plan_checkpoints(model, rows, args, budget=budget, progress=False)
+        except mt.InvalidArgumentError as error:
+            refusal = str(error)
+        answer = {
+            "batch_size": result.batch_size,
+            "fit": [fit.batch_size, fit.accumulation_steps, list(fit.paths), fit.limit_bytes, fit.budget_bytes],
+            "refusal": refusal,
+        }
     else:
         result = lm.train(model, optim.SGD(1e-1), rows, rows[:8], args)
         answer = {"ranks": result.ranks, "tokens": result.tokens, "losses": [line.loss for line in result.losses]}
+        answer |= calibrate(folder / f"{name}-dwq.npz")
     mx.savez(str(folder / f"{name}.npz"), **dict(tree_flatten(model.trainable_parameters())))
     (folder / f"{name}.json").write_text(json.dumps(answer))
+
+
+def calibrate(file: Path) -> dict[str, object]:
+    """Train scales and biases on calibration that ranks share: steps of three sequences, which two cannot halve."""
+    reference = build_model(CONFIGS["tied"])
+    reference.set_dtype(mx.float32)
+    model = copy.deepcopy(reference)
+    mt.quantize_model(model, 3, 64, progress=False)
+    tokens = (mx.arange(24 * 40) * 7919 % 320).reshape(24, 40)
+    batches = read_batches([tokens[i : i + 3] for i in range(0, 24, 3)], "calibration")
+    result = train_dwq(model, reference, batches, epochs=4, progress=False)
+    grids = {path: value for path, value in tree_flatten(model.parameters()) if path.endswith(("scales", "biases"))}
+    mx.savez(str(file), **grids)
+    return {"dwq": [result.loss_before, result.loss_after, result.rate, result.steps], "dwq_ranks": result.ranks}
 
 
 if __name__ == "__main__":
