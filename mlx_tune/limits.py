@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import memory_limit
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
@@ -155,12 +156,12 @@ def tightest_limit(
     """
     if not slowdown >= 0:
         raise InvalidArgumentError(f"slowdown={slowdown!r}: give a share from 0 up, such as 0.02 for two per cent.")
-    if repeats < 1:
-        raise InvalidArgumentError(f"repeats={repeats!r}: at least one turn is needed.")
+    if not isinstance(repeats, int) or repeats < 1:
+        raise InvalidArgumentError(f"repeats={repeats!r}: give a whole number of turns, at least one.")
     import mlx.core as mx
 
     mx.eval(list(arrays_of(args)), list(arrays_of(state)))
-    with Snapshot(state, spill=True), progress_bar("tightest limit", enabled=progress) as bar:
+    with uninterrupted(), Snapshot(state, spill=True), progress_bar("tightest limit", enabled=progress) as bar:
         for _ in range(2):  # traces, kernels and the optimizer's state are made in the first steps
             run_step(step, args, state)
             bar.update(text="warming up")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_tune.errors import TrialError
+from mlx_tune.interrupts import interruptible
 from mlx_tune.memory import memory_limit, track_memory
 
 
@@ -59,7 +60,8 @@ def run_step(
     import mlx.core as mx
 
     gc.collect()  # arrays in cycles of an earlier step would count towards this one's peak
-    with memory_limit(limit_bytes) if limit_bytes is not None else nullcontext(), track_memory() as memory:
+    limit = memory_limit(limit_bytes) if limit_bytes is not None else nullcontext()
+    with limit, track_memory() as memory, interruptible():
         outputs = list(arrays_of(step(*args)))
         if not outputs:
             raise TrialError("The step returned no array, so nothing was measured: return the loss.")

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_tune.errors import CheckpointError
 from mlx_tune.graphs.graph import ArraySpec
+from mlx_tune.interrupts import interruptible
 from mlx_tune.timing import arrays_of
 
 #: How often a block's forward pass is timed at most; the fastest counts.
@@ -136,7 +137,8 @@ def _fastest(block: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> float
     best = math.inf
     for turn in range(RUNS + 1):
         started = time.perf_counter()
-        mx.eval(list(arrays_of([block(*args, **kwargs)])))
+        with interruptible():
+            mx.eval(list(arrays_of([block(*args, **kwargs)])))
         seconds = time.perf_counter() - started
         if turn:  # the first compiles kernels and fills the cache
             best = min(best, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,41 @@ class Measurements:
         )
         return other if other.fits and seen.ratio * (1 + 2 * seen.uncertainty) < 1 else favourite
 
+    def hold(self, measured: Measured) -> Measured:
+        """Run a choice some more, and lower its limit where its peak leaves the budget: peaks differ from step to step.
+
+        Args:
+            measured: A choice that was run.
+
+        Returns:
+            The same; it fits if its peak stayed within the budget under the limit that it has now.
+        """
+        undo = apply_choice(self.model, self.chosen(measured.choice))
+        try:
+            self._again(measured, measured.limit_bytes)
+            for _ in range(4 if self.throttle else 0):
+                if measured.fits:
+                    break
+                over = measured.peak_bytes - self.budget_bytes
+                limit = measured.limit_bytes - max(round(1.25 * over), measured.limit_bytes // 50)
+                measured.peak_bytes, measured.seconds = 0, math.inf
+                self._again(measured, max(1, limit))
+        finally:
+            undo()
+        return measured
+
+    def _again(self, measured: Measured, limit: int) -> None:
+        self.bar.update(text=f"{sum(measured.choice)} of {len(measured.choice)} blocks under {format_bytes(limit)}")
+        measured.limit_bytes = limit
+        for _ in range(self.steps):
+            self._count(measured, self._run(limit))
+
+    def _count(self, measured: Measured, trial: StepTrial) -> None:
+        """Take one more step of a choice into its figures."""
+        measured.seconds = min(measured.seconds, trial.seconds)
+        measured.peak_bytes = max(measured.peak_bytes, trial.peak_bytes)
+        measured.fits = measured.peak_bytes <= self.budget_bytes
+
     def once(self, measured: Measured) -> float:
         """One more step of a choice under its limit; returns its seconds."""
         undo = apply_choice(self.model, self.chosen(measured.choice))
@@ -125,9 +161,7 @@ class Measurements:
             trial = self._run(measured.limit_bytes)
         finally:
             undo()
-        measured.seconds = min(measured.seconds, trial.seconds)
-        measured.peak_bytes = max(measured.peak_bytes, trial.peak_bytes)
-        measured.fits = measured.peak_bytes <= self.budget_bytes
+        self._count(measured, trial)
         return trial.seconds
 
     def _run(self, limit_bytes: int) -> StepTrial:

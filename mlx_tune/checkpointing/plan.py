@@ -15,6 +15,7 @@ from mlx_tune.checkpointing.measure import Measured, Measurements
 from mlx_tune.checkpointing.planned import CheckpointPlan, MeasuredChoice, PlannedBlock
 from mlx_tune.checkpointing.survey import Survey
 from mlx_tune.errors import BudgetError, InvalidArgumentError
+from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.memory import resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
@@ -87,17 +88,18 @@ def plan_checkpoints(
         True
     """
     for name, value in (("batch_size", batch_size), ("steps", steps)):
-        if value < 1:
+        if not isinstance(value, int) or value < 1:
             raise InvalidArgumentError(f"{name}={value!r}: give a whole number of at least 1.")
     allowed = resolve_budget(budget)
     whole = (model, state)
-    with Snapshot(whole, spill=True), progress_bar("plan checkpoints", enabled=progress) as bar:
+    with uninterrupted(), Snapshot(whole, spill=True), progress_bar("plan checkpoints", enabled=progress) as bar:
         survey = Survey(model, step, make_batch, batch_size, whole, select, bar)
         if survey.floor(survey.all) > allowed:
             raise does_not_fit(survey, int(allowed))
         survey.study()
-        batch = make_batch(batch_size)
-        mx.eval(list(arrays_of(batch)))
+        with interruptible():
+            batch = make_batch(batch_size)
+            mx.eval(list(arrays_of(batch)))
         real = Measurements(model, survey.paths, step, batch, whole, int(allowed), steps, bar)
         best = _fastest(survey, real, int(allowed))
         return _result(survey, real, best, int(allowed))
@@ -165,14 +167,16 @@ def _fastest(survey: Survey, real: Measurements, budget_bytes: int) -> Measured:
         return [m for choice in choices if (m := real.fit(choice, survey.floor(choice))).fits]
 
     fitting = measured(candidates(survey, budget_bytes)) or measured([survey.choices[-1], survey.all])
-    if not fitting:
-        raise _no_limit_holds(survey, real, budget_bytes)
-    # The one that computes least twice is the favourite: another has to be clearly faster, so that noise does not
-    # choose.
-    favourite, *others = sorted(fitting, key=lambda m: survey.extra(m.choice))
-    for other in others:
-        favourite = real.faster(favourite, other)
-    return favourite
+    while fitting:
+        # The one that computes least twice is the favourite: another has to be clearly faster, so that noise does not
+        # choose.
+        favourite, *others = sorted(fitting, key=lambda m: survey.extra(m.choice))
+        for other in others:
+            favourite = real.faster(favourite, other)
+        if real.hold(favourite).fits:
+            return favourite
+        fitting = [m for m in fitting if m is not favourite and m.fits]
+    raise _no_limit_holds(survey, real, budget_bytes)
 
 
 def _no_limit_holds(survey: Survey, real: Measurements, budget_bytes: int) -> BudgetError:

@@ -19,6 +19,7 @@ from mlx_tune.checkpointing.planned import apply_choice
 from mlx_tune.checkpointing.schedule import frontier
 from mlx_tune.checkpointing.wrap import is_checkpointed
 from mlx_tune.errors import CheckpointError
+from mlx_tune.interrupts import interruptible
 from mlx_tune.progress import Bar
 from mlx_tune.timing import arrays_of
 
@@ -104,7 +105,8 @@ class Survey:
     def _batch(self, size: int) -> Any:
         if size not in self._batches:
             self._batches.clear()  # estimates for one size follow each other
-            self._batches[size] = self.make_batch(size)
+            with interruptible():
+                self._batches[size] = self.make_batch(size)
         return self._batches[size]
 
     def release(self) -> None:

@@ -23,6 +23,7 @@ from mlx_tune.graphs.standins import STAND_INS
 from mlx_tune.graphs.surroundings import Surroundings
 from mlx_tune.graphs.trees import leaves, with_arrays
 from mlx_tune.graphs.unmerge import Names, unmerge
+from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.state import Snapshot
 
 
@@ -74,26 +75,27 @@ def _trace(
     interception: Interception,
 ) -> Graph:
     """One attempt, after which everything is as before."""
-    surroundings = Surroundings(step, state)
-    recorder = _Recorder()
-    snapshot = Snapshot(state)
-    try:
-        with tracing(), intercepted(interception):
-            recorder.trace(step, args, batch, slots, state, interception)
-    except BaseException as error:
-        primitive = refused_primitive(error)
-        if primitive in STAND_INS and STAND_INS[primitive].name not in interception.stand_ins:
-            raise _RefusedError(primitive) from None
-        problem = explain_failure(error)
-        if problem is not None:
-            raise problem from error
-        if not isinstance(error, TraceError):
-            described = ", ".join(f"{label} {list(leaf.shape)} {dtype_name(leaf.dtype)}" for label, leaf in batch)
-            error.add_note(f"Raised while the step was traced, not run, with {described or 'no arrays'}.")
-        raise
-    finally:
-        snapshot.restore()
-        left_behind, taken_from = surroundings.restore(), surroundings.advanced()
+    with uninterrupted():  # a Ctrl-C comes in the step, or when everything is back
+        surroundings = Surroundings(step, state)
+        recorder = _Recorder()
+        snapshot = Snapshot(state)
+        try:
+            with tracing(), intercepted(interception):
+                recorder.trace(step, args, batch, slots, state, interception)
+        except BaseException as error:
+            primitive = refused_primitive(error)
+            if primitive in STAND_INS and STAND_INS[primitive].name not in interception.stand_ins:
+                raise _RefusedError(primitive) from None
+            problem = explain_failure(error)
+            if problem is not None:
+                raise problem from error
+            if not isinstance(error, TraceError):
+                described = ", ".join(f"{label} {list(leaf.shape)} {dtype_name(leaf.dtype)}" for label, leaf in batch)
+                error.add_note(f"Raised while the step was traced, not run, with {described or 'no arrays'}.")
+            raise
+        finally:
+            snapshot.restore()
+            left_behind, taken_from = surroundings.restore(), surroundings.advanced()
     if taken_from:
         raise TraceError(
             f"The step takes from an iterator, {', '.join(taken_from)}, and what the trace took cannot be put back. "
@@ -170,7 +172,8 @@ class _Recorder:
             place = {key: tracers[i] for key, i in unique.items()}
             for slot in slots:
                 slot.put(place[id(slot.array)])
-            result = step(*with_arrays(args, (tracers[i] for i in positions)))
+            with interruptible():
+                result = step(*with_arrays(args, (tracers[i] for i in positions)))
             outputs = [leaf for _, leaf in leaves(result, "result")]
             if not outputs:
                 raise TraceError(_without_arrays(result))

@@ -69,3 +69,24 @@ def test_a_choice_is_run_once_to_warm_up_and_fitted_once(monkeypatch):
 def test_a_choice_over_the_budget_does_not_fit(monkeypatch):
     steps = Steps(monkeypatch, {BOTH: [1.0] * 20}, peak=lambda limit: 1100)
     assert not steps.real.fit(BOTH, 950).fits
+
+
+def test_a_limit_is_lowered_until_the_peak_stays_within_the_budget(monkeypatch):
+    steps = Steps(monkeypatch, {ONE: [1.0] * 20}, peak=lambda limit: round(1.15 * limit))
+    held = steps.real.hold(measured(ONE, 0.5))
+    assert held.fits
+    assert [limit for _, limit in steps.runs] == [900, 900, 856, 856]  # 900 - 1.25 x 35
+    assert (held.limit_bytes, held.peak_bytes, held.seconds) == (856, 984, 1.0)
+    assert not any(map(is_checkpointed, steps.model.layers))
+
+
+def test_a_choice_that_holds_is_run_once_more_and_keeps_its_limit(monkeypatch):
+    steps = Steps(monkeypatch, {ONE: [1.0] * 20}, peak=lambda limit: 950)
+    held = steps.real.hold(measured(ONE, 1.0))
+    assert (held.fits, held.limit_bytes, held.peak_bytes, len(steps.runs)) == (True, 900, 950, 2)
+
+
+def test_what_no_lower_limit_holds_does_not_fit(monkeypatch):
+    steps = Steps(monkeypatch, {ONE: [1.0] * 20}, peak=lambda limit: 1100)
+    assert not steps.real.hold(measured(ONE, 1.0)).fits
+    assert [limit for _, limit in steps.runs[::2]] == [900, 775, 650, 525, 400]

@@ -2,8 +2,11 @@
 
 import gc
 import json
+import signal
+from collections import Counter
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +16,7 @@ from mlx.utils import tree_flatten
 
 import mlx_tune.checkpointing.measure as measuring
 import mlx_tune.checkpointing.plan as planning
+import mlx_tune.checkpointing.planned as planned
 import mlx_tune.checkpointing.survey as surveying
 from mlx_tune import BudgetError, CheckpointError, InvalidArgumentError, TraceError, checkpoint, is_checkpointed
 from mlx_tune import plan_checkpoints as plan_checkpoints_with_progress
@@ -184,9 +188,9 @@ def test_a_compiled_step_is_traced_anew_where_the_plan_changes():
         planned = peak()
     assert planned < 0.9 * plain
     training.traces = 0
-    assert peak() == pytest.approx(plain, rel=0.02)
+    assert peak() > (plain + planned) / 2
     with plan.apply():
-        assert peak() == pytest.approx(planned, rel=0.02)
+        assert peak() < (plain + planned) / 2
     assert training.traces == 0  # both traces are kept
 
 
@@ -222,6 +226,15 @@ class Machine:
         self.choices = list(product([False, True], repeat=len(seconds)))
         self.floors = {choice: training.floor(choice) for choice in self.choices}
 
+    def estimate_memory(self, step, batch, state):
+        """What is known already; the choice of none is traced, since the blocks are seen to run then."""
+        choice = tuple(map(is_checkpointed, self.training.model.layers))
+        return (
+            SimpleNamespace(floor_bytes=self.floors[choice])
+            if any(choice)
+            else estimate_memory(step, batch, state=state)
+        )
+
     def cost(self, choice):
         return sum(s for s, yes in zip(self.seconds, choice, strict=True) if yes)
 
@@ -247,11 +260,13 @@ def test_the_plan_is_the_fastest_of_all_choices_on_a_made_up_machine(monkeypatch
     machine = Machine(training, seconds)
     monkeypatch.setattr(measuring, "run_step", machine.run_step)
     monkeypatch.setattr(surveying, "forward_seconds", machine.forward_seconds)
+    monkeypatch.setattr(surveying, "graphs", machine)
     for share in (0.2, 0.5, 0.8):
         budget = between((machine.floors[(False,) * 4], min(machine.floors.values())), share)
+        beside = training.beside()
         plan = training.plan(budget)
         found = tuple(block.checkpointed for block in plan.blocks)
-        allowed = budget / (1 + planning.ESTIMATE_MARGIN)
+        allowed = (budget + beside) / (1 + planning.ESTIMATE_MARGIN) - beside
         best = min(machine.cost(choice) for choice in machine.choices if machine.floors[choice] <= allowed)
         assert machine.floors[found] <= budget
         assert plan.measured_seconds == pytest.approx(1 + machine.cost(found))
@@ -316,6 +331,22 @@ def test_a_step_that_raises_while_measured_changes_nothing(floors, monkeypatch):
     assert training.everything() == before
 
 
+def test_a_peak_that_leaves_the_budget_late_is_held_by_a_lower_limit(floors, monkeypatch):
+    """The second time that a choice runs under a limit its peak is higher, as it happens by chance."""
+    training = Training()
+    seen = Counter()
+
+    def noisy(step, args, state, limit):
+        choice = tuple(map(is_checkpointed, training.model.layers))
+        seen[choice, limit] += 1
+        return StepTrial(limit, round(limit * (1.05 if seen[choice, limit] <= 3 else 1.3)), 1.0)
+
+    monkeypatch.setattr(measuring, "run_step", noisy)
+    plan = training.plan(between(floors, 0.5))
+    assert plan.measured_peak_bytes <= plan.budget_bytes
+    assert plan.limit_bytes < plan.budget_bytes / 1.3 * 1.02
+
+
 def test_a_step_whose_peak_no_limit_holds_is_an_error_with_both_figures(floors, monkeypatch):
     training = Training()
     before = training.everything()
@@ -371,7 +402,28 @@ def test_a_step_that_evaluates_is_refused():
     assert training.everything() == before
 
 
-@pytest.mark.parametrize(("options", "text"), [({"n": 0}, "batch_size=0"), ({"steps": 0}, "steps=0")])
+def test_an_interrupt_while_blocks_are_wrapped_comes_when_they_are_not(floors, monkeypatch):
+    training = Training()
+    before = training.everything()
+    count = 0
+
+    def interrupted(block):
+        nonlocal count
+        count += 1
+        if count == 3:
+            signal.raise_signal(signal.SIGINT)
+        return checkpoint(block)
+
+    monkeypatch.setattr(planned, "checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.plan(between(floors, 0.5))
+    assert count >= 5  # all blocks were wrapped first, and then unwrapped
+    assert training.everything() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "text"), [({"n": 0}, "batch_size=0"), ({"n": 2.5}, r"batch_size=2\.5"), ({"steps": 0}, "steps=0")]
+)
 def test_bad_numbers_are_refused(options, text):
     with pytest.raises(InvalidArgumentError, match=text):
         Training().plan(10**9, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pytest
 
 from mlx_tune.errors import InvalidArgumentError, TraceError
 from mlx_tune.graphs import ArraySpec, MemoryEstimate, estimate_memory, is_tracing
+from mlx_tune.state import Snapshot
 
 
 def training(
@@ -329,6 +331,32 @@ def test_the_user_s_own_exception_comes_through() -> None:
     with pytest.raises(KeyError, match="labels"):
         estimate_memory(step, mx.ones((4,)))
     assert not is_tracing()
+
+
+@pytest.mark.parametrize("when", ["in the step", "while things are put back"])
+def test_an_interrupt_leaves_everything_as_it_was(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, step = training()
+    losses: list[mx.array] = []
+    before = flat([model.parameters(), optimizer.state])
+    restore = Snapshot.restore
+
+    def interrupted(x: mx.array) -> mx.array:
+        losses.append(step(x))
+        if when == "in the step":
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("went on")
+        return losses[-1]
+
+    def put_back(self: Snapshot) -> None:
+        if when != "in the step":
+            signal.raise_signal(signal.SIGINT)
+        restore(self)
+
+    monkeypatch.setattr(Snapshot, "restore", put_back)
+    with pytest.raises(KeyboardInterrupt):
+        estimate_memory(interrupted, mx.zeros((2, 16)), state=(model, optimizer))
+    assert losses == []
+    assert flat([model.parameters(), optimizer.state]) == before
 
 
 def estimate_of_a_step() -> MemoryEstimate:
