@@ -133,6 +133,8 @@ def autobatch(
             ranks.agree(lambda: used_up(allowed, state))
             with uninterrupted(), quick_collections(), ranks.agree(lambda: Snapshot(state, spill=True)) as before:
                 probe = Probe(step, make_batch, state, int(allowed), restore=before.restore)
+                if ranks.size > 1:
+                    probe.agree, probe.largest = ranks.agree, lambda value: -ranks.smallest(-value)
                 session = Session(_through(probe, note, ranks), sizes, int(allowed), steps, bar)
                 estimate = floor_of(step, make_batch, state)
                 session.look_ahead(ranks.largest_estimate(estimate), lambda n: ranks.any(lambda: probe.warm(n)))

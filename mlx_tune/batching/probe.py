@@ -60,6 +60,9 @@ class Probe:
         budget_bytes: What peak and cache must stay within.
         throttle: What was learned about limits so far.
         restore: Puts the state back as it was before the first trial.
+        agree: Runs a function on every rank; where it raises on one, it raises on all.
+        largest: The largest of all ranks' numbers. Every step that one rank takes, all take: what decides how many
+            goes through here.
         unit: What `Trial.items` counts: "tokens" or "rows".
     """
 
@@ -69,15 +72,17 @@ class Probe:
     budget_bytes: int
     throttle: Throttle = field(default_factory=Throttle)
     restore: Callable[[], None] | None = None
+    agree: Callable[[Callable[[], Any]], Any] = lambda function: function()
+    largest: Callable[[int], int] = lambda value: value
     unit: str = "rows"
     _warm: bool = False
     _shapes: dict[tuple[Any, ...], int] = field(default_factory=dict)
-    _rows: set[tuple[int, int]] = field(default_factory=set)  # axes that were as long as the size, every time
+    _rows: set[tuple[int, int]] | None = None  # axes that were as long as the size, every time
 
     def warm(self, size: int) -> bool:
         """Take the first step of all, with dispatch held back; whether that made the optimizer's state."""
         before = sum(array.nbytes for array in arrays_in(self.state))
-        self._run(self._batch(size), 1, Trial(size, None, limit_bytes=1))
+        self._run(self.agree(lambda: self._batch(size)), 1, Trial(size, None, limit_bytes=1))
         self._warm = True
         return sum(array.nbytes for array in arrays_in(self.state)) != before
 
@@ -121,14 +126,14 @@ class Probe:
         import mlx.core as mx
 
         trial = trials[0]
-        batch = self._batch(trial.batch_size)
+        batch = self.agree(lambda: self._batch(trial.batch_size))
         items, self.unit = count_items(batch, trial.batch_size)
         trial = trials[0] = replace(trial, items=items)
         mx.clear_cache()
         if not self._warm:
             self._run(batch, 1, trial)
             self._warm = True
-        base = mx.get_active_memory()
+        base = self.largest(mx.get_active_memory())
         small = trial.predicted_bytes is None or trial.predicted_bytes - base < _SMALL * (self.budget_bytes - base)
         unknown = not self.throttle.worst or (small and SHARES[-1] not in self.throttle.worst)
         holding = None if unknown else self.throttle.holding_share
@@ -268,27 +273,49 @@ class Probe:
                 f"asked for. If the data set holds no more than {known} rows, pass max_batch={known}."
             )
         rows = {(i, axis) for i, shape in enumerate(shapes) for axis, n in enumerate(shape) if n == size}
-        if self._rows and not self._rows & rows:
+        # An axis is once as long as the size by chance, and hardly twice.
+        if self._rows and not self._rows & rows and len(self._shapes) > 2:
             i, axis = min(self._rows)
             given = shapes[i][axis] if i < len(shapes) and axis < len(shapes[i]) else None
             raise TrialError(
                 f"make_batch({size}) returned {given} rows, where smaller batches had as many as they were asked for. "
                 f"If the data set holds no more than {given} rows, pass max_batch={given}."
             )
-        self._rows = rows if not self._rows else self._rows & rows
+        self._rows = rows if self._rows is None else self._rows & rows
         return batch
 
     def _run(self, batch: Any, limit: int, trial: Trial, cache: int | None = None) -> _Reading:
         """Take one step under a limit and read the counters; see that it computed a loss."""
-        reading = self._step_once(batch, limit, trial.batch_size, cache)
-        if _fault(reading.loss) is not None and self.restore is not None:
+        reading = self._together(batch, limit, trial.batch_size, cache)
+        if self.largest(_fault(reading.loss) is not None) and self.restore is not None:
             # Many steps on the same rows may have driven the loss to zero, or off: look again from where it began.
             self.restore()
-            reading = self._step_once(batch, limit, trial.batch_size, cache)
-        fault = _fault(reading.loss)
-        if fault is not None:
-            raise TrialError(fault.format(size=trial.batch_size))
+            reading = self._together(batch, limit, trial.batch_size, cache)
+
+        def see() -> None:
+            fault = _fault(reading.loss)
+            if fault is not None:
+                raise TrialError(fault.format(size=trial.batch_size))
+
+        self.agree(see)
         return reading
+
+    def _together(self, batch: Any, limit: int, size: int, cache: int | None) -> _Reading:
+        """A step that all ranks take at once: the highest peak and the longest time count."""
+
+        def step() -> _Reading | Exception:
+            try:
+                return self._step_once(batch, limit, size, cache)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return error
+
+        own = self.agree(step)
+        if self.largest(isinstance(own, Exception)):
+            raise own if isinstance(own, Exception) else MemoryError("out of memory on another rank")
+        micros = self.largest(round(own.seconds * 1e6))
+        return replace(own, peak_bytes=self.largest(own.peak_bytes), seconds=max(own.seconds, micros / 1e6))
 
     def _step_once(self, batch: Any, limit: int, size: int, cache: int | None) -> _Reading:
         import mlx.core as mx
