@@ -1,4 +1,8 @@
-"""GPTQ on a model: block after block, each given what the quantized ones before it hand on."""
+"""GPTQ on a model: block after block, each given what the quantized ones before it hand on.
+
+Beside them run the inputs that each block would be given by unquantized ones, so that a block's layers make up for some
+of what was lost before them.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,15 @@ from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic
 from mlx_tune.quantization.batches import Batch
 from mlx_tune.quantization.capture import Step, forward_steps, intercepted, model_arguments, run_until
 from mlx_tune.quantization.dense import dense_twin, dequantize_arrays
+from mlx_tune.quantization.drift import Drift, corrected, drifted_output_error
 from mlx_tune.quantization.gptq import output_error, quantize_gptq, shrinkage_for
 from mlx_tune.quantization.lazy import number, read_array
-from mlx_tune.quantization.moments import InputMoments
+from mlx_tune.quantization.moments import Call, InputMoments
 from mlx_tune.quantization.plan import LayerPlan
 from mlx_tune.quantization.search import Effort
 
 Arrays = tuple[mx.array, mx.array, mx.array]
+Extras = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 #: One batch in so many is kept aside to judge each layer on.
 _HELD_OUT_EVERY = 8
@@ -40,7 +46,8 @@ class CalibratedLayer:
         path: Where it stands first.
         method: "gptq", or "optimal" where that was no worse.
         output_error: Squared error of its outputs over their squares, on calibration that it did not learn from where
-            there is more than one batch; None where it was given no inputs.
+            there is more than one batch; None where it was given no inputs. Where the blocks follow one another, its
+            outputs are held against those of the unquantized model, so that what its inputs lost before it counts.
         optimal_output_error: The same for "optimal".
         note: Why it fell back, if it did.
     """
@@ -64,9 +71,10 @@ def gptq_model(
     """Quantize the planned layers of a model with GPTQ.
 
     A block's inputs come from the quantized blocks before it. Where the model hands a block's output straight to the
-    next, as nearly all do, each batch runs through each block twice; where it does not, the model is run from its
-    start for every block. A tied embedding goes first, by what the head is given: the blocks then learn from its
-    lookups.
+    next, as nearly all do, each batch runs through each block three times: as the unquantized model would, for learning
+    from, and on to the next. Where it does not, the model is run from its start for every block, and nothing is known
+    of how far inputs have moved. A tied embedding goes first, by what the head is given: the blocks then learn from
+    its lookups.
 
     Args:
         model: The model; `install` changes it.
@@ -117,13 +125,22 @@ class _Run:
         self._install, self._effort, self._bar = install, effort, bar
         self._states: list[mx.array] = []
         self._states_of: str | None = None  # the step whose outputs `_states` are
-        self._extras: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._extras: dict[str, Extras] = {}
+        # What the step at this path would be given by an unquantized model, and the further arguments for all of them.
+        self._before: list[mx.array] = []
+        self._before_at: str | None = None
+        self._extras_before: dict[str, Extras] = {}
 
     def all(self) -> dict[str, CalibratedLayer]:
         done: dict[str, CalibratedLayer] = {}
         modules = {path: layer.module for layer in self._layers for path in layer.paths}
         with self._running():
             steps = forward_steps(self._model, self._batches[0], list(modules.items()))
+        first = next((s.like for s in steps if s.follows is not None), None)
+        for step in steps:
+            if step.path == first:
+                self._before, self._extras_before = self._enter(step) or [], dict(self._extras)
+                self._before_at = step.path if self._before else None
         heads = [layer for layer in self._layers if isinstance(layer.module, nn.Embedding)]
         for layer in heads:
             done[layer.path] = self._embedding(layer, steps)
@@ -136,10 +153,14 @@ class _Run:
             if mine:
                 learned, judged = self._moments(step, mine, inputs)
                 for layer in mine:
-                    test = None if judged is None else judged.of(layer.path)
-                    done[layer.path] = self._solve(layer, learned.of(layer.path), test, learned.tokens[layer.path])
+                    done[layer.path] = self._solve(layer, learned, judged)
             if following is not None:
                 self._advance(step, inputs)
+                if self._before_at == step.path:
+                    if not mine:
+                        with self._running():
+                            self._before = [self._as_before(step, i) for i in range(len(self._before))]
+                    self._before_at = following.path
         for layer in self._layers:
             if layer.path not in done:
                 done[layer.path] = self._fall_back(layer, "no calibration input reached it")
@@ -166,7 +187,7 @@ class _Run:
         if step.calls != 1 or step.like != step.path:
             return None
         states: list[mx.array] = []
-        extras: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        extras: Extras = []
 
         def take(module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
             if arguments and isinstance(arguments[0], mx.array):
@@ -187,25 +208,38 @@ class _Run:
         arguments, keywords = self._extras[step.like][i]
         return step.module(inputs[i], *arguments, **keywords)
 
+    def _as_before(self, step: Step, i: int) -> mx.array:
+        """Run a step that is not quantized yet on what an unquantized model would give it."""
+        arguments, keywords = self._extras_before[step.like][i]
+        output: mx.array = step.module(self._before[i], *arguments, **keywords)
+        mx.eval(output)
+        return output
+
     def _moments(
         self, step: Step, layers: list[LayerPlan], inputs: list[mx.array] | None
     ) -> tuple[InputMoments, InputMoments | None]:
         modules = {layer.path: layer.module for layer in layers}
         learned = InputMoments(modules)
         held = len(self._batches) > 1
-        judged = InputMoments(modules) if held else None
+        judged = InputMoments(modules, own_drift=True) if held else None
+        known = inputs is not None and self._before_at == step.path
         for i, batch in enumerate(self._batches):
             # The last of each eight judges, and the last of all where there are fewer.
             aside = held and (
                 i % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 or len(self._batches) - 1 == i < _HELD_OUT_EVERY
             )
             into = judged if aside and judged is not None else learned
+            before: list[Call] | None = None
+            if known:
+                with self._running(), intercepted(modules.values(), into.hook()):
+                    self._before[i] = self._as_before(step, i)
+                before = into.take()
             with self._running(), intercepted(modules.values(), into.hook()):
                 if inputs is not None:
                     mx.eval(self._call(step, inputs, i))
                 else:
                     mx.eval(self._model(*self._arguments(batch)))
-            into.collect()
+            into.collect(before)
         return learned, judged
 
     @staticmethod
@@ -230,15 +264,10 @@ class _Run:
         step = next((s for s in steps if s.path in layer.paths), None)
         if step is None or step.calls < 2:
             return self._fall_back(layer, "lookups only: there is no sum in which columns could make up for each other")
-        learned, judged = self._moments(step, [layer], None)
-        moments = learned.of(layer.path)
-        test = None if judged is None else judged.of(layer.path)
-        weight = read_array(dense_twin(layer.module)["weight"])
-        # It is looked up as well, which takes each weight as it is: both relative errors count.
-        both = [None if m is None else _with_lookups(weight, m) for m in (moments, test)]
-        return self._solve(layer, both[0], both[1], learned.tokens[layer.path])
+        return self._solve(layer, *self._moments(step, [layer], None))
 
-    def _solve(self, layer: LayerPlan, moments: mx.array | None, test: mx.array | None, tokens: int) -> CalibratedLayer:
+    def _solve(self, layer: LayerPlan, learned: InputMoments, judged: InputMoments | None) -> CalibratedLayer:
+        moments = learned.of(layer.path)
         if moments is None:
             return self._fall_back(layer, "no calibration input reached it")
         assert layer.format is not None
@@ -246,27 +275,26 @@ class _Run:
         weight = read_array(dense_twin(layer.module)["weight"])
         bits, size = layer.format.bits, layer.format.group_size
         optimal = quantize_affine(weight, bits, size, effort=self._effort)
+        drift = learned.drift_of(layer.path)
+        metric = learned if judged is None or judged.of(layer.path) is None else judged
+        test, test_drift = metric.of(layer.path), metric.drift_of(layer.path)
+        if isinstance(layer.module, nn.Embedding):
+            # It is looked up as well, which takes each weight as it is: both relative errors count.
+            moments, test = _with_lookups(weight, moments), _with_lookups(weight, test)
         stacked = weight.ndim == 3
-        shrinkage = shrinkage_for(weight.shape[-1], tokens // (weight.shape[0] if stacked else 1))
+        experts = weight.shape[0] if stacked else 1
+        shrinkage = shrinkage_for(weight.shape[-1], learned.tokens[layer.path] // experts)
         parts = []
-        for e in range(weight.shape[0] if stacked else 1):
+        for e in range(experts):
             at: Any = e if stacked else slice(None)
-            start = tuple(a[at] for a in optimal)
+            start: Any = tuple(a[at] for a in optimal)
+            wanted = weight[at] if drift is None else corrected(weight, moments, drift, shrinkage)
             parts.append(
-                quantize_gptq(
-                    weight[at],
-                    moments[at],
-                    bits,
-                    size,
-                    effort=self._effort,
-                    start=start,  # type: ignore[arg-type]
-                    shrinkage=shrinkage,
-                )
+                quantize_gptq(wanted, moments[at], bits, size, effort=self._effort, start=start, shrinkage=shrinkage)
             )
         columns: Any = list(zip(*parts, strict=True))[:3]
         found: Arrays = tuple(mx.stack(list(a)) if stacked else a[0] for a in columns)  # type: ignore[assignment]
-        metric = moments if test is None else test
-        errors = [_error(weight, arrays, metric, bits, size) for arrays in (found, optimal)]
+        errors = [_error(weight, arrays, test, test_drift, bits, size) for arrays in (found, optimal)]
         better = errors[0] < errors[1]
         self._install(layer, found if better else optimal)
         self._bar.advance()
@@ -284,9 +312,11 @@ class _Run:
         return CalibratedLayer(layer.path, "optimal", None, None, f"kept 'optimal': {why}")
 
 
-def _error(weight: mx.array, arrays: Arrays, moments: mx.array, bits: int, size: int) -> float:
+def _error(weight: mx.array, arrays: Arrays, moments: Any, drift: Drift | None, bits: int, size: int) -> float:
     """Relative output error; over a stack of experts, of all their outputs together."""
     after = dequantize_arrays(*arrays, group_size=size, bits=bits)
+    if drift is not None and drift.own is not None:
+        return drifted_output_error(weight, after, moments, drift)
     if weight.ndim == 2:
         return output_error(weight, after, moments)
     energies = [_energy(w.astype(mx.float32), h) for w, h in zip(weight, moments, strict=True)]
@@ -295,7 +325,7 @@ def _error(weight: mx.array, arrays: Arrays, moments: mx.array, bits: int, size:
     return sum(e * n for e, n in zip(errors, energies, strict=True)) / total if total > 0 else 0.0
 
 
-def _with_lookups(weight: mx.array, moments: mx.array, share: float = LOOKUP_SHARE) -> mx.array:
+def _with_lookups(weight: mx.array, moments: Any, share: float = LOOKUP_SHARE) -> mx.array:
     """The metric of a tied embedding: relative squared error of the logits plus that of the rows themselves."""
     w = weight.astype(mx.float32)
     rows = share / max(number(mx.square(w).sum()), 1e-30)

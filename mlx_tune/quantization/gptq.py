@@ -62,7 +62,8 @@ def quantize_gptq(
     """Quantize one weight so that the error of its outputs is least.
 
     Args:
-        weight: `[rows, columns]` in float32, float16 or bfloat16.
+        weight: `[rows, columns]` in float32, float16 or bfloat16. With `start`, scales get the dtype of those instead
+            of the weight's.
         hessian: Second moments of the layer's inputs, `x.T @ x` summed or averaged over tokens, `[columns, columns]`.
         bits: Bits of a code: 1, 2, 3, 4, 5, 6 or 8.
         group_size: Columns that share a scale and a bias: 32, 64 or 128.
@@ -107,13 +108,14 @@ def quantize_gptq(
     damped = (1 - shrinkage) * h + mx.diag(shrinkage * diagonal + _DAMPING * diagonal.mean())
     damped = damped[order][:, order]
     feedback = _feedback(damped)
-    job = _Job(bits, group_size, weight.dtype, effort)
+    dtype = optimal[1].dtype
+    job = _Job(bits, group_size, dtype, effort)
     codes, scales, biases = job.first_pass(w[:, order], feedback)
     codes, scales, biases = job.sweep(w[:, order], damped, codes, scales, biases, _SWEEPS[effort])
 
     back = mx.argsort(order)
     codes = codes[:, back]
-    scales, biases = (x[:, mx.argsort(groups)].astype(weight.dtype) for x in (scales, biases))
+    scales, biases = (x[:, mx.argsort(groups)].astype(dtype) for x in (scales, biases))
     found = (pack(codes, bits), scales, biases)
     after = _row_errors(w - dequantize_float32(*found, bits, group_size), h)
     better = (after < before)[:, None]

@@ -9,6 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.quantization.capture import Hook
+from mlx_tune.quantization.drift import Drift
+
+#: One call of a layer: its path, its inputs and, of a stack of experts, which of them each input went to.
+Call = tuple[str, mx.array, "mx.array | None"]
 
 
 class InputMoments:
@@ -18,18 +22,22 @@ class InputMoments:
 
     Args:
         modules: The layers by path.
+        own_drift: Whether drifts are to hold the moments of the drift itself, which measuring errors takes.
 
     Attributes:
         tokens: How many inputs each layer was given, by path.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
+    def __init__(self, modules: dict[str, nn.Module], *, own_drift: bool = False) -> None:
         """Nothing has been seen yet."""
         self._paths = {id(module): path for path, module in modules.items()}
         self._modules = modules
         self._owner: dict[str, str] = {}
         self._sums: dict[str, mx.array] = {}
-        self._calls: list[tuple[str, Any, Any]] = []
+        self._calls: list[Call] = []
+        self._own_drift = own_drift
+        self._drifts: dict[str, Drift] = {}
+        self._without_drift: set[str] = set()
         self.tokens: dict[str, int] = dict.fromkeys(modules, 0)
 
     def hook(self) -> Hook:
@@ -46,11 +54,25 @@ class InputMoments:
 
         return see
 
-    def collect(self) -> None:
-        """Add up and evaluate what was seen since the last time."""
+    def take(self) -> list[Call]:
+        """The calls seen since the last time, for `collect`."""
         calls, self._calls = self._calls, []
+        return calls
+
+    def collect(self, before: list[Call] | None = None) -> None:
+        """Add up and evaluate what was seen since the last time.
+
+        Args:
+            before: The same calls as the unquantized model makes them, to learn how far inputs have moved.
+        """
+        calls = self.take()
         if not self._owner:
             self._share(calls)
+        if before is None or [path for path, *_ in before] != [path for path, *_ in calls]:
+            self._without_drift.update(path for path, *_ in calls)
+        else:
+            for (path, x, indices), (_, earlier, _) in zip(calls, before, strict=True):
+                self._add_drift(path, x, indices, earlier)
         for path, x, indices in calls:
             rows = x.shape[-1] and x.size // x.shape[-1]
             self.tokens[path] += indices.size if indices is not None else rows
@@ -62,13 +84,34 @@ class InputMoments:
             else:
                 added = self._by_expert(self._modules[path]["weight"].shape[0], x, indices)
             self._sums[path] = added if path not in self._sums else self._sums[path] + added
-        mx.eval(self._sums)
+        mx.eval(self._sums, self._drifts)
 
     def of(self, path: str) -> mx.array | None:
         """The moments of one layer, or None where it was given nothing."""
         return self._sums.get(self._owner.get(path, path))
 
-    def _share(self, calls: list[tuple[str, Any, Any]]) -> None:
+    def drift_of(self, path: str) -> Drift | None:
+        """How far the inputs of one layer have moved, or None where not all its calls could be compared."""
+        owner = self._owner.get(path, path)
+        return None if owner in self._without_drift else self._drifts.get(owner)
+
+    def _add_drift(self, path: str, x: mx.array, indices: mx.array | None, earlier: mx.array) -> None:
+        if self._owner[path] != path:
+            return
+        # Experts may have been given other tokens before, so that there is nothing to compare.
+        if indices is not None or earlier.shape != x.shape:
+            self._without_drift.add(path)
+            return
+        now = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        d = earlier.reshape(now.shape).astype(mx.float32) - now
+        added = Drift(d.T @ now, d.T @ d if self._own_drift else None)
+        if path in self._drifts:
+            old = self._drifts[path]
+            own = None if old.own is None or added.own is None else old.own + added.own
+            added = Drift(old.cross + added.cross, own)
+        self._drifts[path] = added
+
+    def _share(self, calls: list[Call]) -> None:
         """Find layers whose every input was the same object as another's."""
         seen: dict[str, list[tuple[int, int]]] = {}
         for path, x, indices in calls:
