@@ -101,6 +101,15 @@ def train(
     return Outcome(arrays, counter.calls)
 
 
+def apart(x: mx.array) -> mx.array:
+    """The same values, by way of operations that `mx.compile` does not fuse with others.
+
+    On a CPU each new combination of fused operations costs half a second of g++. Operations that are kept apart from
+    their neighbours are the same ones in every block.
+    """
+    return x.flatten().reshape(x.shape)
+
+
 def assert_same(plain: Outcome, checked: Outcome, relative: float = 0.0) -> None:
     """Every array the same: bit for bit, or within `relative` of its largest entry."""
     assert plain.arrays.keys() == checked.arrays.keys()

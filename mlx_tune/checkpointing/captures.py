@@ -101,6 +101,8 @@ class Walk:
 
     def _enter(self, note: Note) -> None:
         items, marks = note.items, note.marks
+        if len(items) > 16 and _PLAIN.issuperset(map(type, items.values() if type(items) is dict else items)):
+            return  # tokens and vocabularies can be long
         for key, value in items.items() if type(items) is dict else enumerate(items):
             kind = type(value)
             if kind in _PLAIN:

@@ -271,7 +271,7 @@ class _Call:
         MLX happens to walk the graph that many blocks do not run again at once. Waiting for the cotangents as well
         makes sure of it. On a chain of blocks both have the same peak.
         """
-        tied = mx.depends(arrays, [*outputs, *cotangents])
+        tied = _tied(arrays, [*outputs, *cotangents])
         ends = len(self.shapes) - self.marks
         saved = outputs[ends:]
         kept = [array for array in saved if is_differentiable(array)]
@@ -308,6 +308,14 @@ def _recomputed(call: _Call) -> list[mx.array]:
     forward: Any = mx.custom_function(lambda held: call(*held))
     forward.vjp(call.gradients)
     return forward(arrays)
+
+
+def _tied(arrays: list[mx.array], ends: list[mx.array]) -> list[mx.array]:
+    """These arrays, once the ends are there.
+
+    In groups, since each output of an operation knows all others: a thousand at once take a million steps.
+    """
+    return [tied for i in range(0, len(arrays), 64) for tied in mx.depends(arrays[i : i + 64], ends)]
 
 
 def _nothing() -> list[mx.array]:

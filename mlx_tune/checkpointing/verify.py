@@ -114,8 +114,9 @@ class VerifyReport:
             )
         if any(not p.ok and not p.became_zero for p in self.parameters):
             notes.append(
-                "WRONG: the block does something else when it is run again. Look for Python's or NumPy's random "
-                "numbers, a counter or a clock in it."
+                "WRONG: the block does something else when it is run again, or uses this parameter where checkpoint() "
+                "cannot see it. Look for Python's or NumPy's random numbers, a counter or a clock in it; pass the "
+                "parameter as an argument, or make it an attribute of the block."
             )
         return render_table(
             ["parameter", "largest gradient", "difference", "allowed", ""],

@@ -1,8 +1,15 @@
 """Arrays that a block takes from elsewhere get their gradients, and mx.checkpoint's silent zeros are shown."""
 
-from collections import deque
-from functools import partial
-from types import SimpleNamespace
+import enum
+import gc
+import sys
+import threading
+import weakref
+from argparse import Namespace
+from collections import ChainMap, UserDict, deque
+from contextvars import ContextVar
+from functools import cached_property, partial, partialmethod
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -35,6 +42,33 @@ class Pair(NamedTuple):
 
 class Ordered(list):
     pass
+
+
+class Shared:
+    weight = None
+
+
+class Setting(enum.Enum):
+    ON = 1
+
+
+class Sine:
+    """Made anew in every call of a block; its method reads a global."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def run(self):
+        return mx.sin(self.x * GLOBAL).sum()
+
+
+OTHER = ModuleType("other_module_of_a_user")
+exec("import mlx.core as mx\nW = None\ndef sine(x):\n    return mx.sin(x * W).sum()\n", OTHER.__dict__)
+PACKAGE = ModuleType("package_of_a_user")
+PACKAGE.other = OTHER
+VARIABLE = ContextVar("VARIABLE")
+LOCAL = threading.local()
+ALIVE = []
 
 
 def closure(w):
@@ -124,6 +158,180 @@ def in_a_module(w):
     return lambda x: mx.sin(x * module.weight).sum()
 
 
+def class_that_is_named(w):
+    Shared.weight = w
+    return lambda x: mx.sin(x * Shared.weight).sum()
+
+
+def class_that_is_held(w):
+    class Config:
+        weight = w
+
+    class Holder:
+        def __init__(self):
+            self.config = Config
+
+        def __call__(self, x):
+            return mx.sin(x * self.config.weight).sum()
+
+    return Holder()
+
+
+def inherited_class_attribute(w):
+    class Base:
+        weight = w
+
+    class Holder(Base):
+        def run(self, x):
+            return mx.sin(x * self.weight).sum()
+
+    return Holder().run
+
+
+def object_in_a_class(w):
+    class Holder:
+        helper = SimpleNamespace(weight=w)
+
+        def run(self, x):
+            return mx.sin(x * self.helper.weight).sum()
+
+    return Holder().run
+
+
+def made_in_the_block(w):
+    global GLOBAL
+    GLOBAL = w
+    return lambda x: Sine(x).run()
+
+
+def descriptor(w):
+    class Weight:
+        def __get__(self, holder, kind):
+            return w
+
+    class Holder:
+        weight = Weight()
+
+        def run(self, x):
+            return mx.sin(x * self.weight).sum()
+
+    return Holder().run
+
+
+def property_of_a_class(w):
+    class Holder:
+        @property
+        def weight(self):
+            return w
+
+        def run(self, x):
+            return mx.sin(x * self.weight).sum()
+
+    return Holder().run
+
+
+def property_that_is_kept(w):
+    class Holder:
+        @cached_property
+        def weight(self):
+            return w * 1
+
+        def run(self, x):
+            return mx.sin(x * self.weight).sum()
+
+    return Holder().run
+
+
+def property_of_a_metaclass(w):
+    class Meta(type):
+        @property
+        def weight(cls):
+            return w
+
+    class Holder(metaclass=Meta):
+        def run(self, x):
+            return mx.sin(x * type(self).weight).sum()
+
+    return Holder().run
+
+
+def partial_method(w):
+    class Holder:
+        def _run(self, weight, x):
+            return mx.sin(x * weight).sum()
+
+        run = partialmethod(_run, w)
+
+    return Holder().run
+
+
+def member_of_an_enumeration(w):
+    Setting.ON.weight = w
+    return lambda x: mx.sin(x * Setting.ON.weight).sum()
+
+
+def value_of_a_module(w):
+    OTHER.W = w
+    return lambda x: mx.sin(x * PACKAGE.other.W).sum()
+
+
+def function_of_a_module(w):
+    OTHER.W = w
+    return lambda x: OTHER.sine(x)
+
+
+def in_a_set(w):
+    held = {w}
+    return lambda x: mx.sin(x * next(iter(held))).sum()
+
+
+def in_a_frozen_set(w):
+    held = frozenset([w])
+    return lambda x: mx.sin(x * next(iter(held))).sum()
+
+
+def in_a_user_dict(w):
+    held = ChainMap({}, UserDict(w=w))
+    return lambda x: mx.sin(x * held["w"]).sum()
+
+
+def in_a_namespace(w):
+    held = Namespace(w=w)
+    return lambda x: mx.sin(x * held.w).sum()
+
+
+def behind_a_weak_reference(w):
+    module = nn.Module()
+    module.weight = w
+    ALIVE[:] = [module]
+    reference, proxy = weakref.ref(module), weakref.proxy(module)
+    return lambda x: mx.sin(x * (reference().weight + proxy.weight) / 2).sum()
+
+
+def in_a_context(w):
+    VARIABLE.set(w)
+    return lambda x: mx.sin(x * VARIABLE.get()).sum()
+
+
+def of_this_thread(w):
+    LOCAL.weight = w
+    return lambda x: mx.sin(x * LOCAL.weight).sum()
+
+
+def generator_function(w):
+    def weights():
+        yield w
+
+    return lambda x: mx.sin(x * next(weights())).sum()
+
+
+def method_of_a_compiled_module(w):
+    module = nn.Module()
+    module.weight = w
+    inner = mx.compile(lambda x: mx.sin(x * module.weight), inputs=module)
+    return lambda x: inner(x).sum()
+
+
 def state_of_a_compiled_function(w):
     held = [w]
     inner = mx.compile(lambda x: mx.sin(x * held[0]), inputs=held)
@@ -151,16 +359,67 @@ PLACES = [
     bound_method,
     class_attribute,
     in_a_module,
+    class_that_is_named,
+    class_that_is_held,
+    inherited_class_attribute,
+    object_in_a_class,
+    made_in_the_block,
+    descriptor,
+    property_of_a_class,
+    property_that_is_kept,
+    property_of_a_metaclass,
+    partial_method,
+    member_of_an_enumeration,
+    value_of_a_module,
+    function_of_a_module,
+    in_a_set,
+    in_a_frozen_set,
+    in_a_user_dict,
+    in_a_namespace,
+    behind_a_weak_reference,
+    in_a_context,
+    of_this_thread,
+    generator_function,
+    method_of_a_compiled_module,
     state_of_a_compiled_function,
     wrapped_by_a_library,
 ]
 
 
+@pytest.fixture(autouse=True)
+def globals_put_back():
+    """Some places are this file's own globals."""
+    global GLOBAL
+    before = GLOBAL
+    yield
+    GLOBAL, Shared.weight, OTHER.W = before, None, None
+    VARIABLE.set(None)
+    vars(LOCAL).clear()
+    ALIVE.clear()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
-def test_captured_array_has_its_gradient(place):
+def test_captured_array_has_its_gradient(place, compiled):
+    runs = []
+
+    def gradient(checkpoint):
+        def loss(w):
+            block = place(w)
+
+            def counted(x):
+                runs.append(mt.is_recomputing())
+                return block(x)
+
+            return checkpoint(counted)(X)
+
+        return mx.compile(mx.grad(loss)) if compiled else mx.grad(loss)
+
     w = mx.array([1.0, 2.0, 3.0])
-    expected = mx.grad(lambda w: place(w)(X))(w)
-    found = mx.grad(lambda w: mt.checkpoint(place(w))(X))(w)
+    expected = gradient(lambda block: block)(w)
+    assert runs == [False]
+    found = gradient(mt.checkpoint)(w)
+    assert runs == [False, False, True]
     assert mx.array_equal(found, expected)
     assert mx.any(expected != 0)
 
@@ -249,29 +508,134 @@ def test_containers_are_as_before_after_a_step():
     assert list(held) == ["list", "none"]
 
 
-def test_what_cannot_be_seen_counts_as_constant_and_is_found_by_verify():
-    """Looked up by a name that the code computes: out of sight, and documented as such."""
+class Hidden(nn.Module):
+    """Multiplies by a weight that it looks up by a name that it computes: out of sight, and documented as such."""
 
-    class Hidden(nn.Module):
-        def __init__(self, path):
-            super().__init__()
-            self.inner = nn.Linear(3, 3)
-            self.scale_path = path
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
 
-        def __call__(self, x):
-            return mx.tanh(self.inner(x)) * registry()[self.scale_path].weight
+    def __call__(self, x):
+        return mx.tanh(self.inner(x)) * registry()["scale"].weight
 
-    scale = nn.RMSNorm(3)
-    hidden_registry["scale"] = scale
-    model = nn.Sequential(Hidden("scale"), scale)
-    mt.checkpoint(model.layers[0])
-    report = mt.verify_checkpoint(model, lambda x: model(x).sum(), mx.ones((2, 3)))
+
+@pytest.mark.parametrize(
+    ("used_elsewhere", "flag", "text"),
+    [
+        (False, "ZERO", "ZERO: the block uses this parameter where checkpoint() cannot see it."),
+        (True, "WRONG", "WRONG: the block does something else when it is run again"),
+    ],
+)
+def test_what_cannot_be_seen_counts_as_constant_and_is_found_by_verify(used_elsewhere, flag, text):
+    model = nn.Module()
+    model.block, model.scale = mt.checkpoint(Hidden()), nn.RMSNorm(3)
+    hidden_registry["scale"] = model.scale
+
+    def loss(x):
+        y = model.block(x)
+        return (model.scale(y) if used_elsewhere else y).sum()
+
+    report = mt.verify_checkpoint(model, loss, mx.ones((2, 3)))
     assert not report.ok
-    assert [p.path for p in report.wrong] == ["layers.1.weight"]
+    assert [p.path for p in report.wrong] == ["scale.weight"]
+    assert report.wrong[0].became_zero is not used_elsewhere
+    assert flag in str(report)
+    assert text in str(report)
 
 
 hidden_registry = {}
 
 
 def registry():
-    return __import__("sys").modules[__name__].__dict__["hidden" + "_registry"]
+    return sys.modules[__name__].__dict__["hidden" + "_registry"]
+
+
+def test_the_same_text_with_other_globals_is_other_code():
+    def made(scope):
+        exec("def block(x):\n    return mx.sin(x * W).sum()\n", scope)
+        return scope["block"]
+
+    first = made({"mx": mx, "W": SimpleNamespace})
+    with pytest.raises((TypeError, ValueError)):
+        mt.checkpoint(first)(X)
+    scope = {"mx": mx}
+    second = made(scope)
+
+    def loss(w):
+        scope["W"] = w
+        return mt.checkpoint(second)(X)
+
+    assert mx.any(mx.grad(loss)(mx.array([1.0, 2.0, 3.0])) != 0)
+
+
+def test_one_array_in_two_arguments_gets_both_gradients():
+    block = mt.checkpoint(lambda a, b, *, c: (a * b * mx.sin(c)).sum())
+    assert mx.array_equal(mx.grad(lambda x: block(x, x, c=x))(X), mx.grad(lambda x: (x * x * mx.sin(x)).sum())(X))
+
+
+@pytest.mark.parametrize("kind", [iter, lambda items: (item for item in items), reversed, enumerate])
+def test_an_iterator_as_an_argument_is_refused_when_it_is_used_up(kind):
+    def block(x, parts):
+        for _ in parts:
+            x = x * 2
+        return x.sum()
+
+    fast = mt.checkpoint(block)
+    assert mx.array_equal(fast(X, kind([1, 2])), block(X, kind([1, 2])))
+    with pytest.raises(mt.CheckpointError, match=r"block was given an iterator \(.*\) as an argument"):
+        mx.grad(lambda x: fast(x, kind([1, 2])))(X)
+    assert mx.array_equal(mx.grad(lambda x: fast(x, [1, 2]))(X), mx.full((3,), 4.0))
+
+
+def test_an_operation_without_a_gradient_for_an_argument_says_what_to_do():
+    def block(x, basis):
+        return (x @ mx.linalg.qr(basis, stream=mx.cpu)[0]).sum()
+
+    fast, basis = mt.checkpoint(block), mx.random.normal((3, 3), key=mx.random.key(0))
+    expected = mx.grad(block)(X, basis)
+    with pytest.raises(ValueError, match="QR") as caught:
+        mx.grad(fast)(X, basis)
+    assert "through mx.stop_gradient" in caught.value.__notes__[0]
+    assert mx.array_equal(mx.grad(lambda x, basis: fast(x, mx.stop_gradient(basis)))(X, basis), expected)
+    # One that is made on the way, or that is no argument of what is differentiated, is known to be constant.
+    assert mx.array_equal(mx.grad(lambda x: fast(x, basis))(X), expected)
+    assert mx.array_equal(mx.grad(lambda x: fast(x, basis * 1))(X), expected)
+
+
+def test_an_error_of_the_block_itself_is_not_tried_again():
+    runs = []
+
+    def block(x):
+        runs.append(1)
+        if mt.is_recomputing():
+            raise ValueError("on purpose")
+        return x.sum()
+
+    with pytest.raises(ValueError, match="on purpose"):
+        mx.grad(mt.checkpoint(block))(X)
+    assert len(runs) == 2
+
+
+def test_classes_and_functions_are_forgotten_with_the_model():
+    def made():
+        weight = mx.array([1.0, 2.0, 3.0])
+
+        class Block(nn.Module):
+            helper = SimpleNamespace(weight=weight)
+
+            def __init__(self):
+                super().__init__()
+                self.inner = nn.Linear(3, 3)
+
+            def __call__(self, x):
+                return (self.inner(x) * self.helper.weight * weight).sum()
+
+        block = mt.checkpoint(Block())
+        mx.eval(nn.value_and_grad(block, lambda: block(X))())
+        return weakref.ref(Block), weakref.ref(block)
+
+    kind, block = made()
+    assert block() is None, "a model is gone as soon as nobody holds it"
+    gc.collect()
+    gc.collect()  # the first one takes the subclass that checkpoint() made
+    assert kind() is None

@@ -1,6 +1,6 @@
 """What a block writes is written once; what it logs and counts is there for both runs."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -202,3 +202,102 @@ def test_nothing_is_held_when_the_gradients_are_dropped():
     plain, ours = held_bytes(lambda layer: layer), held_bytes(mt.checkpoint)
     assert ours <= plain + 1024
     assert held_bytes(bare_checkpoint) > ours + 512 * 256 * 4
+
+
+NUMBER = 0
+LAST = None
+
+
+def test_numbers_and_arrays_among_globals_are_apart():
+    """A counter that the code assigns is there for both runs, an array is the first run's."""
+
+    def block(x):
+        global NUMBER, LAST
+        NUMBER += 1
+        LAST = x * NUMBER
+        return x * NUMBER
+
+    global NUMBER, LAST
+    NUMBER, LAST = 0, None
+
+    def loss(x):
+        return mt.checkpoint(block)(x).sum() + 10 * LAST.sum()
+
+    assert mx.grad(loss)(mx.array([2.0])).item() == 11.0, "the second run counted from where the first one did"
+    assert NUMBER == 2
+
+
+class Numbered(nn.Module):
+    """Its class counts for all instances."""
+
+    number = 0
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def __call__(self, x):
+        Numbered.number += 1
+        return self.inner(x) * Numbered.number
+
+
+def test_second_run_reads_the_class_as_the_first_one_did():
+    gradients = []
+    for wrap in (lambda block: block, mt.checkpoint):
+        mx.random.seed(0)
+        Numbered.number = 0
+        blocks = [wrap(Numbered()), wrap(Numbered())]
+        gradients.append(mx.grad(lambda x, blocks=blocks: blocks[1](blocks[0](x)).sum())(mx.ones((1, 2))))
+    assert mx.array_equal(*gradients)
+    assert Numbered.number == 4
+
+
+def test_a_log_that_the_second_run_begins_is_kept():
+    log = defaultdict(list)
+
+    def block(x):
+        log["again" if mt.is_recomputing() else "first"].append(x.shape)
+        return x * x
+
+    mx.eval(mx.grad(lambda x: mt.checkpoint(block)(x).sum())(mx.ones((2,))))
+    assert log == {"first": [(2,)], "again": [(2,)]}
+
+
+def test_what_the_first_run_kept_for_later_is_made_again_by_the_second():
+    """A value that a block computes once and keeps must not be there yet when the block runs again."""
+
+    class Lazy:
+        def __init__(self, weight):
+            self.weight = weight
+
+        def __call__(self, x):
+            if not hasattr(self, "scaled"):
+                self.scaled = self.weight * 3
+            return (x * self.scaled).sum()
+
+    def loss(w, wrap):
+        return wrap(Lazy(w))(mx.array([1.0, 2.0]))
+
+    w = mx.array([0.5, 0.25])
+    assert mx.grad(lambda w: loss(w, mt.checkpoint))(w).tolist() == [3.0, 6.0]
+
+
+def test_sets_and_slots_are_written_once():
+    class Slotted:
+        __slots__ = ("seen", "state")
+
+        def __init__(self):
+            self.seen, self.state = 0, None
+
+    held = {Slotted()}
+
+    def block(x):
+        for item in held:
+            item.state = x if item.state is None else item.state + x
+            item.seen += 1
+        return x * next(iter(held)).state
+
+    assert mx.grad(lambda x: mt.checkpoint(block)(x).sum())(mx.array([3.0])).item() == 6.0
+    item = next(iter(held))
+    assert item.state.tolist() == [3.0]
+    assert item.seen == 1, "it goes with the array beside it, as a cache's position does"

@@ -127,20 +127,29 @@ def test_slots_have_the_names_they_have_outside():
     assert slot_names(Single) == ("only",)
 
 
-class TripleTuple(tuple):
-    """A tuple of a class of its own, without names."""
+class Pair(tuple):
+    """A tuple of a class of its own, made in its own way and with an attribute."""
+
+    def __new__(cls, first, second):
+        made = super().__new__(cls, (first, second))
+        made.name = "pair"
+        return made
 
 
 def test_tuples_of_a_class_of_their_own_keep_it():
     seen = []
 
     def block(parts):
-        seen.append(type(parts))
-        return (parts[0] * parts[1]).sum()
+        seen.append((type(parts), parts.name))
+        return Pair(parts[0] * parts[1], 3)
 
-    gradient = mx.grad(lambda x: mt.checkpoint(block)(TripleTuple((x, mx.array(3.0)))))(mx.array(2.0))
-    assert gradient.item() == 3.0
-    assert seen == [TripleTuple, TripleTuple]
+    def loss(x):
+        pair = mt.checkpoint(block)(Pair(x, mx.array(3.0)))
+        assert (type(pair), pair.name, pair[1]) == (Pair, "pair", 3)
+        return pair[0]
+
+    assert mx.grad(loss)(mx.array(2.0)).item() == 3.0
+    assert seen == [(Pair, "pair"), (Pair, "pair")]
 
 
 def test_a_list_that_shrinks_in_the_second_run_is_as_before():

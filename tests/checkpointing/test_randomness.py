@@ -71,6 +71,27 @@ def test_draws_of_another_thread_are_untouched():
     assert drawn == [mx.random.uniform(shape=(2,)).tolist() for _ in range(2)]
 
 
+def test_second_run_is_on_the_stream_of_the_first():
+    """Which may be another device, with other rounding."""
+    other = mx.new_stream(mx.cpu)
+    streams = []
+
+    @mt.checkpoint
+    def block(x):
+        streams.append(mx.default_stream(mx.default_device()))
+        return mx.sin(x)
+
+    def loss(x):
+        with mx.stream(other):
+            y = block(x)
+        return y.sum()
+
+    before = mx.default_stream(mx.default_device())
+    mx.eval(mx.grad(loss)(mx.ones((2,))))
+    assert streams == [other, other]
+    assert mx.default_stream(mx.default_device()) == before != other
+
+
 def test_draws_from_restores_after_an_error():
     mx.random.seed(2)
     before = mx.random.state[0].tolist()

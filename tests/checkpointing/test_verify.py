@@ -80,7 +80,7 @@ def test_a_block_that_cannot_be_repeated_is_found():
     assert random.getstate() == state
     assert not report.ok
     assert {p.path for p in report.wrong} >= {"layers.1.inner.weight"}
-    assert "WRONG: the block does something else when it is run again." in str(report)
+    assert "WRONG: the block does something else when it is run again" in str(report)
     assert "gradients are wrong." in str(report)
 
 
