@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.quantization.dense import dense_twin, dequantize_arrays, has_dense_class
 from mlx_tune.quantization.sites import is_quantized, walk
 
@@ -26,16 +27,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     sites = walk(model)
     modes = [(site.module, site.module._training) for site in sites]
     items = [(site.module, dict(site.module)) for site in sites]
-    # Set flag by flag: Module.train() of a layer with quantized inputs would requantize its weights.
-    for module, _ in modes:
-        module._training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module._training = mode
-        for module, before in items:
-            _put_back(module, before)
+    with uninterrupted():
+        try:
+            # Set flag by flag: Module.train() of a layer with quantized inputs would requantize its weights.
+            for module, _ in modes:
+                module._training = False
+            with interruptible():
+                yield
+        finally:
+            for module, mode in modes:
+                module._training = mode
+            for module, before in items:
+                _put_back(module, before)
 
 
 def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
@@ -56,17 +59,19 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
     """
     unpack = mx.default_device() == mx.Device(mx.cpu)
     changed = []
-    try:
-        for site in walk(model):
-            module = site.module
-            replacement = _stand_in(type(module), unpack and _unpackable(module))
-            if replacement is not None:
-                changed.append((module, type(module)))
-                object.__setattr__(module, "__class__", replacement)
-        yield
-    finally:
-        for module, before in reversed(changed):
-            object.__setattr__(module, "__class__", before)
+    with uninterrupted():
+        try:
+            for site in walk(model):
+                module = site.module
+                replacement = _stand_in(type(module), unpack and _unpackable(module))
+                if replacement is not None:
+                    changed.append((module, type(module)))
+                    object.__setattr__(module, "__class__", replacement)
+            with interruptible():
+                yield
+        finally:
+            for module, before in reversed(changed):
+                object.__setattr__(module, "__class__", before)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.quantization.apply import PackedArrays, quantized_module
 from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.batches import Batch
@@ -94,15 +95,17 @@ def _guilty(
 def _packed(model: nn.Module, layers: Sequence[LayerPlan]) -> Iterator[None]:
     """Have packed layers of no content in the model while the block runs."""
     olds = [(path, module_at(model, path)) for layer in layers for path in layer.paths]
-    try:
-        for layer in layers:
-            for path in layer.paths:
-                assert layer.format is not None
-                put_module(model, path, quantized_module(module_at(model, path), layer.format, _hollow(layer)))
-        yield
-    finally:
-        for path, old in olds:
-            put_module(model, path, old)
+    with uninterrupted():
+        try:
+            for layer in layers:
+                for path in layer.paths:
+                    assert layer.format is not None
+                    put_module(model, path, quantized_module(module_at(model, path), layer.format, _hollow(layer)))
+            with interruptible():
+                yield
+        finally:
+            for path, old in olds:
+                put_module(model, path, old)
 
 
 def _hollow(layer: LayerPlan) -> PackedArrays:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.accuracy import Accuracy, LanguageAccuracy, LossAccuracy
 from mlx_tune.quantization.apply import PackedArrays, pack, quantized_module, signal_to_noise_db
@@ -113,10 +114,12 @@ def _relative_error(weight: mx.array, arrays: PackedArrays, wanted: Format) -> f
 def _in_place(model: nn.Module, layer: LayerPlan, wanted: Format, arrays: PackedArrays) -> Iterator[None]:
     """Have one layer quantized for the time of the block."""
     olds = [(path, module_at(model, path)) for path in layer.paths]
-    try:
-        for path, old in olds:
-            put_module(model, path, quantized_module(old, wanted, arrays))
-        yield
-    finally:
-        for path, old in olds:
-            put_module(model, path, old)
+    with uninterrupted():
+        try:
+            for path, old in olds:
+                put_module(model, path, quantized_module(old, wanted, arrays))
+            with interruptible():
+                yield
+        finally:
+            for path, old in olds:
+                put_module(model, path, old)

@@ -69,17 +69,18 @@ class Transaction:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Undo everything if the block failed, then delete the files."""
-        _open.reset(self._token)
-        try:
-            if error is not None:
-                self.roll_back()
-        finally:
-            self._log.clear()
-            self._parked_shared.clear()
-            if self._folder is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
-                self._folder = None
+        """Undo everything if the block failed, then delete the files. A Ctrl-C waits until that is done."""
+        with uninterrupted():
+            _open.reset(self._token)
+            try:
+                if error is not None:
+                    self.roll_back()
+            finally:
+                self._log.clear()
+                self._parked_shared.clear()
+                if self._folder is not None:
+                    shutil.rmtree(self._folder, ignore_errors=True)
+                    self._folder = None
 
     def replace(self, path: str, module: nn.Module) -> None:
         """Put `module` at `path` and set the module that stood there aside."""
