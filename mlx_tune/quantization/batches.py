@@ -36,8 +36,8 @@ def read_batches(batches: Iterable[Any] | None, name: str) -> list[Batch]:
     """Read all batches, in order.
 
     Args:
-        batches: Token arrays [batch, length] or [length] of MLX or NumPy; or what a model is called with, a tuple
-            being several arguments. None for none.
+        batches: Token arrays [batch, length] or [length] of MLX or NumPy, or lists of tokens; or what a model is
+            called with, a tuple being several arguments. None for none.
         name: The argument that they came in, for errors.
 
     Raises:
@@ -80,6 +80,13 @@ def count_tokens(batches: list[Batch]) -> int:
 
 
 def _read(batch: Any, where: str) -> Batch:
+    if batch is None or isinstance(batch, (str, bytes)):
+        raise QuantizationError(
+            f"{where} is {'None' if batch is None else 'text'}: batches are token arrays or what the model is called "
+            "with. `mlx_tune.lm.token_batches` makes tokens of text."
+        )
+    if isinstance(batch, list) and batch and all(isinstance(a, int) and not isinstance(a, bool) for a in batch):
+        batch = mx.array(batch)  # as tokenizers give them
     if isinstance(batch, (tuple, list)):
         arguments = tuple(_array(a) for a in batch)
         if not arguments:
@@ -123,7 +130,8 @@ def in_parts(batches: Sequence[Batch], tokens: int) -> list[Batch]:
 
     Args:
         batches: The batches.
-        tokens: Tokens of a part; a sequence that is longer is a part of its own.
+        tokens: Tokens of a part; a sequence that is longer is a part of its own. What would be one part only is cut
+            into its sequences, so that one can be kept aside.
 
     Examples:
         >>> [b.tokens.shape for b in in_parts(read_batches([mx.zeros((5, 8), dtype=mx.int32)], "calibration"), 16)]
@@ -135,4 +143,4 @@ def in_parts(batches: Sequence[Batch], tokens: int) -> list[Batch]:
             parts.append(batch)
         else:
             parts += rows_at_most(batch, max(1, tokens // batch.tokens.shape[1]))
-    return parts
+    return in_parts(batches, 1) if len(parts) == 1 and tokens > 1 else parts

@@ -236,6 +236,7 @@ def test_one_sequence_has_no_standard_error() -> None:
 def test_batches_of_tokens_and_of_arguments() -> None:
     read = read_batches([np.zeros((2, 9), dtype=np.uint16), mx.zeros((5,), dtype=mx.int32)], "evaluation")
     assert [b.tokens.shape for b in read] == [(2, 9), (1, 5)]
+    assert read_batches([[3, 1, 4], [1, 5]], "evaluation")[0].tokens.tolist() == [[3, 1, 4]]
     assert count_tokens(read) == 20
     others = read_batches([mx.zeros((2, 3)), (mx.zeros((2, 3)), mx.zeros((2,), dtype=mx.int32))], "evaluation")
     assert [len(b.arguments) for b in others] == [1, 2]
@@ -251,6 +252,8 @@ def test_batches_of_tokens_and_of_arguments() -> None:
         ([], "holds no batches"),
         ([mx.zeros((2, 1), dtype=mx.int32)], r"evaluation\[0\] has shape \[2, 1\]: token arrays need"),
         ([()], r"evaluation\[0\] is empty"),
+        ([mx.zeros((2, 3)), None], r"evaluation\[1\] is None"),
+        (["some text"], r"evaluation\[0\] is text: .*token_batches` makes tokens of text"),
         (3, "iterable of batches"),
     ],
 )
