@@ -144,7 +144,7 @@ class Probe:
         )
         added = max(1, floor - base)
         room, failed = (self.budget_bytes - base) / added, None
-        while held <= self.budget_bytes:
+        while floor <= self.budget_bytes:
             share = self._share(room, failed)
             limit = self.throttle.limit_at(share, base, floor, self.budget_bytes)
             if share == holding and readings[0].limit_bytes <= self.budget_bytes:

@@ -19,6 +19,8 @@ _NEAR = 0.85
 #: With an estimate, the first trial goes this far from the smallest size's floor towards the budget, and no further
 #: than this share of the size that the estimate says will fit: it is there to learn from, and takes several steps.
 _FIRST, _FIRST_SIZE = 0.1, 0.125
+#: Of what the next size needs more, the part that may be kept clear for the scatter of single peaks: a third.
+_SCATTER_SHARE = 3
 #: `prefer="fastest"` takes the smallest batch whose rate is within this of the best.
 _AS_FAST = 0.02
 #: How many more trials a question about speed may take.
@@ -217,9 +219,30 @@ class Session:
             if predicted is None and self.forecast is not None:
                 predicted = round(self.forecast(size))
             trial = self._try(size, predicted, self.steps if self._may_be_last(size, predicted) else 1)
-        # What fits under some limit is known by what it needs held back; what does not, by how far its steps went.
-        needed = [trial.held_bytes] if trial.fits else [trial.held_bytes, trial.peak_bytes]
-        return Measured(trial.fits, max((n for n in needed if n is not None), default=None), trial.base_bytes)
+        if not trial.fits:
+            needed = max((n for n in (trial.held_bytes, trial.peak_bytes) if n is not None), default=None)
+        elif trial.held_bytes is None or trial.floor_bytes is None:
+            needed = trial.held_bytes
+        else:
+            needed = trial.floor_bytes + self._margin(trial)
+        return Measured(trial.fits, needed, trial.base_bytes)
+
+    def _margin(self, trial: Trial) -> int:
+        """How much of the scatter of single peaks is kept clear of the budget.
+
+        All of it where the next size needs hardly more than that. Where sizes are further apart, a budget between two
+        of them is more likely to lie in the middle than in the scatter of the lower one, whose own steps will tell.
+        """
+        scatter = (trial.held_bytes or 0) - (trial.floor_bytes or 0)
+        growth = self._growth(trial.batch_size)
+        return scatter if growth is None or growth < scatter else min(scatter, int(growth / _SCATTER_SHARE))
+
+    def _growth(self, size: int) -> float | None:
+        """By how much the next size needs more than this one, according to the graph."""
+        position = bisect_right(self.sizes, size)
+        if self.forecast is None or position >= len(self.sizes):
+            return None
+        return self.forecast(self.sizes[position]) - self.forecast(size)
 
     def _may_be_last(self, size: int, predicted: int | None) -> bool:
         """Whether a size may turn out to be the answer, so that all its steps had better be taken at once."""
@@ -227,11 +250,7 @@ class Session:
             return True
         if predicted is None:
             return False
-        growth = 0.0
-        if self.forecast is not None:
-            following = self.sizes[bisect_right(self.sizes, size)]
-            growth = self.forecast(following) - self.forecast(size)
-        return predicted >= _NEAR * self.budget_bytes or predicted + growth > self.budget_bytes
+        return predicted + max(self._growth(size) or 0.0, (1 - _NEAR) * self.budget_bytes) > self.budget_bytes
 
     def _try(self, size: int, predicted: int | None, steps: int) -> Trial:
         foreseen = ""

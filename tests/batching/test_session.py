@@ -25,6 +25,7 @@ class Machine:
     tried: list = field(default_factory=list)
     free: float = 1.3
     cost: float = 0.5
+    scatter: float = 0.0
 
     def trial(self, size, predicted_bytes, steps):
         assert predicted_bytes is None or predicted_bytes <= BUDGET
@@ -41,7 +42,7 @@ class Machine:
                 fits=held <= BUDGET,
                 items=size,
                 floor_bytes=held,
-                held_bytes=held,
+                held_bytes=held + round(self.scatter * 100 * size),
                 base_bytes=BASE,
                 steps=steps,
             )
@@ -96,6 +97,13 @@ def test_the_expected_answer_takes_its_steps_at_once():
     assert session(machine, (8, 16, 32, 64, 128)).largest().size == 64
     assert machine.tried[-1] == (64, 2)
     assert [size for size, _ in machine.tried].count(64) == 1
+
+
+def test_scatter_is_kept_clear_of_the_budget_but_not_at_the_cost_of_a_size_that_lies_far_below_it():
+    fine, coarse = Machine(scatter=0.09), Machine(scatter=0.09)
+    assert session(fine).largest().size == 82  # 1000 + 1.09 * 100 * 82 = 9938
+    assert session(coarse, range(14, 1400, 14)).largest().size == 84  # 9400, or 10156 at the most
+    assert session(coarse, range(14, 1400, 14)).largest().next_bytes > BUDGET
 
 
 def test_an_answer_that_is_not_accepted_gives_way_to_the_next_smaller_one():
