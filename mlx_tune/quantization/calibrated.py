@@ -18,7 +18,7 @@ from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.affine import quantize_affine
 from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, widen
-from mlx_tune.quantization.batches import Batch
+from mlx_tune.quantization.batches import Batch, in_parts
 from mlx_tune.quantization.capture import Step, forward_steps, intercepted, model_arguments, run_until
 from mlx_tune.quantization.dense import dense_twin, dequantize_arrays
 from mlx_tune.quantization.drift import Drift, corrected, drifted_output_error
@@ -31,7 +31,10 @@ from mlx_tune.quantization.search import Effort
 Arrays = tuple[mx.array, mx.array, mx.array]
 Extras = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
-#: One batch in so many is kept aside to judge each layer on.
+#: Tokens that run through a block at once, however large the batches are.
+_PART_TOKENS = 4096
+
+#: One part in so many is kept aside to judge each layer on.
 _HELD_OUT_EVERY = 8
 
 #: How much the relative error of a tied embedding's rows counts beside that of its logits.
@@ -79,7 +82,8 @@ def gptq_model(
     Args:
         model: The model; `install` changes it.
         layers: Affine layers of its plan.
-        calibration: Batches; one in eight judges instead of teaching.
+        calibration: Batches. Those of tokens are cut into parts of some thousand tokens; one part in eight judges
+            instead of teaching.
         install: Puts a layer's packed weights into the model.
         effort: "fast" or "best".
         progress: Show a progress line.
@@ -104,7 +108,7 @@ def gptq_model(
     if not calibration:
         raise QuantizationError("GPTQ learns from batches: calibration is empty.")
     with progress_bar("gptq", len(layers), enabled=progress) as bar:
-        run = _Run(model, list(layers), list(calibration), install, effort, bar)
+        run = _Run(model, list(layers), in_parts(calibration, _PART_TOKENS), install, effort, bar)
         done = run.all()
     return [done[layer.path] for layer in layers]
 

@@ -330,8 +330,6 @@ class _Training:
 def _lessons_and_judges(calibration: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """What to train on, in an order of its own, and what to judge on."""
     parts = in_parts(calibration, _STEP_TOKENS)
-    if len(parts) == 1:
-        parts = in_parts(calibration, 1)
     aside = list(range(_HELD_OUT_EVERY - 1, len(parts), _HELD_OUT_EVERY)) or [len(parts) - 1][: len(parts) - 1]
     tokens = count_tokens([parts[i] for i in aside])
     # Evenly spread over the whole, if not all of it: neighbours are often cut from one document.

@@ -289,6 +289,19 @@ def test_a_model_is_quantized_block_by_block(chained):
     assert loss(model) < 0.8 * loss(plain)
 
 
+def test_one_large_batch_is_as_good_as_many_small_ones(monkeypatch):
+    monkeypatch.setattr(calibrated, "_PART_TOKENS", 4 * 17)
+    many = tokens(10)
+    one = read_batches([mx.concatenate([batch.tokens for batch in many])], "calibration")
+    found = []
+    for calibration in (many, one):
+        model = make()
+        done = gptq_model(model, plan_quantization(model, 3, 64).layers, calibration, install=install)
+        found.append((done, model.layers[2].two.weight))
+    assert found[0][0] == found[1][0]
+    assert mx.array_equal(found[0][1], found[1][1]).item()
+
+
 def test_both_ways_of_running_blocks_learn_the_same(monkeypatch):
     """Calling blocks one after the other sees what running the whole, partly quantized model would show."""
     monkeypatch.setattr(drift, "_SHARE", 0)  # how far inputs have moved is known in one of both ways only
