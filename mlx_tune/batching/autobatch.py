@@ -111,10 +111,11 @@ def autobatch(
     ranks.same(
         steps=steps, slowdown=slowdown, prefer=prefer, canary=canary, isolate=isolate, journal=journal is not None
     )
-    allowed = _smallest(ranks.agree(lambda: resolve_budget(budget)), ranks)
-    note = None
+    own = ranks.agree(lambda: resolve_budget(budget))
+    allowed, note = _smallest(own, ranks), None
     if journal is not None:
-        note = ranks.agree(lambda: Journal(_of_rank(journal, ranks), asked=budget, resolved=allowed))
+        asked = None if own.rooms else budget  # a share of what is free is another number of bytes each time
+        note = ranks.agree(lambda: Journal(_of_rank(journal, ranks), asked=asked, resolved=allowed))
         allowed = _smallest(note.budget, ranks)
     with progress_bar("autobatch", enabled=progress and ranks.rank == 0) as bar:
         if isolate:

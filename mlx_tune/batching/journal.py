@@ -31,8 +31,8 @@ class Journal:
 
     Args:
         path: The file; made where there is none.
-        budget: What this search was asked to stay within, or None where that was left to the machine.
-        resolved: The same in bytes. A file that exists and a budget of None mean the file's budget.
+        asked: What this search was asked to stay within; None where that was left to the machine, or a share of it.
+        resolved: The same in bytes. Where a file exists and nothing was asked, the file's budget counts.
 
     Raises:
         InvalidArgumentError: The file belongs to a search under another budget, or is no journal.

@@ -13,6 +13,7 @@ import small_steps
 from mlx.utils import tree_flatten
 
 import mlx_tune as mt
+import mlx_tune.devices
 from mlx_tune.batching import autobatch, autobatch_by_length
 from mlx_tune.batching.garbage import quick_collections
 from mlx_tune.errors import BudgetError, InvalidArgumentError
@@ -216,6 +217,19 @@ def test_a_journal_spares_a_second_search_its_trials(tmp_path):
 
     second = autobatch(counted, make_batch, **options)
     assert second.batch_size == first.batch_size
+    assert second.trials[-1] == first.trials[-1]
+
+
+@pytest.mark.parametrize("budget", [None, 0.001, "0.1 %"])
+def test_a_journal_of_a_share_of_the_machine_is_taken_up_when_other_bytes_are_free(budget, tmp_path, monkeypatch):
+    step, make_batch, state = small_steps.build()
+    options = {"budget": budget, "max_batch": 2, "state": state, "journal": tmp_path / "journal.jsonl", **OPTIONS}
+    first = autobatch(step, make_batch, **options)
+    rooms = mt.devices.free_rooms()
+    less = tuple(mt.devices.Room(room.bytes // 2, room.source) for room in rooms)
+    monkeypatch.setattr("mlx_tune.devices.free_rooms", lambda: less)
+    second = autobatch(step, make_batch, **options)
+    assert second.budget_bytes == first.budget_bytes
     assert second.trials[-1] == first.trials[-1]
 
 
