@@ -9,7 +9,7 @@ from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.apply import signal_to_noise_db_between
 from mlx_tune.quantization.dense import dense_twin
 from mlx_tune.quantization.lazy import read_array
-from mlx_tune.quantization.report import LayerReport, QuantizationReport
+from mlx_tune.quantization.report import COMPARED, LayerReport, QuantizationReport
 from mlx_tune.quantization.sites import (
     current_format,
     is_quantized,
@@ -68,7 +68,7 @@ def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport
     size_before, parameters = _totals(reference)
     size_after, _ = _totals(model)
     return QuantizationReport(
-        method="compared",
+        method=COMPARED,
         size_before_bytes=size_before,
         size_after_bytes=size_after,
         parameters=parameters,

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+#: Stands for a method where two models were compared, however the one came from the other.
+COMPARED = "compared"
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One layer, quantized or left as it is.
@@ -80,7 +84,7 @@ class QuantizationReport:
     """What `quantize_model` did, measured; `print` it.
 
     Attributes:
-        method: What was asked for.
+        method: What was asked for; "compared" where two models were compared.
         size_before_bytes: Bytes of all parameters before, tied ones once.
         size_after_bytes: Bytes of all parameters now.
         parameters: How many unquantized parameters the model stands for.
@@ -145,15 +149,15 @@ class QuantizationReport:
         share = self.size_after_bytes / self.size_before_bytes
         lines = [
             f"{format_bytes(self.size_before_bytes)} -> {format_bytes(self.size_after_bytes)} "
-            f"({format_percent(share)}), {self._bits()}, "
-            f"{format_count(len(self.layers), 'layer')} by {self.method}, {len(self.skipped)} left as they are"
+            f"({format_percent(share)}), {self._bits()}, {format_count(len(self.layers), 'layer')} "
+            f"{'quantized' if self.method == COMPARED else f'by {self.method}'}, {len(self.skipped)} left as they are"
         ]
         if self.accuracy is not None:
             lines.append(self.accuracy.summary())
         return "\n".join(lines)
 
     def _bits(self) -> str:
-        return f"{self.bits_per_weight_before:.3f} -> {self.bits_per_weight:.3f} bits per weight"
+        return f"bits per weight {self.bits_per_weight_before:.3f} -> {self.bits_per_weight:.3f}"
 
     def __str__(self) -> str:
         """The whole report; the layers' rows add up to the total."""

@@ -34,13 +34,13 @@ class Estimate:
         """The mean, with its error to two digits where there is one, both to the same decimal place.
 
         Examples:
-            >>> print(Estimate(121.29, 1.512), Estimate(6.4e-6, 3.1e-7), Estimate(2.5, math.nan), sep=", ")
-            121.3 ± 1.5, (6.40 ± 0.31)e-06, 2.5
+            >>> print(Estimate(121.29, 1.512), Estimate(6.4e-6, 3.1e-8), Estimate(2.5, math.nan), sep=", ")
+            121.3 ± 1.5, (6.400 ± 0.031)e-06, 2.5
         """
         if not math.isfinite(self.mean) or not math.isfinite(self.error) or self.error <= 0:
             return f"{self.mean:.5g}"
         places = 1 - math.floor(math.log10(self.error))
-        if places <= 6 or abs(self.mean) >= 1e-3:
+        if places <= 7 or abs(self.mean) >= 1e-3:
             return f"{self.mean:.{max(0, places)}f} ± {self.error:.{max(0, places)}f}"
         power = math.floor(math.log10(max(abs(self.mean), self.error)))
         digits = places + power

@@ -25,11 +25,11 @@ def test_it_says_what_was_done(report: mt.QuantizationReport) -> None:
     assert "Quantization report (optimal, measured)" in text
     assert "model.layers.1.mlp.down_proj" in text
     assert "skip='*.1.mlp.down_proj'" in text
-    assert f"{report.bits_per_weight:.3f} bits per weight" in text
+    assert f"bits per weight 16.000 -> {report.bits_per_weight:.3f}" in text
     assert "Speed on this machine" in text
     assert len(report.layers) == 15
     assert [x.path for x in report.skipped] == ["model.layers.1.mlp.down_proj"]
-    assert f"{report.bits_per_weight:.3f} bits per weight" in report.summary()
+    assert f"bits per weight 16.000 -> {report.bits_per_weight:.3f}, 15 layers by optimal, 1 left" in report.summary()
     assert "mean KL" in report.summary()
 
 
