@@ -8,8 +8,8 @@ places that were there before, and the values it marked with `keep`. Everything 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -50,6 +50,18 @@ def is_recomputing() -> bool:
         ([False], False)
     """
     return getattr(_thread, "depth", 0) > 0
+
+
+@contextmanager
+def runs_again() -> Iterator[set[int]]:
+    """Collect what is run again for its gradient on this thread, by identity."""
+    outer = getattr(_thread, "again", None)
+    found: set[int] = set()
+    _thread.again = found
+    try:
+        yield found
+    finally:
+        _thread.again = outer
 
 
 def is_differentiable(array: mx.array) -> bool:
@@ -148,6 +160,7 @@ class _Call:
         walk.add(owner)
         found_before = len(walk.iterators)
         self.body = body
+        self.owner = id(owner)
         self.args = walk.add(args)
         self.kwargs = [(name, walk.add(value)) for name, value in kwargs.items()]
         self.used_up = [type(value).__name__ for value in walk.iterators[found_before:]]
@@ -211,6 +224,8 @@ class _Call:
         moving = set(moving)
         arrays = [array if i in moving else mx.stop_gradient(array) for i, array in enumerate(arrays)]
         *arrays, key = arrays
+        if (watching := getattr(_thread, "again", None)) is not None:
+            watching.add(self.owner)
         here = mx.default_stream(mx.default_device())
         _thread.depth = getattr(_thread, "depth", 0) + 1
         try:

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlx_tune.checkpointing.blocks import checkpoint_blocks
 from mlx_tune.checkpointing.captures import Walk
+from mlx_tune.checkpointing.recompute import runs_again
 from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, kept_names, unwrap
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.state import Snapshot
@@ -63,6 +64,8 @@ class VerifyReport:
         loss_difference: How far the loss with checkpointing is from it.
         loss_tolerance: How far it may be.
         parameters: One entry for each trainable parameter, the largest difference first.
+        idle: The paths of those of `blocks` that were not run again, so that nothing was put to the test there: they
+            are in evaluation mode, or the loss does not call them.
     """
 
     blocks: tuple[str, ...]
@@ -70,6 +73,7 @@ class VerifyReport:
     loss_difference: float
     loss_tolerance: float
     parameters: tuple[GradientDifference, ...]
+    idle: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -107,6 +111,12 @@ class VerifyReport:
             notes.append("Checkpointing changes no gradient.")
         else:
             notes.append(f"{count} of {len(self.parameters)} gradients are wrong.")
+        if self.idle:
+            notes.append(
+                f"{len(self.idle)} of {len(self.blocks)} blocks did not run again, so nothing was tested there: "
+                f"{', '.join(self.idle[:_ROWS])}{', ...' if len(self.idle) > _ROWS else ''}. They are in evaluation "
+                "mode, or the loss does not call them."
+            )
         if any(p.became_zero for p in self.parameters):
             notes.append(
                 "ZERO: the block uses this parameter where checkpoint() cannot see it. Pass it as an argument, or "
@@ -163,10 +173,10 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
             "call unfreeze() on what you train."
         )
     args = _with_model(model, loss, args)
-    wrapped = [(path, module) for path, module in model.named_modules() if is_checkpointed(module)]
-    handle = None if wrapped else checkpoint_blocks(model)
+    handle = None if any(map(is_checkpointed, model.modules())) else checkpoint_blocks(model)
     try:
-        blocks = handle.paths if handle is not None else tuple(sorted(path or "(model)" for path, _ in wrapped))
+        found = [(path, id(module)) for path, module in model.named_modules() if is_checkpointed(module)]
+        wrapped = {path or "(model)": block for path, block in sorted(found, key=lambda item: _in_order(item[0]))}
         run = _Runs(model, args)
 
         def gradients() -> tuple[mx.array, dict[str, mx.array]]:
@@ -181,7 +191,8 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
             again = gradients()[1]
         noise = {path: _difference(plain[path], again[path]) for path in plain}
         del again
-        checked_value, checked = gradients()
+        with runs_again() as ran:
+            checked_value, checked = gradients()
     finally:
         if handle is not None:
             handle.undo()
@@ -191,12 +202,18 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
     )
     loss_value = _number(value)
     return VerifyReport(
-        blocks=blocks,
+        blocks=tuple(wrapped),
         loss=loss_value,
         loss_difference=_difference(value, checked_value),
         loss_tolerance=_RELATIVE.get(value.dtype, 1e-6) * (abs(loss_value) if math.isfinite(loss_value) else 0.0),
         parameters=tuple(parameters),
+        idle=tuple(path for path, block in wrapped.items() if block not in ran),
     )
+
+
+def _in_order(path: str) -> list[tuple[int, str]]:
+    """Sorts paths as a reader does: `layers.2` before `layers.10`."""
+    return [(int(part) if part.isdigit() else -1, part) for part in path.split(".")]
 
 
 def _with_model(model: nn.Module, loss: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -159,13 +159,16 @@ def kept_names(module: nn.Module) -> frozenset[str]:
 
 def plain_class(kind: type) -> type:
     """The class of a module without checkpointing."""
-    return kind.__mro__[1] if _Checkpointed in kind.__bases__ else kind
+    return vars(kind).get(GENERATED, kind)
 
 
 class _Checkpointed:
-    """Marks the subclasses made here."""
+    """Marks the subclasses made here, and comes first in them."""
 
     __slots__ = ()
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Say nothing to a class that notes its subclasses, say under their names, or asks something of them."""
 
 
 def _wrap_module(block: M, names: frozenset[str]) -> M:
@@ -208,10 +211,10 @@ def _checkpointed_class(plain: type) -> type:
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
         "__slots__": (),
-        GENERATED: True,
+        GENERATED: plain,
     }
     try:
-        kind: Any = type(plain)(plain.__name__, (plain, _Checkpointed), names)
+        kind: Any = type(plain)(plain.__name__, (_Checkpointed, plain), names)
     except TypeError as error:
         raise CheckpointError(
             f"{plain.__name__} cannot be checkpointed: it cannot be subclassed ({error}). "

@@ -70,6 +70,23 @@ def test_the_blocks_it_names():
     mt.checkpoint(model.layers[1])
     assert mt.verify_checkpoint(model, loss, X).blocks == ("layers.1",)
     assert mt.verify_checkpoint(mt.checkpoint(Block()), loss, X).blocks == ("(model)",)
+    many = nn.Sequential(*[Block() for _ in range(11)])
+    assert mt.verify_checkpoint(many, loss, X).blocks == tuple(f"layers.{i}" for i in range(11))
+
+
+def test_blocks_that_were_not_put_to_the_test_are_named():
+    class Forgotten(nn.Sequential):
+        def __call__(self, x):
+            return self.layers[0](x)
+
+    model = Forgotten(Block(), Block())
+    report = mt.verify_checkpoint(model, loss, X)
+    assert report.ok
+    assert report.idle == ("layers.1",)
+    assert "1 of 2 blocks did not run again, so nothing was tested there: layers.1." in str(report)
+    model.eval()
+    assert mt.verify_checkpoint(model, loss, X).idle == ("layers.0", "layers.1")
+    assert mt.verify_checkpoint(nn.Sequential(Block(), Block()), loss, X).idle == ()
 
 
 def test_a_block_that_cannot_be_repeated_is_found():

@@ -232,17 +232,43 @@ def test_wrong_arguments(wrong, text):
 
 
 def test_class_that_cannot_be_subclassed():
-    class Final(nn.Module):
-        def __init_subclass__(cls):
-            raise TypeError("Final is final")
+    class Final(type):
+        def __new__(cls, name, bases, names):
+            if any(isinstance(base, Final) for base in bases):
+                raise TypeError("it is final")
+            return super().__new__(cls, name, bases, names)
 
+    class Block(nn.Module, metaclass=Final):
         def __call__(self, x):
             return x
 
-    block = Final()
-    with pytest.raises(mt.CheckpointError, match="Final cannot be checkpointed"):
+    block = Block()
+    with pytest.raises(mt.CheckpointError, match=r"Block cannot be checkpointed.*it is final"):
         mt.checkpoint(block)
-    assert type(block) is Final
+    assert type(block) is Block
+
+
+def test_a_class_that_notes_its_subclasses_hears_nothing():
+    noted = {}
+
+    class Registered(nn.Module):
+        def __init_subclass__(cls, *, tag):
+            noted[tag] = cls
+
+    class Layer(Registered, tag="layer"):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    layer = mt.checkpoint(Layer())
+    assert noted == {"layer": Layer}
+    assert not mt.is_checkpointed(noted["layer"]())
+    assert mt.is_checkpointed(copy.deepcopy(layer))
+    mt.uncheckpoint(layer)
+    assert type(layer) is Layer
 
 
 def test_a_block_that_raises_leaves_everything_as_it_was():
@@ -251,15 +277,21 @@ def test_a_block_that_raises_leaves_everything_as_it_was():
             y = super().__call__(x)
             if mt.is_recomputing() and self.name == "fails again":
                 raise ValueError("second run")
+            if mt.is_recomputing() and self.name == "is stopped":
+                raise KeyboardInterrupt("by the user")
             if self.name == "fails":
                 raise ValueError("first run")
             return y * mx.random.uniform(shape=y.shape)
 
     block, x = mt.checkpoint(Failing()), mx.ones((2, 4))
     expected = {name: id(array) for name, array in tree_flatten(block.parameters())}
-    for name, text in (("fails", "first run"), ("fails again", "second run")):
+    for name, kind, text in (
+        ("fails", ValueError, "first run"),
+        ("fails again", ValueError, "second run"),
+        ("is stopped", KeyboardInterrupt, "by the user"),
+    ):
         block.name = name
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(kind, match=text):
             mx.grad(lambda x: block(x).sum())(x)
         assert {name: id(array) for name, array in tree_flatten(block.parameters())} == expected
         assert not mt.is_recomputing()
