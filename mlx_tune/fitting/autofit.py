@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex
 import mlx.nn as nn
 
 from mlx_tune import devices
+from mlx_tune.batching.garbage import quick_collections
 from mlx_tune.batching.ranks import Ranks
 from mlx_tune.checkpointing.blocks import Select, find_blocks
 from mlx_tune.checkpointing.survey import Survey
@@ -20,6 +21,7 @@ from mlx_tune.fitting.result import Fit, Setting
 from mlx_tune.fitting.search import Search
 from mlx_tune.fitting.together import Together
 from mlx_tune.fitting.trials import Candidate, Trials
+from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import MemoryBudget, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
@@ -120,6 +122,8 @@ def autofit(
         notes.append("The memory limit was not set below the budget (throttle=False).")
     whole = (model, state)
     with (
+        uninterrupted(),
+        quick_collections(),
         Snapshot(whole, spill=True) as before,
         progress_bar("autofit", enabled=progress and ranks.rank == 0) as bar,
     ):

@@ -12,6 +12,7 @@ from mlx_tune.checkpointing.survey import Survey
 from mlx_tune.fitting.predict import Pace, largest_fitting, pace_through, thinned
 from mlx_tune.fitting.together import Together
 from mlx_tune.fitting.trials import Candidate, Trials
+from mlx_tune.interrupts import interruptible
 from mlx_tune.progress import Bar
 from mlx_tune.units import format_seconds
 
@@ -267,4 +268,5 @@ class Search:
 
 
 def _count(survey: Survey, size: int) -> tuple[int, str]:
-    return count_items(survey.make_batch(size), size)
+    with interruptible():
+        return count_items(survey.make_batch(size), size)

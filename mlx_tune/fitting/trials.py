@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -15,6 +16,7 @@ from mlx_tune.checkpointing.survey import Survey
 from mlx_tune.errors import BudgetError
 from mlx_tune.fitting.race import Standing, race
 from mlx_tune.fitting.together import Together
+from mlx_tune.interrupts import interruptible
 from mlx_tune.progress import Bar
 from mlx_tune.timing import arrays_of
 from mlx_tune.units import format_bytes
@@ -156,7 +158,7 @@ class Trials:
         if self._real[size].batch is None:
             for other in self._real.values():
                 other.batch = None
-            self._real[size].batch = self.together.everywhere(lambda: _made(survey.make_batch(size)))
+            self._real[size].batch = self.together.everywhere(lambda: _made(survey.make_batch, size))
 
     def nothing_fits(self, least: Candidate) -> BudgetError:
         """The estimate said that it fits, and the measurement that it does not."""
@@ -171,7 +173,9 @@ class Trials:
         )
 
 
-def _made(batch: object) -> object:
+def _made(make_batch: Callable[[int], Any], size: int) -> Any:
     """A batch that exists."""
-    mx.eval(list(arrays_of(batch)))
+    with interruptible():
+        batch = make_batch(size)
+        mx.eval(list(arrays_of(batch)))
     return batch

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import signal
 from functools import partial
 
 import mlx.core as mx
@@ -220,6 +221,24 @@ def test_an_error_in_a_step_changes_nothing(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         training.fit(training.floor(12, False))
     assert training.everything() == before
+
+
+@pytest.mark.parametrize("call", [1, 4, 9])
+def test_ctrl_c_at_any_moment_changes_nothing(call):
+    training, calls = Training(), []
+    before = training.everything()
+
+    def make_batch(n):
+        calls.append(n)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return Training.make_batch(n)
+
+    training.make_batch = make_batch
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(200_000)
+    assert training.everything() == before
+    assert not any(map(is_checkpointed, training.blocks))
 
 
 def test_a_budget_that_no_batch_fits_is_an_error(monkeypatch):
