@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 _SAME_LINE = 1.25
 #: How far beyond the largest known size a first leap may go, while no line is established.
 _LEAP = 16
+#: How far it may go where even that is more than is known to be safe: searches must end.
+_LEAST_LEAP = 1.5
 #: By how much a single peak may scatter, as a share of it.
 _NOISE = 0.02
 #: By how much a shape may be too steep or too flat, before measurements say more.
@@ -241,8 +243,9 @@ class _Curve:
     @property
     def farthest(self) -> float:
         """How many times the last size a leap may go, while no line is established."""
-        added = 0 if self.base is None else self.fitting[-1][1] - self.base
-        return _LEAP if added <= 0 else min(_LEAP, (self.budget - (self.base or 0)) / added)
+        if self.base is None or self.fitting[-1][1] <= self.base:
+            return _LEAP
+        return max(_LEAST_LEAP, min(_LEAP, (self.budget - self.base) / (self.fitting[-1][1] - self.base)))
 
     def least(self, size: int) -> float:
         """The least that a larger size is expected to need room for.

@@ -38,6 +38,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         default="largest",
         help="fastest: the smallest batch within 2 %% of the best rate (default: largest)",
     )
+    parser.add_argument(
+        "--slowdown",
+        type=float,
+        metavar="SHARE",
+        help="answer the largest batch that the memory limit slows down by at most this, such as 0.05 (default: any)",
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw peaks against batch sizes into an .svg or .png file")
     return parser
 
@@ -59,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
                 max_batch=arguments.max_batch,
                 target_batch=arguments.target_batch,
                 prefer=arguments.prefer,
+                slowdown=arguments.slowdown,
                 progress=show_progress(arguments),
             )
             save_plot(result, arguments.plot)
