@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, unwrap
+from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, kept_names, plain_class, unwrap
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
 from mlx_tune.tables import render_table
 
@@ -37,16 +37,24 @@ class CheckpointHandle:
 
     paths: tuple[str, ...]
     found: int
-    _wrapped: list[tuple[str, nn.Module]] = field(repr=False, compare=False)
+    _blocks: Stack = field(repr=False, compare=False)
+    _wrapped: list[nn.Module] = field(repr=False, compare=False)
+    _renamed: list[tuple[nn.Module, frozenset[str]]] = field(repr=False, compare=False)
 
     def undo(self) -> int:
-        """Undo what this handle's call wrapped, and nothing that was checkpointed before it.
+        """Undo what this handle's call did, and nothing that was checkpointed before it.
+
+        Blocks that were checkpointed before are left with the names to keep that they had.
 
         Returns:
             How many blocks were undone; 0 the second time.
         """
-        undone = sum(unwrap(module) for _, module in self._wrapped)
+        undone = sum(map(unwrap, self._wrapped))
         self._wrapped.clear()
+        for module, names in self._renamed:
+            if is_checkpointed(module):
+                checkpoint(module, keep=names)
+        self._renamed.clear()
         return undone
 
     def __enter__(self) -> CheckpointHandle:
@@ -64,17 +72,14 @@ class CheckpointHandle:
         return {"paths": list(self.paths), "found": self.found, "active": len(self._wrapped)}
 
     def __str__(self) -> str:
-        """A table of the blocks."""
-        active = {path for path, _ in self._wrapped}
-        modules = dict(self._wrapped)
+        """A table of the blocks, as they are now."""
         rows = [
-            (path, type(modules[path]).__name__ if path in modules else "", "yes" if path in active else "no")
-            for path in self.paths
+            (path, plain_class(type(module)).__name__, "yes" if is_checkpointed(module) else "no")
+            for path, module in self._blocks
         ]
+        active = sum(is_checkpointed(module) for _, module in self._blocks)
         return render_table(
-            ["block", "class", "checkpointed"],
-            rows,
-            title=f"{len(self.paths)} of {self.found} blocks checkpointed",
+            ["block", "class", "checkpointed"], rows, title=f"{active} of {self.found} blocks checkpointed"
         )
 
 
@@ -114,22 +119,20 @@ def checkpoint_blocks(
         raise InvalidArgumentError(f"every={every!r} must be a positive integer: 1 for all blocks, 2 for every second.")
     keep = tuple(keep) if not isinstance(keep, str) else keep
     stacks = find_blocks(model, select)
-    chosen = [block for stack in stacks for block in stack[::every]]
-    wrapped = []
-    done: set[int] = set()
+    chosen = tuple(block for stack in stacks for block in stack[::every])
+    handle = CheckpointHandle(tuple(path for path, _ in chosen), sum(map(len, stacks)), chosen, [], [])
     try:
-        for path, module in chosen:
-            if id(module) in done or (is_checkpointed(module) and not keep):
-                continue
-            done.add(id(module))
+        for _, module in chosen:
             if not is_checkpointed(module):
-                wrapped.append((path, module))
-            checkpoint(module, keep=keep)
+                checkpoint(module, keep=keep)
+                handle._wrapped.append(module)
+            elif keep and kept_names(module) != frozenset(keep):
+                handle._renamed.append((module, kept_names(module)))
+                checkpoint(module, keep=keep)
     except BaseException:
-        for _, module in wrapped:
-            unwrap(module)
+        handle.undo()
         raise
-    return CheckpointHandle(tuple(path for path, _ in chosen), sum(map(len, stacks)), wrapped)
+    return handle
 
 
 def find_blocks(model: nn.Module, select: Select | None = None) -> tuple[Stack, ...]:

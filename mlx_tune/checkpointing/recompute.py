@@ -53,6 +53,17 @@ def is_recomputing() -> bool:
 
 
 @contextmanager
+def plainly() -> Iterator[None]:
+    """Call what is checkpointed as it is, on this thread."""
+    outer = getattr(_thread, "plain", False)
+    _thread.plain = True
+    try:
+        yield
+    finally:
+        _thread.plain = outer
+
+
+@contextmanager
 def runs_again() -> Iterator[set[int]]:
     """Collect what is run again for its gradient on this thread, by identity."""
     outer = getattr(_thread, "again", None)
@@ -88,6 +99,8 @@ def call_checkpointed(
     Returns:
         What the body returns.
     """
+    if getattr(_thread, "plain", False):
+        return body(*args, **kwargs)
     call = _Call(body, owner, args, kwargs, keep)
     outputs = _recomputed(call)
     return call.result(outputs)

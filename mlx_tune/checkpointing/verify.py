@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlx_tune.checkpointing.blocks import checkpoint_blocks
 from mlx_tune.checkpointing.captures import Walk
-from mlx_tune.checkpointing.recompute import runs_again
+from mlx_tune.checkpointing.recompute import plainly, runs_again
 from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, kept_names, unwrap
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.state import Snapshot
@@ -256,12 +256,16 @@ class _Runs:
 
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """Without checkpointing for a while."""
+    """Without checkpointing for a while, of functions too.
+
+    The modules are unwrapped, so that a compiled part of the loss is traced anew.
+    """
     wrapped = [(module, kept_names(module)) for module in model.modules() if is_checkpointed(module)]
     for module, _ in wrapped:
         unwrap(module)
     try:
-        yield
+        with plainly():
+            yield
     finally:
         for module, names in wrapped:
             checkpoint(module, keep=names)

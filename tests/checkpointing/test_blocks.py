@@ -8,6 +8,7 @@ import pytest
 
 import mlx_tune as mt
 from mlx_tune.checkpointing import find_blocks
+from mlx_tune.checkpointing.wrap import kept_names
 
 
 class Block(nn.Module):
@@ -121,7 +122,29 @@ def test_table():
             "layers.0  Block  yes\n"
             "layers.2  Block  yes"
         )
-    assert "no" in str(handle)
+    assert str(handle) == (
+        "0 of 3 blocks checkpointed\n"
+        "block     class  checkpointed\n"
+        "--------  -----  ------------\n"
+        "layers.0  Block  no\n"
+        "layers.2  Block  no"
+    )
+
+
+def test_a_block_that_was_checkpointed_before_is_so_in_the_table_and_keeps_its_names():
+    class Marked(Block):
+        def __call__(self, x):
+            return mt.keep(mt.keep(super().__call__(x), "first"), "second")
+
+    model = nn.Sequential(*stack(Marked))
+    mt.checkpoint(model.layers[1], keep=["first"])
+    with mt.checkpoint_blocks(model, keep=["second"]) as handle:
+        assert str(handle).count("yes") == 2
+        assert kept_names(model.layers[1]) == {"second"}
+    assert kept_names(model.layers[1]) == {"first"}
+    assert "1 of 2 blocks checkpointed" in str(handle)
+    with mt.checkpoint_blocks(model):
+        assert kept_names(model.layers[1]) == {"first"}
 
 
 def test_a_block_in_the_list_twice():

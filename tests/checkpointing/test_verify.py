@@ -89,6 +89,19 @@ def test_blocks_that_were_not_put_to_the_test_are_named():
     assert mt.verify_checkpoint(nn.Sequential(Block(), Block()), loss, X).idle == ()
 
 
+def test_functions_are_plain_too_in_the_plain_runs():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [Block(), Block()]
+
+        def __call__(self, x):
+            return fast(self.layers[1](self.layers[0](x)))
+
+    fast = mt.checkpoint(lambda x: mx.sin(x) * random.random())
+    assert not mt.verify_checkpoint(Functional(), loss, X).ok, "three wrong gradients in a row would agree"
+
+
 def test_a_block_that_cannot_be_repeated_is_found():
     random.seed(3)
     model = nn.Sequential(Block(), Unsteady())
