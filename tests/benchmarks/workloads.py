@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
-from workload_models import VOCABULARY, ConvNet, Perceptron, Recurrent, Translator, language_model
+from workload_models import VOCABULARY, ConvNet, Perceptron, Recurrent, Translator, language_model, squared_relu
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ OPTIMIZERS: dict[str, Callable[[], optim.Optimizer]] = {
     "momentum": lambda: optim.SGD(1e-3, momentum=0.9),
     "adamw": lambda: optim.AdamW(1e-4),
     "adafactor": lambda: optim.Adafactor(1e-4, relative_step=False, scale_parameter=False),
+    "muon": lambda: optim.MultiOptimizer(
+        [optim.Muon(1e-3), optim.AdamW(1e-4)], [lambda name, weight: weight.ndim == 2 and "embed" not in name]
+    ),
 }
 
 
@@ -166,6 +169,22 @@ def _classify(make_model: Callable[[], nn.Module], shape: tuple[int, ...], **opt
     return lambda name: build(name, make_model, class_loss, partial(labelled, shape), **options)
 
 
+def _distilled(name: str) -> Workload:
+    """A student that learns what a teacher says, whose activations are compiled since they lie outside the gradient."""
+    mx.random.seed(1)
+    teacher = Perceptron(1024)
+    mx.eval(teacher.parameters())
+    plain = build(name, Perceptron, class_loss, partial(labelled, (256,)), batch_size=512, optimizer="adamw")
+    value_and_grad = nn.value_and_grad(plain.model, lambda model, x, taught: mx.square(model(x) - taught).mean())
+
+    def step(batch: tuple[mx.array, mx.array]) -> mx.array:
+        value, gradients = value_and_grad(plain.model, batch[0], teacher(batch[0]))
+        plain.optimizer.update(plain.model, gradients)
+        return value
+
+    return replace(plain, step=step)
+
+
 _BUILDERS: dict[str, Callable[[str], Workload]] = {
     "llama-f32-sgd": _text("llama"),
     "llama-f32-adamw": _text("llama", optimizer="adamw"),
@@ -173,6 +192,7 @@ _BUILDERS: dict[str, Callable[[str], Workload]] = {
     "llama-bf16-sgd": _text("llama", dtype=mx.bfloat16),
     "llama-bf16-adamw-compiled": _text("llama", dtype=mx.bfloat16, optimizer="adamw", compiled=True),
     "llama-f32-adafactor": _text("llama", optimizer="adafactor"),
+    "llama-f32-muon": _text("llama", optimizer="muon"),
     "llama-f32-sgd-checkpointed": _text("llama", checkpoint="blocks"),
     "llama-f32-sgd-checkpointed-compiled": _text("llama", checkpoint="blocks", compiled=True),
     "llama-bf16-adamw-checkpointed": _text("llama", checkpoint="blocks", dtype=mx.bfloat16, optimizer="adamw"),
@@ -210,6 +230,10 @@ _BUILDERS: dict[str, Callable[[str], Workload]] = {
     ),
     "mlp-f32-adamw": _classify(Perceptron, (256,), batch_size=512, optimizer="adamw"),
     "mlp-f32-sgd-compiled": _classify(Perceptron, (256,), batch_size=512, compiled=True),
+    "mlp-custom-gradient-f32-adamw": _classify(
+        lambda: Perceptron(activation=squared_relu), (256,), batch_size=512, optimizer="adamw"
+    ),
+    "mlp-distilled-f32-adamw": _distilled,
     "mlp-dropout-f32-sgd-compiled": _classify(lambda: Perceptron(dropout=0.2), (256,), batch_size=512, compiled=True),
 }
 
