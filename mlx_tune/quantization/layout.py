@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.batches import read_batches
 from mlx_tune.quantization.dense import dense_twin
 from mlx_tune.quantization.modes import ACTIVATION_MODES, Format, check_format
-from mlx_tune.quantization.plan import ITEM_BYTES, LayerPlan, QuantizationPlan
+from mlx_tune.quantization.plan import ITEM_BYTES, LayerPlan, QuantizationPlan, notes_of
 from mlx_tune.quantization.rules import Decision, Rules, check_patterns
 from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.sites import (
@@ -26,7 +25,6 @@ from mlx_tune.quantization.sites import (
     parameter_count,
     walk,
 )
-from mlx_tune.units import format_bytes, format_count
 
 METHODS = ("nearest", "optimal", "gptq", "dwq")
 EFFORTS = ("fast", "best")
@@ -156,8 +154,9 @@ def lay_out(
         size += sum(a.nbytes for a in arrays.values())
         parameters += parameter_count(site.module, arrays)
     rest = size - sum(x.bytes_before for x in (*layers, *skipped))
-    notes = tuple(_notes(layers, skipped))
-    return QuantizationPlan(tuple(layers), tuple(skipped), rest, parameters, method, effort, size, notes)
+    return QuantizationPlan(
+        tuple(layers), tuple(skipped), rest, parameters, method, effort, size, notes_of(layers, skipped)
+    )
 
 
 @dataclass(frozen=True)
@@ -279,18 +278,6 @@ def _has_matrix(module: nn.Module) -> bool:
     return any(a.ndim >= 2 for a in own_arrays(module).values()) or (
         "weight" in module and callable(getattr(module, "to_quantized", None))
     )
-
-
-def _notes(layers: list[LayerPlan], skipped: list[LayerPlan]) -> Iterator[str]:
-    cost = sum(layer.cost_bytes for layer in skipped)
-    if skipped:
-        reasons = Counter(layer.reason for layer in skipped)
-        text = ", ".join(f"{count} ({reason})" for reason, count in reasons.most_common())
-        extra = f" They take {format_bytes(cost)} more than they would in the format of the rest." if cost else ""
-        yield f"Left as they are: {text}.{extra}"
-    protected = sum(1 for layer in layers if layer.fixed)
-    if protected:
-        yield f"{protected} of {format_count(len(layers), 'layer')} have a format of their own (see remarks)."
 
 
 def _nothing_left(skipped: list[LayerPlan]) -> str:

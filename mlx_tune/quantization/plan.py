@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from mlx_tune.quantization.modes import Format
 from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.sites import module_at
 from mlx_tune.tables import render_table
-from mlx_tune.units import format_bytes
+from mlx_tune.units import format_bytes, format_count
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,21 @@ class QuantizationPlan:
             title=f"Quantization plan ({self.method}, predicted; nothing changed)",
             notes=self.notes,
         )
+
+
+def notes_of(layers: Sequence[LayerPlan], skipped: Sequence[LayerPlan]) -> tuple[str, ...]:
+    """What a plan's rows come to: how many layers are left as they are, why and at what cost, and the odd ones."""
+    notes = []
+    if skipped:
+        reasons = Counter(layer.reason for layer in skipped)
+        text = ", ".join(f"{count} ({reason})" for reason, count in reasons.most_common())
+        cost = sum(layer.cost_bytes for layer in skipped)
+        extra = f" They take {format_bytes(cost)} more than they would in the format of the rest." if cost else ""
+        notes.append(f"Left as they are: {text}.{extra}")
+    protected = sum(1 for layer in layers if layer.fixed)
+    if protected:
+        notes.append(f"{protected} of {format_count(len(layers), 'layer')} have a format of their own (see remarks).")
+    return tuple(notes)
 
 
 def bytes_in(layer: LayerPlan, wanted: Format) -> int:

@@ -15,7 +15,7 @@ from mlx_tune.quantization.batches import Batch, read_batches, rows_at_most
 from mlx_tune.quantization.evaluation import Comparison, prepare
 from mlx_tune.quantization.modes import AFFINE_GROUP_SIZES, FIXED_MODES, Format
 from mlx_tune.quantization.outputs import OutputStore
-from mlx_tune.quantization.plan import ITEM_BYTES, LayerPlan, QuantizationPlan, bytes_in
+from mlx_tune.quantization.plan import ITEM_BYTES, LayerPlan, QuantizationPlan, bytes_in, notes_of
 from mlx_tune.quantization.sensitivity import divergence_of, measure_divergences, weight_errors
 from mlx_tune.quantization.sites import why_not_quantizable
 from mlx_tune.quantization.transaction import Transaction
@@ -135,7 +135,7 @@ def allocate_to_target(
     else:
         mixed, verdict = _checked(mixed, uniform, check or (evaluation or []), bool(check), progress)
         notes.append(verdict)
-    return Allocation(replace(mixed, notes=(*plan.notes, *notes)), costs)
+    return Allocation(replace(mixed, notes=(*notes_of(mixed.layers, mixed.skipped), *notes)), costs)
 
 
 def _is_free(layer: LayerPlan, method: str) -> bool:

@@ -164,3 +164,13 @@ def test_layers_that_matter_more_get_more_bits() -> None:
     plan = planned(model, target_bpw=5.5, calibration=batches)
     bits = {layer.path: layer.bits for layer in plan.layers}
     assert bits["loud"] > bits["quiet"]
+
+
+def test_notes_are_those_of_the_choice_and_not_of_the_plan_before_it() -> None:
+    model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 64))
+    before = mt.plan_quantization(model, 4, 64)
+    assert "Left as they are: 1 (last axis 96" in before.notes[0]
+    mixed = mt.plan_quantization(model, 4, 64, target_bpw=6.5, method="nearest")
+    assert not mixed.skipped
+    assert not any("Left as they are" in note for note in mixed.notes)
+    assert mixed.notes[0].startswith("Mixed formats")
