@@ -23,6 +23,7 @@ _HOMES = {
     "format_bytes": "units",
     "estimate_memory": "graphs",
     "MemoryEstimate": "graphs",
+    "ArraySpec": "graphs",
     "tightest_limit": "limits",
     "TightestLimit": "limits",
     # checkpointing
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from mlx_tune.errors import TrialError as TrialError
     from mlx_tune.fitting import Fit as Fit
     from mlx_tune.fitting.autofit import autofit as autofit
+    from mlx_tune.graphs import ArraySpec as ArraySpec
     from mlx_tune.graphs import MemoryEstimate as MemoryEstimate
     from mlx_tune.graphs import estimate_memory as estimate_memory
     from mlx_tune.limits import TightestLimit as TightestLimit

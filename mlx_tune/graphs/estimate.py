@@ -216,7 +216,7 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
 
     Args:
         step: One training step. It only builds arrays (it does not evaluate) and returns the loss first.
-        *args: Its arguments: arrays, nestings of them, or `mlx_tune.graphs.ArraySpec(shape, dtype)` for arrays that
+        *args: Its arguments: arrays, nestings of them, or `mlx_tune.ArraySpec(shape, dtype)` for arrays that
             need not exist.
         state: What the step changes, such as `(model, optimizer)`. It is afterwards as it was.
 

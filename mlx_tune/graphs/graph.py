@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import mlx.core as mx
+
+from mlx_tune.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class ArraySpec:
         shape: The dimensions.
         dtype: Any MLX dtype.
 
+    Raises:
+        InvalidArgumentError: `shape` is no sequence of whole numbers from 0 up, or `dtype` no MLX dtype.
+
     Examples:
         >>> import mlx.core as mx
         >>> ArraySpec((8, 4096), mx.int32).nbytes
@@ -30,8 +36,16 @@ class ArraySpec:
     dtype: mx.Dtype
 
     def __post_init__(self) -> None:
-        """Accept any sequence of integers as the shape."""
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        """Accept any sequence of whole numbers as the shape."""
+        try:
+            shape = tuple(operator.index(n) for n in self.shape)
+        except TypeError:
+            shape = (-1,)
+        if any(n < 0 for n in shape):
+            raise InvalidArgumentError(f"shape={self.shape!r}: give the dimensions, such as (8, 2048).")
+        if not isinstance(self.dtype, mx.Dtype):
+            raise InvalidArgumentError(f"dtype={self.dtype!r}: give one of MLX's, such as mx.float32.")
+        object.__setattr__(self, "shape", shape)
 
     @property
     def nbytes(self) -> int:

@@ -324,6 +324,20 @@ def test_what_is_not_a_step_or_not_a_state_is_refused() -> None:
         estimate_memory(lambda x: x, mx.ones((4,)), state=mx.ones((4,)))
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "text"),
+    [
+        ((4, -8), mx.float32, r"shape=\(4, -8\)"),
+        ((4.5, 8), mx.float32, r"shape=\(4\.5, 8\)"),
+        (8, mx.float32, "shape=8: give the dimensions"),
+        ((4, 8), "float32", "dtype='float32': give one of MLX's"),
+    ],
+)
+def test_what_is_no_shape_or_no_dtype_is_refused(shape: Any, dtype: Any, text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=text):
+        ArraySpec(shape, dtype)
+
+
 def test_the_user_s_own_exception_comes_through() -> None:
     def step(x: mx.array) -> mx.array:
         raise KeyError("labels")
