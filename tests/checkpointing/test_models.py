@@ -177,6 +177,19 @@ def test_forward_derivatives_and_vmap():
     assert mx.array_equal(mx.jvp(fast, [x], [x])[1][0], mx.jvp(plain, [x], [x])[1][0])
     many = mx.stack([x, 2 * x, -x])
     assert mx.allclose(mx.vmap(fast)(many), plain(many))
+    through = [mx.grad(lambda many, f=f: mx.vmap(f)(many).sum())(many) for f in (plain, fast)]
+    assert mx.allclose(*through)
+
+
+@pytest.mark.parametrize("checkpoint", [mt.checkpoint, mx.checkpoint], ids=["ours", "mx.checkpoint"])
+def test_what_raises_as_it_does_for_mx_checkpoint(checkpoint):
+    gradient = mx.grad(checkpoint(lambda x: mx.sin(x)))
+    with pytest.raises(ValueError, match=r"vmap.*Depends"):
+        mx.vmap(gradient)(mx.array([0.1, 0.2]))
+    with pytest.raises(ValueError, match=r"jvp.*Depends"):
+        mx.jvp(gradient, [mx.array(0.1)], [mx.array(1.0)])
+    with pytest.raises(ValueError, match="infer"):
+        mx.compile(mx.grad(lambda x: checkpoint(mx.sin)(x).sum()), shapeless=True)(mx.ones((2,)))
 
 
 ARGUMENTS = {
