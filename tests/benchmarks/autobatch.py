@@ -13,6 +13,9 @@ accelerate's `find_executable_batch_size` (start large, times 0.9 per failure), 
 (three steps a trial; double until failure; "binsearch" then halves the interval).
 
     python tests/benchmarks/autobatch.py [--quick] [--only NAME ...] [--json FILE]
+    python tests/benchmarks/autobatch.py --curves
+
+The second searches the generated curves of tests/batching/test_search.py, which takes seconds and no device.
 """
 
 from __future__ import annotations
@@ -69,7 +72,7 @@ class Meter:
         mx.eval(batch)
         peaks = []
         for run in range(steps):
-            for _ in range(run if held else 0):  # so that runs wait at different places, see estimates.py --shift
+            for _ in range(run if held else 0):  # so that runs wait at different places
                 mx.eval(mx.zeros((1,))[None].reshape(-1))
             mx.clear_cache()
             with memory_limit(1 if held else mx.get_active_memory() + (1 << 40)), track_memory() as memory:
@@ -155,14 +158,53 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
+def curves() -> None:
+    """Search a thousand curves of each kind, with and without a shape, and print what it took."""
+    import importlib.util
+
+    from mlx_tune.tables import render_table
+
+    path = Path(__file__).parents[1] / "batching" / "test_search.py"
+    spec = importlib.util.spec_from_file_location("test_search", path)
+    assert spec is not None
+    assert spec.loader is not None
+    tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
+    rows = []
+    for name, kind, shaped in (
+        ("straight", tests.affine, False),
+        ("stepped (padding to a multiple of 2 to 16)", tests.stepped, False),
+        ("straight with jumps", tests.jumping, False),
+        ("straight with 2 % noise", tests.noisy, False),
+        ("straight, its shape known", tests.affine, True),
+        ("straight, a shape known that is 5 % too steep", tests.affine, 1.05),
+        ("bent, its shape known", tests.bent, True),
+    ):
+        taken, same, above = [], 0, 0
+        for curve, budget in tests.cases(kind):
+            options = {"shape": lambda n, curve=curve, off=shaped: off * curve(n)} if shaped else {}
+            found, measured = tests.run(curve, budget, **options)
+            taken.append(len(measured))
+            same += found.size == tests.exhaustive(curve, budget)
+            above += sum(peak > budget for peak in measured.values())
+        mean = sum(taken) / len(taken)
+        told = None if kind is tests.noisy else f"{same} of {len(taken)}"  # trying every size gives no one answer there
+        rows.append([name, told, f"{mean:.1f}", max(taken), f"{above / len(taken):.2f}"])
+    print(render_table(["curve", "same answer", "measurements", "at most", "above the budget"], rows))
+
+
 def main() -> None:
     """Measure every workload in a child process of its own and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four workloads")
     parser.add_argument("--only", nargs="+", help="these workloads")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--curves", action="store_true", help="generated curves instead of workloads")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.curves:
+        curves()
+        return
     if arguments.child:
         print(json.dumps(measure(arguments.child)))
         return
