@@ -95,7 +95,7 @@ def test_one_that_is_evaluated_is_in_memory_once(weights: Path) -> None:
     found = measured(weights, "judged")
     assert found["active"] < LAYER
     # Running ahead, MLX holds float32 copies of all layers at once, which makes three times the model.
-    assert found["peak"] < 1.5 * MODEL
+    assert found["peak"] < MODEL + 12 * LAYER < 2 * MODEL
     assert found["after"] < PACKED + LAYER
 
 
