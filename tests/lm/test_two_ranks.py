@@ -47,7 +47,7 @@ def test_two_ranks_train_and_calibrate_what_one_rank_does(tmp_path: Path) -> Non
         assert mx.array_equal(weights["0-of-2"][path], weights["1-of-2"][path]), path
     assert (one["dwq_ranks"], two["dwq_ranks"]) == (1, 2)
     np.testing.assert_allclose(two["dwq"], one["dwq"], rtol=1e-4)
-    assert one["dwq"][1] < 0.9 * one["dwq"][0]
+    assert one["dwq"][1] < one["dwq"][0]
     weights = {name: mx.load(str(tmp_path / f"train-{name}-dwq.npz")) for name in ("0-of-1", "0-of-2", "1-of-2")}
     for path, value in weights["0-of-1"].items():
         np.testing.assert_allclose(weights["0-of-2"][path], value, rtol=1e-3, atol=1e-5, err_msg=path)
@@ -63,6 +63,6 @@ def test_two_ranks_agree_on_a_batch_that_fits_the_smaller_budget(tmp_path: Path)
     assert first["batch_size"] % 2 == 0
     batch_size, accumulation_steps, _, limit_bytes, budget_bytes = first["fit"]
     assert batch_size % 2 == 0
-    assert batch_size * accumulation_steps == 8
+    assert batch_size * accumulation_steps == 4
     assert limit_bytes <= budget_bytes == 12_000_000
     assert "here are 2 ranks: call lm.autofit(..., min_batch=4, max_batch=4)" in first["refusal"]

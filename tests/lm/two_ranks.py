@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
@@ -36,9 +37,9 @@ def main(folder: Path, task: str) -> None:
     if task == "search":
         # One rank has less memory than the other.
         budget = 40_000_000 if world.rank() else 12_000_000
-        options = {"budget": budget, "max_batch": 8, "progress": False}
+        options = {"budget": budget, "max_batch": 4, "progress": False}
         result = lm.autobatch(model, rows, args, **options)
-        fit = lm.autofit(model, rows, args, target_batch=8, **options)
+        fit = lm.autofit(model, rows, args, target_batch=4, steps=1, **options)
         try:
             lm.plan_checkpoints(model, rows, args, budget=budget, progress=False)
         except mt.InvalidArgumentError as error:
@@ -61,10 +62,10 @@ def calibrate(file: Path) -> dict[str, object]:
     reference = build_model(CONFIGS["tied"])
     reference.set_dtype(mx.float32)
     model = copy.deepcopy(reference)
-    mt.quantize_model(model, 3, 64, progress=False)
+    nn.quantize(model, 64, 3)
     tokens = (mx.arange(24 * 40) * 7919 % 320).reshape(24, 40)
     batches = read_batches([tokens[i : i + 3] for i in range(0, 24, 3)], "calibration")
-    result = train_dwq(model, reference, batches, epochs=4, progress=False)
+    result = train_dwq(model, reference, batches, epochs=2, progress=False)
     grids = {path: value for path, value in tree_flatten(model.parameters()) if path.endswith(("scales", "biases"))}
     mx.savez(str(file), **grids)
     return {"dwq": [result.loss_before, result.loss_after, result.rate, result.steps], "dwq_ranks": result.ranks}
