@@ -88,6 +88,7 @@ class MemoryEstimate:
         unknown_operations: Operations whose effect on memory is not known, and how often they occur. Each was
             taken to allocate its outputs and nothing else.
         trace_seconds: Time that tracing and simulating took.
+        notes: What else there is to know.
     """
 
     floor_bytes: int
@@ -103,6 +104,7 @@ class MemoryEstimate:
     stand_ins: dict[str, str]
     unknown_operations: dict[str, int]
     trace_seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters_bytes(self) -> int:
@@ -140,6 +142,7 @@ class MemoryEstimate:
             "stand_ins": dict(self.stand_ins),
             "unknown_operations": dict(self.unknown_operations),
             "trace_seconds": self.trace_seconds,
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -167,6 +170,7 @@ class MemoryEstimate:
                 f"Unknown operation {name}, {count} times: taken to allocate its outputs only."
                 for name, count in self.unknown_operations.items()
             ),
+            *self.notes,
         ]
         return render_table(
             ["at the peak", "bytes", "share", "what"],
@@ -218,7 +222,8 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
         step: One training step. It only builds arrays (it does not evaluate) and returns the loss first.
         *args: Its arguments: arrays, nestings of them, or `mlx_tune.ArraySpec(shape, dtype)` for arrays that
             need not exist.
-        state: What the step changes, such as `(model, optimizer)`. It is afterwards as it was.
+        state: What the step changes, such as `(model, optimizer)`. It is afterwards as it was. An optimizer that has
+            not run yet is taken with the state that it has from the second step on.
 
     Returns:
         The floor, what it is made of, and memory over the step's operations.
@@ -281,6 +286,7 @@ def _estimate(graph: Graph, course: Course, seconds: float) -> MemoryEstimate:
         stand_ins=graph.stand_ins,
         unknown_operations=dict(course.unknown),
         trace_seconds=seconds,
+        notes=tuple(graph.notes),
     )
 
 

@@ -118,6 +118,7 @@ class Graph:
     held: set[int] = field(default_factory=set)
     compiled: bool = False
     stand_ins: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     twins: dict[int, int] = field(default_factory=dict)
     marks: dict[int, Any] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from mlx_tune.graphs.blame import explain_failure, refused_primitive
 from mlx_tune.graphs.built import BuiltGraph, made_by_operations
 from mlx_tune.graphs.checkpoints import fold_checkpoints
 from mlx_tune.graphs.custom_gradients import Marks, fold_custom_gradients
+from mlx_tune.graphs.first_steps import FirstStep
 from mlx_tune.graphs.fusion import fuse
 from mlx_tune.graphs.graph import ArraySpec, Graph, Node, Value, dtype_name
 from mlx_tune.graphs.interception import Interception, compiles, intercepted
@@ -45,13 +46,26 @@ def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -
     """
     if not callable(step):
         raise InvalidArgumentError(f"step={step!r} is not callable: pass the function that runs one training step.")
+    first = FirstStep(state)
+    if not first:
+        return _traced(step, args, state, None)
+    with uninterrupted(), Snapshot(state):
+        graph = _traced(step, args, state, first)
+        if first.take():
+            graph = _traced(step, args, state, None)
+            graph.notes.append("The optimizer has not run yet: taken with the state that it has after its first step.")
+    return graph
+
+
+def _traced(step: Callable[..., Any], args: Sequence[Any], state: Any, first: FirstStep | None) -> Graph:
+    """Trace until every operation that MLX cannot export has its stand-in."""
     slots = list(_slots(state))
     batch = list(leaves(args, "args"))
     stand_ins: dict[str, str] = {}
     while True:
         interception = Interception(compiles=compiles(), stand_ins=dict(stand_ins))
         try:
-            return _trace(step, args, state, batch, slots, interception)
+            return _trace(step, args, state, batch, slots, interception, first)
         except _RefusedError as refused:
             # The exporter gives up at the first operation it does not know: trace again with its equivalent.
             stand_in = STAND_INS[refused.primitive]
@@ -73,6 +87,7 @@ def _trace(
     batch: list[tuple[str, Any]],
     slots: list[_Slot],
     interception: Interception,
+    first: FirstStep | None,
 ) -> Graph:
     """One attempt, after which everything is as before."""
     with uninterrupted():  # a Ctrl-C comes in the step, or when everything is back
@@ -82,6 +97,8 @@ def _trace(
         try:
             with tracing(), intercepted(interception):
                 recorder.trace(step, args, batch, slots, state, interception)
+            if first is not None:
+                first.note()
         except BaseException as error:
             primitive = refused_primitive(error)
             if primitive in STAND_INS and STAND_INS[primitive].name not in interception.stand_ins:

@@ -110,6 +110,43 @@ def test_the_parts_add_up_to_the_floor_and_the_state_is_told_apart() -> None:
     assert sum(owner.nbytes for owner in estimate.peak_owners) == estimate.floor_bytes
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optim.SGD(1e-3),  # it keeps an array for each parameter even without momentum
+        lambda: optim.AdamW(1e-3),
+        lambda: optim.Adafactor(1e-3),
+        lambda: optim.MultiOptimizer([optim.Muon(1e-3), optim.Lion(1e-3)], [lambda name, w: w.ndim == 2]),
+    ],
+)
+def test_an_optimizer_that_has_not_run_is_taken_with_its_state(make: Callable[[], Any], compiled: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)), mx.zeros((2, 64))
+    mx.eval(model.parameters())
+    estimates = []
+    for ready in (True, False):
+        optimizer = make()
+        if ready:
+            optimizer.init(model.trainable_parameters())
+        before = flat(optimizer.state)
+
+        def step(x: mx.array, optimizer: Any = optimizer) -> mx.array:
+            loss, gradients = nn.value_and_grad(model, lambda m, x: m(x).square().mean())(model, x)
+            optimizer.update(model, gradients)
+            return loss
+
+        if compiled:
+            held = [model.state, optimizer.state]
+            step = mx.compile(step, inputs=held, outputs=held)
+        estimates.append(estimate_memory(step, x, state=(model, optimizer)))
+        assert flat(optimizer.state) == before
+        mx.eval(step(x), model.parameters(), optimizer.state)
+    assert estimates[1].floor_bytes == estimates[0].floor_bytes
+    assert estimates[1].optimizer_bytes == estimates[0].optimizer_bytes
+    assert (estimates[0].notes, len(estimates[1].notes)) == ((), 1)
+    assert "The optimizer has not run yet" in str(estimates[1])
+
+
 def test_tied_and_frozen_parameters_count_once_and_stay() -> None:
     model = nn.Linear(256, 256, bias=False)
     holder = {"a": model, "b": model}
