@@ -183,7 +183,7 @@ class AutobatchResult:
         lines = [f"budget: {self.budget_source}; hold the limit with result.applied()"]
         if self.next_size is not None and not self.next_measured:
             lines.append(
-                f"batch {self.next_size}: predicted at least {_bytes(self.next_bytes)}, not tried"
+                f"batch {self.next_size}: predicted to need {_bytes(self.next_bytes)}, not tried"
                 if self.next_bytes is not None
                 else f"batch {self.next_size}: not tried"
             )

@@ -43,7 +43,7 @@ batch  predicted    floor     peak    limit     step  tokens/s  fits
    12     960 kB   955 kB   970 kB   900 kB   100 ms     7,680  yes, chosen
    24                               1.00 MB                     no: its process was ended by SIGKILL
 budget: 1.00 MB (given); hold the limit with result.applied()
-batch 24: predicted at least 1.90 MB, not tried
+batch 24: predicted to need 1.90 MB, not tried
 batch 12 is held back by its limit and takes 67 % more time a token than batch 1, the largest tried that runs free \
 (predicted to: 3)
 slowdown=0.05 asks for the largest batch within 5 % of that speed
