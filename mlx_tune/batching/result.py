@@ -201,19 +201,18 @@ class AutobatchResult:
         if slowdown is None or slowdown == 0.0:
             return []
         unit = self.unit.removesuffix("s")
-        verdict = (
-            f"{format_percent(slowdown, 0)} more time a {unit} than" if slowdown > 0 else f"no more time a {unit} than"
-        )
-        reach = ""
-        if self.unhindered_size is not None and self.unhindered_size > free.batch_size:
-            reach = f" (predicted to: {self.unhindered_size})"
+        change = f"{format_percent(slowdown, 0)} more time" if slowdown > 0 else "no more time"
         lines = [
-            f"batch {self.batch_size} is held back by its limit and takes {verdict} batch {free.batch_size}, "
-            f"the largest tried that runs free{reach}"
+            f"batch {self.batch_size} is held back by its limit: {change} a {unit} than batch {free.batch_size}, "
+            f"the largest tried that runs free"
         ]
+        advice = []
+        if self.unhindered_size is not None and self.unhindered_size > free.batch_size:
+            advice.append(f"batch {self.unhindered_size} is predicted to run free as well")
         if slowdown > _SLOW:
-            lines.append(f"slowdown={_SLOW} asks for the largest batch within {format_percent(_SLOW, 0)} of that speed")
-        return lines
+            near = format_percent(_SLOW, 0)
+            advice.append(f"slowdown={_SLOW} asks for the largest batch within {near} of that speed")
+        return [*lines, "; ".join(advice)] if advice else lines
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, dark: bool = False) -> Figure:
         """Draw predicted and measured peaks against the batch size, and the budget.

@@ -44,9 +44,8 @@ batch  predicted    floor     peak    limit     step  tokens/s  fits
    24                               1.00 MB                     no: its process was ended by SIGKILL
 budget: 1.00 MB (given); hold the limit with result.applied()
 batch 24: predicted to need 1.90 MB, not tried
-batch 12 is held back by its limit and takes 67 % more time a token than batch 1, the largest tried that runs free \
-(predicted to: 3)
-slowdown=0.05 asks for the largest batch within 5 % of that speed
+batch 12 is held back by its limit: 67 % more time a token than batch 1, the largest tried that runs free
+batch 3 is predicted to run free as well; slowdown=0.05 asks for the largest batch within 5 % of that speed
 the system charged the process with 5.00 MB at the most
 a note"""
 
@@ -69,7 +68,7 @@ def test_an_answer_that_loses_nothing_to_its_limit_asks_for_nothing():
     held = dataclasses.replace(RESULT.trials[2], seconds=0.06)
     result = with_trials(dataclasses.replace(FREE, seconds=0.006), held)
     assert result.slowdown < 0
-    assert "batch 12 is held back by its limit and takes no more time a token than batch 1" in str(result)
+    assert "batch 12 is held back by its limit: no more time a token than batch 1" in str(result)
     assert "slowdown=" not in str(result)
 
 
