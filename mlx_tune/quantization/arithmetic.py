@@ -25,7 +25,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     anew in float32. Measuring must not leave such marks.
     """
     sites = walk(model)
-    modes = [(site.module, site.module._training) for site in sites]
+    # A module whose class forgets `super().__init__()`, as mlx-lm's RecurrentGemma, has no mode until it is given one.
+    modes = [(site.module, getattr(site.module, "_training", True)) for site in sites]
     items = [(site.module, dict(site.module)) for site in sites]
     with uninterrupted():
         try:

@@ -14,27 +14,24 @@ import mlx.nn as nn
 from mlx_tune.errors import QuantizationError
 from mlx_tune.memory import memory_limit
 from mlx_tune.progress import Bar, progress_bar
-from mlx_tune.quantization.accuracy import (
-    Accuracy,
-    TokenFigures,
-    summarise_losses,
-    summarise_outputs,
-    summarise_tokens,
-)
+from mlx_tune.quantization.accuracy import Accuracy
 from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, unpacked_on_cpu, widen
 from mlx_tune.quantization.batches import Batch, rows_at_most
 from mlx_tune.quantization.figures import (
+    HALVES,
     LOGITS_AT_ONCE,
     compare_outputs,
     compare_tokens,
     join_figures,
     logits_of,
     mean_loss,
+    narrow_dtype,
     output_arrays,
 )
 from mlx_tune.quantization.lazy import number
 from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.sites import own_arrays, walk, weight_shape
+from mlx_tune.quantization.summaries import TokenFigures, summarise_losses, summarise_outputs, summarise_tokens
 
 #: Memory that an evaluation may take beside the model before MLX is held back from queueing ahead.
 ROOM_BYTES = 256 << 20
@@ -44,9 +41,6 @@ _FAULTS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, Ass
 
 #: Modules that tokens are looked up in.
 _LOOKUPS = (nn.Embedding, nn.QuantizedEmbedding)
-
-#: Dtypes that round more than float32.
-_HALVES = (mx.bfloat16, mx.float16)
 
 #: Tokens that the noise floor is measured on; fewer on a CPU, which multiplies half-precision numbers slowly.
 _FLOOR_TOKENS, _FLOOR_TOKENS_CPU = 2048, 256
@@ -67,6 +61,7 @@ class Comparison:
         noise_floor_tokens: Tokens that it was measured on.
         no_noise_floor: Why there is none, where there is none.
         warnings: Reasons to doubt the figures.
+        narrow: The narrowest float dtype of what a model gave where that is not float32.
     """
 
     kind: str
@@ -76,6 +71,7 @@ class Comparison:
     noise_floor_tokens: int = 0
     no_noise_floor: str | None = "not measured"
     warnings: tuple[str, ...] = ()
+    narrow: str | None = None
 
     def record(self, reference: nn.Module, store: OutputStore, *, floor: bool = True, progress: bool = False) -> None:
         """Run the reference over all parts and put what it gave on disk; with `floor`, in its own dtype as well.
@@ -112,17 +108,16 @@ class Comparison:
         if self.kind == "loss":
             assert self.loss is not None
             arrays = [mean_loss(self.loss(model, *widen(part.arguments)))]
-        elif self.kind == "tokens":
-            arrays = [logits_of(model(part.shifted[0]))]
         else:
-            arrays = output_arrays(model(*widen(part.arguments)))
+            output = model(part.shifted[0]) if self.kind == "tokens" else model(*widen(part.arguments))
+            self.narrow = self.narrow or narrow_dtype(output)
+            arrays = [logits_of(output)] if self.kind == "tokens" else output_arrays(output)
         mx.eval(arrays)
         return arrays
 
     def _compare(self, model: nn.Module, reference: Callable[[int], list[mx.array]], progress: bool) -> Accuracy:
         rows: list[Any] = []
         with _measuring(model, "accuracy", len(self.parts), progress) as bar:
-            context = {"arithmetic": _arithmetic(model), "warnings": self.warnings}
             sequence = 0
             for i, part in enumerate(self.parts):
                 before, after = reference(i), self._run_now(model, i)
@@ -134,6 +129,7 @@ class Comparison:
                     rows.append(compare_tokens(before[0], after[0], part.shifted[1], sequence))
                     sequence += part.arguments[0].shape[0]
                 bar.advance()
+        context = {"arithmetic": self._arithmetic(model), "warnings": self.warnings}
         if self.kind == "loss":
             return summarise_losses([a for a, _ in rows], [b for _, b in rows], **context)
         if self.kind == "outputs":
@@ -146,21 +142,28 @@ class Comparison:
             **context,
         )
 
+    def _arithmetic(self, model: nn.Module) -> str:
+        if self.narrow is not None:
+            return f"computed in float32, but the model itself rounds its outputs to {self.narrow}"
+        if unpacked_on_cpu(model):
+            return "float32, packed weights unpacked, since MLX multiplies by packed ones slowly on CPUs"
+        return "float32"
+
     def _run_now(self, model: nn.Module, i: int) -> list[mx.array]:
         """The quantized model's answer to a part; what the reference could do, it may not be able to."""
         try:
             return self._run(model, self.parts[i])
         except _FAULTS as error:
             raise QuantizationError(
-                f"The unquantized model can be called with evaluation[{i}], the quantized one cannot: "
-                f"{type(error).__name__}: {error}"
+                f"The unquantized model could be called with part {i + 1} of {len(self.parts)} of the evaluation, the "
+                f"quantized one cannot: {type(error).__name__}: {error}"
             ) from error
 
     def _measure_floor(self, reference: nn.Module) -> None:
         """The divergence between the reference in its own dtype and in float32: rounding alone."""
         if self.kind != "tokens":
             return
-        if not any(a.dtype in _HALVES for s in walk(reference) for a in own_arrays(s.module).values()):
+        if not any(a.dtype in HALVES for s in walk(reference) for a in own_arrays(s.module).values()):
             self.no_noise_floor = "the weights are float32"
             return
         if unpacked_on_cpu(reference):
@@ -359,9 +362,3 @@ def _limit_bytes(model: nn.Module) -> int:
     present = mx.set_memory_limit(wanted)  # the only way to learn it
     mx.set_memory_limit(present)
     return min(wanted, present)
-
-
-def _arithmetic(model: nn.Module) -> str:
-    if unpacked_on_cpu(model):
-        return "float32, packed weights unpacked, since MLX multiplies by packed ones slowly on CPUs"
-    return "float32"

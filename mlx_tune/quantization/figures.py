@@ -7,8 +7,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.accuracy import OutputFigures, TokenFigures
 from mlx_tune.quantization.lazy import number
+from mlx_tune.quantization.summaries import OutputFigures, TokenFigures
+
+#: Dtypes that round more than float32.
+HALVES = (mx.bfloat16, mx.float16)
 
 #: Logits looked at together: float32 temporaries several times this size come and go.
 LOGITS_AT_ONCE = 1 << 24
@@ -30,13 +33,21 @@ def logits_of(output: Any) -> Any:
 
 def output_arrays(output: Any) -> list[mx.array]:
     """Every floating point array in what a model gave back, as float32."""
+    return [array.astype(mx.float32) for array in _floats(output)]
+
+
+def narrow_dtype(output: Any) -> str | None:
+    """The name of the half-precision dtype of an array in what a model gave back; None where there is none."""
+    return next((str(a.dtype).rpartition(".")[2] for a in _floats(output) if a.dtype in HALVES), None)
+
+
+def _floats(output: Any) -> list[mx.array]:
     from mlx.utils import tree_flatten
 
     flat: Any = tree_flatten(
         getattr(output, "__dict__", output) if not isinstance(output, (dict, list, tuple, mx.array)) else output
     )
-    arrays = [leaf for _, leaf in flat if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)]
-    return [array.astype(mx.float32) for array in arrays]
+    return [leaf for _, leaf in flat if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)]
 
 
 def mean_loss(value: Any) -> mx.array:

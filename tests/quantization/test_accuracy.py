@@ -8,12 +8,13 @@ import pytest
 import quantization_toys as toys
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.accuracy import LanguageAccuracy, summarise_losses, summarise_outputs, summarise_tokens
+from mlx_tune.quantization.accuracy import LanguageAccuracy
 from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, same_random_stream
 from mlx_tune.quantization.batches import count_tokens, read_batches
 from mlx_tune.quantization.evaluation import perplexity, prepare, resolve
 from mlx_tune.quantization.figures import compare_outputs, compare_tokens, join_figures, mean_loss
 from mlx_tune.quantization.outputs import OutputStore
+from mlx_tune.quantization.summaries import summarise_losses, summarise_outputs, summarise_tokens
 
 
 def reference_figures(x: np.ndarray, y: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
@@ -221,6 +222,19 @@ def test_nor_where_the_model_cannot_be_run_in_its_own_dtype() -> None:
     packed = toys.llama()
     nn.quantize(packed, 64, 4)
     assert "multiplies by packed weights slowly" in floor_of(packed, toys.tokens()).no_noise_floor
+
+
+def test_a_model_that_rounds_its_outputs_itself_is_not_called_exact() -> None:
+    class Rounding(nn.Module):
+        def __init__(self) -> None:  # nor does it call its base's
+            self.inner = toys.llama()
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.inner(x).astype(mx.bfloat16)
+
+    found = floor_of(Rounding(), toys.tokens())
+    assert found.arithmetic == "computed in float32, but the model itself rounds its outputs to bfloat16"
+    assert floor_of(toys.llama(), toys.tokens()).arithmetic == "float32"
 
 
 def test_one_sequence_has_no_standard_error() -> None:
