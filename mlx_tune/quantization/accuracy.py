@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_tune.quantization.statistics import Bucket, Estimate
 from mlx_tune.tables import render_table
 from mlx_tune.units import format_count, format_percent
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
