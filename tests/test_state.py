@@ -192,6 +192,19 @@ def test_frozen_arrays_stay_off_the_disk(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+DTYPES = [mx.bool_, mx.int8, mx.uint32, mx.int64, mx.float16, mx.bfloat16, mx.float32, mx.float64, mx.complex64]
+
+
+@pytest.mark.parametrize("shape", [(3,), (), (0, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_of_every_dtype_and_shape_come_back(dtype, shape):
+    state = {"a": mx.zeros(shape, dtype, stream=mx.cpu)}
+    with Snapshot(state, spill=True):
+        state["a"] = mx.ones((2,))
+    assert (state["a"].dtype, state["a"].shape) == (dtype, shape)
+    assert not state["a"].astype(mx.bool_, stream=mx.cpu).any(stream=mx.cpu).item()
+
+
 def test_a_full_disk_is_an_error_with_both_sizes_before_anything_is_written(tmp_path, monkeypatch):
     model = nn.Linear(100, 100)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
