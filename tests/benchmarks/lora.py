@@ -3,7 +3,9 @@
     python tests/benchmarks/lora.py --model PATH --tokens FILE.npy [--steps 100] [--quick] [--json FILE]
 
 The data are rows cut from a token file, turned back into text, nine tenths to train on and the rest to validate on.
-Each run is a process of its own, in turn; both read the same rows and start from the same seed.
+Each run is a process of its own, one after the other; all read the same rows and start from the same seed. mlx_lm.lora
+runs first and last, so that the table shows how much two equal runs differ. With --float32, which a CPU wants, 100
+steps take about two minutes a run on two cores, and each search two to five more.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +76,12 @@ def main() -> None:
         shared = ["--model", options.model, "--data", str(folder / "data"), "--train", "--iters", str(options.steps)]
         shared += ["--num-layers", str(options.num_layers), "--val-batches", "1", "--steps-per-eval", "1000000"]
         shared += ["--steps-per-report", "5", "--seed", "0"]
-        runs = {"mlx_lm.lora": plain(shared, folder, "plain")}
+        runs = {"mlx_lm.lora": measured("mlx_lm.lora", plain, shared, folder, "plain")}
         auto = ["--batch-size", "auto", "--memory-budget", options.memory_budget]
-        runs["mlx-tune lora --batch-size auto"] = ours([*shared, *auto], folder, "auto")
         both = [*auto, "--grad-checkpoint", "auto"]
-        runs["mlx-tune lora ... --grad-checkpoint auto"] = ours([*shared, *both], folder, "both")
+        for name, words in {"mlx-tune lora --batch-size auto": auto, "... --grad-checkpoint auto": both}.items():
+            runs[name] = measured(name, ours, [*shared, *words], folder, f"run{len(runs)}")
+        runs["mlx_lm.lora, again"] = measured("mlx_lm.lora, again", plain, shared, folder, "again")
     print(table(runs, options))
     if options.json:
         Path(options.json).write_text(json.dumps(runs, indent=2))
@@ -113,6 +117,15 @@ def float32_copy(model: str, folder: Path) -> str:
     return str(folder)
 
 
+def measured(
+    name: str, run: Callable[[list[str], Path, str], dict[str, Any]], words: list[str], folder: Path, place: str
+) -> dict[str, Any]:
+    """A run, with a line that says that it is done."""
+    answer = run(words, folder, place)
+    print(f"{name}: {answer['tokens_per_second']:,.0f} tokens/s at batch {answer['batch_size']}", flush=True)
+    return answer
+
+
 def plain(words: list[str], folder: Path, name: str) -> dict[str, Any]:
     """mlx_lm.lora itself."""
     out = folder / f"{name}.json"
@@ -131,8 +144,9 @@ def ours(words: list[str], folder: Path, name: str) -> dict[str, Any]:
     )
     lines = [[line["tokens"], line["loss"], line["tokens_per_second"]] for line in answer["losses"]]
     names = ("peak_bytes", "footprint_bytes", "seconds", "batch_size", "tokens", "tokens_per_second", "checkpointed")
-    search = (answer["fit"] or {}).get("search_seconds")
-    return {**{name: answer[name] for name in names}, "search_seconds": search, "lines": lines}
+    fit = answer["fit"] or {}
+    search = {"search_seconds": fit.get("search_seconds"), "settings": fit.get("settings")}
+    return {**{name: answer[name] for name in names}, **search, "lines": lines}
 
 
 def _run(words: list[str]) -> str:
@@ -157,6 +171,7 @@ def table(runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
         [
             name,
             run["batch_size"],
+            len(run.get("checkpointed", ())),
             f"{run['tokens']:,}",
             f"{run['tokens_per_second']:,.0f}",
             f"{run['tokens_per_second'] / first['tokens_per_second']:.2f}",
@@ -171,6 +186,7 @@ def table(runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
     columns = [
         "run",
         "batch",
+        "checkpointed",
         "tokens",
         "tokens/s",
         "ratio",
