@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,17 +131,20 @@ def in_parts(batches: Sequence[Batch], tokens: int) -> list[Batch]:
 
     Args:
         batches: The batches.
-        tokens: Tokens of a part; a sequence that is longer is a part of its own. What would be one part only is cut
-            into its sequences, so that one can be kept aside.
+        tokens: Predicted tokens of a part; a sequence that has more is a part of its own. What would be one part only
+            is cut into its sequences, so that one can be kept aside.
 
     Examples:
-        >>> [b.tokens.shape for b in in_parts(read_batches([mx.zeros((5, 8), dtype=mx.int32)], "calibration"), 16)]
-        [(2, 8), (2, 8), (1, 8)]
+        >>> [b.tokens.shape for b in in_parts(read_batches([mx.zeros((4, 9), dtype=mx.int32)], "calibration"), 24)]
+        [(2, 9), (2, 9)]
     """
     parts: list[Batch] = []
     for batch in batches:
         if batch.tokens is None:
             parts.append(batch)
         else:
-            parts += rows_at_most(batch, max(1, tokens // batch.tokens.shape[1]))
+            rows, length = batch.tokens.shape
+            most = max(1, tokens // (length - 1))
+            # As even as can be: of four sequences, three and one would make very different steps.
+            parts += rows_at_most(batch, math.ceil(rows / math.ceil(rows / most)))
     return in_parts(batches, 1) if len(parts) == 1 and tokens > 1 else parts
