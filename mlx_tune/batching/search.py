@@ -235,7 +235,7 @@ class _Curve:
         added, by its size. Where the points rise much less than that, something else makes the peak, such as the
         optimizer's update, and what the size takes is yet to be seen.
         """
-        if self.base is None or self.shaped:
+        if self.base is None or self.shape is not None:
             return False
         size, peak = self.fitting[-1]
         return self.least_slope < (peak - self.base) / size / 2
@@ -289,7 +289,7 @@ def _next_position(curve: _Curve, sizes: Sequence[int], low: int, high: int, sta
             farthest = sizes[low] * curve.farthest
             halfway = min(halfway, _last(lambda i: sizes[i] <= farthest, low, high))
         return min(max(halfway, low + 1), allowed)
-    if high < len(sizes) and curve.shaped:
+    if high < len(sizes) and curve.shaped and curve.above.get(sizes[high], 0) > curve.budget:
         return allowed
     if high < len(sizes):
         return min(max(_between(curve, sizes, low, high), low + 1), allowed)
@@ -300,7 +300,7 @@ def _between(curve: _Curve, sizes: Sequence[int], low: int, high: int) -> int:
     """Interpolate between a size that fits and one that does not."""
     top = curve.above.get(sizes[high])
     last = curve.fitting[-1]
-    if top is None or top <= last[1]:
+    if top is None or top <= curve.budget:  # it died, or was refused for something else
         return (low + high) // 2
     share = (curve.budget - last[1]) / (top - last[1])
     goal = curve.x(last[0]) + share * (curve.x(sizes[high]) - curve.x(last[0]))

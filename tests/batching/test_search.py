@@ -249,6 +249,20 @@ def test_trials_that_die_without_a_number_are_halved_around():
     assert found.next_bytes is None
 
 
+def test_sizes_that_die_below_what_the_shape_foresees_are_halved_around():
+    died = []
+
+    def measure(size, predicted):
+        if size > 37:
+            died.append(size)
+            return Measured(False, None)
+        return Measured(True, 100 + size)
+
+    found = search(measure, range(1, 1000), 900, shape=lambda n: 100 + n)
+    assert found.size == 37
+    assert len(died) <= 10
+
+
 def test_the_largest_size_given_is_answered_without_looking_beyond():
     found, measured = run(lambda n: 10 * n, 10**9, range(1, 65))
     assert found.size == 64
