@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import mlx.nn as nn
 
@@ -27,10 +28,12 @@ from mlx_tune.quantization.plan import QuantizationPlan
 from mlx_tune.quantization.rehearsal import rehearse
 from mlx_tune.quantization.report import LayerReport, QuantizationReport, layer_report
 from mlx_tune.quantization.search import Effort
-from mlx_tune.quantization.speed import Speed, SpeedComparison, compare_speed, measure_speed
+from mlx_tune.quantization.speed import Speed, SpeedComparison, measure_after, measure_before
 from mlx_tune.quantization.statistics import overlap
 from mlx_tune.quantization.transaction import Transaction
 from mlx_tune.units import format_percent
+
+T = TypeVar("T")
 
 #: Decibels below which a layer's error is more than half as large as its weights.
 _LOST_DB = 6.0
@@ -129,15 +132,14 @@ def quantize_model(
         if judge:
             comparison = prepare(model, judge, loss, warnings=warnings)
             comparison.record(model, store, progress=progress)
-            before = _time(model, comparison, notes)
+            before = _measured(partial(_time_before, model, comparison), notes)
         transaction = stack.enter_context(Transaction(model))
         with track_memory() as memory:
             outcomes, remarks = carry_out(plan, transaction, learn, loss=loss, progress=progress)
-        accuracy = after = None
+        accuracy = speed = None
         if comparison is not None:
             accuracy = comparison.judge(model, store, progress=progress)
-            after = _time(model, comparison, notes) if before is not None else None
-        speed = compare_speed(before, after) if before is not None and after is not None else None
+            speed = _measured(partial(_time_after, model, comparison, before), notes) if before else None
         return _report(plan, outcomes, memory, accuracy, speed, (*remarks, *transaction.notes, *notes))
 
 
@@ -183,16 +185,23 @@ def quantization_report(
         comparison = prepare(reference, judge, loss, warnings=_overlap_warning(judge, learn))
         accuracy = comparison.side_by_side(model, reference, progress=progress)
         report, notes = compare_layers(model, reference), list[str]()
-        before, after = (_time(either, comparison, notes) for either in (reference, model))
-        speed = compare_speed(before, after) if before is not None and after is not None else None
-        return replace(report, accuracy=accuracy, speed=speed, notes=(*report.notes, *dict.fromkeys(notes)))
+        before = _measured(partial(_time_before, reference, comparison), notes)
+        speed = _measured(partial(_time_after, model, comparison, before), notes) if before else None
+        return replace(report, accuracy=accuracy, speed=speed, notes=(*report.notes, *notes))
 
 
-def _time(model: nn.Module, comparison: Comparison, notes: list[str]) -> Speed | None:
-    """How long the model takes, or None and a note that says why not."""
-    tokens_in = comparison.kind == "tokens"
+def _time_before(model: nn.Module, comparison: Comparison) -> list[Speed]:
+    return measure_before(model, comparison.parts[0], tokens_in=comparison.kind == "tokens", loss=comparison.loss)
+
+
+def _time_after(model: nn.Module, comparison: Comparison, before: list[Speed]) -> SpeedComparison:
+    return measure_after(model, comparison.parts[0], before, loss=comparison.loss)
+
+
+def _measured(measure: Callable[[], T], notes: list[str]) -> T | None:
+    """A measurement of speed, or None and a note that says why not."""
     try:
-        return measure_speed(model, comparison.parts[0], tokens_in=tokens_in, loss=comparison.loss)
+        return measure()
     except (RuntimeError, ValueError) as error:  # such as a stack of experts in bfloat16 on a CPU
         notes.append(f"Speed was not measured: MLX cannot run the model here with its weights as stored ({error}).")
         return None

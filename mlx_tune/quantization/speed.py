@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +17,11 @@ from mlx_tune.quantization.batches import Batch
 from mlx_tune.tables import render_table
 from mlx_tune.units import format_seconds
 
-#: Tokens of the prompt, and the seconds that one kind of measurement may take.
-_PROMPT_TOKENS, _SECONDS = 64, 1.0
+#: Tokens of the prompt: the longest that can be timed within reason before and after.
+_PROMPT_TOKENS = (64, 16, 4)
+
+#: Seconds that one kind of measurement goes on for, and that a single run of a prompt may take.
+_SECONDS, _PATIENCE = 1.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Speed:
     """Seconds of one model, the median of a few runs with its packed weights as it will be used.
 
     Attributes:
-        prefill_tokens: Length of the prompt; None for models that are not called with tokens.
+        prefill_tokens: Length of the prompt, 1 where none of more could be timed in reasonable time; None for models
+            that are not called with tokens.
         prefill_seconds: Time for the whole prompt at once, or for one batch.
         decode_seconds: Time for a single token without context, which reads every weight once; None for models that
             are not called with tokens.
@@ -66,8 +71,10 @@ class SpeedComparison:
         """The table."""
         first, second = self.before, self.after
         tokens = first.prefill_tokens
-        name = "one batch" if tokens is None else f"prefill, {tokens} tokens"
-        rows = [_row(name, first.prefill_seconds, second.prefill_seconds)]
+        rows = []
+        if tokens != 1:
+            name = "one batch" if tokens is None else f"prefill, {tokens} tokens"
+            rows.append(_row(name, first.prefill_seconds, second.prefill_seconds))
         if first.decode_seconds is not None and second.decode_seconds is not None:
             rows.append(_row("decode, one token without context", first.decode_seconds, second.decode_seconds))
         return render_table(
@@ -77,32 +84,65 @@ class SpeedComparison:
         )
 
 
-def measure_speed(model: nn.Module, batch: Batch, *, tokens_in: bool, loss: Callable[..., Any] | None = None) -> Speed:
-    """Time a model with its weights as they are stored.
+def measure_before(
+    model: nn.Module, batch: Batch, *, tokens_in: bool, loss: Callable[..., Any] | None = None
+) -> list[Speed]:
+    """Time the unquantized model with its weights as they are stored.
 
     Args:
         model: Any model.
         batch: What it is called with.
         tokens_in: Whether it predicts tokens, so that a prompt and a single token are timed apart.
         loss: What to time instead of the model alone, called with the model and the batch.
+
+    Returns:
+        For models that are called with tokens one measurement for each length of the prompt, the longest first, as it
+        is not known yet which of them the quantized model can take: on a CPU it may be many times slower.
     """
     with evaluation_mode(model):
         if loss is not None:
-            return Speed(None, _median_seconds(lambda: loss(model, *batch.arguments)), None)
+            return [Speed(None, _median_seconds(lambda: loss(model, *batch.arguments)), None)]
         if not tokens_in:
-            return Speed(None, _median_seconds(lambda: model(*batch.arguments)), None)
+            return [Speed(None, _median_seconds(lambda: model(*batch.arguments)), None)]
         assert batch.tokens is not None
-        prompt = batch.tokens[:1, :_PROMPT_TOKENS]
-        one = prompt[:, :1]
-        decode = _median_seconds(lambda: model(one))
-        return Speed(prompt.shape[1], _median_seconds(lambda: model(prompt)), decode)
+        lengths = sorted({min(n, batch.tokens.shape[1]) for n in _PROMPT_TOKENS}, reverse=True)
+        return _with_prompts(model, batch.tokens, lengths, every=True)
 
 
-def compare_speed(before: Speed, after: Speed) -> SpeedComparison:
-    """Put two measurements side by side."""
+def measure_after(
+    model: nn.Module, batch: Batch, before: list[Speed], *, loss: Callable[..., Any] | None = None
+) -> SpeedComparison:
+    """Time the quantized model likewise, with the longest prompt that it takes in reasonable time.
+
+    Args:
+        model: The quantized model.
+        batch: As before.
+        before: What `measure_before` gave.
+        loss: As before.
+    """
     from mlx_tune import devices
 
-    return SpeedComparison(before, after, devices.machine().name)
+    lengths = [speed.prefill_tokens for speed in before if speed.prefill_tokens is not None]
+    with evaluation_mode(model):
+        if lengths:
+            assert batch.tokens is not None
+            after = _with_prompts(model, batch.tokens, lengths, every=False)[0]
+        else:
+            run = (lambda: model(*batch.arguments)) if loss is None else (lambda: loss(model, *batch.arguments))
+            after = Speed(None, _median_seconds(run), None)
+    same = next(speed for speed in before if speed.prefill_tokens == after.prefill_tokens)
+    return SpeedComparison(same, after, devices.machine().name)
+
+
+def _with_prompts(model: nn.Module, tokens: mx.array, lengths: list[int], *, every: bool) -> list[Speed]:
+    """Times for prompts of these lengths, or the first of them, that a token at a time would take within reason."""
+    one = _median_seconds(lambda: model(tokens[:1, :1]))
+    found: list[Speed] = []
+    for length in lengths:
+        if length > 1 and one * length <= _PATIENCE and (every or not found):
+            prompt = tokens[:1, :length]
+            found.append(Speed(length, _median_seconds(partial(model, prompt)), one))
+    return [*found, Speed(1, one, one)]
 
 
 def _median_seconds(run: Callable[[], Any]) -> float:
