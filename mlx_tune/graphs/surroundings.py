@@ -15,6 +15,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
+from pathlib import Path
 from types import (
     BuiltinMethodType,
     CellType,
@@ -35,23 +36,10 @@ from mlx_tune.places import Attributes, Cell, Items, Members, Names, Place, Sequ
 #: How many items to note at most, the nearest first: a data set that the step can reach has millions.
 MOST_ITEMS = 1_000_000
 
-#: What lies behind code and objects of these packages looks after itself.
-_FOREIGN = frozenset(sys.stdlib_module_names) | {
-    *(
-        "mlx",
-        "mlx_lm",
-        "mlx_tune",
-        "nanobind",
-        "numpy",
-        "scipy",
-        "torch",
-        "transformers",
-        "tokenizers",
-        "datasets",
-        "PIL",
-        "rich",
-    )
-}
+#: Packages whose models and optimizers are looked at, and their code only for what was put into its closures.
+_OWN = {"mlx", "mlx_lm", "mlx_tune"}
+#: Where pip puts packages. What they keep to themselves is theirs: an experiment's logger works on in its own threads.
+_INSTALLED = {"site-packages", "dist-packages"}
 _LEAVES = {bool, int, float, complex, str, bytes, type(None), ModuleType, CodeType, range, mx.Dtype}
 _TRANSFORMED = {type(mx.compile(abs)), type(mx.checkpoint(abs)), type(mx.custom_function(abs))}
 _ITERATORS = {type(it) for it in (iter([]), iter(()), iter({}), iter(set()), iter(range(0)), reversed([]))}
@@ -73,9 +61,10 @@ class Surroundings:
         self._arrays: list[tuple[_Path, mx.array, mx.array]] = []
         self._iterators: list[tuple[_Path, Any, Any]] = []
         self._seen = {id(container) for container in _state_containers(state)}
+        self._home = (getattr(step, "__module__", None) or "").partition(".")[0]
         self._room = MOST_ITEMS
         self._waiting: deque[tuple[_Path, Any]] = deque([((None, "{}", "step"), step)])
-        while self._waiting and self._room > 0:
+        while self._waiting:
             self._look(*self._waiting.popleft())
         self._lazy = made_by_operations(array for _, array, _ in self._arrays)
 
@@ -135,21 +124,21 @@ class Surroundings:
         elif isinstance(thing, _WRAPPERS):
             self._queue(path, "", enumerate(gc.get_referents(thing)))
         elif isinstance(thing, type):
-            if not _is_foreign(thing.__module__):
+            if not self._is_foreign(thing.__module__):
                 plain = (
                     n for n, v in vars(thing).items() if not n.startswith("__") and not hasattr(type(v), "__get__")
                 )
                 self._note(path, ".{}", Attributes(thing, tuple(plain)))
         elif _is_random(thing):
             self._note(path, "", _Draws(thing))
-        elif not _looks_after_itself(type(thing)):
+        elif not self._looks_after_itself(type(thing)):
             self._look_at_attributes(path, thing)
             self._look_at_class(thing)
 
     def _look_at_function(self, path: _Path, function: FunctionType) -> None:
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         self._queue(None, "{}", cells)
-        if _is_foreign(function.__module__):
+        if self._is_foreign(function.__module__):
             return  # such as functools.wraps and nn.value_and_grad, which hold what they were given in their closures
         self._note(path, ".{}", Items(function.__dict__))
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
@@ -166,17 +155,29 @@ class Surroundings:
     def _look_at_class(self, thing: Any) -> None:
         """What the methods of an object's class name, and what the class itself holds."""
         for base in type(thing).__mro__:
-            if not _is_foreign(base.__module__):
+            if not self._is_foreign(base.__module__):
                 functions = [(name, value) for name, value in vars(base).items() if isinstance(value, FunctionType)]
                 self._queue(None, base.__name__ + ".{}", functions)
                 self._queue(None, "{}", [(base.__name__, base)])
 
+    def _is_foreign(self, module: str | None) -> bool:
+        """Whether code of a module is not looked into, but for what it was given."""
+        root = (module or "").partition(".")[0]
+        return root in _OWN or (root != self._home and _is_installed(root))
+
+    def _looks_after_itself(self, kind: type) -> bool:
+        """Whether objects of a class are left alone: locks, files and threads, arrays of other libraries."""
+        if kind in (SimpleNamespace, Namespace):
+            return False
+        root, _, below = kind.__module__.partition(".")
+        return below.partition(".")[0] == "core" if root in _OWN else self._is_foreign(kind.__module__)
+
     def _note(self, path: Any, form: str, place: Place) -> None:
         """Note what a place holds, and look at that later."""
         before = place.get()
-        self._room -= 1 + len(before)
-        if self._room < 0:
+        if len(before) >= self._room:
             return
+        self._room -= 1 + len(before)
         self._noted.append((path, form, place, before))
         if set(map(type, before.values() if isinstance(before, dict) else before)) <= _LEAVES:
             return  # tokens, most of the time
@@ -253,16 +254,12 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
 
 
 @cache
-def _is_foreign(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _FOREIGN
-
-
-def _looks_after_itself(kind: type) -> bool:
-    """Whether objects of a class are left alone: locks, files and threads, arrays of other libraries."""
-    root, _, below = kind.__module__.partition(".")
-    if kind in (SimpleNamespace, Namespace):
-        return False
-    return root in _FOREIGN and (root not in ("mlx", "mlx_lm", "mlx_tune") or below.partition(".")[0] == "core")
+def _is_installed(root: str) -> bool:
+    """Whether a package belongs to Python or was installed, other than what the step's author works on."""
+    if root in sys.stdlib_module_names or root == "nanobind":
+        return True
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    return not _INSTALLED.isdisjoint(Path(file).parts)
 
 
 def _changes(before: Any, now: Any) -> Iterator[tuple[Any, Any]]:

@@ -151,7 +151,6 @@ class _Recorder:
         self.marks = Marks()
         self._names: dict[str, int] = {}
         self._inputs: list[Value] = []
-        self._kept: list[bool] = []
 
     def trace(
         self,

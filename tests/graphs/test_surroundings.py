@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib
 import itertools
 import random
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -225,6 +227,46 @@ def test_a_data_set_in_reach_is_not_walked_to_its_end(monkeypatch: pytest.Monkey
     with pytest.raises(TraceError, match=r"losses\[0\]"):
         estimate_memory(step, X)
     assert losses == []
+
+
+def test_what_is_too_large_to_note_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surroundings, "MOST_ITEMS", 1000)
+    a_data_set, losses = list(range(2000)), list[mx.array]()
+
+    def step(x: mx.array) -> mx.array:
+        losses.append(x.sum() * len(a_data_set))
+        return losses[-1]
+
+    with pytest.raises(TraceError, match=r"losses\[0\]"):
+        estimate_memory(step, X)
+    assert losses == []
+
+
+def test_what_an_installed_package_keeps_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "a_logger.py").write_text(
+        "class Run:\n"
+        "    def __init__(self):\n"
+        "        self.lines = []\n"
+        "    def log(self, value):\n"
+        "        self.lines.append(value)\n"
+        "    def step(self, x):\n"
+        "        self.log(x.sum())\n"
+        "        return x.mean()\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    run = importlib.import_module("a_logger").Run()
+
+    def step(x: mx.array) -> mx.array:
+        run.log("a step")
+        return x.sum()
+
+    estimate_memory(step, X)
+    assert run.lines == ["a step"]  # as it may be on its way to a server already
+    with pytest.raises(TraceError, match=r"self\.lines\[1\]"):
+        estimate_memory(run.step, X)  # the package's own step is another matter
+    assert run.lines == ["a step"]
 
 
 def test_arrays_written_in_place_in_the_state_are_updates() -> None:
