@@ -354,6 +354,9 @@ class Case:
             taken in another order.
         calls: How often blocks are called in a step of the plain model.
         compiled: Which ways to run it.
+        with_model: Whether the model is among the arguments of what is differentiated, as in mlx-lm's trainer: then
+            every array of it is a tracer.
+        extra: How often blocks run once more in the first step, to find out what has no gradient.
     """
 
     kind: type
@@ -363,9 +366,13 @@ class Case:
     relative: float = 0.0
     calls: int = 3
     compiled: Sequence[bool] = (False, True)
+    extra: int = 0
+    with_model: bool = False
 
     def train(self, **how):
-        return train(lambda: self.stack(self.kind), self.loss, *self.args, count=[self.kind], **how)
+        return train(
+            lambda: self.stack(self.kind), self.loss, *self.args, count=[self.kind], with_model=self.with_model, **how
+        )
 
 
 CASES = {
@@ -387,7 +394,8 @@ CASES = {
     "captured with the model": Case(ClosureBlock, stack=WholeModelStack, relative=1e-6),
     "parked on another object": Case(ParkingBlock, stack=ParkingStack, relative=1e-6),
     "cache": Case(CacheBlock, stack=CacheStack, relative=1e-6, calls=6),
-    "no gradient for a constant": Case(BasisBlock),
+    "no gradient for a constant": Case(BasisBlock, extra=3),
+    "no gradient for a constant of the arguments": Case(BasisBlock, extra=15, with_model=True),
     "gru": Case(GruBlock, compiled=(False,)),  # an LSTM compiles the same, and each costs twenty runs of g++
     "lstm": Case(LstmBlock),
     "experts": Case(MoeBlock),

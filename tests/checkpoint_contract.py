@@ -48,6 +48,7 @@ def train(
     wrap: Callable[[nn.Module], Any] = lambda model: None,
     compiled: bool = False,
     flat: bool = False,
+    with_model: bool = False,
     steps: int = 2,
     count: Iterable[type] = (),
 ) -> Outcome:
@@ -60,6 +61,7 @@ def train(
         wrap: What is done to the model before training.
         compiled: Compile the step, with model, optimizer and random stream as its state.
         flat: Take gradients with `mx.value_and_grad` of a function of the parameters.
+        with_model: Pass the model to what is differentiated, as in `nn.value_and_grad(model, loss)(model, batch)`.
         steps: How many steps.
         count: The classes whose calls are counted.
     """
@@ -70,17 +72,20 @@ def train(
     optimizer = optim.SGD(learning_rate=0.05)
     optimizer.init(model.trainable_parameters())
     state = [model.state, optimizer.state, mx.random.state]
+    first = () if with_model else (model,)
     if flat:
 
         def of_parameters(parameters: Any, *batch: Any) -> mx.array:
             model.update(parameters)
-            return loss(model, *batch)
+            return loss(*first, *batch)
 
         with_gradient = mx.value_and_grad(of_parameters)
     else:
-        with_gradient = nn.value_and_grad(model, lambda *batch: loss(model, *batch))
+        with_gradient = nn.value_and_grad(model, lambda *batch: loss(*first, *batch))
 
     def step(*batch: Any) -> Any:
+        if with_model:
+            batch = (model, *batch)
         value, gradient = with_gradient(model.trainable_parameters(), *batch) if flat else with_gradient(*batch)
         optimizer.update(model, gradient)
         return value, gradient

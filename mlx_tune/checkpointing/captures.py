@@ -19,7 +19,6 @@ from typing import Any
 from weakref import CallableProxyType, ProxyType, ref
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_tune.checkpointing.named import MAKING, Facts, contents_of, facts_of, functions_of, global_names, is_foreign
 from mlx_tune.checkpointing.notes import Note, Ref, Remade
@@ -59,8 +58,6 @@ class Walk:
         arrays: The arrays found.
         notes: The containers found, with what they held. They hold arrays until they are told to forget them.
         seen: Everything entered, by identity, which holds on to it so that nothing else can have that identity.
-        untrained: The indices of arrays that a module holds and does not train: frozen ones, and those whose names
-            begin with an underscore.
         iterators: Iterators found that only run once.
     """
 
@@ -70,7 +67,6 @@ class Walk:
         self.arrays: list[mx.array] = []
         self.notes: list[Note] = []
         self.seen: dict[int, Any] = {}
-        self.untrained: list[int] = []
         self.iterators: list[Any] = []
         self._known = known or {}
         self._wanted = wanted
@@ -110,11 +106,6 @@ class Walk:
             mark = (_HANDLERS.get(kind) or _handlers.get(id(kind)) or _handler(kind))(self, value)
             if mark is not None:
                 marks[key] = mark
-        if marks and isinstance(note.place.held, nn.Module):
-            frozen = vars(note.place.held).get("_no_grad", ())
-            for key, mark in marks.items():
-                if type(mark) is Ref and (key in frozen or str(key).startswith("_")):
-                    self.untrained.append(mark.index)
 
     def _push(self, place: Held) -> None:
         self.notes.append(Note(place))

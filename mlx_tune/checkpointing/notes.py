@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_tune.places import Held
 
@@ -73,3 +74,16 @@ class Note:
         """Let go of the arrays; what stands for them is enough."""
         for key in self.marks:
             self.items[key] = None
+
+
+def untrained(notes: list[Note]) -> set[int]:
+    """The indices of arrays that modules hold and do not train: frozen ones, and those named with an underscore."""
+    trained: set[int] = set()
+    found: set[int] = set()
+    for note in notes:
+        if isinstance(note.place.held, nn.Module):
+            frozen = vars(note.place.held).get("_no_grad", ())
+            for key, mark in note.marks.items():
+                if type(mark) is Ref:
+                    (found if key in frozen or str(key).startswith("_") else trained).add(mark.index)
+    return found - trained

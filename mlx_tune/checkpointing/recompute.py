@@ -7,8 +7,9 @@ places that were there before, and the values it marked with `keep`. Everything 
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +17,7 @@ import mlx.core as mx
 
 from mlx_tune import graphs
 from mlx_tune.checkpointing.captures import Walk
-from mlx_tune.checkpointing.constants import constants
+from mlx_tune.checkpointing.constants import Refusals
 from mlx_tune.checkpointing.effects import Rewound
 from mlx_tune.checkpointing.keep import Frame
 from mlx_tune.checkpointing.notes import Note, filled
@@ -86,6 +87,7 @@ def call_checkpointed(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     keep: frozenset[str],
+    refusals: Refusals,
 ) -> Any:
     """Call `body(*args, **kwargs)` so that its gradient runs it again instead of holding what it computed.
 
@@ -95,13 +97,14 @@ def call_checkpointed(
         args: Positional arguments.
         kwargs: Named arguments.
         keep: Names of the marked values to save.
+        refusals: What earlier calls found out.
 
     Returns:
         What the body returns.
     """
     if getattr(_thread, "plain", False):
         return body(*args, **kwargs)
-    call = _Call(body, owner, args, kwargs, keep)
+    call = _Call(body, owner, args, kwargs, keep, refusals)
     outputs = _recomputed(call)
     return call.result(outputs)
 
@@ -168,6 +171,7 @@ class _Call:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         keep: frozenset[str],
+        refusals: Refusals,
     ) -> None:
         walk = Walk()
         walk.add(owner)
@@ -179,12 +183,12 @@ class _Call:
         self.used_up = [type(value).__name__ for value in walk.iterators[found_before:]]
         self.notes = walk.notes
         self.seen = walk.seen
-        self.untrained = [i for i in walk.untrained if is_differentiable(walk.arrays[i])]
         self.keep = keep
+        self.refusals = refusals
         self.marks = 0
         self.runs = 0  # how often it was run again to its end
         self.arrays = [*walk.arrays, thread_stream()[0]]
-        self.differentiable = [i for i, array in enumerate(self.arrays) if is_differentiable(array)]
+        self.differentiable = {i for i, array in enumerate(self.arrays) if is_differentiable(array)}
         self.stream = mx.default_stream(mx.default_device())
         self.shapes: list[tuple[tuple[int, ...], mx.Dtype]] = []
         self.outputs: _Outputs | None = None
@@ -219,7 +223,7 @@ class _Call:
         self.shapes = _shapes(arrays)
         return arrays or _nothing()
 
-    def run_again(self, arrays: list[mx.array], moving: Collection[int], frame: Frame) -> list[mx.array]:
+    def run_again(self, arrays: list[mx.array], moving: set[int], frame: Frame) -> list[mx.array]:
         """Run the block from the state it had at first, on these arrays, and leave no trace of it.
 
         Args:
@@ -234,7 +238,6 @@ class _Call:
             )
         # Integers, keys and booleans have no gradient, and some operations raise when they are asked for one.
         # Fresh objects throughout: `x += y` in a block writes into the object itself.
-        moving = set(moving)
         arrays = [array if i in moving else mx.stop_gradient(array) for i, array in enumerate(arrays)]
         *arrays, key = arrays
         if (watching := getattr(_thread, "again", None)) is not None:
@@ -267,57 +270,53 @@ class _Call:
 
     def gradients(self, arrays: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
         """The gradient of every input, zero for those that have none."""
-        fixed = constants(arrays, self.untrained) if self.untrained else set()
-        while True:
-            moving = [i for i in self.differentiable if i not in fixed] if self.shapes else []
-            if not moving:
-                return [mx.zeros_like(array) for array in arrays]
+        if not self.shapes or not self.differentiable:
+            return [mx.zeros_like(array) for array in arrays]
+
+        def of(moving: set[int]) -> list[mx.array] | Exception:
             runs = self.runs
             try:
-                found = dict(zip(moving, self._vjp(moving, arrays, cotangents, outputs), strict=False))
+                return self._vjp(moving, arrays, cotangents, outputs)
             except (ValueError, RuntimeError) as error:
                 if self.runs == runs:
                     raise  # the block's own
-                # An operation that has no gradient for one of its inputs. Where that is a constant, nobody needs it.
-                more = constants(arrays, moving)
-                if not more:
-                    error.add_note(
-                        f"{_name(self.body)} is checkpointed, so it is asked for the gradients of all its floating "
-                        "point inputs. Pass one that needs none, such as a mask, through mx.stop_gradient."
-                    )
-                    raise
-                fixed |= more
-                continue
-            return [found[i] if i in found else mx.zeros_like(array) for i, array in enumerate(arrays)]
+                return error
+
+        found, ignored = self.refusals.without_constants(arrays, self.differentiable, self.notes, of)
+        if isinstance(found, Exception):
+            found.add_note(
+                f"{_name(self.body)} is checkpointed, so it is asked for the gradients of all its floating point "
+                "inputs. Pass one that needs none, such as a mask, through mx.stop_gradient."
+            )
+            raise found
+        # Nobody takes the gradient of a constant. Where somebody does after all, it must not look like one.
+        return [mx.full(a.shape, math.nan, a.dtype) if i in ignored else found[i] for i, a in enumerate(arrays)]
 
     def _vjp(
-        self, moving: list[int], arrays: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+        self, moving: set[int], arrays: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
     ) -> list[mx.array]:
-        """The gradients of some inputs: the block is run again as soon as its outputs' gradients are there.
+        """The gradients of some inputs, zero for the others.
 
+        The block is run again as soon as its outputs' gradients are there.
         `mx.checkpoint` lets the second run begin once the outputs are there, and leaves it to the order in which
         MLX happens to walk the graph that many blocks do not run again at once. Waiting for the cotangents as well
         makes sure of it. On a chain of blocks both have the same peak.
         """
         tied = _tied(arrays, [*outputs, *cotangents])
         ends = len(self.shapes) - self.marks
-        saved = outputs[ends:]
-        kept = [array for array in saved if is_differentiable(array)]
 
         def again(*primals: mx.array) -> list[mx.array]:
-            inputs = list(tied)
-            for index, primal in zip(moving, primals, strict=False):
-                inputs[index] = primal
-            rest = iter(primals[len(moving) :])
-            frame = Frame(self.keep, [next(rest) if is_differentiable(a) else a for a in saved])
-            found = self.run_again(inputs, moving, frame)
+            saved = [a if is_differentiable(a) else mx.stop_gradient(a) for a in primals[len(tied) :]]
+            found = self.run_again(list(primals[: len(tied)]), moving, Frame(self.keep, saved))
             self.runs += 1
             links = [array for array in found[ends:] if is_differentiable(array)]
             # mx.vjp skips outputs of stop_gradient and gives their cotangents to the next: make them others.
             return [*links, *(mx.depends(found[:ends], []) if ends else [])]
 
         wanted = [c for c in cotangents[ends:] if is_differentiable(c)] + cotangents[:ends]
-        return mx.vjp(again, [*(tied[i] for i in moving), *kept], wanted)[1]
+        # What has no gradient is among the primals as well: MLX walks the graph behind everything else, and behind
+        # these is all that has been computed so far.
+        return mx.vjp(again, [*tied, *outputs[ends:]], wanted)[1][: len(tied)]
 
     def result(self, arrays: Sequence[mx.array]) -> Any:
         """What the first run returned and wrote, with these arrays as its outputs."""

@@ -17,6 +17,7 @@ from weakref import WeakSet, WeakValueDictionary
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.checkpointing.constants import Refusals
 from mlx_tune.checkpointing.named import GENERATED
 from mlx_tune.checkpointing.recompute import call_checkpointed
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
@@ -26,6 +27,7 @@ R = TypeVar("R")
 M = TypeVar("M", bound=nn.Module)
 
 _NAMES = "_checkpoint_keep"  # the attribute of a wrapped block that holds the names to keep
+_REFUSALS = "_checkpoint_refusals"  # the one with the inputs that have no gradient
 # An empty array among the module's state, but not among its parameters. `mx.compile` keeps one trace for each set of
 # input shapes and looks at nothing else: a step that was traced with the plain block would go on without the
 # checkpoint for ever. With one more array among its inputs it is traced anew, and an undone block's trace comes back.
@@ -148,6 +150,7 @@ def unwrap(module: nn.Module) -> bool:
         return False
     module.__class__ = plain_class(type(module))
     vars(module).pop(_NAMES, None)
+    vars(module).pop(_REFUSALS, None)
     module.pop(_MARK, None)
     return True
 
@@ -182,6 +185,7 @@ def _wrap_module(block: M, names: frozenset[str]) -> M:
                 "Checkpoint a module that calls it."
             ) from error
     object.__setattr__(block, _NAMES, names)
+    object.__setattr__(block, _REFUSALS, Refusals())
     block[_MARK] = mx.zeros((0, _serials.setdefault(names, len(_serials) + 1)), mx.bool_)
     return block
 
@@ -195,7 +199,7 @@ def _checkpointed_class(plain: type) -> type:
         body = super(kind, self).__call__
         if not self.training:
             return body(*args, **kwargs)
-        return call_checkpointed(body, self, args, kwargs, vars(self).get(_NAMES, frozenset()))
+        return call_checkpointed(body, self, args, kwargs, kept_names(self), vars(self).get(_REFUSALS) or Refusals())
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
         # The subclass cannot be found by its name, so what is written down is how to make it from the plain one.
@@ -233,9 +237,11 @@ def _wrap_function(function: Callable[P, R], names: frozenset[str]) -> Callable[
     if is_checkpointed(function):
         function = function.__wrapped__  # type: ignore[attr-defined]
 
+    refusals = Refusals()
+
     @wraps(function)
     def checkpointed(*args: P.args, **kwargs: P.kwargs) -> R:
-        return call_checkpointed(function, function, args, kwargs, names)
+        return call_checkpointed(function, function, args, kwargs, names, refusals)
 
     _functions.add(checkpointed)
     return checkpointed

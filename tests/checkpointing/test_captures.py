@@ -587,35 +587,6 @@ def test_an_iterator_as_an_argument_is_refused_when_it_is_used_up(kind):
     assert mx.array_equal(mx.grad(lambda x: fast(x, [1, 2]))(X), mx.full((3,), 4.0))
 
 
-def test_an_operation_without_a_gradient_for_an_argument_says_what_to_do():
-    def block(x, basis):
-        return (x @ mx.linalg.qr(basis, stream=mx.cpu)[0]).sum()
-
-    fast, basis = mt.checkpoint(block), mx.random.normal((3, 3), key=mx.random.key(0))
-    expected = mx.grad(block)(X, basis)
-    with pytest.raises(ValueError, match="QR") as caught:
-        mx.grad(fast)(X, basis)
-    assert "through mx.stop_gradient" in caught.value.__notes__[0]
-    assert mx.array_equal(mx.grad(lambda x, basis: fast(x, mx.stop_gradient(basis)))(X, basis), expected)
-    # One that is made on the way, or that is no argument of what is differentiated, is known to be constant.
-    assert mx.array_equal(mx.grad(lambda x: fast(x, basis))(X), expected)
-    assert mx.array_equal(mx.grad(lambda x: fast(x, basis * 1))(X), expected)
-
-
-def test_an_error_of_the_block_itself_is_not_tried_again():
-    runs = []
-
-    def block(x):
-        runs.append(1)
-        if mt.is_recomputing():
-            raise ValueError("on purpose")
-        return x.sum()
-
-    with pytest.raises(ValueError, match="on purpose"):
-        mx.grad(mt.checkpoint(block))(X)
-    assert len(runs) == 2
-
-
 def test_classes_and_functions_are_forgotten_with_the_model():
     def made():
         weight = mx.array([1.0, 2.0, 3.0])
