@@ -74,7 +74,7 @@ class TightestLimit:
 
         Examples:
             >>> import mlx.core as mx
-            >>> best = tightest_limit(lambda x: (x @ x).sum(), mx.ones((64, 64)), slowdown=1.0, progress=False)
+            >>> best = tightest_limit(lambda x: (x @ x).sum(), mx.ones((64, 64)), repeats=1, progress=False)
             >>> with best.applied() as limit:
             ...     limit.limit_bytes == best.limit_bytes
             True
@@ -150,7 +150,7 @@ def tightest_limit(
 
     Examples:
         >>> import mlx.core as mx
-        >>> best = tightest_limit(lambda x: (x @ x).sum(), mx.ones((64, 64)), slowdown=1.0, progress=False)
+        >>> best = tightest_limit(lambda x: (x @ x).sum(), mx.ones((64, 64)), repeats=1, progress=False)
         >>> best.limit_bytes <= best.free_peak_bytes
         True
     """
