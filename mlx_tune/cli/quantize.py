@@ -82,12 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     import mlx_tune
     from mlx_tune import lm
+    from mlx_tune.batching.ranks import Ranks
 
     overrides = dict(parse_override(text) for text in arguments.override)
     target = None if arguments.mlx_path is None else Path(arguments.mlx_path)
-    if not arguments.plan:
-        _check_target(target)
-    check_place("--report", arguments.report)
+    # The first rank writes, and looks whether it can; where it cannot, the others stop as well.
+    Ranks().agree(lambda: _check_places(target, arguments) if is_first_rank() else None)
     if arguments.method in ("gptq", "dwq") and arguments.calibration is None and not arguments.plan:
         raise InvalidArgumentError(f"--method {arguments.method} learns from text: give it with --calibration FILE.")
     with quiet_output():
@@ -154,8 +154,11 @@ def parse_override(text: str) -> tuple[str, Any]:
     return pattern, whole_or_mode
 
 
-def _check_target(target: Path | None) -> None:
+def _check_places(target: Path | None, arguments: argparse.Namespace) -> None:
     """Find out before the work that there is somewhere to put it."""
+    check_place("--report", arguments.report)
+    if arguments.plan:
+        return
     if target is None:
         raise InvalidArgumentError("Name the new folder with --mlx-path, or ask for --plan alone.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
