@@ -179,8 +179,9 @@ class Probe:
         """
         if failed is None:
             # The one reading at a share may have been a low one, and of a step whose peak was another operation's.
-            sure = self.throttle.share_within(room / (_MARGIN * self.throttle.spread))
-            return max(sure, self.throttle.holding_share)
+            # Where a limit still holds, that hardly matters.
+            free = self.throttle.share_within(room / (_MARGIN * self.throttle.spread))
+            return max(free, min(HOLDING, self.throttle.share_within(room)), self.throttle.holding_share)
         lower = [share for share in _LOWER if share < failed and self.throttle.worst.get(share, 0.0) <= room]
         return max(lower, default=0.0)
 
