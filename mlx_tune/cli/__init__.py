@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -47,10 +48,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     command = importlib.import_module(f"mlx_tune.cli.{arguments.command}")
     try:
-        return command.run(arguments)
+        code: int = command.run(arguments)
+        sys.stdout.flush()  # a reader that has gone is met here, and not when the process ends
+        return code
     except MlxTuneError as error:
-        print(f"mlx-tune {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return _refuse(arguments.command, str(error))
+    except BrokenPipeError:  # as in `mlx-tune fit ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_REFUSED
+    except OSError as error:
+        place = "" if error.filename is None else f": {error.filename!r}"
+        return _refuse(arguments.command, f"{error.strerror or error}{place}")
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return _refuse(
+            arguments.command,
+            f"out of memory ({said}). Take a smaller batch, shorter rows or --grad-checkpoint; `mlx-tune autobatch` and "
+            "`mlx-tune fit` find what fits.",
+        )
     except KeyboardInterrupt:
         print(f"mlx-tune {arguments.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _refuse(command: str, text: str) -> int:
+    """Say on one line why it could not be done."""
+    print(f"mlx-tune {command}: {' '.join(text.split())}", file=sys.stderr)
+    return EXIT_REFUSED
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    from mlx_tune.batching.probe import is_out_of_memory
+
+    return is_out_of_memory(error)

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from mlx_tune.cli.arguments import add_json, add_model
-from mlx_tune.cli.output import check_place
+from mlx_tune.cli.output import check_picture
 
 #: Options of the shared set that are settings of mlx-lm by the same name.
 _SETTINGS = (
@@ -86,7 +86,7 @@ def prepare_run(arguments: argparse.Namespace, *, lazy: bool = False) -> Any:
 
     if arguments.memory_budget is not None:
         resolve_budget(arguments.memory_budget)  # a typing error should not cost the time that loading takes
-    check_place("--plot", getattr(arguments, "plot", None))
+    check_picture(getattr(arguments, "plot", None))
     given = {name: getattr(arguments, name, None) for name in _SETTINGS}
     settings = read_settings({**given, "train": True}, arguments.config)
     return prepare(settings, lazy=lazy, stand_in_rows=None if names_data(settings) else _STAND_IN_ROWS)

@@ -49,6 +49,17 @@ def print_too_large(error: BudgetError, arguments: argparse.Namespace) -> None:
         print(text, file=sys.stderr)
 
 
+def check_picture(path: str | None) -> None:
+    """See before the work that a picture can be drawn to a path; None passes.
+
+    Raises:
+        InvalidArgumentError: An ending that stands for no format, or no place to write to.
+    """
+    if path is not None and Path(path).suffix.lower() not in (".svg", ".png"):
+        raise InvalidArgumentError(f"--plot {path!r}: the name must end in .svg or .png.")
+    check_place("--plot", path)
+
+
 def check_place(option: str, path: str | os.PathLike[str] | None) -> None:
     """See before the work that a file or folder can be made at a path; None passes.
 
@@ -87,6 +98,11 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
 
 def save_plot(result: Any, path: str | None) -> None:
-    """Draw a result into a file, where one is named; the first rank does."""
-    if path is not None and is_first_rank():
-        result.plot(path)
+    """Draw a result into a file that is either whole or not there, where one is named; the first rank does."""
+    if path is None or not is_first_rank():
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
+        result.plot(Path(beside) / target.name)
+        os.replace(Path(beside) / target.name, target)
