@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         return _refuse(
             arguments.command,
-            f"out of memory ({said}). Take a smaller batch, shorter rows or --grad-checkpoint; `mlx-tune autobatch` and "
-            "`mlx-tune fit` find what fits.",
+            f"out of memory ({said}). Take a smaller batch, shorter rows or --grad-checkpoint; `mlx-tune autobatch` "
+            "and `mlx-tune fit` find what fits.",
         )
     except KeyboardInterrupt:
         print(f"mlx-tune {arguments.command}: interrupted", file=sys.stderr)
