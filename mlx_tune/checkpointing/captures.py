@@ -267,13 +267,13 @@ def _look_into(walk: Walk, value: FunctionType) -> None:
             # The class that super() needs is never bound to anything else.
             if name != "__class__" and walk._visit(cell):
                 walk._push(Cell(cell))
-    if is_foreign(value.__module__):
-        # A library's function holds what the caller gave it in its closure (functools.wraps, nn.value_and_grad).
-        return
     if value.__defaults__ and not all(type(default) in _PLAIN for default in value.__defaults__):
         walk._push(Defaults(value))
     if value.__kwdefaults__:
         walk._encode(value.__kwdefaults__)
+    if is_foreign(value.__module__):
+        # A library's function holds what the caller gave it (functools.wraps, nn.value_and_grad), and names its own.
+        return
     if value.__dict__:
         walk._encode(value.__dict__)
     names = global_names(code)
@@ -289,7 +289,7 @@ def _named(walk: Walk, scope: dict[str, Any], loaded: dict[str, tuple[str, ...]]
         kind = type(value)
         if value is _MISSING or kind in _PLAIN:
             continue
-        if kind is ModuleType:
+        if isinstance(value, ModuleType):
             if attributes and not is_foreign(value.__name__):
                 _of_module(walk, value, attributes)
             continue
@@ -356,6 +356,8 @@ def _choose(kind: type) -> Callable[[Walk, Any], Any]:
     ):
         if issubclass(kind, bases):
             return handler
+    if issubclass(kind, ModuleType):
+        return _leave
     root, _, below = kind.__module__.partition(".")
     if is_foreign(root) and root not in _OPEN and (root != "mlx" or below.partition(".")[0] == "core"):
         return _iterator if issubclass(kind, Iterator) else _leave

@@ -15,9 +15,14 @@ from mlx_tune.places import slot_names
 
 T = TypeVar("T")
 
-#: Code of these packages holds no array that belongs to a model, and their objects can be very large.
+#: Code of these packages holds no array that belongs to a model, and can be very large: libraries of arrays and data,
+#: of types, of progress and logs, and what runs notebooks and tests.
 _FOREIGN = frozenset(sys.stdlib_module_names) | {
-    *("mlx", "mlx_tune", "numpy", "scipy", "torch", "transformers", "tokenizers", "datasets", "PIL", "rich", "psutil")
+    *("mlx", "mlx_tune", "numpy", "scipy", "pandas", "sklearn", "torch", "jax", "tensorflow", "numba", "sympy"),
+    *("transformers", "tokenizers", "datasets", "sentencepiece", "huggingface_hub", "safetensors", "PIL", "cv2"),
+    *("einops", "beartype", "jaxtyping", "typeguard", "pydantic", "pydantic_core", "attr", "typing_extensions"),
+    *("rich", "tqdm", "psutil", "wandb", "mlflow", "tensorboardX", "swanlab", "matplotlib", "loguru", "click"),
+    *("IPython", "ipykernel", "pytest", "_pytest", "hypothesis"),
 }
 
 #: The attribute of the subclasses that `checkpoint` makes, which have nothing of their own to find.

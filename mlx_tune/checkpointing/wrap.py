@@ -46,9 +46,9 @@ def checkpoint(block: Any, *, keep: Iterable[str] = ()) -> Any:
 
     Values and gradients are those of the plain block: its random draws are repeated, what it writes (running
     statistics, caches) is written once, integers, keys, strings and None may be arguments, and arrays that it takes
-    from its attributes, closures, defaults and named globals get their gradients. `mx.checkpoint` promises none of
-    these. Arrays out of its sight (held by compiled extensions, or looked up by a computed name) count as constants:
-    `verify_checkpoint` finds them.
+    from its attributes, closures, defaults, and the globals, classes and modules that it names get their gradients.
+    `mx.checkpoint` promises none of these. Arrays out of its sight (held by compiled extensions, or looked up by a
+    computed name) count as constants: `verify_checkpoint` finds them.
 
     A module in evaluation mode (`block.eval()`) is called as it is, so nothing is run twice.
 
@@ -63,7 +63,8 @@ def checkpoint(block: Any, *, keep: Iterable[str] = ()) -> Any:
     Raises:
         InvalidArgumentError: `block` cannot be called, is a class, or `keep` is no iterable of strings.
         CheckpointError: The module's class cannot be subclassed. On a later call: `keep` names what the block does
-            not mark, or the block did something else when it was run again.
+            not mark, the block did something else when it was run again, or an argument was an iterator, which can be
+            used once.
 
     Reference:
         Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.

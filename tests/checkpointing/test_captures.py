@@ -343,6 +343,15 @@ def wrapped_by_a_library(w):
     return lambda x: inner(x, w).sum()
 
 
+def given_to_a_library(w):
+    scope = {}
+    exec("def call(x, *, inner):\n    return inner(x)\n", scope)
+    call = scope["call"]
+    call.__module__ = "beartype.made_on_the_fly"
+    call.__kwdefaults__ = {"inner": lambda x: mx.sin(x * w).sum()}
+    return call
+
+
 PLACES = [
     closure,
     default,
@@ -383,6 +392,7 @@ PLACES = [
     method_of_a_compiled_module,
     state_of_a_compiled_function,
     wrapped_by_a_library,
+    given_to_a_library,
 ]
 
 
