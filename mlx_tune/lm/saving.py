@@ -105,8 +105,8 @@ def _describe(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
         if others:
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
             raise InvalidArgumentError(
-                f"Some layers quantize their inputs, {', '.join(others[:3])}{more} do not: mlx-lm's config.json says it "
-                "of all packed Linear layers or of none. Quantize the model with these layers in skip=, or without "
+                f"Some layers quantize their inputs, {', '.join(others[:3])}{more} do not: mlx-lm's config.json says "
+                "it of all packed Linear layers or of none. Quantize the model with these layers in skip=, or without "
                 "activations=True."
             )
     return described

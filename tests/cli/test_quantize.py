@@ -43,6 +43,28 @@ def test_a_report_with_accuracy_is_written_whole(model_folder, text, tmp_path: P
     assert "Quantization report" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "methods"),
+    [
+        (["--method", "gptq"], {"gptq", "optimal"}),
+        (["--method", "dwq"], {"dwq", "gptq", "optimal"}),
+        (["--method", "nearest", "--target-bpw", 5], {"nearest"}),
+    ],
+    ids=["gptq", "dwq", "target"],
+)
+def test_every_method_learns_from_a_file(model_folder, text, tmp_path: Path, capsys, words, methods) -> None:
+    learn = ["--calibration", text, "--num-samples", 6, "--batch-size", 2, "--sequence-length", 24]
+    place = ["--model", model_folder("tied"), "--mlx-path", tmp_path / "out"]
+    assert quantize(*place, "--bits", 3, *words, *learn, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {layer["method"] for layer in report["layers"]} <= methods
+    if "--target-bpw" in words:
+        assert 3 < report["bits_per_weight"] <= 5
+        assert len({layer["bits"] for layer in report["layers"]}) > 1
+    loaded, _ = mlx_lm.load(str(tmp_path / "out"))
+    assert sum(v.nbytes for _, v in tree_flatten(loaded.parameters())) == report["size_after_bytes"]
+
+
 def test_a_plan_changes_and_writes_nothing(model_folder, tmp_path: Path, capsys) -> None:
     words = ["--model", model_folder("tied"), "--plan", "--override", "*.q_proj=bits:8", "--skip", "*.layers.0.*"]
     assert quantize(*words, "--json") == 0
