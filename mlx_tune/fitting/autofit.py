@@ -232,6 +232,8 @@ def _setting(candidate: Candidate, search: Search, chosen: bool, undominated: bo
     measured, standing = candidate.measured, candidate.standing
     if measured is None:
         return known
+    if standing is not None and not standing.turns:
+        standing = None  # there was nothing to time it against
     return replace(
         known,
         limit_bytes=measured.limit_bytes,

@@ -128,13 +128,13 @@ class Trials:
         measured = candidate.measured
         assert measured is not None
         self.bar.update(text=f"batch {candidate.batch_size}, {sum(candidate.choice)} blocks, in turns with others")
-        for _ in range(1 + _SECOND_CHANCES):
+        for chances in reversed(range(1 + _SECOND_CHANCES)):
             self._take_batch(candidate.batch_size)
             seconds = self._real[candidate.batch_size].once(measured)
             if measured.fits:
                 return max(1e-9, seconds) / candidate.batch_size
             lower = measured.limit_bytes - max(round(1.25 * (measured.peak_bytes - self.budget)), 1)
-            if not self.throttle or lower < 0.7 * candidate.floor_bytes:
+            if not (chances and self.throttle) or lower < 0.7 * candidate.floor_bytes:
                 break
             measured.limit_bytes, measured.peak_bytes, measured.seconds = lower, 0, math.inf
         return math.inf

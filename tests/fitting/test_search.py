@@ -245,6 +245,26 @@ def test_without_throttling_a_setting_that_breaks_the_budget_is_left_out(monkeyp
     assert any(c.measured and not c.fits for c in search.candidates)
 
 
+def test_a_setting_that_no_limit_holds_any_more_is_left_out_with_its_figures(monkeypatch):
+    machine = Machine(monkeypatch, 1.0, 0.01, 0.05, ahead=1.1)
+    plain = machine.run_step
+
+    def run_step(step, args, state, limit):
+        trial = plain(step, args, state, limit)
+        broken = len(machine.runs) > 12 and args[0].shape[0] > 10
+        return StepTrial(limit, 2 * trial.peak_bytes if broken else trial.peak_bytes, trial.seconds)
+
+    monkeypatch.setattr(measuring, "run_step", run_step)
+    search, best = machine.search(30_000)
+    assert best.fits
+    assert best.batch_size <= 10
+    measured = [c.measured for c in search.candidates if c.measured]
+    assert any(not m.fits for m in measured)
+    for m in measured:
+        assert math.isfinite(m.seconds)
+        assert m.fits == (0 < m.peak_bytes <= 30_000)
+
+
 def test_where_every_setting_breaks_the_budget_that_is_an_error(monkeypatch):
     machine = Machine(monkeypatch, 1.0, 0.01, 0.0001, ahead=1.5)
     machine.overshoot = lambda: 10.0
