@@ -53,6 +53,7 @@ class Walk:
     Args:
         known: Containers not to enter, by identity: what an earlier walk has `seen`.
         wanted: Which arrays to note; others are left where they are.
+        made: Walk what code has made: only what values hold counts, and not what the code of their classes names.
 
     Attributes:
         arrays: The arrays found.
@@ -62,7 +63,10 @@ class Walk:
     """
 
     def __init__(
-        self, known: Mapping[int, Any] | None = None, wanted: Callable[[mx.array], bool] | None = None
+        self,
+        known: Mapping[int, Any] | None = None,
+        wanted: Callable[[mx.array], bool] | None = None,
+        made: bool = False,
     ) -> None:
         self.arrays: list[mx.array] = []
         self.notes: list[Note] = []
@@ -70,6 +74,7 @@ class Walk:
         self.iterators: list[Any] = []
         self._known = known or {}
         self._wanted = wanted
+        self._made = made
         self._index: dict[int, int] = {}
         self._functions: list[FunctionType] = []
         self._entered = 0
@@ -185,7 +190,7 @@ def _own(walk: Walk, value: Any) -> None:
             walk._push(ModuleAttributes(attributes))
     if facts.slots:
         walk._push(Attributes(value, facts.slots))
-    if facts.own and walk._visit(facts):
+    if facts.own and not walk._made and walk._visit(facts):
         for base in facts.own:
             _class_itself(walk, base())
 
@@ -208,7 +213,7 @@ def _class_itself(walk: Walk, kind: Any, making: bool = False) -> None:
 
 def _class(walk: Walk, value: type) -> None:
     """A class that a block names or holds: it may read its attributes, or make an object of it."""
-    if walk._visit(value):
+    if not walk._made and walk._visit(value):
         for base in facts_of(value).own:
             _class_itself(walk, base(), making=True)
         if type(value) is not type:
@@ -271,7 +276,7 @@ def _look_into(walk: Walk, value: FunctionType) -> None:
         walk._push(Defaults(value))
     if value.__kwdefaults__:
         walk._encode(value.__kwdefaults__)
-    if is_foreign(value.__module__):
+    if walk._made or is_foreign(value.__module__):
         # A library's function holds what the caller gave it (functools.wraps, nn.value_and_grad), and names its own.
         return
     if value.__dict__:

@@ -121,7 +121,7 @@ class _Outputs:
     """
 
     def __init__(self, result: Any, notes: list[Note], started: list[Any], seen: dict[int, Any]) -> None:
-        walk = Walk(seen, is_differentiable)
+        walk = Walk(seen, is_differentiable, made=True)
         self.written: list[tuple[Held, Any]] = []
         self.changed: set[int] = set()
         for i, note in enumerate(notes):

@@ -1,5 +1,6 @@
 """What a block writes is written once; what it logs and counts is there for both runs."""
 
+import sys
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
@@ -301,3 +302,31 @@ def test_sets_and_slots_are_written_once():
     item = next(iter(held))
     assert item.state.tolist() == [3.0]
     assert item.seen == 1, "it goes with the array beside it, as a cache's position does"
+
+
+UNITS = [mx.array([1.0, 2.0])]
+
+
+class Result:
+    """What a block returns; its class holds and names constants that are no result."""
+
+    zero = mx.array([0.0, 0.0])
+
+    def __init__(self, value):
+        self.value = value
+
+    def scaled(self):
+        return self.value * UNITS[0] + self.zero
+
+
+def out_of_sight(name):
+    return getattr(sys.modules[__name__], name)
+
+
+def test_constants_behind_a_returned_object_are_no_outputs():
+    """Only the object that comes back tells of its class, whose constants must not become the block's results."""
+    before = UNITS[0], Result.zero
+    block = mt.checkpoint(lambda x: out_of_sight("Res" + "ult")(mx.sin(x)))
+    mx.compile(mx.grad(lambda x: block(x).value.sum()))(mx.array([1.0, 2.0]))
+    assert UNITS[0] is before[0]
+    assert Result.zero is before[1]
