@@ -39,7 +39,7 @@ def uninterrupted() -> Iterator[None]:
 
     Only the main thread receives one; elsewhere this does nothing.
 
-    Example:
+    Examples:
         >>> import signal
         >>> done = []
         >>> try:
@@ -77,7 +77,7 @@ def uninterrupted() -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Let a Ctrl-C through again inside `uninterrupted`, the one that waits first; elsewhere this does nothing.
 
-    Example:
+    Examples:
         >>> import signal
         >>> done = []
         >>> try:

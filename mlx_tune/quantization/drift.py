@@ -47,7 +47,7 @@ def corrected(weight: mx.array, moments: mx.array, drift: Drift, shrinkage: floa
     Returns:
         float32 `[rows, columns]`.
 
-    Example:
+    Examples:
         >>> before = mx.random.normal((200, 32))
         >>> now = 0.8 * before
         >>> d = before - now
@@ -77,7 +77,7 @@ def drifted_output_error(weight: mx.array, approximation: mx.array, moments: mx.
     Returns:
         The error over the squares of the outputs as they were; 0 where those are 0.
 
-    Example:
+    Examples:
         >>> w, x = mx.ones((1, 32)), mx.ones((5, 32))
         >>> round(drifted_output_error(w, w, (0.9 * x).T @ (0.9 * x), Drift(0.09 * x.T @ x, 0.01 * x.T @ x)), 4)
         0.01

@@ -50,6 +50,7 @@ def site(tmp_path_factory):
 @pytest.fixture(scope="module", params=SIZES, ids=list(SIZES))
 def browser(request, tmp_path_factory):
     from selenium import webdriver
+    from selenium.common.exceptions import SessionNotCreatedException
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
@@ -58,6 +59,7 @@ def browser(request, tmp_path_factory):
         "headless=new",
         "no-sandbox",  # tests in containers run as root
         "disable-gpu",
+        "disable-dev-shm-usage",  # where containers have little of it
         "disable-quic",
         "no-first-run",
         "disable-background-networking",
@@ -68,7 +70,11 @@ def browser(request, tmp_path_factory):
     ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    try:
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    except SessionNotCreatedException as error:
+        # Installed, but not allowed to run: some sandboxes refuse what Chromium needs.
+        pytest.skip(f"Chromium does not start here: {error.msg.splitlines()[0]}")
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": request.param == "phone"},

@@ -2,6 +2,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import quantization_toys as toys
 from mlx.utils import tree_flatten
 
 from mlx_tune.errors import QuantizationError
@@ -16,6 +17,7 @@ from mlx_tune.quantization.gptq import output_error, quantize_gptq
 from mlx_tune.quantization.layout import plan_quantization
 from mlx_tune.quantization.moments import InputMoments
 from mlx_tune.quantization.packing import AFFINE_BITS, unpack
+from mlx_tune.quantization.propagation import Propagation
 
 
 def correlated_inputs(rows, columns, seed=0):
@@ -234,6 +236,31 @@ def test_blocks_make_up_for_what_those_before_them_lost(monkeypatch):
     assert found[1] < 0.97 * found[0]
 
 
+def test_layers_that_are_given_the_same_are_one_stage():
+    model = toys.llama(dtype=mx.float32)
+    batches = read_batches([mx.random.randint(0, 64, (2, 17))], "calibration")
+    modules = dict(model.named_modules())
+    layers = {path: m for path, m in modules.items() if isinstance(m, nn.Linear)}
+    steps = forward_steps(model, batches[0], list(layers.items()))
+    inputs = Propagation(model, batches, steps)
+    step = next(s for s in steps if s.path == "model.layers.0")
+    inputs.enter(step)
+    mine = {path: m for path, m in layers.items() if path.startswith("model.layers.0.")}
+    stages = [sorted(path.rpartition(".")[2] for path in stage) for stage in inputs.stages(step, mine)]
+    assert stages == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_layers_learn_from_quantized_ones_of_their_own_block(monkeypatch):
+    twin, found = make(), []
+    for staged in (True, False):
+        if not staged:
+            monkeypatch.setattr(Propagation, "stages", lambda self, step, modules: [list(modules)])
+        model = make()
+        gptq_model(model, plan_quantization(model, 2, 64).layers, tokens(32), install=install)
+        found.append(sum(mx.square(model(b.shifted[0]) - twin(b.shifted[0])).sum().item() for b in tokens(2)))
+    assert found[0] < 0.99 * found[1]
+
+
 @pytest.mark.parametrize("sort", [False, True])
 def test_each_expert_has_the_moments_of_its_own_tokens(sort):
     from mlx_lm.models.switch_layers import SwitchGLU
@@ -304,7 +331,9 @@ def test_one_large_batch_is_as_good_as_many_small_ones(monkeypatch):
 
 def test_both_ways_of_running_blocks_learn_the_same(monkeypatch):
     """Calling blocks one after the other sees what running the whole, partly quantized model would show."""
-    monkeypatch.setattr(drift, "_SHARE", 0)  # how far inputs have moved is known in one of both ways only
+    # How far inputs have moved, and what layers of the same block hand on, is known in one of both ways only.
+    monkeypatch.setattr(drift, "_SHARE", 0)
+    monkeypatch.setattr(Propagation, "stages", lambda self, step, modules: [list(modules)])
     found = []
     for chained in (True, False):
         model = make(chained)
