@@ -65,8 +65,9 @@ def quantize_model(
     """Quantize a model in place, and report what that cost.
 
     Every layer that has a quantized form and whose rows divide by the group size is replaced; all others are in the
-    report with their reasons. Peak memory is at most the model and what its largest block takes to work on: replaced
-    weights wait on disk until the call has succeeded. If anything fails, the model is what it was.
+    report with their reasons. Peak memory is at most the model and what its largest block takes to work on, besides
+    what a method that learns holds of its calibration: replaced weights wait on disk until the call has succeeded. If
+    anything fails, the model is what it was.
 
     Args:
         model: Any model.
