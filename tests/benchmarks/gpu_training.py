@@ -127,7 +127,7 @@ def estimates(models: tuple[str, ...]) -> dict[str, Any]:
 def autobatch(models: tuple[str, ...]) -> dict[str, Any]:
     """The largest batches within budgets."""
     cases: list[tuple[str, dict[str, Any], str]] = [
-        ("tiny", {}, "500MB"),
+        ("tiny", {}, "40MB"),
         ("1B", {}, "40GB"),
         ("1B", {}, "100GB"),
         ("8B", LORA, "40GB"),
@@ -158,7 +158,7 @@ def autobatch(models: tuple[str, ...]) -> dict[str, Any]:
 def autofit(models: tuple[str, ...]) -> dict[str, Any]:
     """Tokens a second at a budget: autofit against what anybody would try."""
     out = {}
-    for size, budget, most in (("tiny", "500MB", 8), ("1B", "40GB", 64)):
+    for size, budget, most in (("tiny", "40MB", 8), ("1B", "40GB", 64)):
         if size not in models:
             continue
         table: list[list[Any]] = []

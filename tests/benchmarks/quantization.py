@@ -1,13 +1,14 @@
 """What quantization costs a language model, by method, at the same bytes; and mlx-lm's own methods beside it.
 
     python tests/benchmarks/quantization.py --model PATH [--bits 8 6 4 3 2] [--bpw 5 4.5 4 3.5] [--quick]
-                                            [--methods nearest optimal gptq dwq mixed] [--mlx-lm] [--json FILE]
+                                            [--methods nearest optimal gptq dwq mixed] [--mlx-lm] [--json FILE] [--keep FOLDER]
 
 PATH holds a model that mlx-lm loads, and two arrays of tokens: `calibration_tokens.npy` and `heldout_tokens.npy`.
 Every figure is from text that no method saw: windows spread evenly over the held-out tokens, the reference and all
 quantized models in float32, weights reconstructed in float32 from codes and scales as stored, the tied embedding
 included. The ratio is the mean KL divergence over that of rounding to nearest at the same bits, with the standard error
-over windows. Hours on a CPU: with --json, rows that FILE holds already are not measured again, so that a run can go on.
+over windows. Hours on a CPU: with --json, rows that FILE holds already are not measured again, and with --keep, "dwq"
+starts from what "gptq" left in FOLDER, so that a run can go on.
 """
 
 from __future__ import annotations
@@ -270,6 +271,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="a few tokens, 4 and 2 bits: to see that it runs")
     parser.add_argument("--json", type=Path, help="write the figures here, and go on from those that are there")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what gptq made here, for dwq to start from")
     options = parser.parse_args()
     if options.quick:
         options.bits, options.heldout_tokens, options.calibration_tokens = [4, 2], 2048, 4096
@@ -303,7 +305,7 @@ class Run:
 
     def uniform(self, bits: int) -> None:
         """Every method at the same bits everywhere."""
-        asked, after_gptq = f"{bits} bits", None
+        asked, after_gptq = f"{bits} bits", self.kept(bits)
         for method in self.options.methods:
             if method == "dwq" and after_gptq is not None:  # it starts from there, so that need not be done again
                 model, seconds = after_gptq
@@ -311,11 +313,30 @@ class Run:
                 self.measure(method, asked, more, model, seconds)
             elif method != "mixed":
                 done = self.measure(method, asked, ours(method, bits, self.calibration))
-                after_gptq = done if method == "gptq" else after_gptq
+                if method == "gptq" and done is not None:
+                    after_gptq = done
+                    self.keep(bits, *done)
         if self.options.mlx_lm and bits < 8:
             for method in THEIRS:
                 if method != "mlx-lm gptq" or bits in (2, 4):
                     self.measure(method, asked, theirs(method, bits, self.data))
+
+    def keep(self, bits: int, model: nn.Module, seconds: float) -> None:
+        """Write what gptq made, and how long it took."""
+        if self.options.keep is not None:
+            self.options.keep.mkdir(parents=True, exist_ok=True)
+            arrays = dict(tree_flatten(model.parameters()))
+            mx.save_safetensors(str(self.options.keep / f"gptq-{bits}.safetensors"), arrays, {"seconds": str(seconds)})
+
+    def kept(self, bits: int) -> tuple[nn.Module, float] | None:
+        """What an earlier run's gptq made."""
+        if self.options.keep is None or not (self.options.keep / f"gptq-{bits}.safetensors").exists():
+            return None
+        found: Any = mx.load(str(self.options.keep / f"gptq-{bits}.safetensors"), return_metadata=True)
+        model = load(self.options.model)
+        nn.quantize(model, GROUP, bits)
+        model.load_weights(list(found[0].items()))
+        return model, float(found[1]["seconds"])
 
     def mixed(self, target: float) -> None:
         """Formats chosen layer by layer; beside mlx-lm's choice, in no more bytes than that took."""
