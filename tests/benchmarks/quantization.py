@@ -1,7 +1,8 @@
 """What quantization costs a language model, by method, at the same bytes; and mlx-lm's own methods beside it.
 
     python tests/benchmarks/quantization.py --model PATH [--bits 8 6 4 3 2] [--bpw 5 4.5 4 3.5] [--quick]
-                                            [--methods nearest optimal gptq dwq mixed] [--mlx-lm] [--json FILE] [--keep FOLDER]
+                                            [--methods nearest optimal gptq dwq mixed] [--mlx-lm] [--json FILE]
+                                            [--keep FOLDER]
 
 PATH holds a model that mlx-lm loads, and two arrays of tokens: `calibration_tokens.npy` and `heldout_tokens.npy`.
 Every figure is from text that no method saw: windows spread evenly over the held-out tokens, the reference and all
