@@ -1,8 +1,8 @@
 """Training scales and biases against the unquantized model: distillation, with the codes left as they are.
 
 The idea is mlx-lm's DWQ (https://github.com/ml-explore/mlx-lm, `mlx_lm.dwq`). Differences: steps are measured in
-quantization steps of each group, so that rates need no guessing by bits; a few rates are tried briefly and the best
-goes on; batches kept aside decide when to stop and what is kept; any model, any batches, any loss.
+quantization steps of each group, so that rates need no guessing by bits; a few rates are tried briefly, the best goes
+on, and comes down where it is too high; batches kept aside decide when to stop and what is kept; any model, any batches, any loss.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ RATES = (0.003, 0.01, 0.03)
 
 #: Steps that a run is given unless told otherwise: fewer leave the grid where it was, more are ended by early stopping.
 _STEPS = 256
+
+#: After so many judgements that were no better, training goes back to the best and on from there with a third of the
+#: rate; it ends where that is a tenth of the lowest rate tried.
+_PATIENCE = 2
 
 #: Token batches are cut into steps of at most so many tokens: many small steps learn more from a text than few large
 #: ones.
@@ -115,7 +119,7 @@ def train_dwq(
         loss: `loss(model, *batch)`, a scalar, instead of the distance to the reference.
         rates: Learning rates to try, in quantization steps.
         epochs: How often to go through the calibration; by default as often as makes some 256 steps. Where the loss on
-            the batches kept aside stops falling, training ends before.
+            the batches kept aside stops falling, training goes on from the best at a lower rate, or ends.
         checkpoint: Recompute activations of the model's blocks; by default where memory calls for it.
         group: The `mx.distributed` group to share the calibration with; by default that of `mlx.launch`, where it
             started this process.
@@ -220,17 +224,19 @@ class _Training:
                 tried.append((loss, rate, found, state))
                 if found is not None and loss < best_loss:
                     best_loss, best, best_rate = loss, found, rate
-            loss, rate, current, state = min(tried, key=lambda t: t[0])
-            worse = 0
-            step = trial
-            while current is not None and step < total and worse < 3:
+            _, rate, current, state = min(tried, key=lambda t: t[0])
+            worse, step = 0, trial
+            while step < total and rate > 0.1 * min(rates):
                 stop = min(step + every, total)
-                current = self._train(current, state, rate, range(step, stop), total, decay=True)
+                current = self._train(current, state, rate, range(step, stop), total, decay=True) if current else None
                 step = stop
                 loss = self._judge(current) if current is not None else math.inf
                 worse = worse + 1 if loss >= best_loss else 0
                 if current is not None and loss < best_loss:
                     best_loss, best, best_rate = loss, current, rate
+                if current is None or worse == _PATIENCE:
+                    # Steps of this size stray further than they teach: smaller ones, from the best so far.
+                    current, state, rate, worse = best, _Adam(best), rate / 3, 0
                 self._bar.update(text=f"held-out loss {loss:.4g}, from {before:.4g}")
         note = None if best_loss < before else "training made nothing better on the batches kept aside: left as it was"
         ranks = self._shares.size

@@ -171,6 +171,13 @@ def test_the_reported_loss_is_that_of_the_model_as_it_is_left():
     assert again.loss_before == pytest.approx(result.loss_after, rel=1e-3)
 
 
+def test_a_rate_that_is_too_high_comes_down():
+    model, reference = pair_of_models()
+    result = train_dwq(model, reference, batches(40), rates=(1.0,), progress=False)
+    assert result.rate < 1
+    assert result.loss_after < 0.5 * result.loss_before
+
+
 def test_a_model_that_would_get_worse_stays_as_it_was():
     model, reference = pair_of_models()
     before = snapshot(model)
