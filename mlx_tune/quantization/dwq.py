@@ -2,7 +2,8 @@
 
 The idea is mlx-lm's DWQ (https://github.com/ml-explore/mlx-lm, `mlx_lm.dwq`). Differences: steps are measured in
 quantization steps of each group, so that rates need no guessing by bits; a few rates are tried briefly, the best goes
-on, and comes down where it is too high; batches kept aside decide when to stop and what is kept; any model, any batches, any loss.
+on, and comes down where it is too high; batches kept aside decide when to stop and what is kept; any model, any
+batches, any loss.
 """
 
 from __future__ import annotations
