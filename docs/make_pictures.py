@@ -1,9 +1,9 @@
 """Make the pictures of these pages again, each for light and for dark pages: python docs/make_pictures.py [NAME ...]
 
 Names: step-memory, autobatch, quantization, wiring; all of them by default. `quantization` draws
-docs/assets/quantization.json: for now copied by hand from the table of docs/measurements/quantization.md whose run had
-no standard errors; `tests/benchmarks/quantization.py --json` writes the same form. The others predict or measure here;
-look at the words under `autobatch` afterwards, since the sizes that a search tries depend on what it measures.
+docs/assets/quantization.json, rows of what `tests/benchmarks/quantization.py --json` writes, without their windows and
+with "mixed optimal" named "mixed". The others predict or measure here; look at the words under `autobatch` afterwards,
+since the sizes that a search tries depend on what it measures.
 `--suffix .png --to FOLDER` is for looking at them elsewhere.
 """
 
