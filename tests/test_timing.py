@@ -52,6 +52,8 @@ def test_arrays_are_found_in_modules_and_optimizers():
     optimizer.init(model.trainable_parameters())
     assert len(list(arrays_of(model))) == 3
     assert len(list(arrays_of((model, optimizer)))) == 3 + 2 * 3 + 2  # two moments each, the step and the rate
+    assert len(list(arrays_of([model.layers[0], {"a": (mx.zeros(1), "text", 3)}]))) == 3
+    assert list(arrays_of(None)) == []
 
 
 def replay(values):

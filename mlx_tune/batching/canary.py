@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlx_tune.batching.limits import held
-from mlx_tune.batching.probe import MakeBatch, Step, arrays_in
+from mlx_tune.batching.probe import MakeBatch, Step
 from mlx_tune.errors import TrialError
 from mlx_tune.interrupts import interruptible
+from mlx_tune.timing import arrays_of
 
 #: Losses of the same rows may differ by this share: sums are taken in another order, and half precision rounds.
 _SAME = 0.02
@@ -72,8 +73,9 @@ def _loss(
         module._training = mode  # restoring puts the training flag back, too
     with held(limit_bytes, None), interruptible():
         out = step(batch)
-        mx.eval(arrays_in(out), arrays_in(state))
-    return float(arrays_in(out)[0].astype(mx.float32).mean().item())
+        arrays = list(arrays_of(out))
+        mx.eval(arrays, list(arrays_of(state)))
+    return float(arrays[0].astype(mx.float32).mean().item())
 
 
 def _repeat(tree: Any, size: int) -> Any:

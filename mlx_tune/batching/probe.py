@@ -15,6 +15,7 @@ from mlx_tune.batching.throttle import HOLDING, SHARES, Throttle
 from mlx_tune.errors import MlxTuneError, TrialError
 from mlx_tune.interrupts import interruptible
 from mlx_tune.memory import track_memory
+from mlx_tune.timing import arrays_of
 from mlx_tune.units import format_bytes
 
 Step = Callable[[Any], Any]
@@ -81,10 +82,10 @@ class Probe:
 
     def warm(self, size: int) -> bool:
         """Take the first step of all, with dispatch held back; whether that made the optimizer's state."""
-        before = sum(array.nbytes for array in arrays_in(self.state))
+        before = sum(array.nbytes for array in arrays_of(self.state))
         self._run(self.agree(lambda: self._batch(size)), 1, Trial(size, None, limit_bytes=1))
         self._warm = True
-        return sum(array.nbytes for array in arrays_in(self.state)) != before
+        return sum(array.nbytes for array in arrays_of(self.state)) != before
 
     def trial(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
         """Measure one batch size.
@@ -112,7 +113,7 @@ class Probe:
             if not is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the arrays that did not fit
-            trials[-1] = replace(trials[-1], fits=False, reason=f"out of memory ({_first_line(error)})")
+            trials[-1] = replace(trials[-1], fits=False, reason=f"out of memory ({first_line(error)})")
         gc.collect()
         mx.clear_cache()
         swapped = max(0, devices.swap_used_bytes() - swap)
@@ -264,8 +265,9 @@ class Probe:
 
         with interruptible():
             batch = self.make_batch(size)
-            mx.eval(arrays_in(batch))
-        shapes = tuple(tuple(array.shape) for array in arrays_in(batch))
+            arrays = list(arrays_of(batch))
+            mx.eval(arrays)
+        shapes = tuple(tuple(array.shape) for array in arrays)
         known = self._shapes.setdefault(shapes, size)
         if shapes and known != size:
             raise TrialError(
@@ -325,10 +327,10 @@ class Probe:
         before = mx.get_active_memory()
         with held(limit, cache), track_memory() as memory, interruptible():
             out = self.step(batch)
-            mx.eval(arrays_in(out), arrays_in(self.state))
+            arrays = list(arrays_of(out))
+            mx.eval(arrays, list(arrays_of(self.state)))
             mx.synchronize()
         mx.eval(mx.zeros(1) + 1)  # on Metal, an error that was stored by the work above comes out here (mlx#4174)
-        arrays = arrays_in(out)
         if not arrays:
             raise TrialError(
                 f"step(batch) returned {_described(out)}: it must return arrays, the loss first, so that a trial "
@@ -368,27 +370,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(part in text for part in _OUT_OF_MEMORY)
 
 
-def arrays_in(tree: Any) -> list[Any]:
-    """Every array in nested dictionaries, lists, tuples, modules and optimizers."""
-    import mlx.core as mx
-    from mlx.optimizers import Optimizer
-
-    if isinstance(tree, mx.array):
-        return [tree]
-    if isinstance(tree, Optimizer):
-        return arrays_in(tree.state)
-    if isinstance(tree, dict):
-        return [array for value in tree.values() for array in arrays_in(value)]
-    if isinstance(tree, (list, tuple)):
-        return [array for value in tree for array in arrays_in(value)]
-    return []
-
-
 def count_items(batch: Any, size: int) -> tuple[int, str]:
     """How much work a batch is: its tokens where its first array is `[batch, length]` of integers, else its rows."""
     import mlx.core as mx
 
-    arrays = arrays_in(batch)
+    arrays = list(arrays_of(batch))
     if arrays and arrays[0].ndim == 2 and mx.issubdtype(arrays[0].dtype, mx.integer):
         return int(arrays[0].size), "tokens"
     return size, "rows"
@@ -398,5 +384,6 @@ def _described(out: Any) -> str:
     return "None" if out is None else f"a {type(out).__name__} without arrays"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an exception says first, or its name where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]

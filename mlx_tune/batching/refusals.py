@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from mlx_tune.batching.forecast import floor_of
-from mlx_tune.batching.probe import arrays_in
 from mlx_tune.batching.session import Session
 from mlx_tune.errors import BudgetError, CheckpointError, TraceError
 from mlx_tune.memory import MemoryBudget
+from mlx_tune.timing import arrays_of
 from mlx_tune.units import format_bytes
 
 
@@ -24,7 +24,7 @@ def used_up(budget: MemoryBudget, state: Any) -> None:
     held = mx.get_active_memory()
     if held < int(budget):
         return
-    own = sum(array.nbytes for array in {id(array): array for array in arrays_in(state)}.values())
+    own = sum(array.nbytes for array in {id(array): array for array in arrays_of(state)}.values())
     raise BudgetError(
         f"The budget of {budget} is used up before the first step: MLX's arrays hold {format_bytes(held)}, of which "
         f"{format_bytes(own)} are the model and optimizer in state=. Give a larger budget, or make the model smaller "

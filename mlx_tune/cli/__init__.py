@@ -60,13 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = "" if error.filename is None else f": {error.filename!r}"
         return _refuse(arguments.command, f"{error.strerror or error}{place}")
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        from mlx_tune.batching.probe import first_line, is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         return _refuse(
             arguments.command,
-            f"out of memory ({said}). Take a smaller batch, shorter rows or --grad-checkpoint; `mlx-tune autobatch` "
-            "and `mlx-tune fit` find what fits.",
+            f"out of memory ({first_line(error)}). Take a smaller batch, shorter rows or --grad-checkpoint; "
+            "`mlx-tune autobatch` and `mlx-tune fit` find what fits.",
         )
     except KeyboardInterrupt:
         print(f"mlx-tune {arguments.command}: interrupted", file=sys.stderr)
@@ -77,9 +78,3 @@ def _refuse(command: str, text: str) -> int:
     """Say on one line why it could not be done."""
     print(f"mlx-tune {command}: {' '.join(text.split())}", file=sys.stderr)
     return EXIT_REFUSED
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    from mlx_tune.batching.probe import is_out_of_memory
-
-    return is_out_of_memory(error)

@@ -221,7 +221,7 @@ class _Training:
             for rate in rates:
                 state = _Adam(start)
                 found = self._train(start, state, rate, range(trial), trial, decay=False)
-                loss = self._judge(found) if found is not None else math.inf
+                loss = self._judge(found)
                 tried.append((loss, rate, found, state))
                 if found is not None and loss < best_loss:
                     best_loss, best, best_rate = loss, found, rate
@@ -231,7 +231,7 @@ class _Training:
                 stop = min(step + every, total)
                 current = self._train(current, state, rate, range(step, stop), total, decay=True) if current else None
                 step = stop
-                loss = self._judge(current) if current is not None else math.inf
+                loss = self._judge(current)
                 worse = worse + 1 if loss >= best_loss else 0
                 if current is not None and loss < best_loss:
                     best_loss, best, best_rate = loss, current, rate
@@ -289,7 +289,10 @@ class _Training:
                 return None
         return parameters
 
-    def _judge(self, parameters: Parameters) -> float:
+    def _judge(self, parameters: Parameters | None) -> float:
+        """The loss on the batches kept aside; infinite where training or it stopped being a number."""
+        if parameters is None:
+            return math.inf
         own = 0.0
         for share in self._judges:
             if share.batch is not None:

@@ -58,24 +58,24 @@ class Propagation:
         """Paths of a step's layers in parts: those of one part are given the same inputs, so none of them another's."""
         if self._now is None:
             return [list(modules)]
-        order: list[tuple[str, mx.array]] = []
+        inputs: dict[str, mx.array] = {}  # what each layer is given at first, in the order of the calls
         paths = {id(module): path for path, module in modules.items()}
 
         def note(module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
-            if arguments and isinstance(arguments[0], mx.array) and paths[id(module)] not in [p for p, _ in order]:
-                order.append((paths[id(module)], arguments[0]))
+            if arguments and isinstance(arguments[0], mx.array):
+                inputs.setdefault(paths[id(module)], arguments[0])
             return run(*arguments, **keywords)
 
-        with self._running(), intercepted(modules.values(), note):
+        with running(self._model), intercepted(modules.values(), note):
             self._call(step, self._now, self._extras, 0)  # nothing of it is evaluated
         parts: list[list[str]] = []
         last: mx.array | None = None
-        for path, x in order:
+        for path, x in inputs.items():
             if x is not last:
                 parts.append([])
             parts[-1].append(path)
             last = x
-        missing = [path for path in modules if path not in [p for p, _ in order]]
+        missing = [path for path in modules if path not in inputs]
         return [*parts[:-1], [*parts[-1], *missing]] if parts else [missing]
 
     def moments(
@@ -108,13 +108,13 @@ class Propagation:
             into = judged if aside and judged is not None else learned
             before: list[Call] | None = None
             if self._before is not None and self._now is not None and self._before_at == step.path:
-                with self._running(), intercepted(modules.values(), into.hook()):
+                with running(self._model), intercepted(modules.values(), into.hook()):
                     output = self._call(step, self._before, self._extras_before, i)
                 before = into.take()
                 if last:
                     mx.eval(output, [x for _, x, _ in before])
                     self._before[i] = output
-            with self._running(), _standing_in(weights), intercepted(modules.values(), into.hook()):
+            with running(self._model), _standing_in(weights), intercepted(modules.values(), into.hook()):
                 # Only as much of it is evaluated as the layers' inputs take.
                 if self._now is not None:
                     self._call(step, self._now, self._extras, i)
@@ -130,7 +130,7 @@ class Propagation:
         if following is None or self._now is None:
             self._now = self._now_at = None
             return
-        with self._running():
+        with running(self._model):
             if self._before is not None and self._before_at == step.path:  # nothing in it was quantized
                 for i in range(len(self._before)):
                     self._before[i] = self._call(step, self._before, self._extras_before, i)
@@ -154,7 +154,7 @@ class Propagation:
                 extras.append((arguments[1:], keywords))
             return None
 
-        with self._running():
+        with running(self._model):
             for batch in self._batches:
                 run_until(self._model, batch, step.module, 1, take)
                 mx.eval(states[-1:], extras[-1:])
@@ -167,11 +167,6 @@ class Propagation:
     def _call(step: Step, inputs: list[mx.array], extras: dict[str, Extras], i: int) -> Any:
         arguments, keywords = extras[step.like][i]
         return step.module(inputs[i], *arguments, **keywords)
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        with running(self._model):
-            yield
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 import small_steps
 
-from mlx_tune.batching.probe import Probe, arrays_in, count_items, is_out_of_memory
+from mlx_tune.batching.probe import Probe, count_items, is_out_of_memory
 from mlx_tune.errors import TrialError
 
 BUDGET = 16_000_000
@@ -146,9 +146,3 @@ def test_the_steps_own_exceptions_pass():
 def test_tokens_are_counted_where_there_are_some():
     assert count_items((mx.zeros((3, 7), mx.int32), mx.zeros(3)), 3) == (21, "tokens")
     assert count_items(mx.zeros((3, 7)), 3) == (3, "rows")
-
-
-def test_arrays_are_found_in_any_nesting():
-    _, _, state = small_steps.build()
-    assert len(arrays_in([state[0].layers[0], {"a": (mx.zeros(1), "text", 3)}])) == 3
-    assert arrays_in(None) == []

@@ -233,16 +233,20 @@ def test_any_rising_curve_ends_with_both_sides_of_the_budget_known(rises, budget
             assert not found.next_measured or peaks[found.next_size - 1] > budget
 
 
-def test_trials_that_die_without_a_number_are_halved_around():
-    died = []
+def dying_above(most, died):
+    """Measures sizes of which those above one die without a number."""
 
     def measure(size, predicted):
-        if size > 37:
+        if size > most:
             died.append(size)
             return Measured(False, None)
         return Measured(True, 100 + size)
 
-    found = search(measure, range(1, 1000), 10**6)
+    return measure
+
+
+def test_trials_that_die_without_a_number_are_halved_around():
+    found = search(dying_above(37, []), range(1, 1000), 10**6)
     assert found.size == 37
     assert found.next_size == 38
     assert found.next_measured
@@ -251,14 +255,7 @@ def test_trials_that_die_without_a_number_are_halved_around():
 
 def test_sizes_that_die_below_what_the_shape_foresees_are_halved_around():
     died = []
-
-    def measure(size, predicted):
-        if size > 37:
-            died.append(size)
-            return Measured(False, None)
-        return Measured(True, 100 + size)
-
-    found = search(measure, range(1, 1000), 900, shape=lambda n: 100 + n)
+    found = search(dying_above(37, died), range(1, 1000), 900, shape=lambda n: 100 + n)
     assert found.size == 37
     assert len(died) <= 10
 
