@@ -1,7 +1,10 @@
 """A training step whose peak grows by a good megabyte a row, and factories that build it in other processes."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import mlx.core as mx
@@ -52,6 +55,43 @@ def factory():
 
 def killed_from_three():
     return _beyond(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _start_children():
+    """Two processes that never end, one of them in a session of its own; the file in $SMALL_STEPS_PIDS has them."""
+    forever = [sys.executable, "-c", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"]
+    children = [subprocess.Popen(forever, start_new_session=own) for own in (False, True)]
+    place = os.environ["SMALL_STEPS_PIDS"]
+    with open(place + ".new", "w") as file:
+        json.dump([os.getppid(), os.getpid(), *(child.pid for child in children)], file)
+    os.replace(place + ".new", place)
+
+
+def leaves_children():
+    _start_children()
+    return build()
+
+
+def killed_with_children():
+    _start_children()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs_with_children():
+    _start_children()
+    time.sleep(600)
+
+
+def hangs_in_a_trial():
+    """Not while its graph is read: it has none."""
+    _, make_batch, state = build()
+
+    def hang(x):
+        x.sum().item()
+        _start_children()
+        time.sleep(600)
+
+    return hang, make_batch, state
 
 
 def hangs():

@@ -120,7 +120,7 @@ def autobatch(
     with progress_bar("autobatch", enabled=progress and ranks.rank == 0) as bar:
         if isolate:
             left = ranks.smallest(ranks.agree(lambda: _beside_parent(allowed)))
-            isolated = IsolatedProbe(factory or "", left, trial_timeout)
+            isolated = IsolatedProbe(factory or "", left, trial_timeout, note)
             session = Session(_through(isolated, note, ranks), sizes, left, steps, bar)
             session.foresee(lambda: Forecast.of_knots(ranks.first_knots(lambda: isolated.knots(sizes))))
             found = session.largest()

@@ -1,4 +1,4 @@
-"""A trial in a process of its own: one that is killed, crashes or hangs takes nothing with it."""
+"""A trial in a process of its own: one that is killed, crashes or hangs takes nothing with it, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_tune.batching.journal import Journal
+from mlx_tune.batching.records import interrupted
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.throttle import Throttle
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
@@ -19,6 +21,8 @@ from mlx_tune.units import format_seconds
 
 #: How much of what the child wrote to standard error goes into an error.
 _LINES = 12
+#: The script between this process and a trial's.
+_GUARD = Path(__file__).with_name("guard.py")
 
 
 class IsolatedProbe:
@@ -28,19 +32,20 @@ class IsolatedProbe:
         factory: "module:function"; the function takes nothing and returns `(step, make_batch, state)`.
         budget_bytes: What the child must stay within; what the parent holds is off it already.
         timeout: Seconds after which a trial counts as hanging, or None.
+        journal: Told of a trial that was running when this process was killed, and so proved nothing.
 
     Raises:
         InvalidArgumentError: The factory is not written as "module:function".
     """
 
-    def __init__(self, factory: str, budget_bytes: int, timeout: float | None) -> None:
+    def __init__(self, factory: str, budget_bytes: int, timeout: float | None, journal: Journal | None = None) -> None:
         """Check the spelling; the factory itself is only ever called in children."""
         module, _, function = factory.partition(":")
         if not module or not function.isidentifier():
             raise InvalidArgumentError(
                 f'factory={factory!r}: write it as "module:function"; the function returns (step, make_batch, state).'
             )
-        self.factory, self.budget_bytes, self.timeout = factory, budget_bytes, timeout
+        self.factory, self.budget_bytes, self.timeout, self.journal = factory, budget_bytes, timeout, journal
         self.throttle = Throttle()
         self.unit = "rows"
 
@@ -90,7 +95,7 @@ class IsolatedProbe:
             answer, words = Path(folder) / "answer.json", Path(folder) / "stderr.txt"
             (Path(folder) / "request.json").write_text(json.dumps(request))
             with words.open("w") as stderr:
-                code = self._wait(folder, stderr)
+                code = self._wait(folder, stderr, request.get("size"))
             if code == 0 and answer.exists():
                 read: dict[str, Any] = json.loads(answer.read_text())
                 return read
@@ -99,22 +104,33 @@ class IsolatedProbe:
             tail = "\n".join(words.read_text(errors="replace").splitlines()[-_LINES:])
             raise TrialError(f"{what} failed in its process (factory={self.factory!r}):\n{tail}")
 
-    def _wait(self, folder: str, stderr: Any) -> int | None:
+    def _wait(self, folder: str, stderr: Any, size: int | None) -> int | None:
         """The child's exit code, negative for a signal; None if it had to be ended for taking too long."""
-        command = [sys.executable, "-m", "mlx_tune.batching.isolation", folder]
+        last_words = ["", ""]
+        if self.journal is not None and size is not None:
+            last_words = [str(self.journal.path.absolute()), interrupted(size)]
+        trial = [sys.executable, "-m", "mlx_tune.batching.isolation", folder]
         environment = dict(os.environ)
         package = str(Path(__file__).parents[2])
         environment.pop("MLX_RANK", None)  # a child is alone: it must not take its parent's place among the ranks
         environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])
-        child = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=environment, start_new_session=True)
+        watch = subprocess.Popen(
+            [sys.executable, "-P", str(_GUARD), folder, *last_words, *trial],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=environment,
+            start_new_session=True,
+            text=True,
+        )
+        in_time = True
         try:
-            return child.wait(self.timeout)
+            watch.wait(self.timeout)
         except subprocess.TimeoutExpired:
-            return None
+            in_time = False
         finally:
-            if child.poll() is None:  # too slow, or this process is being interrupted
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+            code, _ = watch.communicate("end\n")  # also where this process is being interrupted
+        return (int(code) if code else watch.returncode) if in_time else None
 
 
 def _how_it_died(code: int | None, timeout: float | None) -> str:

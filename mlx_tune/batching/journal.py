@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from mlx_tune.batching import records
 from mlx_tune.batching.result import Trial
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.memory import MemoryBudget
 from mlx_tune.units import format_bytes
-
-_FORMAT = 1
 
 
 class Runner(Protocol):
@@ -28,14 +25,16 @@ class Journal:
     """A runner that writes down each trial before and after, and answers from the file what it knows.
 
     A trial that was begun and neither ended nor failed took its process or its machine down: it counts as not fitting.
+    One in a process of its own that had to end because the process of the search was killed proved nothing.
 
     Args:
-        path: The file; made where there is none.
+        path: The file; made where there is none. A last line that was torn off in the middle is taken out.
         asked: What this search was asked to stay within; None where that was left to the machine, or a share of it.
         resolved: The same in bytes. Where a file exists and nothing was asked, the file's budget counts.
 
     Raises:
-        InvalidArgumentError: The file belongs to a search under another budget, or is no journal.
+        InvalidArgumentError: The file cannot be used (it belongs to a search under another budget, is no journal, or
+            is damaged), and was left as it is; the text says which line is wrong, and what to do.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, asked: object, resolved: MemoryBudget) -> None:
@@ -44,10 +43,12 @@ class Journal:
         self.budget = resolved
         self.runner: Runner | None = None
         self._known: dict[int, list[Trial]] = {}
-        if self.path.exists() and self.path.stat().st_size > 0:
+        try:
             self._read(asked)
-        else:
-            self._write({"mlx_tune_autobatch": _FORMAT, "budget_bytes": int(resolved), "source": resolved.source})
+        except OSError as error:
+            raise InvalidArgumentError(
+                f"{self._name} cannot be read and written: {error}. Name a file in a folder that can be written to."
+            ) from error
 
     def trial(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
         """Answer from the file, or measure and write it down."""
@@ -62,49 +63,45 @@ class Journal:
     def measure(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
         """Measure, whatever the file knows, and write it down."""
         assert self.runner is not None
-        self._write({"started": size})
+        self._write(records.started(size))
         try:
             trials = self.runner.trial(size, predicted_bytes, steps)
         except BaseException:
-            self._write({"interrupted": size})  # the process lives: the trial proved nothing
+            self._write(records.interrupted(size))  # the process lives: the trial proved nothing
             raise
         self._known[size] = trials
-        self._write({"ended": size, "trials": [trial.to_dict() for trial in trials]})
+        self._write(records.ended(size, trials))
         return trials
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write(self, line: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())  # the next trial may take the machine down
 
     def _read(self, asked: object) -> None:
-        records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # the line that was being written when the machine went down
-        if not records or records[0].get("mlx_tune_autobatch") != _FORMAT:
-            raise InvalidArgumentError(
-                f"journal={str(self.path)!r} exists and is no journal of autobatch: name another file."
-            )
-        recorded = int(records[0]["budget_bytes"])
-        if asked is not None and int(self.budget) != recorded:
-            raise InvalidArgumentError(
-                f"journal={str(self.path)!r} was written under a budget of {format_bytes(recorded)}, this search has "
-                f"{format_bytes(int(self.budget))}: give the same budget, or delete the file."
-            )
-        self.budget = MemoryBudget(recorded, f"from the journal, {records[0].get('source', 'given')}")
-        names = {field.name for field in fields(Trial)}
-        open_size: int | None = None
-        for record in records[1:]:
-            open_size = record.get("started")
-            if "ended" in record:
-                self._known[record["ended"]] = [
-                    Trial(**{name: value for name, value in trial.items() if name in names})
-                    for trial in record["trials"]
-                ]
-        if open_size is not None:
-            reason = "an earlier search did not survive this trial"
-            self._known[open_size] = [Trial(open_size, None, limit_bytes=recorded, reason=reason)]
+        """Go on from what the file holds, if it is about the same budget; mend its end, or start it."""
+        with self.path.open("a+b") as file:
+            file.seek(0)
+            content = file.read()
+            found = records.read_records(content, self._name)
+            if found is not None and asked is not None and int(self.budget) != found.budget_bytes:
+                raise InvalidArgumentError(
+                    f"{self._name} was written under a budget of {format_bytes(found.budget_bytes)}, this search has "
+                    f"{format_bytes(int(self.budget))}: give the same budget, or delete the file."
+                )
+            file.truncate(0 if found is None else len(content) - found.torn_bytes)
+        if found is None:
+            self._write(records.first_line(int(self.budget), self.budget.source))
+            return
+        if found.lacks_newline:
+            self._write("\n")
+        self.budget = MemoryBudget(found.budget_bytes, f"from the journal, {found.source}")
+        self._known = found.trials
+        reason = "an earlier search did not survive this trial"
+        for size in found.open_sizes:
+            self._known[size] = [Trial(size, None, limit_bytes=found.budget_bytes, reason=reason)]
+
+    @property
+    def _name(self) -> str:
+        return f"journal={str(self.path)!r}"
