@@ -47,8 +47,16 @@ def main(folder: str, journal: str, last_line: str, *command: str) -> None:
         start_new_session=True,
         preexec_fn=lambda: _prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL),
     )
-    Thread(target=lambda: events.put("asked" if sys.stdin.readline() else "orphaned"), daemon=True).start()
-    Thread(target=lambda: (trial.wait(), events.put("ended")), daemon=True).start()
+
+    def listen() -> None:
+        events.put("asked" if sys.stdin.readline() else "orphaned")
+
+    def wait() -> None:
+        trial.wait()
+        events.put("ended")
+
+    for watch in (listen, wait):
+        Thread(target=watch, daemon=True).start()
     orphaned = events.get() == "orphaned"
     if orphaned and journal and trial.poll() is None:
         with open(journal, "a", encoding="utf-8") as file:

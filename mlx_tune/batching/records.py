@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from mlx_tune.batching.result import Trial
 from mlx_tune.errors import InvalidArgumentError
@@ -172,7 +172,7 @@ def _trial(size: int, value: dict[str, Any]) -> Trial:
     return trial
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST
 
 
