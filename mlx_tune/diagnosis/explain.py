@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlx_tune.diagnosis import explanations
+from mlx_tune.diagnosis.explanations import Entry
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 
 _WIDTH = 100
@@ -14,15 +15,16 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Explanation:
-    """What an error means.
+    """The meaning of an error.
 
     Attributes:
-        known: Whether it is in the table. If not, `meaning` says so and `remedies` how to find out more.
+        known: True where it is in the table. If not, `meaning` says so and `remedies` how to find out more.
         name: The kind of error.
         message: The text that was explained.
-        meaning: What has happened.
-        remedies: What to do, the most likely help first.
+        meaning: The cause, in plain words.
+        remedies: Steps that help, the most likely first.
         sources: Upstream issues and source files.
+        also: Other causes that the same text fits, and other errors that stand in it.
     """
 
     known: bool
@@ -31,9 +33,14 @@ class Explanation:
     meaning: str
     remedies: tuple[str, ...]
     sources: tuple[str, ...]
+    also: tuple[Explanation, ...] = ()
 
     def __str__(self) -> str:
-        """A short text to read."""
+        """A short text to read, one part for each cause."""
+        parts = [self._part(), *(f"It may also be this:\n\n{other._part()}" for other in self.also)]
+        return "\n\n".join(parts)
+
+    def _part(self) -> str:
         lines = [self.name, "", *textwrap.wrap(self.meaning, _WIDTH)]
         if self.remedies:
             lines += ["", "What to do:"]
@@ -53,10 +60,11 @@ class Explanation:
 def explain(exception: BaseException | str) -> Explanation:
     """Say what an MLX error means and what to do about it.
 
-    Looks through the exceptions that led to this one too, since libraries often wrap MLX's.
+    Looks through the exceptions that led to this one too, since libraries often wrap MLX's. Where a text has more than
+    one possible cause, all of them are shown.
 
     Args:
-        exception: What was raised, or its text, such as the last lines of a log.
+        exception: The exception, or its text, such as the last lines of a log.
 
     Returns:
         An explanation whose `str` is for reading. One that is not in the table says so: `known` is False.
@@ -72,10 +80,13 @@ def explain(exception: BaseException | str) -> Explanation:
     if not isinstance(exception, BaseException | str):
         raise InvalidArgumentError(f"explain takes an exception or its text, not {type(exception).__name__}.")
     texts = [exception] if isinstance(exception, str) else [_text(one) for one in _chain(exception)]
+    found: dict[str, Explanation] = {}
     for text in texts:
-        entry = explanations.find(text)
-        if entry is not None:
-            return Explanation(True, entry.name, text, entry.meaning, entry.remedies, entry.sources)
+        for entry in explanations.find(text):
+            found.setdefault(entry.name, _of(entry, text))
+    if found:
+        first, *others = found.values()
+        return replace(first, also=tuple(others))
     if isinstance(exception, MlxTuneError):
         name = type(exception).__name__
         meaning = "mlx_tune raised this itself, and its text says what to change."
@@ -92,6 +103,10 @@ def explain(exception: BaseException | str) -> Explanation:
         ),
         (),
     )
+
+
+def _of(entry: Entry, text: str) -> Explanation:
+    return Explanation(True, entry.name, text, entry.meaning, entry.remedies, entry.sources)
 
 
 def _text(exception: BaseException) -> str:

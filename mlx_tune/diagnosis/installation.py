@@ -298,8 +298,8 @@ def mlx_import(python: str | None = None, environment: dict[str, str] | None = N
     if ended.returncode < 0:
         said = f"the process was killed by signal {-ended.returncode}. {_errors(ended.stderr)}"
     known = explanations.find(ended.stderr)
-    if known is not None:
-        return failed(f"import mlx.core fails: {said}", "known", {"advice": known.remedies[0]})
+    if known:
+        return failed(f"import mlx.core fails: {said}", "known", {"advice": known[0].remedies[0]})
     return failed(f"import mlx.core fails: {said}", "again", distributions.with_backend(installed()))
 
 

@@ -1,6 +1,6 @@
-"""The troubleshooting page, made from the checks and the explanations so that it cannot drift from them.
+"""The pages under Troubleshoot, made from the checks and the explanations so that they cannot drift from them.
 
-`python -m mlx_tune.diagnosis.page docs/guides/troubleshoot.md` writes it; a test compares.
+`python -m mlx_tune.diagnosis.page docs/guides/troubleshoot` writes them; a test compares.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_tune.diagnosis.checks import Check, all_checks
-from mlx_tune.diagnosis.explanations import ENTRIES, Entry
+from mlx_tune.diagnosis.explanations import SYMPTOMS, Entry, Symptom
+
+_MADE = "<!-- Made by `python -m mlx_tune.diagnosis.page docs/guides/troubleshoot`: change its sources instead. -->\n"
 
 _INTRODUCTION = """\
-<!-- Made by `python -m mlx_tune.diagnosis.page docs/guides/troubleshoot.md`: change the checks, not this page. -->
-
 # Troubleshoot
 
-Two commands find most trouble:
+The first of these commands looks for faults of the installation and the machine, and says how to mend each. The
+second says what an error means:
 
 ```console
-$ mlx-tune doctor                   # what is wrong with the installation or the machine, with a fix for each
-$ mlx-tune doctor --explain "TEXT"  # what an error of MLX means
+$ mlx-tune doctor
+$ mlx-tune doctor --explain "There is no Stream(gpu, 0) in current thread."
 ```
 
 The same from Python, for the error that you have just caught:
@@ -38,7 +39,16 @@ except ValueError as error:
     print(mt.explain(error))
 ```
 
-To report a bug, paste what `mlx-tune doctor --issue` prints: the findings, without your name or your paths.
+Below is every error that `explain` knows, by symptom. Where one text has several causes, all of them are shown. The
+checks of the doctor are on [a page of their own](checks.md). To report a bug, paste the output of
+`mlx-tune doctor --issue`: the findings, without your name or your paths.
+"""
+
+_CHECKS = """\
+# Checks of the doctor
+
+These are the checks of `mlx-tune doctor`. `--only NAME` makes one of them; words in CAPITALS are filled in by the
+doctor.
 """
 
 _THEMES = {
@@ -50,23 +60,36 @@ _THEMES = {
 }
 
 
-def troubleshooting_page() -> str:
-    """The page, in Markdown."""
-    parts = [_INTRODUCTION, "## Errors\n", _contents(ENTRIES)]
-    parts += [_of_entry(entry) for entry in ENTRIES]
-    parts.append(
-        "## Checks\n\nWhat `mlx-tune doctor` looks at. `--only NAME` makes one of them; words in CAPITALS are filled "
-        "in by the doctor.\n"
-    )
+def troubleshooting_pages() -> dict[str, str]:
+    """The pages, in Markdown, by file name: an index, one for each symptom, and the checks."""
+    index = "\n".join([_INTRODUCTION, *(_contents(symptom) for symptom in SYMPTOMS)])
+    pages = {
+        "index.md": index,
+        **{f"{symptom.name}.md": _page(symptom) for symptom in SYMPTOMS},
+        "checks.md": _checks(),
+    }
+    return {name: f"{_MADE}\n{page.rstrip()}\n" for name, page in pages.items()}
+
+
+def _contents(symptom: Symptom) -> str:
+    rows = [
+        f"| `{_short(entry.example)}` | [{entry.name}]({symptom.name}.md#{_anchor(entry.name)}) |"
+        for entry in symptom.entries
+    ]
+    table = ["| error | meaning |", "| --- | --- |", *rows]
+    return "\n".join([f"## [{symptom.heading}]({symptom.name}.md)\n", f"{symptom.about}\n", *table, ""])
+
+
+def _page(symptom: Symptom) -> str:
+    return "\n".join([f"# {symptom.heading}\n", f"{symptom.about}\n", *(_of_entry(entry) for entry in symptom.entries)])
+
+
+def _checks() -> str:
+    parts = [_CHECKS]
     for theme, heading in _THEMES.items():
-        parts.append(f"### {heading}\n")
+        parts.append(f"## {heading}\n")
         parts += [_of_check(one) for one in all_checks() if one.theme == theme]
-    return "\n".join(parts).rstrip() + "\n"
-
-
-def _contents(entries: Sequence[Entry]) -> str:
-    rows = [f"| `{_short(entry.example)}` | [{entry.name}](#{_anchor(entry.name)}) |" for entry in entries]
-    return "\n".join(["| it says | it is |", "| --- | --- |", *rows, ""])
+    return "\n".join(parts)
 
 
 def _short(text: str, length: int = 72) -> str:
@@ -82,7 +105,7 @@ def _of_entry(entry: Entry) -> str:
     remedies = [f"{number}. {_as_markdown(remedy)}" for number, remedy in enumerate(entry.remedies, 1)]
     sources = ", ".join(f"[{_label(source)}]({source})" for source in entry.sources)
     lines = [
-        f"### {entry.name}\n",
+        f"## {entry.name}\n",
         f"```text\n{entry.example}\n```\n",
         entry.meaning,
         "",
@@ -108,7 +131,7 @@ def _label(source: str) -> str:
 
 
 def _of_check(one: Check) -> str:
-    lines = [f"#### `{one.name}`\n", one.title, ""]
+    lines = [f"### `{one.name}`\n", one.title, ""]
     if one.explanation:
         lines += [one.explanation, ""]
     written = {when: _capitals(it) for when, it in one.remedies.items() if not re.fullmatch(r"\{\w+\}", it)}
@@ -122,11 +145,12 @@ def _capitals(remedy: str) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the page to the file that is named, or print it."""
-    if argv:
-        Path(argv[0]).write_text(troubleshooting_page(), encoding="utf-8")
-    else:
-        print(troubleshooting_page(), end="")
+    """Write the pages into the folder that is named, or print them."""
+    for name, page in troubleshooting_pages().items():
+        if argv:
+            Path(argv[0], name).write_text(page, encoding="utf-8")
+        else:
+            print(page)
     return 0
 
 

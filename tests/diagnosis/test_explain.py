@@ -10,8 +10,8 @@ CAPTURED = mx.array(1.0)
 
 
 @pytest.mark.parametrize("entry", explanations.ENTRIES, ids=lambda entry: entry.name)
-def test_each_entry_explains_its_own_example_and_no_earlier_one_takes_it(entry):
-    assert explanations.find(entry.example) is entry
+def test_each_entry_explains_its_own_example(entry):
+    assert entry in explanations.find(entry.example)
     assert entry.remedies
     assert all(source.startswith("https://") for source in entry.sources)
     assert entry.sources

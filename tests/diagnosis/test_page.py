@@ -1,32 +1,44 @@
 from pathlib import Path
 
 from mlx_tune.diagnosis.checks import all_checks
-from mlx_tune.diagnosis.explanations import ENTRIES
-from mlx_tune.diagnosis.page import main, troubleshooting_page
+from mlx_tune.diagnosis.explanations import SYMPTOMS
+from mlx_tune.diagnosis.page import main, troubleshooting_pages
 
-PAGE = Path(__file__).parents[2] / "docs" / "guides" / "troubleshoot.md"
+FOLDER = Path(__file__).parents[2] / "docs" / "guides" / "troubleshoot"
 
 
-def test_the_committed_page_is_what_the_checks_and_explanations_make():
-    assert PAGE.read_text(encoding="utf-8") == troubleshooting_page(), (
-        "run: python -m mlx_tune.diagnosis.page docs/guides/troubleshoot.md"
+def contents(folder):
+    return {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
+
+
+def test_the_committed_pages_are_what_the_checks_and_explanations_make():
+    assert contents(FOLDER) == troubleshooting_pages(), (
+        "run: python -m mlx_tune.diagnosis.page docs/guides/troubleshoot"
     )
 
 
-def test_every_check_and_every_error_is_on_it():
-    page = troubleshooting_page()
+def test_every_check_and_every_error_is_on_them():
+    pages = troubleshooting_pages()
     for one in all_checks():
-        assert f"#### `{one.name}`" in page
-    for entry in ENTRIES:
-        assert f"### {entry.name}\n" in page
-        assert entry.example in page
+        assert f"### `{one.name}`" in pages["checks.md"]
+    for symptom in SYMPTOMS:
+        for entry in symptom.entries:
+            assert f"[{entry.name}]({symptom.name}.md#" in pages["index.md"]
+            assert f"## {entry.name}\n" in pages[f"{symptom.name}.md"]
+            assert entry.example in pages[f"{symptom.name}.md"]
 
 
-def test_it_is_written_to_a_file(tmp_path):
-    assert main([str(tmp_path / "page.md")]) == 0
-    assert (tmp_path / "page.md").read_text(encoding="utf-8") == troubleshooting_page()
+def test_every_page_is_in_the_navigation():
+    navigation = (Path(__file__).parents[2] / "mkdocs.yml").read_text(encoding="utf-8")
+    for name in troubleshooting_pages():
+        assert f"guides/troubleshoot/{name}" in navigation
 
 
-def test_it_is_printed(capsys):
+def test_they_are_written_to_a_folder(tmp_path):
+    assert main([str(tmp_path)]) == 0
+    assert contents(tmp_path) == troubleshooting_pages()
+
+
+def test_they_are_printed(capsys):
     main([])
-    assert capsys.readouterr().out == troubleshooting_page()
+    assert capsys.readouterr().out == "".join(f"{page}\n" for page in troubleshooting_pages().values())

@@ -1,0 +1,61 @@
+"""Errors of functions that are traced, and of threads."""
+
+from __future__ import annotations
+
+from mlx_tune.diagnosis.explanations.entry import MLX, Entry
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry(
+        "Evaluating inside a transformation",
+        r"\[eval\] Attempting to eval an array (during function|without a primitive)",
+        "[eval] Attempting to eval an array during function transformations like compile or vmap is not allowed.",
+        "Something inside a compiled or transformed function asks for a value: `.item()`, `print`, `if` on an array, "
+        "NumPy, or a state that the compiled function changes without declaring it.",
+        (
+            "Move what needs the value out of the function.",
+            "Declare state that changes: `mx.compile(step, inputs=state, outputs=state)` with "
+            "`state = [model.state, optimizer.state, mx.random.state]`.",
+        ),
+        (MLX + "issues/1083",),
+    ),
+    Entry(
+        "A compiled function that captures its own input",
+        r"\[compile\] Attempting to compile a function with uncaptured inputs",
+        "[compile] Attempting to compile a function with uncaptured inputs is not allowed.",
+        "An array that goes into the compiled function as an argument or as declared state is used in it directly too, "
+        "captured from outside. The one is a placeholder while the function is traced, the other is not.",
+        (
+            "Use the argument inside the function, not the variable outside: `mx.compile(lambda a: a + x)(x)` fails.",
+            "For a model, let the function reach it through what is declared: `mx.compile(step, inputs=state, "
+            "outputs=state)` with `state = [model.state, optimizer.state, mx.random.state]`.",
+        ),
+        (MLX + "pull/1401", MLX + "blob/main/mlx/compile.cpp"),
+    ),
+    Entry(
+        "A function that cannot be exported",
+        r"\[export_function\] Unable to (get state for|serialize) primitive (?P<primitive>\w+)",
+        "[export_function] Unable to get state for primitive CustomTransforms",
+        "`mx.export_function` cannot write this operation down. `CustomTransforms` is what `mx.checkpoint` and "
+        "`mx.custom_function` make; on GPUs the fused cross entropy and attention's backward pass refuse too.",
+        (
+            "Export the function without checkpointing: `mt.uncheckpoint(model)` first, `mt.checkpoint_blocks(model)` "
+            "after.",
+            "To learn a step's memory, ask `mt.estimate_memory(step, ...)`, which knows how to trace such steps.",
+        ),
+        (MLX + "issues/2747", MLX + "issues/2851", MLX + "blob/main/mlx/export.cpp"),
+    ),
+    Entry(
+        "A stream of another thread",
+        r"There is no Stream\((gpu|cpu), \d+\) in current thread",
+        "There is no Stream(gpu, 0) in current thread.",
+        "Since MLX 0.31.2 a stream belongs to the thread that made it. Something made in one thread (a stream held in "
+        "a module, a model or cache that is not evaluated yet) is used in another, as web servers and thread pools do.",
+        (
+            "Load and run the model in the same thread, or evaluate what crosses over first: "
+            "`mx.eval(model.parameters())`.",
+            "Make a stream in the thread that uses it: `with mx.stream(mx.new_stream(mx.default_device())): ...`.",
+            "For mlx-lm's server, update: `uv pip install -U mlx-lm`.",
+        ),
+        (MLX + "issues/3727", "https://github.com/ml-explore/mlx-lm/issues/1181"),
+    ),
+)
