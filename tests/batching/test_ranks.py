@@ -15,6 +15,7 @@ import pytest
 from mlx_tune.batching.autobatch import _agreed_sizes
 from mlx_tune.batching.journal import Journal
 from mlx_tune.batching.ranks import Ranks, SharedRunner
+from mlx_tune.batching.records import started
 from mlx_tune.batching.result import Trial
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
 from mlx_tune.memory import MemoryBudget
@@ -155,7 +156,7 @@ def test_a_journal_counts_where_every_rank_has_it_or_one_says_no(tmp_path, known
         if what == 4:
             journal(tmp_path / f"{rank}", Counting()).trial(4, None, 2)
         elif what == "died":
-            journal(tmp_path / f"{rank}", Counting())._write({"started": 4})
+            journal(tmp_path / f"{rank}", Counting())._write(started(4))
     runners = [Counting(), Counting()]
 
     def search(ranks):
