@@ -136,14 +136,14 @@ def floor_of(step: Callable[[Any], Any], make_batch: Callable[[int], Any], state
     def estimate(size: int) -> int:
         import mlx.core as mx
 
-        from mlx_tune.graphs import estimate_memory
+        from mlx_tune.graphs.estimate import follow_step
         from mlx_tune.timing import arrays_of
 
         gc.collect()
         held = mx.get_active_memory()
         batch = make_batch(size)
         own = sum(array.nbytes for array in {id(array): array for array in arrays_of(batch)}.values())
-        estimated = estimate_memory(step, batch, state=state)
-        return estimated.floor_bytes + max(0, held - (estimated.start_bytes - own))
+        _, course = follow_step(step, (batch,), state)
+        return course.peak_bytes + max(0, held - (course.start_bytes - own))
 
     return estimate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -245,9 +245,20 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
         True
     """
     started = time.perf_counter()
-    graph = trace_step(step, args, state)
-    course = simulate(graph, evaluation_order(graph))
+    graph, course = follow_step(step, args, state)
     return _estimate(graph, course, time.perf_counter() - started)
+
+
+def follow_step(step: Callable[..., Any], args: Sequence[Any], state: Any) -> tuple[Graph, Course]:
+    """Trace a step and follow its memory: what `estimate_memory` does before it finds out whose memory that is.
+
+    Args:
+        step: As for `estimate_memory`.
+        args: The step's arguments.
+        state: What the step changes.
+    """
+    graph = trace_step(step, args, state)
+    return graph, simulate(graph, evaluation_order(graph))
 
 
 def _starred(path: str) -> str:

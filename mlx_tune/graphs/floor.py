@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mlx_tune.graphs.graph import Graph, Node
 from mlx_tune.graphs.layouts import Layout, row_major
@@ -23,8 +24,7 @@ PURPOSES = ("parameters", "optimizer", "batch", "other state", "activations", "u
 _PURPOSE_OF_ROLE = {"parameter": "parameters", "optimizer": "optimizer", "batch": "batch"}
 
 
-@dataclass(frozen=True, slots=True)
-class Buffer:
+class Buffer(NamedTuple):
     """One allocation: its bytes, what it is for, the value it was made for, the node that made it, if any."""
 
     nbytes: int

@@ -30,7 +30,7 @@ def fuse(graph: Graph) -> Graph:
         graph: A graph that the exporter simplified, its nodes in the exporter's order.
 
     Returns:
-        A new graph with Compiled operations; the values are the same.
+        A new graph with Compiled operations and the same list of values, to which copies of broadcasts are added.
     """
     return _Fusion(graph).run()
 
@@ -40,16 +40,16 @@ class _Fusion:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.values = list(graph.values)
+        self.values = graph.values
         self.inputs = [list(node.inputs) for node in graph.nodes]
         self.producer = graph.producers()
         self.name = [node.name for node in graph.nodes]
         self.outputs = set(graph.outputs)
-        # For each value the operations that read it, as the value they make first.
-        self.readers: dict[int, list[int]] = {}
+        # For each value the operations that read it, as the values they make. Thousands may read one learning rate.
+        self.readers: dict[int, set[int]] = {}
         for node in graph.nodes:
             for value in node.inputs:
-                self.readers.setdefault(value, []).extend(node.outputs)
+                self.readers.setdefault(value, set()).update(node.outputs)
         self.fused: set[int] = set()
         self.split: dict[int, Node] = {}
 
@@ -92,7 +92,7 @@ class _Fusion:
         ):
             border.add(value)
             return
-        if depth > 0 and any(reader not in section for reader in self.readers.get(value, ())):
+        if depth > 0 and not self.readers.get(value, section) <= section:
             if self.name[index] == "Broadcast" and len(border) < _ARRAYS:
                 self._collect(self._split(value, index, section), depth, shape, section, border)
             else:
@@ -112,8 +112,8 @@ class _Fusion:
         """A second copy of a broadcast for the readers in the section, so that the others do not stop fusing."""
         copy = len(self.values)
         self.values.append(self.values[value])
-        inside = [reader for reader in self.readers[value] if reader in section]
-        self.readers[value] = [reader for reader in self.readers[value] if reader not in section]
+        inside = section & self.readers[value]
+        self.readers[value] -= inside
         self.readers[copy] = inside
         for reader in inside:
             needed = self.inputs[self.producer[reader]]
@@ -146,14 +146,15 @@ class _Fusion:
         made = [value for value in tape[:-1] if value in self.outputs]
         for value in tape[:-1]:
             if value in self.outputs:
-                self.readers[value] = [r for r in self.readers.get(value, ()) if r not in section]
+                self.readers.get(value, set()).difference_update(section)
             else:
                 self.readers.pop(value, None)
             self.fused.add(value)
         made.append(root)
         for value in inputs:
-            outside = [r for r in self.readers.get(value, ()) if r not in section]
-            self.readers[value] = [*outside, *made]
+            readers = self.readers.setdefault(value, set())
+            readers -= section
+            readers.update(made)
         constant = tuple(
             prod(self.values[v].shape) == 1 and v not in self.producer and self.values[v].role == "captured"
             for v in inputs

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -58,8 +58,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(NamedTuple):
     """One array of the graph.
 
     `role` is "parameter", "optimizer", "batch", "state", "captured" or, for what an operation makes, "made";
@@ -77,8 +76,7 @@ class Value:
         return prod(self.shape) * self.dtype.size
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """One operation: its primitive's name and arguments, and the values it reads and makes, by their indices."""
 
     name: str

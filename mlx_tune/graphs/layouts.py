@@ -7,12 +7,11 @@ mlx/backend/common (common.cpp, slicing.cpp, broadcasting.cpp, utils.h).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """Strides in elements, the elements that the buffer holds for it, and MLX's three contiguity flags."""
 
     strides: tuple[int, ...]

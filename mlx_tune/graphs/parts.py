@@ -17,30 +17,27 @@ def fuse_parts(graph: Graph) -> Graph:
         graph: A graph as it was built, with its parts.
 
     Returns:
-        A new graph with Compiled operations; the values are the same, and some more.
+        A new graph with Compiled operations and the same list of values, to which some more are added.
     """
     made_by = graph.producers()
     readers: dict[int, set[int]] = {}
     for i, node in enumerate(graph.nodes):
         for value in node.inputs:
             readers.setdefault(value, set()).add(i)
-    values, fused, taken = graph.values, list[Node](), set[int]()
+    ends, fused, taken = set(graph.outputs), list[Node](), set[int]()
     names: dict[int, int] = {}  # values that no-ops made, and what they are other names of
     for part in graph.parts:
         inside = _inside(graph, part, made_by, taken)
-        taken.update(inside)
-        within = set(inside)
+        within, asked = set(inside), set(part.outputs)
         made = [v for i in inside for v in graph.nodes[i].outputs]
-        wanted = {v for v in made if v in part.outputs or v in graph.outputs or readers.get(v, set()) - within}
+        wanted = {v for v in made if v in asked or v in ends or not readers.get(v, within) <= within}
         nodes = _simplified(graph, inside, wanted, names)
         outputs = [v for v in (*part.outputs, *made) if v in wanted]
-        small = fuse(Graph(values, nodes, list(dict.fromkeys(names.get(v, v) for v in outputs))))
-        values = small.values
-        fused += small.nodes
+        fused += fuse(Graph(graph.values, nodes, list(dict.fromkeys(names.get(v, v) for v in outputs)))).nodes
     nodes = [*(node for i, node in enumerate(graph.nodes) if i not in taken), *fused]
     nodes = [Node(n.name, tuple(names.get(v, v) for v in n.inputs), n.outputs, n.arguments) for n in nodes]
     merged = Graph(
-        values=values,
+        values=graph.values,
         nodes=nodes,
         outputs=[names.get(v, v) for v in graph.outputs],
         results=graph.results,
@@ -54,9 +51,8 @@ def fuse_parts(graph: Graph) -> Graph:
 
 
 def _inside(graph: Graph, part: Part, made_by: dict[int, int], taken: set[int]) -> list[int]:
-    """The operations of a part, in the order of MLX's depth-first walk from its outputs."""
+    """The operations of a part, in the order of MLX's depth-first walk from its outputs; they are taken then."""
     order: list[int] = []
-    seen = set(taken)
     border = set(part.inputs)
     for output in part.outputs:
         stack = [(output, False)]
@@ -67,8 +63,8 @@ def _inside(graph: Graph, part: Part, made_by: dict[int, int], taken: set[int]) 
                 continue
             if done:
                 order.append(node)
-            elif node not in seen:
-                seen.add(node)
+            elif node not in taken:
+                taken.add(node)
                 stack.append((value, True))
                 stack.extend((needed, False) for needed in reversed(graph.nodes[node].inputs))
     return order
@@ -77,11 +73,11 @@ def _inside(graph: Graph, part: Part, made_by: dict[int, int], taken: set[int]) 
 def _simplified(graph: Graph, inside: list[int], wanted: set[int], names: dict[int, int]) -> list[Node]:
     """Without no-ops and without operations that are there already, as `compile_simplify` in mlx/compile.cpp."""
     known: dict[tuple[object, ...], tuple[int, ...]] = {}
-    merged = dict(graph.twins)
+    merged: dict[int, int] = {}
     nodes: list[Node] = []
     for i in inside:
         node = graph.nodes[i]
-        inputs = tuple(merged.get(name, name) for name in (names.get(v, v) for v in node.inputs))
+        inputs = tuple(merged.get(name, graph.twins.get(name, name)) for name in (names.get(v, v) for v in node.inputs))
         if node.name in NOOPS:
             names[node.outputs[0]] = inputs[0]
             continue

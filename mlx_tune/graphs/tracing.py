@@ -201,8 +201,9 @@ class _Recorder:
             updated = [slot for slot in after if id(slot.array) not in untouched]
             self.graph.updated = [slot.label for slot in updated]
             everything = [*outputs, *(slot.array for slot in updated)]
-            self.built = BuiltGraph(inputs, everything)
-            names = iter(self.built.names_of([a for part in interception.parts for side in part for a in side]))
+            around = [array for part in interception.parts for side in part for array in side]
+            self.built = BuiltGraph(inputs, everything, around)
+            names = iter(self.built.others)
             self.parts = [
                 ([next(names) for _ in reads], [next(names) for _ in makes]) for reads, makes in interception.parts
             ]
@@ -242,10 +243,11 @@ class _Recorder:
 
     def _value(self, described: tuple[str, Any, mx.Dtype]) -> int:
         name, shape, dtype = described
-        if name not in self._names:
-            self._names[name] = len(self.graph.values)
+        index = self._names.get(name)
+        if index is None:
+            index = self._names[name] = len(self.graph.values)
             self.graph.values.append(Value(tuple(shape), dtype))
-        return self._names[name]
+        return index
 
 
 def _listed(places: list[str]) -> str:
