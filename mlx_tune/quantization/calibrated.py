@@ -21,6 +21,7 @@ from mlx_tune.quantization.dense import dense_twin, dequantize_arrays
 from mlx_tune.quantization.drift import Drift, corrected, drifted_output_error
 from mlx_tune.quantization.gptq import output_error, quantize_gptq, shrinkage_for
 from mlx_tune.quantization.lazy import number, read_array
+from mlx_tune.quantization.magnitudes import in_range
 from mlx_tune.quantization.moments import InputMoments
 from mlx_tune.quantization.plan import LayerPlan
 from mlx_tune.quantization.propagation import Propagation, running
@@ -195,7 +196,12 @@ class _Run:
             return self._optimal(layer, "no calibration input reached it")
         assert layer.format is not None
         self._bar.update(text=layer.path)
-        weight = read_array(dense_twin(layer.module)["weight"])
+        if not number(mx.isfinite(moments).all()):
+            raise QuantizationError(
+                f"{layer.path} was given calibration inputs that are not finite, or whose squares are not. Look at the "
+                "weights before it, or use method='optimal', which needs no inputs."
+            )
+        weight, unit = in_range(read_array(dense_twin(layer.module)["weight"]))
         bits, size = layer.format.bits, layer.format.group_size
         optimal = quantize_affine(weight, bits, size, effort=self._effort)
         drift = learned.drift_of(layer.path)
@@ -224,7 +230,8 @@ class _Run:
         if not better:
             note = f"kept 'optimal': gptq's output error was {errors[0]:.3g} against {errors[1]:.3g}"
         outcome = CalibratedLayer(layer.path, "gptq" if better else "optimal", min(errors), errors[1], note)
-        return outcome, found if better else optimal
+        packed, scales, biases = found if better else optimal
+        return outcome, (packed, scales * unit, biases * unit)
 
     def _fall_back(self, layer: LayerPlan, why: str) -> CalibratedLayer:
         outcome, arrays = self._optimal(layer, why)

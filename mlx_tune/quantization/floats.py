@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_tune.quantization.magnitudes import unit_of
 from mlx_tune.quantization.modes import FIXED_MODES
 from mlx_tune.quantization.packing import pack
 from mlx_tune.quantization.search import Effort
@@ -24,12 +25,15 @@ _FP4_BETWEEN = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 #: The largest 8-bit float (E4M3) and, as a scale, its byte.
 _FP8_MOST, _FP8_MOST_BYTE = 448.0, 126
 
+#: The exponent of the largest code in the modes whose scales are powers of two.
+_MOST_EXPONENT = {"mxfp4": 2, "mxfp8": 8}
+
 #: Steps of the scale's byte that are tried: powers of two, or eighths of an octave.
 _STEPS = {
-    ("mxfp4", "fast"): (-1, 1),
-    ("mxfp4", "best"): (-2, -1, 1),
-    ("mxfp8", "fast"): (-1, 1),
-    ("mxfp8", "best"): (-2, -1, 1),
+    ("mxfp4", "fast"): (-1, 0, 1),
+    ("mxfp4", "best"): (-2, -1, 0, 1),
+    ("mxfp8", "fast"): (-1, 0, 1),
+    ("mxfp8", "best"): (-2, -1, 0, 1),
     ("nvfp4", "fast"): (-3, -2, -1, 1, 2, 3, 4, 5),
     ("nvfp4", "best"): (*range(-8, 0), *range(1, 9)),
 }
@@ -93,17 +97,31 @@ def _improver(mode: str, steps: tuple[int, ...]) -> Callable[..., tuple[mx.array
         codes = place + 8 * (ratio < 0).astype(mx.uint8)
         return codes, mx.where(ratio < 0, -magnitude, magnitude)
 
+    def middle(scales: mx.array, unit: mx.array) -> mx.array:
+        """The byte to try around: MLX's own, unless that wrapped around, as with weights below 2**-125."""
+        own = scales.astype(mx.int32)
+        if mode not in _MOST_EXPONENT:
+            return own
+        covering = mx.maximum(mx.right_shift(unit.view(mx.int32), 23) - _MOST_EXPONENT[mode], 1)
+        return mx.clip(own, covering, covering + 1)
+
     def improve(weight: mx.array, packed: mx.array, scales: mx.array) -> tuple[mx.array, mx.array]:
         groups = weight.astype(mx.float32).reshape(*scales.shape, group_size)
+        unit = unit_of(mx.abs(groups).max(-1))
+
+        def error_of(standing: mx.array) -> mx.array:
+            square = mx.square(groups / unit[..., None] - standing / unit[..., None]).sum(-1)
+            return mx.where(mx.isfinite(square), square, float("inf"))
+
         plain = mx.dequantize(packed, scales, group_size=group_size, bits=bits, mode=mode, dtype=mx.float32)
-        least = mx.square(groups - plain.reshape(groups.shape)).sum(-1)
-        chosen = scales.astype(mx.int32)
+        least = error_of(plain.reshape(groups.shape))
+        centre, chosen = middle(scales, unit), scales.astype(mx.int32)
         for move in steps:
-            candidate = scales.astype(mx.int32) + move
-            possible = (candidate >= 1) & (candidate <= most_byte) & (scales > 0)
+            candidate = centre + move
+            possible = (candidate >= 1) & (candidate <= most_byte)
             scale = value_of(mx.clip(candidate, 1, most_byte))[..., None]
             _, standing = codes_of(groups / scale)
-            error = mx.square(groups - standing * scale).sum(-1)
+            error = error_of(standing * scale)
             better = possible & (error < least)
             least, chosen = mx.where(better, error, least), mx.where(better, candidate, chosen)
         codes, _ = codes_of(groups / value_of(mx.maximum(chosen, 1))[..., None])

@@ -1,7 +1,8 @@
 """The search for a group's best scale and bias: many starts, alternating least squares, and the neighbourhood.
 
 Groups lie in columns, `[group size, groups]`, so that a pair for each group broadcasts along rows and every pass
-over the weights is one fused, vectorised kernel.
+over the weights is one fused, vectorised kernel. Each is divided by a power of two of its own size, so that squares of
+very large and very small weights stay within float32.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 
+from mlx_tune.quantization.magnitudes import unit_of
 from mlx_tune.quantization.packing import pack
 
 Effort = Literal["fast", "best"]
+
+#: What no product of code and scale, and no weight unpacked, may pass: beyond it bfloat16 is infinite, and soon float32.
+_MOST = float(mx.finfo(mx.bfloat16).max)
 
 #: Adding and subtracting 1.5 * 2**23 rounds a float32 to the nearest whole number, and compilers vectorise it.
 _ROUNDER = 12582912.0
@@ -69,11 +74,14 @@ def plan_search(bits: int, effort: Effort) -> Search:
 
 
 class _Best:
-    """The best pairs of each group so far, the very best first: for each rank error, scale and bias, `[1, groups]`."""
+    """The best pairs of each group so far, the very best first: for each rank error, scale and bias, `[1, groups]`.
 
-    def __init__(self, like: mx.array, kept: int) -> None:
-        never = mx.full(like.shape, float("inf"))
-        self.ranked = [never, like, like] * kept
+    All of them are in the groups' units, as are their smallest and largest weights.
+    """
+
+    def __init__(self, unit: mx.array, low: mx.array, high: mx.array, kept: int) -> None:
+        self.unit, self.low, self.high = unit, low, high
+        self.ranked = [mx.full(unit.shape, float("inf")), mx.zeros_like(unit), mx.zeros_like(unit)] * kept
 
     error = property(lambda self: self.ranked[0])
     scale = property(lambda self: self.ranked[1])
@@ -103,10 +111,10 @@ class Solver:
         if energy is not None:
             weights = mx.tile(energy.reshape(-1, self._size).T, (1, rows))
         best, g = self._solve(groups, weights, on_grid)
-        scale, bias, inverse = self._kernels.store(best.scale, best.bias, mx.array(0.0))
+        scale, bias, inverse = self._stored(best, best.scale, best.bias)
         codes = self._kernels.codes(g, inverse, bias, self._top)
         packed = pack(codes.T.reshape(rows, columns), self._bits)
-        scales, biases = (x.reshape(rows, -1).astype(self._dtype) for x in (scale, bias))
+        scales, biases = ((x * best.unit).reshape(rows, -1).astype(self._dtype) for x in (scale, bias))
         return packed, scales, biases
 
     def pairs(self, groups: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
@@ -122,8 +130,8 @@ class Solver:
         best, _ = self._solve(
             groups.astype(self._dtype), mx.tile(weights[:, None], (1, groups.shape[0])), False, groups
         )
-        scale, bias, _ = self._kernels.store(best.scale, best.bias, mx.array(0.0))
-        return scale, bias
+        scale, bias, _ = self._stored(best, best.scale, best.bias)
+        return scale * best.unit, bias * best.unit
 
     def lies_on_grid(self, probe: mx.array) -> bool:
         """Whether some of these groups are a grid already, which the plain search does not find."""
@@ -138,15 +146,18 @@ class Solver:
     ) -> tuple[_Best, mx.array]:
         search, top = self._search, self._top
         g = mx.contiguous((groups if exact is None else exact).astype(mx.float32).T)
-        _, scale, bias = mx.quantize(groups, group_size=self._size, bits=self._bits)
-        scale, bias = (x.astype(mx.float32).reshape(1, -1) for x in (scale, bias))
-        best = _Best(scale, search.kept)
-        self._consider(best, g, weights, scale, bias)
+        unit = unit_of(mx.abs(g).max(0, keepdims=True))
+        g = g / unit
         high, low = g.max(0, keepdims=True), g.min(0, keepdims=True)
+        best = _Best(unit, low, high, search.kept)
+        _, scale, bias = mx.quantize(groups, group_size=self._size, bits=self._bits)
+        scale, bias = (x.astype(mx.float32).reshape(1, -1) / unit for x in (scale, bias))
+        self._consider(best, g, weights, scale, bias)
         centre, cover = (high + low) / 2, (high - low) / top
+        widest = 0.99 * _MOST / unit / top
         offsets = _spread(-0.5, 0.5, search.offsets)
         for share in _spread(search.low, search.high, search.scales):
-            self._try_around(best, g, weights, cover * share, centre, offsets)
+            self._try_around(best, g, weights, mx.minimum(cover * share, widest), centre, offsets)
         starts = best.pairs()
         best.only_the_first()
         for scale, bias in starts:
@@ -182,10 +193,12 @@ class Solver:
         self, best: _Best, g: mx.array, weights: mx.array | None, scale: mx.array, bias: mx.array, offset: float = 0.0
     ) -> None:
         extra = () if weights is None else (weights,)
-        kernels = self._kernels
-        scale, bias, inverse = kernels.store(scale, bias, mx.array(offset))
-        error = kernels.squares(g, inverse, scale, bias, self._top, *extra).sum(0, keepdims=True)
-        best.ranked = kernels.rank(error, scale, bias, *best.ranked)
+        scale, bias, inverse = self._stored(best, scale, bias, offset)
+        error = self._kernels.squares(g, inverse, scale, bias, self._top, *extra).sum(0, keepdims=True)
+        best.ranked = self._kernels.rank(error, scale, bias, *best.ranked)
+
+    def _stored(self, best: _Best, scale: mx.array, bias: mx.array, offset: float = 0.0) -> list[mx.array]:
+        return self._kernels.store(scale, bias, mx.array(offset), best.unit, best.low, best.high, self._top)
 
     def _refine(
         self, g: mx.array, weights: mx.array | None, scale: mx.array, bias: mx.array, rounds: int
@@ -243,9 +256,16 @@ def _kernels(cpu: bool, compiled: bool, dtype: mx.Dtype) -> _Kernels:
         weighted = q if weights is None else q * weights
         return [weighted, weighted * q, weighted * g]
 
-    def store(scale: mx.array, bias: mx.array, offset: mx.array) -> list[mx.array]:
+    def store(
+        scale: mx.array, bias: mx.array, offset: mx.array, unit: mx.array, low: mx.array, high: mx.array, top: mx.array
+    ) -> list[mx.array]:
         bias = bias + scale * offset
-        scale, bias = scale.astype(dtype).astype(mx.float32), bias.astype(dtype).astype(mx.float32)
+        scale, bias = ((x * unit).astype(dtype).astype(mx.float32) / unit for x in (scale, bias))
+        inverse, room = inverse_of(scale), _MOST / unit
+        ends = [codes(end, inverse, bias, top) * scale for end in (low, high)]
+        fits = [(mx.abs(end) <= room) & (mx.abs(end + bias) <= room) for end in ends]
+        # A scale that takes unpacking out of range gets an error that is no number, which is never the least.
+        scale = mx.where(fits[0] & fits[1], scale, float("inf"))
         return [scale, bias, inverse_of(scale)]
 
     def rank(error: mx.array, scale: mx.array, bias: mx.array, *ranked: mx.array) -> list[mx.array]:

@@ -1,6 +1,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlx_tune.quantization.floats import quantize_float
 from mlx_tune.quantization.modes import FIXED_MODES
@@ -37,6 +39,26 @@ def test_no_group_is_worse(mode: str, weight: mx.array) -> None:
     assert [a.dtype for a in ours] == [a.dtype for a in theirs]
     before, after = errors(weight, *theirs, mode), errors(weight, *ours, mode)
     assert (after <= before * (1 + 1e-5)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(FIXED_MODES)),
+    st.sampled_from(("float32", "bfloat16", "float16")),
+    st.floats(-45, 38.53),
+    st.integers(0, 2**32 - 1),
+)
+def test_no_group_is_worse_and_none_infinite_at_any_magnitude(mode: str, name: str, power: float, seed: int) -> None:
+    size, bits = FIXED_MODES[mode]
+    dtype = getattr(mx, name)
+    largest = min(10.0**power, float(mx.finfo(dtype).max))
+    weight = mx.array((np.random.default_rng(seed).uniform(-1, 1, (2, 64)) * largest).astype(np.float32)).astype(dtype)
+    theirs, ours = mx.quantize(weight, size, bits, mode=mode), quantize_float(weight, mode)
+    with np.errstate(all="ignore"):
+        before, after = (np.nan_to_num(errors(weight, *pair, mode), nan=np.inf) for pair in (theirs, ours))
+    assert np.isfinite(after).all()
+    assert (after <= before * (1 + 1e-5)).all()
+    assert (after <= np.square(np.array(weight.astype(mx.float32), dtype=np.float64)).reshape(-1, size).sum(-1)).all()
 
 
 @pytest.mark.parametrize(("mode", "most"), [("mxfp4", 0.97), ("nvfp4", 0.92), ("mxfp8", 1.0)])
