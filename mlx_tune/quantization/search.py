@@ -18,7 +18,7 @@ from mlx_tune.quantization.packing import pack
 
 Effort = Literal["fast", "best"]
 
-#: What no product of code and scale, and no weight unpacked, may pass: beyond it bfloat16 is infinite, and soon float32.
+#: No product of code and scale, and no weight unpacked, may pass this: beyond it bfloat16 is infinite.
 _MOST = float(mx.finfo(mx.bfloat16).max)
 
 #: Adding and subtracting 1.5 * 2**23 rounds a float32 to the nearest whole number, and compilers vectorise it.
