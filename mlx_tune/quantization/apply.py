@@ -179,7 +179,7 @@ def _decibels(weight: mx.array, after: Callable[[slice], mx.array]) -> float:
         before = _rows(weight, rows).astype(mx.float32)
         largest = mx.abs(before).max()
         unit = mx.where(largest > 0, largest, 1)  # squares of very large or small weights leave float32's range
-        power, error = mx.square(before / unit).sum(), mx.square(before / unit - after(rows) / unit).sum()
+        power, error = mx.square(before / unit).sum(), mx.square((before - after(rows)) / unit).sum()
         mx.eval(power, error, unit)
         signal += number(power) * number(unit) ** 2
         noise += number(error) * number(unit) ** 2
