@@ -18,7 +18,7 @@ PACKAGE = Path(mlx_tune.__file__).parent
 FLOORS = [
     ["errors"],
     ["units", "tables", "places", "interrupts"],
-    ["progress", "plotting"],
+    ["progress", "plotting", "reach"],
     ["devices"],
     ["memory", "state"],
     ["timing"],

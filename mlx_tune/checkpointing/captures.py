@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from threading import local
-from types import FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinMethodType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 from weakref import CallableProxyType, ProxyType, ref
 
 import mlx.core as mx
 
-from mlx_tune.checkpointing.named import MAKING, Facts, contents_of, facts_of, functions_of, global_names, is_foreign
 from mlx_tune.checkpointing.notes import Note, Ref, Remade
 from mlx_tune.places import (
     Attributes,
@@ -35,6 +34,9 @@ from mlx_tune.places import (
     PartialArguments,
     Sequence,
 )
+from mlx_tune.reach.classes import MAKING, OPEN, contents_of, facts_of, functions_of, referent
+from mlx_tune.reach.code import global_names, is_foreign, modules_inside, names_in_module
+from mlx_tune.reach.facts import Facts
 
 _MISSING = object()
 
@@ -42,9 +44,6 @@ _MISSING = object()
 _PLAIN: frozenset[type] = frozenset(
     {int, float, complex, bool, str, bytes, type(None), type(...), range, slice, mx.Dtype}
 )
-
-#: Modules of the standard library whose objects are made to hold other people's.
-_OPEN = frozenset({"argparse", "collections", "functools", "types", "weakref"})
 
 
 class Walk:
@@ -225,6 +224,10 @@ def _method(walk: Walk, value: MethodType) -> None:
     walk._encode(value.__func__)
 
 
+def _builtin(walk: Walk, value: BuiltinMethodType) -> None:
+    walk._encode(value.__self__)  # such as the list of its append
+
+
 def _partial(walk: Walk, value: Any) -> None:
     # A partial's arguments are read-only, but __setstate__ replaces them.
     if walk._visit(value):
@@ -241,13 +244,9 @@ def _transformed(walk: Walk, value: Any) -> None:
 
 
 def _weak(walk: Walk, value: Any) -> None:
-    try:
-        # A proxy hands every look-up on to what it stands for, bound methods included.
-        held = value() if isinstance(value, ref) else value.__repr__.__self__
-    except ReferenceError:
-        return
-    if not isinstance(held, mx.array):
-        walk._encode(held)
+    for held in referent(value):
+        if not isinstance(held, mx.array):
+            walk._encode(held)
 
 
 def _context(walk: Walk, value: ContextVar[Any]) -> None:
@@ -283,10 +282,19 @@ def _look_into(walk: Walk, value: FunctionType) -> None:
         walk._encode(value.__dict__)
     names = global_names(code)
     if names.loaded or names.stored:
-        _named(walk, value.__globals__, names.loaded, names.stored)
+        _named(walk, value.__globals__, names.loaded, names.stored, names.placed)
+    if names.inner or names.imported:
+        for module in modules_inside(value):
+            _of_module(walk, *module)
 
 
-def _named(walk: Walk, scope: dict[str, Any], loaded: dict[str, tuple[str, ...]], stored: tuple[str, ...]) -> None:
+def _named(
+    walk: Walk,
+    scope: dict[str, Any],
+    loaded: dict[str, tuple[str, ...]],
+    stored: tuple[str, ...],
+    placed: Mapping[str, tuple[str, ...]],
+) -> None:
     """What names stand for in a module."""
     noted = list(stored)
     for name, attributes in loaded.items():
@@ -295,10 +303,12 @@ def _named(walk: Walk, scope: dict[str, Any], loaded: dict[str, tuple[str, ...]]
         if value is _MISSING or kind in _PLAIN:
             continue
         if isinstance(value, ModuleType):
-            if attributes and not is_foreign(value.__name__):
-                _of_module(walk, value, attributes)
+            if attributes or name in placed:
+                _of_module(walk, name, value, attributes, placed.get(name, ()))
             continue
         handler = _HANDLERS.get(kind) or _handler(kind)
+        if name in placed and handler is _class:
+            walk._push(Attributes(value, placed[name]))
         if handler is _array or handler is _tuple:
             if name not in noted:
                 noted.append(name)
@@ -308,13 +318,12 @@ def _named(walk: Walk, scope: dict[str, Any], loaded: dict[str, tuple[str, ...]]
         walk._push(Names(scope, tuple(noted)))
 
 
-def _of_module(walk: Walk, module: ModuleType, asked: tuple[str, ...]) -> None:
-    """What code asks of a module by name: `ops.math.sine` asks for `math`, and that for `sine`."""
-    first: dict[str, list[str]] = {}
-    for path in asked:
-        name, _, rest = path.partition(".")
-        first.setdefault(name, []).extend([rest] if rest else [])
-    _named(walk, vars(module), {name: tuple(rest) for name, rest in first.items()}, ())
+def _of_module(walk: Walk, name: str, module: ModuleType, asked: tuple[str, ...], placed: tuple[str, ...]) -> None:
+    """What code reads and assigns of a module, and of modules in it."""
+    if not is_foreign(module.__name__):
+        for _, held, loaded, stored in names_in_module(name, module, asked, placed):
+            # Modules in it come by themselves: nothing is asked of them here.
+            _named(walk, held, dict.fromkeys(loaded, ()), stored, {})
 
 
 _TRANSFORMED = {type(mx.compile(abs)), type(mx.checkpoint(abs)), type(mx.custom_function(abs))}
@@ -331,6 +340,7 @@ _HANDLERS: dict[type, Callable[[Walk, Any], Any]] = {
     deque: _list,
     FunctionType: _function,
     MethodType: _method,
+    BuiltinMethodType: _builtin,
     partial: _partial,
     SimpleNamespace: _object,
     type: _class,
@@ -364,6 +374,6 @@ def _choose(kind: type) -> Callable[[Walk, Any], Any]:
     if issubclass(kind, ModuleType):
         return _leave
     root, _, below = kind.__module__.partition(".")
-    if is_foreign(root) and root not in _OPEN and (root != "mlx" or below.partition(".")[0] == "core"):
+    if is_foreign(root) and root not in OPEN and (root != "mlx" or below.partition(".")[0] == "core"):
         return _iterator if issubclass(kind, Iterator) else _leave
     return _object if kind.__dictoffset__ or facts_of(kind).slots else _leave

@@ -18,9 +18,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.checkpointing.constants import Refusals
-from mlx_tune.checkpointing.named import GENERATED
 from mlx_tune.checkpointing.recompute import call_checkpointed
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
+from mlx_tune.reach.classes import GENERATED
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,11 +11,12 @@ import gc
 import operator
 import random
 import sys
-from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
+from threading import local
 from types import (
     BuiltinMethodType,
     CellType,
@@ -24,14 +25,27 @@ from types import (
     GeneratorType,
     MethodType,
     ModuleType,
-    SimpleNamespace,
 )
 from typing import Any
+from weakref import CallableProxyType, ProxyType, ref
 
 import mlx.core as mx
 
 from mlx_tune.graphs.built import made_by_operations
-from mlx_tune.places import Attributes, Cell, Items, Members, Names, Place, Sequence, slot_names
+from mlx_tune.places import (
+    Attributes,
+    Cell,
+    ContextValue,
+    Defaults,
+    Items,
+    Members,
+    Names,
+    Place,
+    Sequence,
+    slot_names,
+)
+from mlx_tune.reach.classes import OPEN, contents_of, functions_of, referent
+from mlx_tune.reach.code import global_names, modules_inside, names_in_module
 
 #: How many items to note at most, the nearest first: a data set that the step can reach has millions.
 MOST_ITEMS = 1_000_000
@@ -123,17 +137,18 @@ class Surroundings:
             self._iterators.append((path, thing, _position(thing)))
         elif isinstance(thing, _WRAPPERS):
             self._queue(path, "", enumerate(gc.get_referents(thing)))
+        elif isinstance(thing, (ref, ProxyType, CallableProxyType)):
+            self._queue(path, "", enumerate(referent(thing)))
+        elif isinstance(thing, ContextVar):
+            self._note(path, "", ContextValue(thing))
         elif isinstance(thing, type):
             if not self._is_foreign(thing.__module__):
-                plain = (
-                    n for n, v in vars(thing).items() if not n.startswith("__") and not hasattr(type(v), "__get__")
-                )
-                self._note(path, ".{}", Attributes(thing, tuple(plain)))
+                self._look_at_class(thing)
         elif _is_random(thing):
             self._note(path, "", _Draws(thing))
         elif not self._looks_after_itself(type(thing)):
             self._look_at_attributes(path, thing)
-            self._look_at_class(thing)
+            self._queue(None, "{}", [(base.__name__, base) for base in type(thing).__mro__])
 
     def _look_at_function(self, path: _Path, function: FunctionType) -> None:
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
@@ -141,9 +156,18 @@ class Surroundings:
         if self._is_foreign(function.__module__):
             return  # such as functools.wraps and nn.value_and_grad, which hold what they were given in their closures
         self._note(path, ".{}", Items(function.__dict__))
-        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        self._queue(path, "'s default {}", enumerate(defaults))
-        self._note(None, "{}", Names(function.__globals__, _global_names(function.__code__)))
+        self._note(path, "'s default {}", Defaults(function))
+        self._note(path, "'s default {}", Items(function.__kwdefaults__ or {}))
+        names, scope = global_names(function.__code__), function.__globals__
+        self._note(None, "{}", Names(scope, (*names.loaded, *names.stored)))
+        for name, placed in names.placed.items():
+            if isinstance(kind := scope.get(name), type):
+                self._note(None, name + ".{}", Attributes(kind, placed))
+        modules = [(name, scope.get(name), asked, names.placed.get(name, ())) for name, asked in names.loaded.items()]
+        for name, module, asked, placed in [*modules, *modules_inside(function)]:
+            if isinstance(module, ModuleType) and not self._is_foreign(module.__name__):
+                for label, held, loaded, stored in names_in_module(name, module, asked, placed):
+                    self._note(None, label + ".{}", Names(held, (*loaded, *stored)))
 
     def _look_at_attributes(self, path: _Path, thing: Any) -> None:
         attributes = getattr(thing, "__dict__", None)
@@ -152,13 +176,19 @@ class Surroundings:
         if names := slot_names(type(thing)):
             self._note(path, ".{}", Attributes(thing, names))
 
-    def _look_at_class(self, thing: Any) -> None:
-        """What the methods of an object's class name, and what the class itself holds."""
-        for base in type(thing).__mro__:
-            if not self._is_foreign(base.__module__):
-                functions = [(name, value) for name, value in vars(base).items() if isinstance(value, FunctionType)]
-                self._queue(None, base.__name__ + ".{}", functions)
-                self._queue(None, "{}", [(base.__name__, base)])
+    def _look_at_class(self, kind: type) -> None:
+        """What a class itself holds, or is given by its own functions, and what those name."""
+        held, contents, assigned = vars(kind), contents_of(kind), set[str]()
+        for name in contents.functions:
+            functions = functions_of(held[name])
+            self._queue(None, f"{kind.__name__}.{{}}", [(name, function) for function in functions])
+            for function in functions:
+                if isinstance(function, FunctionType):
+                    assigned |= global_names(function.__code__).assigned
+        plain = [n for n, v in held.items() if not n.startswith("__") and not hasattr(type(v), "__get__")]
+        self._note(None, f"{kind.__name__}.{{}}", Attributes(kind, tuple({*plain, *contents.values, *assigned})))
+        above: type = type(kind)
+        self._queue(None, "{}", [(base.__name__, base) for base in (*kind.__mro__, *above.__mro__)])
 
     def _is_foreign(self, module: str | None) -> bool:
         """Whether code of a module is not looked into, but for what it was given."""
@@ -167,9 +197,9 @@ class Surroundings:
 
     def _looks_after_itself(self, kind: type) -> bool:
         """Whether objects of a class are left alone: locks, files and threads, arrays of other libraries."""
-        if kind in (SimpleNamespace, Namespace):
-            return False
         root, _, below = kind.__module__.partition(".")
+        if root in OPEN or issubclass(kind, local):
+            return False
         return below.partition(".")[0] == "core" if root in _OWN else self._is_foreign(kind.__module__)
 
     def _note(self, path: Any, form: str, place: Place) -> None:
@@ -242,15 +272,6 @@ def _state_containers(state: Any) -> Iterator[Any]:
         if isinstance(node, Optimizer) or (isinstance(node, dict) and hasattr(node, "__dict__")):
             yield vars(node)
             waiting.extend(vars(node).values())
-
-
-def _global_names(code: CodeType) -> tuple[str, ...]:
-    """The globals that code reads or writes, functions defined in it included."""
-    names = dict.fromkeys(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= dict.fromkeys(_global_names(constant))
-    return tuple(names)
 
 
 @cache
