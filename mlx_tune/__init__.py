@@ -44,6 +44,7 @@ _HOMES = {
     "quantize_model": "quantization",
     "plan_quantization": "quantization",
     "quantization_report": "quantization",
+    "quantization_config": "quantization",
     "QuantizationPlan": "quantization",
     "QuantizationReport": "quantization",
     # wiring
@@ -106,6 +107,7 @@ if TYPE_CHECKING:
     from mlx_tune.quantization import QuantizationPlan as QuantizationPlan
     from mlx_tune.quantization import QuantizationReport as QuantizationReport
     from mlx_tune.quantization import plan_quantization as plan_quantization
+    from mlx_tune.quantization import quantization_config as quantization_config
     from mlx_tune.quantization import quantization_report as quantization_report
     from mlx_tune.quantization import quantize_model as quantize_model
     from mlx_tune.units import format_bytes as format_bytes

@@ -13,7 +13,7 @@ from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
 from mlx_tune.tables import render_table
 from mlx_tune.timing import StepTrial, arrays_of, compare, run_step
-from mlx_tune.units import format_bytes, format_percent, format_seconds
+from mlx_tune.units import format_bytes, format_percent, format_seconds, whole_number
 
 #: Limits closer to each other than this share of the free peak are not told apart.
 RESOLUTION = 0.01
@@ -156,8 +156,7 @@ def tightest_limit(
     """
     if not slowdown >= 0:
         raise InvalidArgumentError(f"slowdown={slowdown!r}: give a share from 0 up, such as 0.02 for two per cent.")
-    if not isinstance(repeats, int) or repeats < 1:
-        raise InvalidArgumentError(f"repeats={repeats!r}: give a whole number of turns, at least one.")
+    repeats = whole_number(repeats, "repeats", least=1)
     import mlx.core as mx
 
     mx.eval(list(arrays_of(args)), list(arrays_of(state)))

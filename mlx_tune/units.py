@@ -1,4 +1,4 @@
-"""Bytes, fractions and times to text and back.
+"""Bytes, whole numbers, fractions and times to text and back.
 
 Decimal units, as mlx-lm and Apple count: 1 GB is 10^9 bytes. Binary units are written with an i: 1 GiB is 2^30.
 """
@@ -10,7 +10,7 @@ import operator
 import re
 from typing import SupportsIndex
 
-from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -54,6 +54,38 @@ def parse_bytes(size: str | SupportsIndex | float) -> int:
     if number < 0:
         raise InvalidArgumentError(f"{size!r} is negative: a number of bytes cannot be. {_ACCEPTED}")
     return number
+
+
+def whole_number(
+    value: object, name: str, *, least: int | None = None, error: type[MlxTuneError] = InvalidArgumentError
+) -> int:
+    """Read an argument that is to be a whole number, of Python or of NumPy.
+
+    Args:
+        value: What was given.
+        name: The argument, for the error.
+        least: The smallest that is accepted; any by default.
+        error: Raised where it is none.
+
+    Returns:
+        The number as an `int`.
+
+    Raises:
+        MlxTuneError: A truth value, a number with a fraction or a point, no number, or less than `least`.
+
+    Examples:
+        >>> import numpy as np
+        >>> whole_number(np.int64(4), "bits"), whole_number(8, "batch_size", least=1)
+        (4, 8)
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or (least is not None and number < least):
+        wanted = " must be a whole number" if least is None else f": give a whole number of at least {least}"
+        raise error(f"{name}={value!r}{wanted}.")
+    return int(number)
 
 
 def _parse_text(text: str) -> int:

@@ -54,6 +54,7 @@ PUBLIC = [
     "quantize_model",
     "plan_quantization",
     "quantization_report",
+    "quantization_config",
     "wired_limit",
     "autofit",
     "diagnose",

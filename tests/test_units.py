@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.units import format_bytes, format_percent, format_seconds, parse_bytes, parse_fraction
+from mlx_tune.errors import InvalidArgumentError, QuantizationError
+from mlx_tune.units import format_bytes, format_percent, format_seconds, parse_bytes, parse_fraction, whole_number
 
 
 @pytest.mark.parametrize(
@@ -121,3 +121,20 @@ def test_format_seconds(seconds, text):
 def test_format_percent():
     assert format_percent(0.5) == "50.0 %"
     assert format_percent(0.12345, digits=2) == "12.35 %"
+
+
+@pytest.mark.parametrize("value", [4, np.int64(4), np.uint8(4), np.array(4)], ids=lambda value: type(value).__name__)
+def test_whole_numbers_of_numpy_are_numbers(value):
+    assert whole_number(value, "bits") == 4
+    assert type(whole_number(value, "bits", least=4)) is int
+
+
+@pytest.mark.parametrize("value", [4.0, np.float32(4), True, np.bool_(True), "4", None, [4]], ids=repr)
+def test_what_is_no_whole_number_is_named(value):
+    with pytest.raises(QuantizationError, match=r"^bits=.* must be a whole number\.$"):
+        whole_number(value, "bits", error=QuantizationError)
+
+
+def test_a_whole_number_that_is_too_small_is_named():
+    with pytest.raises(InvalidArgumentError, match=r"batch_size=0: give a whole number of at least 1\."):
+        whole_number(0, "batch_size", least=1)

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, kept_names, plain_class, unwrap
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
 from mlx_tune.tables import render_table
+from mlx_tune.units import whole_number
 
 #: A pattern on the path (`"encoder.layers.*"`), or a function of path and module.
 Select = str | Callable[[str, nn.Module], bool]
@@ -115,8 +116,7 @@ def checkpoint_blocks(
         ...     print(*handle.paths)
         encoder.layers.0 encoder.layers.2 decoder.layers.0
     """
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise InvalidArgumentError(f"every={every!r} must be a positive integer: 1 for all blocks, 2 for every second.")
+    every = whole_number(every, "every", least=1)
     keep = tuple(keep) if not isinstance(keep, str) else keep
     stacks = find_blocks(model, select)
     chosen = tuple(block for stack in stacks for block in stack[::every])

@@ -14,13 +14,13 @@ from mlx_tune.checkpointing.choose import ESTIMATE_MARGIN, OVERSHOOT, Choice, ch
 from mlx_tune.checkpointing.measure import Measured, Measurements
 from mlx_tune.checkpointing.planned import CheckpointPlan, MeasuredChoice, PlannedBlock
 from mlx_tune.checkpointing.survey import Survey
-from mlx_tune.errors import BudgetError, InvalidArgumentError
+from mlx_tune.errors import BudgetError
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.memory import resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
 from mlx_tune.timing import arrays_of
-from mlx_tune.units import format_bytes
+from mlx_tune.units import format_bytes, whole_number
 
 #: How far below the budget the floors of the measured choices lie. Nearer, a limit has to throttle hard; further
 #: away, more is computed twice than necessary. What is best differs by machine, so each is tried.
@@ -87,9 +87,7 @@ def plan_checkpoints(
         >>> plan.measured_peak_bytes <= plan.budget_bytes
         True
     """
-    for name, value in (("batch_size", batch_size), ("steps", steps)):
-        if not isinstance(value, int) or value < 1:
-            raise InvalidArgumentError(f"{name}={value!r}: give a whole number of at least 1.")
+    batch_size, steps = whole_number(batch_size, "batch_size", least=1), whole_number(steps, "steps", least=1)
     allowed = resolve_budget(budget)
     whole = (model, state)
     with uninterrupted(), Snapshot(whole, spill=True), progress_bar("plan checkpoints", enabled=progress) as bar:

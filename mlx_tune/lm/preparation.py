@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 from mlx_tune.lm.adapters import add_adapters, make_optimizer
 from mlx_tune.lm.loading import load
+from mlx_tune.units import whole_number
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -109,9 +110,7 @@ def prepare(
     import numpy as np
 
     for name in ("batch_size", "iters", "max_seq_length", "grad_accumulation_steps"):
-        value = settings[name]
-        if not isinstance(value, int) or value < 1:
-            raise InvalidArgumentError(f"{name}={value!r}: give a whole number of at least 1.")
+        whole_number(settings[name], name, least=1)
     np.random.seed(settings["seed"])
     model, tokenizer, config, _ = load(settings["model"], lazy=lazy, trust_remote_code=settings["trust_remote_code"])
     if stand_in_rows is not None:

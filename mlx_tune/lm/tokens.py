@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.units import whole_number
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -53,8 +54,8 @@ def token_batches(
         ```
     """
     for name, value in (("batch_size", batch_size), ("length", length), ("max_batches", max_batches)):
-        if value is not None and value < 1:
-            raise InvalidArgumentError(f"{name}={value}: it must be at least 1.")
+        if value is not None:
+            whole_number(value, name, least=1)
     import mlx.core as mx
     import numpy as np
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
@@ -86,7 +87,7 @@ def _read(batch: Any, where: str) -> Batch:
             f"{where} is {'None' if batch is None else 'text'}: batches are token arrays or what the model is called "
             "with. `mlx_tune.lm.token_batches` makes tokens of text."
         )
-    if isinstance(batch, list) and batch and all(isinstance(a, int) and not isinstance(a, bool) for a in batch):
+    if isinstance(batch, list) and batch and all(isinstance(a, Integral) and not isinstance(a, bool) for a in batch):
         batch = mx.array(batch)  # as tokenizers give them
     if isinstance(batch, (tuple, list)):
         arguments = tuple(_array(a) for a in batch)

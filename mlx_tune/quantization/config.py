@@ -16,6 +16,9 @@ from mlx_tune.quantization.sites import current_format, is_quantized, takes_mode
 def quantization_config(model: nn.Module) -> dict[str, Any]:
     """Describe how a model is quantized, as `mlx_lm.load` reads it.
 
+    With it a model that mlx-lm does not know is loaded again, too: quantize a fresh one with `mlx.nn.quantize`, as
+    below, then `load_weights` what `save_weights` has saved.
+
     Args:
         model: A model, some layers of which are quantized.
 
@@ -28,6 +31,11 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).to_quantized())
         >>> quantization_config(model)
         {'group_size': 64, 'bits': 4, 'mode': 'affine', 'layers.0': False}
+        >>> config, fresh = quantization_config(model), nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        >>> formats = {name: config.pop(name) for name in ("group_size", "bits", "mode")}
+        >>> nn.quantize(fresh, **formats, class_predicate=lambda path, m: config.get(path, hasattr(m, "to_quantized")))
+        >>> [type(layer).__name__ for layer in fresh.layers]
+        ['Linear', 'QuantizedLinear']
     """
     entries: dict[str, dict[str, Any] | None] = {}
     packed: Counter[Format] = Counter()

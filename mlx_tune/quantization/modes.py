@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.units import whole_number
 
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
@@ -78,11 +79,8 @@ def check_format(bits: object, group_size: object, mode: object, *, where: str =
     if mode not in MODES:
         raise QuantizationError(f"{where}mode={mode!r} is unknown. MLX has {_listed(map(repr, MODES))}.")
     assert isinstance(mode, str)
-    for name, value in (("bits", bits), ("group_size", group_size)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise QuantizationError(f"{where}{name}={value!r} must be a whole number.")
-    assert isinstance(bits, int)
-    assert isinstance(group_size, int)
+    bits = whole_number(bits, f"{where}bits", error=QuantizationError)
+    group_size = whole_number(group_size, f"{where}group_size", error=QuantizationError)
     if mode != "affine":
         size, width = FIXED_MODES[mode]
         if bits not in (width, DEFAULT_BITS) or group_size not in (size, DEFAULT_GROUP_SIZE):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from mlx_tune.errors import QuantizationError
@@ -58,7 +59,7 @@ def parse_target(plan: QuantizationPlan, target_bpw: float | None, target_bytes:
         )
     if target_bytes is not None:
         return parse_bytes(target_bytes)
-    if isinstance(target_bpw, bool) or not isinstance(target_bpw, (int, float)) or not 0 < target_bpw < 64:
+    if isinstance(target_bpw, bool) or not isinstance(target_bpw, Real) or not 0 < target_bpw < 64:
         raise QuantizationError(f"target_bpw={target_bpw!r} must be a number of bits per weight, such as 4.5.")
     return int(target_bpw * plan.parameters / 8)
 

@@ -54,7 +54,7 @@ def test_files_that_are_no_text_are_passed_over_in_a_folder(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("sources", "options", "text"),
     [
-        (["a.txt"], {"batch_size": 0}, "batch_size=0: it must be at least 1"),
+        (["a.txt"], {"batch_size": 0}, "batch_size=0: give a whole number of at least 1"),
         (["a.txt"], {"length": 0}, "length=0"),
         (["a.txt"], {"max_batches": 0}, "max_batches=0"),
         (["a.txt"], {}, "6 tokens in .*a.txt.* make 0 rows of 256"),

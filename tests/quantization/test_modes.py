@@ -1,4 +1,5 @@
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_tune.errors import QuantizationError
@@ -44,3 +45,9 @@ def test_a_format_that_does_not_exist_is_named(arguments: tuple[object, object, 
 def test_the_text_says_whose_format_it_is() -> None:
     with pytest.raises(QuantizationError, match=r"^overrides\['head'\]: bits=9"):
         check_format(9, 64, "affine", where="overrides['head']: ")
+
+
+def test_numbers_of_numpy_do_as_well() -> None:
+    found = check_format(np.int64(4), np.int32(64), "affine")
+    assert found == Format(4, 64)
+    assert {type(found.bits), type(found.group_size)} == {int}
