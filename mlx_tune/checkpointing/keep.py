@@ -93,10 +93,11 @@ def _linked(saved: mx.array, computed: mx.array) -> tuple[mx.array, mx.array]:
     def hand_over(cotangent: mx.array) -> mx.array:
         return cotangent + passed[0] if passed else cotangent
 
-    return _with_gradient(take)(saved), _with_gradient(hand_over)(computed)
+    return with_gradient(take)(saved), with_gradient(hand_over)(computed)
 
 
-def _with_gradient(gradient: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+def with_gradient(gradient: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """The identity, with a gradient of its own."""
     identity: Any = mx.custom_function(lambda array: array)
     identity.vjp(lambda _primal, cotangent, _output: gradient(cotangent))
     return identity

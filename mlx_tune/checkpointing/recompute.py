@@ -19,7 +19,7 @@ from mlx_tune import graphs
 from mlx_tune.checkpointing.captures import Walk
 from mlx_tune.checkpointing.constants import Refusals
 from mlx_tune.checkpointing.effects import Rewound
-from mlx_tune.checkpointing.keep import Frame
+from mlx_tune.checkpointing.keep import Frame, with_gradient
 from mlx_tune.checkpointing.notes import Note, filled
 from mlx_tune.checkpointing.randomness import draws_from, thread_stream
 from mlx_tune.errors import CheckpointError
@@ -187,6 +187,7 @@ class _Call:
         self.refusals = refusals
         self.marks = 0
         self.runs = 0  # how often it was run again to its end
+        self.reached: set[int] = set()  # the outputs that have a gradient, while one is taken
         self.arrays = [*walk.arrays, thread_stream()[0]]
         self.differentiable = {i for i, array in enumerate(self.arrays) if is_differentiable(array)}
         self.stream = mx.default_stream(mx.default_device())
@@ -268,15 +269,37 @@ class _Call:
             )
         return found or _nothing()
 
+    def watched(self, outputs: list[mx.array]) -> list[mx.array]:
+        """The outputs that the block gave, each noting when a gradient reaches it.
+
+        MLX hands a zero for every output that no gradient reaches, such as running statistics. A zero is not the same
+        as none: times an infinite derivative it is not a number, and equal zeros of many blocks make `mx.compile` lose
+        an operation and raise ("_Map_base::at"), where the plain model has no such operations at all.
+        """
+        ends = len(self.shapes) - self.marks
+        return [self._watched(i, array) for i, array in enumerate(outputs[:ends])] if ends > 1 else outputs
+
+    def _watched(self, index: int, output: mx.array) -> mx.array:
+        def reached(cotangent: mx.array) -> mx.array:
+            self.reached.add(index)
+            return cotangent
+
+        return with_gradient(reached)(output)
+
     def gradients(self, arrays: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
         """The gradient of every input, zero for those that have none."""
-        if not self.shapes or not self.differentiable:
+        ends = len(self.shapes) - self.marks
+        reached = sorted(self.reached) if ends > 1 else list(range(ends))
+        self.reached = set()
+        wanted = [c for c in cotangents[ends : len(self.shapes)] if is_differentiable(c)]
+        wanted += [cotangents[i] for i in reached]
+        if not wanted or not self.differentiable:
             return [mx.zeros_like(array) for array in arrays]
 
         def of(moving: set[int]) -> list[mx.array] | Exception:
             runs = self.runs
             try:
-                return self._vjp(moving, arrays, cotangents, outputs)
+                return self._vjp(moving, reached, arrays, wanted, outputs)
             except (ValueError, RuntimeError) as error:
                 if self.runs == runs:
                     raise  # the block's own
@@ -293,17 +316,25 @@ class _Call:
         return [mx.full(a.shape, math.nan, a.dtype) if i in ignored else found[i] for i, a in enumerate(arrays)]
 
     def _vjp(
-        self, moving: set[int], arrays: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+        self,
+        moving: set[int],
+        reached: list[int],
+        arrays: list[mx.array],
+        wanted: list[mx.array],
+        outputs: list[mx.array],
     ) -> list[mx.array]:
-        """The gradients of some inputs, zero for the others.
+        """The gradients of some inputs through the outputs that have one, zero for the other inputs.
 
         The block is run again as soon as its outputs' gradients are there.
         `mx.checkpoint` lets the second run begin once the outputs are there, and leaves it to the order in which
         MLX happens to walk the graph that many blocks do not run again at once. Waiting for the cotangents as well
         makes sure of it. On a chain of blocks both have the same peak.
         """
-        tied = _tied(arrays, [*outputs, *cotangents])
         ends = len(self.shapes) - self.marks
+        # Each a value of its own. Equal ones, such as the zeros of arrays that one call wrote and the next did not use,
+        # go through equal operations in many blocks, of which `mx.compile` loses some ("_Map_base::at").
+        wanted = mx.depends(wanted, [])
+        tied = _tied(arrays, [*outputs, *wanted])
 
         def again(*primals: mx.array) -> list[mx.array]:
             saved = [a if is_differentiable(a) else mx.stop_gradient(a) for a in primals[len(tied) :]]
@@ -311,9 +342,8 @@ class _Call:
             self.runs += 1
             links = [array for array in found[ends:] if is_differentiable(array)]
             # mx.vjp skips outputs of stop_gradient and gives their cotangents to the next: make them others.
-            return [*links, *(mx.depends(found[:ends], []) if ends else [])]
+            return [*links, *(mx.depends([found[i] for i in reached], []) if reached else [])]
 
-        wanted = [c for c in cotangents[ends:] if is_differentiable(c)] + cotangents[:ends]
         # What has no gradient is among the primals as well: MLX walks the graph behind everything else, and behind
         # these is all that has been computed so far.
         return mx.vjp(again, [*tied, *outputs[ends:]], wanted)[1][: len(tied)]
@@ -334,7 +364,7 @@ def _recomputed(call: _Call) -> list[mx.array]:
         return graphs.traced_checkpoint(call, arrays)
     forward: Any = mx.custom_function(lambda held: call(*held))
     forward.vjp(call.gradients)
-    return forward(arrays)
+    return call.watched(forward(arrays))
 
 
 def _tied(arrays: list[mx.array], ends: list[mx.array]) -> list[mx.array]:
