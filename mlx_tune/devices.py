@@ -80,6 +80,13 @@ def backend() -> Backend:
     return "cuda" if mx.cuda.is_available() else "cpu"
 
 
+def computes_on_cpu() -> bool:
+    """Whether operations run on the CPU unless they are told otherwise: no GPU, or the CPU was made the default."""
+    import mlx.core as mx
+
+    return backend() == "cpu" or mx.default_device() == mx.Device(mx.cpu)
+
+
 def gpu_count() -> int:
     """How many GPUs MLX can reach.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import memory_limit
 from mlx_tune.progress import progress_bar
@@ -161,6 +162,7 @@ def tightest_limit(
 
     mx.eval(list(arrays_of(args)), list(arrays_of(state)))
     with uninterrupted(), Snapshot(state, spill=True), progress_bar("tightest limit", enabled=progress) as bar:
+        notes = slow_half_precision((args, state), bar)
         for _ in range(2):  # traces, kernels and the optimizer's state are made in the first steps
             run_step(step, args, state)
             bar.update(text="warming up")
@@ -193,7 +195,6 @@ def tightest_limit(
         trials = confirmed(measure, smallest_fitting(measure, resident, high, max(1, int(RESOLUTION * high))))
     best = min((t for t in trials if t.fits), key=lambda t: t.limit_bytes, default=None)
     free_peak, free_seconds = max(t.peak_bytes for t in free), min(t.seconds for t in free)
-    notes = []
     if best is None:
         notes.append("Every limit below the free peak was too slow: the limit is the free peak itself.")
     elif free_peak - best.peak_bytes < 0.02 * free_peak:

@@ -1,45 +1,142 @@
-"""One progress line on standard error, so that standard output stays for results."""
+"""Progress on standard error, so that standard output stays for results: a bar for a terminal, lines for a log."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from mlx_tune.units import format_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+#: A log hears something at least this often, however long a layer or a trial takes.
+LONGEST_SILENCE = 10.0
+
+#: Layers and steps that are counted may pass by the hundred: they are told at most this often.
+SHORTEST_PAUSE = 1.0
+
 
 class Bar:
-    """A progress line that is being shown, or, where progress is turned off, one that swallows updates."""
-
-    def __init__(self, progress: Progress | None, task: TaskID | None) -> None:
-        """Wrap rich's progress and the task in it; both None for a line that is not shown."""
-        self._progress = progress
-        self._task = task
+    """Progress that is not shown: swallows what it is told."""
 
     def update(self, *, completed: float | None = None, total: float | None = None, text: str | None = None) -> None:
-        """Move the line on.
+        """Move on.
 
         Args:
             completed: How much is done, in the unit of `total`.
             total: A new total, when it turned out otherwise than expected.
-            text: What is going on now, shown after the bar.
+            text: What is going on now.
         """
-        if self._progress is None or self._task is None:
-            return
+
+    def advance(self, by: float = 1) -> None:
+        """Count `by` more as done."""
+
+    def say(self, text: str) -> None:
+        """Show a line that stays."""
+
+
+class LiveBar(Bar):
+    """One line of a terminal, drawn anew by rich."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        """Wrap rich's progress and the task in it."""
+        self._progress = progress
+        self._task = task
+
+    def update(self, *, completed: float | None = None, total: float | None = None, text: str | None = None) -> None:
+        """Move the line on."""
         fields = {} if text is None else {"text": text}
         self._progress.update(self._task, completed=completed, total=total, **fields)  # type: ignore[arg-type]
 
     def advance(self, by: float = 1) -> None:
         """Count `by` more as done."""
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, by)
+        self._progress.advance(self._task, by)
+
+    def say(self, text: str) -> None:
+        """Print above the line."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
+
+class PlainBar(Bar):
+    """Lines for a file or a pipe: one for each trial; what is counted at most every second, and at its end.
+
+    Args:
+        description: Begins each line.
+        total: What counts as all of it; None where that is not known.
+        write: Takes a line.
+        clock: Seconds that only grow.
+
+    Examples:
+        >>> bar = PlainBar("counting", 2, print, clock=lambda: 0.0)
+        >>> bar.advance()
+        counting: 1 of 2
+        >>> bar.advance()
+        counting: 2 of 2
+    """
+
+    def __init__(
+        self, description: str, total: float | None, write: Callable[[str], None], clock: Callable[[], float]
+    ) -> None:
+        """Begin at nothing done."""
+        self._description, self._total, self._write, self._clock = description, total, write, clock
+        self._done, self._text = 0.0, ""
+        self._started = clock()
+        self._told: float | None = None
+        self._lock = threading.Lock()
+
+    def update(self, *, completed: float | None = None, total: float | None = None, text: str | None = None) -> None:
+        """Note what is going on, and write it when it is a trial or a second has passed."""
+        with self._lock:
+            news = text is not None and text != self._text
+            counted = completed is not None and completed != self._done
+            self._done = self._done if completed is None else completed
+            self._total = self._total if total is None else total
+            self._text = self._text if text is None else text
+            if self._total is None:
+                due = news
+            else:
+                due = (news or counted) and (self._silence() >= SHORTEST_PAUSE or self._done >= self._total)
+            if due:
+                self._tell()
+
+    def advance(self, by: float = 1) -> None:
+        """Count `by` more as done."""
+        self.update(completed=self._done + by)
+
+    def say(self, text: str) -> None:
+        """Write a line of its own."""
+        with self._lock:
+            self._write(f"{self._description}: {text}")
+
+    def tick(self) -> None:
+        """Write again what is going on where nothing was written for `LONGEST_SILENCE`."""
+        with self._lock:
+            if self._clock() - (self._started if self._told is None else self._told) >= LONGEST_SILENCE:
+                self._tell()
+
+    def _silence(self) -> float:
+        """Seconds since the last line; endless before the first."""
+        return float("inf") if self._told is None else self._clock() - self._told
+
+    def _tell(self) -> None:
+        count = "" if self._total is None else f"{self._done:g} of {self._total:g}"
+        words = ", ".join(part for part in (count, self._text) if part) or "working"
+        self._told = self._clock()
+        passed = self._told - self._started
+        self._write(f"{self._description}: {words}" + (f" (after {format_seconds(passed)})" if passed >= 1 else ""))
 
 
 @contextmanager
 def progress_bar(description: str, total: float | None = None, enabled: bool = True) -> Iterator[Bar]:
-    """Show a progress line while the block runs.
+    """Show progress on standard error while the block runs.
+
+    A terminal and a notebook get a bar. Anything else, such as a log file, gets plain lines: one for each trial, one a
+    second at most for layers and steps, and one at least every ten seconds.
 
     Args:
         description: What is done, at the start of the line.
@@ -54,18 +151,48 @@ def progress_bar(description: str, total: float | None = None, enabled: bool = T
         ...     for i in range(3):
         ...         bar.advance()
     """
-    if not enabled:
-        yield Bar(None, None)
+    if not enabled or sys.stderr is None:
+        yield Bar()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=False) as progress:
-        yield Bar(progress, progress.add_task(description, total=total, text=""))
+    console = Console(stderr=True)
+    if console.is_interactive or console.is_jupyter:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=console, transient=False) as progress:
+            yield LiveBar(progress, progress.add_task(description, total=total, text=""))
+        return
+    bar, ended = PlainBar(description, total, _write_line, time.monotonic), threading.Event()
+    beat = threading.Thread(target=keep_ticking, args=(bar, ended.wait), name="mlx_tune progress", daemon=True)
+    beat.start()
+    try:
+        yield bar
+    finally:
+        ended.set()
+        beat.join()
+
+
+def keep_ticking(bar: PlainBar, wait: Callable[[float], bool]) -> None:
+    """Let a bar write when its time has come, until it has ended.
+
+    Args:
+        bar: The bar.
+        wait: Waits for so many seconds; True says that the bar has ended.
+    """
+    while not wait(SHORTEST_PAUSE):
+        try:
+            bar.tick()
+        except (OSError, ValueError):  # whoever read is gone, which is no reason to stop working
+            return
+
+
+def _write_line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

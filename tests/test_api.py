@@ -22,7 +22,7 @@ FLOORS = [
     ["devices"],
     ["memory", "state"],
     ["timing"],
-    ["graphs", "wiring"],
+    ["graphs", "wiring", "half_precision"],
     ["limits"],
     ["checkpointing"],
     ["batching", "quantization"],

@@ -20,6 +20,7 @@ from mlx_tune.batching.refusals import too_large, used_up
 from mlx_tune.batching.result import AutobatchResult, Trial
 from mlx_tune.batching.session import Session
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import MemoryBudget, resolve_budget
 from mlx_tune.progress import progress_bar
@@ -137,6 +138,7 @@ def autobatch(
                 if ranks.size > 1:
                     probe.agree, probe.largest = ranks.agree, lambda value: -ranks.smallest(-value)
                 session = Session(_through(probe, note, ranks), sizes, int(allowed), steps, bar)
+                session.notes += slow_half_precision(state, bar)
                 estimate = floor_of(step, make_batch, state)
                 session.look_ahead(ranks.largest_estimate(estimate), lambda n: ranks.any(lambda: probe.warm(n)))
                 accept = _canary(step, make_batch, state, before, ranks) if canary else None

@@ -15,6 +15,7 @@ from mlx_tune.checkpointing.measure import Measured, Measurements
 from mlx_tune.checkpointing.planned import CheckpointPlan, MeasuredChoice, PlannedBlock
 from mlx_tune.checkpointing.survey import Survey
 from mlx_tune.errors import BudgetError
+from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.memory import resolve_budget
 from mlx_tune.progress import progress_bar
@@ -91,6 +92,7 @@ def plan_checkpoints(
     allowed = resolve_budget(budget)
     whole = (model, state)
     with uninterrupted(), Snapshot(whole, spill=True), progress_bar("plan checkpoints", enabled=progress) as bar:
+        notes = slow_half_precision(whole, bar)
         survey = Survey(model, step, make_batch, batch_size, whole, select, bar)
         if survey.floor(survey.all) > allowed:
             raise does_not_fit(survey, int(allowed))
@@ -100,7 +102,7 @@ def plan_checkpoints(
             mx.eval(list(arrays_of(batch)))
         real = Measurements(model, survey.paths, step, batch, whole, int(allowed), steps, bar)
         best = _fastest(survey, real, int(allowed))
-        return _result(survey, real, best, int(allowed))
+        return _result(survey, real, best, int(allowed), notes)
 
 
 def does_not_fit(survey: Survey, budget_bytes: int) -> BudgetError:
@@ -200,10 +202,9 @@ def _predicted_seconds(survey: Survey, real: Measurements, best: Measured) -> fl
     return max(0.0, known.seconds - survey.extra(known.choice) + survey.extra(best.choice))
 
 
-def _result(survey: Survey, real: Measurements, best: Measured, budget_bytes: int) -> CheckpointPlan:
-    notes = []
+def _result(survey: Survey, real: Measurements, best: Measured, budget_bytes: int, notes: list[str]) -> CheckpointPlan:
     if math.isclose(survey.floor(survey.none), survey.floor(survey.all), rel_tol=0.01):
-        notes.append("Checkpointing saves this step nothing: its peak lies outside the blocks.")
+        notes = [*notes, "Checkpointing saves this step nothing: its peak lies outside the blocks."]
     rows = zip(survey.paths, best.choice, survey.extra_seconds, survey.kinds, strict=True)
     return CheckpointPlan(
         blocks=tuple(

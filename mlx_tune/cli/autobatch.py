@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_tune.cli.arguments import make_parser, print_result
 from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
-from mlx_tune.cli.output import is_first_rank, print_too_large, quiet_output, save_plot, show_progress
+from mlx_tune.cli.output import is_first_rank, print_too_large, quiet_output, save_plot
 from mlx_tune.errors import BudgetError
 
 _EXAMPLES = """\
@@ -66,7 +66,6 @@ def run(arguments: argparse.Namespace) -> int:
                 target_batch=arguments.target_batch,
                 prefer=arguments.prefer,
                 slowdown=arguments.slowdown,
-                progress=show_progress(arguments),
             )
             save_plot(result, arguments.plot)
     except BudgetError as error:

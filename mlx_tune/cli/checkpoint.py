@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_tune.cli.arguments import make_parser, print_result
 from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
-from mlx_tune.cli.output import is_first_rank, print_too_large, quiet_output, show_progress
+from mlx_tune.cli.output import is_first_rank, print_too_large, quiet_output
 from mlx_tune.errors import BudgetError
 
 _EXAMPLES = """\
@@ -48,7 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
                     ready.args,
                     optimizer=ready.optimizer,
                     budget=arguments.memory_budget,
-                    progress=show_progress(arguments),
                 )
     except BudgetError as error:
         print_too_large(error, arguments)

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(_list(arguments.json))
         return 0
     bench: bool | list[str] = arguments.bench or arguments.bench == []  # named, all of them, or none
-    diagnosis = diagnose(arguments.only, bench=bench, progress=sys.stderr.isatty() and not arguments.json)
+    diagnosis = diagnose(arguments.only, bench=bench, progress=sys.stderr.isatty() or bool(bench))
     if arguments.issue:
         print(diagnosis.issue())
     else:

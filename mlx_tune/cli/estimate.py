@@ -9,6 +9,7 @@ from typing import Any
 from mlx_tune.cli.arguments import make_parser
 from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
 from mlx_tune.cli.output import is_first_rank, quiet_output, save_plot
+from mlx_tune.progress import progress_bar
 from mlx_tune.units import format_bytes
 
 _EXAMPLES = """\
@@ -41,7 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     with quiet_output():
         ready = prepare_run(arguments, lazy=True)
-        estimate = lm.estimate_memory(ready.model, ready.train_set, ready.args, optimizer=ready.optimizer)
+        with progress_bar("estimate") as bar:
+            bar.update(text="reading the step's graph")
+            estimate = lm.estimate_memory(ready.model, ready.train_set, ready.args, optimizer=ready.optimizer)
         save_plot(estimate, arguments.plot)
     budget = None if arguments.memory_budget is None else resolve_budget(arguments.memory_budget)
     fits = budget is None or estimate.floor_bytes <= budget

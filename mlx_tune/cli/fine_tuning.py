@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_tune.cli.arguments import add_json, add_model
 from mlx_tune.cli.output import check_picture
+from mlx_tune.progress import progress_bar
 
 #: Options of the shared set that are settings of mlx-lm by the same name.
 _SETTINGS = (
@@ -89,4 +90,5 @@ def prepare_run(arguments: argparse.Namespace, *, lazy: bool = False) -> Any:
     check_picture(getattr(arguments, "plot", None))
     given = {name: getattr(arguments, name, None) for name in _SETTINGS}
     settings = read_settings({**given, "train": True}, arguments.config)
-    return prepare(settings, lazy=lazy, stand_in_rows=None if names_data(settings) else _STAND_IN_ROWS)
+    with progress_bar(f"loading {arguments.model}"):
+        return prepare(settings, lazy=lazy, stand_in_rows=None if names_data(settings) else _STAND_IN_ROWS)

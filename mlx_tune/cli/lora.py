@@ -18,10 +18,10 @@ from mlx_tune.cli.output import (
     is_first_rank,
     print_too_large,
     quiet_output,
-    show_progress,
     write_whole,
 )
 from mlx_tune.errors import BudgetError, InvalidArgumentError
+from mlx_tune.progress import progress_bar
 from mlx_tune.units import format_bytes
 
 _EXAMPLES = """\
@@ -120,7 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise InvalidArgumentError("Nothing to do: give --train, --test or both.")
         if settings["train"]:
             check_place("--adapter-path", Path(settings["adapter_path"]) / "adapters.safetensors")
-        ready = prepare({**settings, **_numbers(settings)}, adapters=bool(settings["train"]))
+        with progress_bar(f"loading {settings['model']}"):
+            ready = prepare({**settings, **_numbers(settings)}, adapters=bool(settings["train"]))
         result = None
         if settings["train"]:
             try:
@@ -215,7 +216,6 @@ def _choose(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace)
     shared: dict[str, Any] = {
         "optimizer": ready.optimizer,
         "budget": settings["memory_budget"],
-        "progress": show_progress(arguments),
     }
     sizes: dict[str, Any] = {"valid_set": ready.valid_set, "target_batch": settings["target_batch"]}
     if batch == "largest":

@@ -32,11 +32,6 @@ def is_first_rank() -> bool:
     return mx.distributed.init().rank() == 0
 
 
-def show_progress(arguments: argparse.Namespace) -> bool:
-    """Whether a progress line is of use: somebody is watching."""
-    return sys.stderr.isatty()
-
-
 def print_too_large(error: BudgetError, arguments: argparse.Namespace) -> None:
     """Say that something does not fit: as JSON on standard output where that was asked for, else as a line."""
     text = " ".join(str(error).split())

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tune.cli.arguments import add_json, add_model, make_parser, print_result
-from mlx_tune.cli.output import check_place, is_first_rank, quiet_output, show_progress, write_whole
+from mlx_tune.cli.output import check_place, is_first_rank, quiet_output, write_whole
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.progress import progress_bar
 
 _EXAMPLES = """\
   mlx-tune quantize --model models/mine --mlx-path models/mine-4bit
@@ -91,9 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.method in ("gptq", "dwq") and arguments.calibration is None and not arguments.plan:
         raise InvalidArgumentError(f"--method {arguments.method} learns from text: give it with --calibration FILE.")
     with quiet_output():
-        model, tokenizer, config, folder = lm.load(
-            arguments.model, lazy=True, trust_remote_code=bool(arguments.trust_remote_code)
-        )
+        with progress_bar(f"loading {arguments.model}"):
+            model, tokenizer, config, folder = lm.load(
+                arguments.model, lazy=True, trust_remote_code=bool(arguments.trust_remote_code)
+            )
         shared: dict[str, Any] = {
             "mode": arguments.mode,
             "overrides": overrides or None,
@@ -115,11 +117,11 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.bits,
                 arguments.group_size,
                 evaluation=_batches(tokenizer, arguments.evaluation, arguments.evaluation_samples, arguments),
-                progress=show_progress(arguments),
                 **shared,
             )
             if is_first_rank():
-                lm.save_quantized(str(target), model, tokenizer, config, source=folder)
+                with progress_bar(f"saving {target}"):
+                    lm.save_quantized(str(target), model, tokenizer, config, source=folder)
     if is_first_rank():
         if arguments.report is not None:
             write_whole(arguments.report, json.dumps(result.to_dict(), indent=2) + "\n")

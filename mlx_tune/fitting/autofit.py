@@ -21,6 +21,7 @@ from mlx_tune.fitting.result import Fit, Setting
 from mlx_tune.fitting.search import Search
 from mlx_tune.fitting.together import Together
 from mlx_tune.fitting.trials import Candidate, Trials
+from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import MemoryBudget, resolve_budget
 from mlx_tune.progress import progress_bar
@@ -127,6 +128,7 @@ def autofit(
         Snapshot(whole, spill=True) as before,
         progress_bar("autofit", enabled=progress and ranks.rank == 0) as bar,
     ):
+        notes += slow_half_precision(whole, bar)
         together = Together(ranks, before.restore)
         survey = Survey(model, step, make_batch, sizes[0], whole, select, bar, together.largest, blocks)
         trials = Trials(

@@ -80,6 +80,24 @@ def test_autobatch_prints_the_answer_and_nothing_else_as_json(tool) -> None:
     assert answer["peak_bytes"] <= answer["budget_bytes"] == 200_000_000
 
 
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("estimate", "estimate: reading the step's graph"),
+        ("autobatch", "autobatch: trying batch size 1"),
+        ("checkpoint", "plan checkpoints: timing model.layers.0"),
+        ("fit", "autofit: largest batch with every block checkpointed"),
+    ],
+)
+def test_who_reads_a_log_hears_what_is_going_on(tool, command: str, line: str) -> None:
+    batch = ["--max-batch", "1"] if command in ("autobatch", "fit") else ["--batch-size", "1"]
+    code, out, err = tool(command, "--memory-budget", "1GB", "--json", *([] if command == "estimate" else batch))
+    assert code == 0
+    json.loads(out)
+    assert any(said.startswith(line) for said in err.splitlines())
+    assert "\x1b" not in err
+
+
 def test_autobatch_takes_a_slowdown(tool) -> None:
     code, _, err = tool("autobatch", "--memory-budget", "200MB", "--max-batch", "2", "--slowdown", "-1")
     assert code == 2

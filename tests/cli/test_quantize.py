@@ -44,19 +44,21 @@ def test_a_report_with_accuracy_is_written_whole(model_folder, text, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("words", "methods"),
+    ("words", "methods", "heard"),
     [
-        (["--method", "gptq"], {"gptq", "optimal"}),
-        (["--method", "dwq"], {"dwq", "gptq", "optimal"}),
-        (["--method", "nearest", "--target-bpw", 5], {"nearest"}),
+        (["--method", "gptq"], {"gptq", "optimal"}, "gptq"),
+        (["--method", "dwq"], {"dwq", "gptq", "optimal"}, "dwq"),
+        (["--method", "nearest", "--target-bpw", 5], {"nearest"}, "sensitivity"),
     ],
     ids=["gptq", "dwq", "target"],
 )
-def test_every_method_learns_from_a_file(model_folder, text, tmp_path: Path, capsys, words, methods) -> None:
+def test_every_method_learns_from_a_file(model_folder, text, tmp_path: Path, capsys, words, methods, heard) -> None:
     learn = ["--calibration", text, "--num-samples", 6, "--batch-size", 2, "--sequence-length", 24]
     place = ["--model", model_folder("tied"), "--mlx-path", tmp_path / "out"]
     assert quantize(*place, "--bits", 3, *words, *learn, "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert f"{heard}: " in err
     assert {layer["method"] for layer in report["layers"]} <= methods
     if "--target-bpw" in words:
         assert 3 < report["bits_per_weight"] <= 5

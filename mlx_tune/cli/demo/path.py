@@ -81,7 +81,8 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 def _tokens(run: _Run, corpus: Corpus, seed: int) -> tuple[Any, list[mx.array], list[mx.array]]:
     """A tokenizer of the text, rows to train on and held-out batches."""
-    tokenizer = small.train_tokenizer(corpus.training[::4] or corpus.training, _VOCABULARY, run.out / "tokenizer")
+    with progress_bar("training a tokenizer"):
+        tokenizer = small.train_tokenizer(corpus.training[::4] or corpus.training, _VOCABULARY, run.out / "tokenizer")
     folder = run.out / "text"
     rows, held_out = [], []
     for name, texts, batch_size, most in (("training", corpus.training, 1, 4000), ("held-out", corpus.held_out, 8, 4)):
@@ -172,7 +173,7 @@ def _quantize(
         for bits in _BITS:
             copy, _ = small.small_llama(_VOCABULARY)
             copy.update(model.parameters())
-            reports[bits] = mt.quantize_model(copy, bits, 64, evaluation=held_out, progress=False)
+            reports[bits] = mt.quantize_model(copy, bits, 64, evaluation=held_out)
             if bits == 4:
                 saved = save_quantized(run.out / "model-4bit", copy, tokenizer, config)
     accuracies = {bits: _accuracy(report) for bits, report in reports.items()}
