@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_tune.diagnosis.explanations.entry import Entry
+from mlx_tune.diagnosis.explanations.entry import MLX, Entry
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
@@ -18,5 +18,53 @@ ENTRIES: tuple[Entry, ...] = (
             "Without a GPU: `uv pip install 'mlx[cpu]'`.",
         ),
         ("https://ml-explore.github.io/mlx/build/html/install.html",),
+    ),
+    Entry(
+        "A quantized product that CUDA lacks",
+        r"No implementation for problem shape|has no CUDA implementation|\[QMM\] NYI",
+        "RuntimeError: [quantized_matmul] No implementation for problem shape: 2480x4096x128x1 activation: "
+        'bfloat16, bits: 4, group size: 64, mode: "affine".',
+        "The CUDA backend has no kernel for this product. The numbers are rows, outputs, inputs and batch. Its "
+        "kernels need an input width that is a multiple of 64 and of the group size, and the fast ones bfloat16"
+        " or float16 activations; small layers and float32 fall through. Metal and the processor take every "
+        "shape.",
+        (
+            "uv pip install -U 'mlx[cuda13]'   # later versions take more shapes and modes",
+            "Leave the narrow layers in full precision: `mt.quantize_model(model, 4, skip=['*embedder*'])`.",
+            "Compute in bfloat16: `model.set_dtype(mx.bfloat16)`.",
+            "A model that is quantized already: dequantize those layers when it is loaded.",
+        ),
+        (
+            "https://github.com/mflux-community/mflux/issues/563",
+            MLX + "issues/2536",
+            MLX + "issues/3122",
+            MLX + "blob/main/mlx/backend/cuda/quantized/quantized.cpp",
+        ),
+    ),
+    Entry(
+        "CUDA headers that are not found",
+        r"Can not find locations of CUDA headers",
+        "RuntimeError: Can not find locations of CUDA headers, please set environment variable CUDA_HOME or CUDA_PATH.",
+        "MLX compiles some kernels while it runs, and needs the headers of the CUDA runtime and of CCCL for it,"
+        " which its own packages do not always bring. Under pytest the process may die without this text.",
+        (
+            "uv pip install nvidia-cuda-runtime nvidia-cuda-cccl   # for cuda12 the names end in -cu12",
+            "Or point to an installed toolkit: `export CUDA_HOME=/usr/local/cuda`.",
+        ),
+        (MLX + "issues/3859", MLX + "pull/2906", MLX + "blob/main/mlx/backend/cuda/jit_module.cpp"),
+    ),
+    Entry(
+        "An illegal memory access on CUDA",
+        r"an illegal memory access was encountered|cudaErrorIllegalAddress",
+        "RuntimeError: cudaMallocManaged failed: an illegal memory access was encountered.",
+        "A kernel touched memory that is not there. CUDA reports it at a later call, so the call that the error"
+        " names is not the one at fault. Memory that ran out has shown itself like this, too. The process "
+        "cannot use the GPU again.",
+        (
+            "Start the process again, with a smaller batch or model first: `mt.autobatch(step, make_batch)` finds one.",
+            "If it returns with memory free, find the call: `CUDA_LAUNCH_BLOCKING=1` in the environment.",
+            "uv pip install -U 'mlx[cuda13]'",
+        ),
+        (MLX + "issues/2821",),
     ),
 )

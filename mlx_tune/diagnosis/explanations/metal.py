@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from mlx_tune.diagnosis.explanations.entry import MLX, Entry
+from mlx_tune.diagnosis.explanations.entry import MLX, MLX_EXAMPLES, MLX_VLM, Entry
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
         "The GPU watchdog",
-        r"kIOGPUCommandBufferCallbackErrorImpactingInteractivity|Impacting Interactivity"
-        r"|kIOGPUCommandBufferCallbackErrorTimeout|Caused GPU Timeout",
+        r"kIOGPUCommandBufferCallbackErrorImpactingInteractivity|Impacting Interactivity",
         "[METAL] Command buffer execution failed: Impacting Interactivity "
         "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity).",
         "macOS ended work that kept the GPU from drawing the screen for too long. Memory is not the trouble: one "
@@ -24,9 +23,60 @@ ENTRIES: tuple[Entry, ...] = (
         (MLX + "issues/3267",),
     ),
     Entry(
+        "GPU work that took too long",
+        r"Internal Error \(0000000e:Internal Error|kIOGPUCommandBufferCallbackErrorTimeout|Caused GPU Timeout",
+        "[METAL] Command buffer execution failed: Internal Error (0000000e:Internal Error)",
+        "A command buffer did not end within the few seconds that macOS allows. Single operations were too "
+        "large for it, several processes shared the GPU, a rank waited for another machine, or macOS moved "
+        "memory of a model that barely fits. Memory need not be full, and checkpointing, which adds work, does "
+        "not help against long operations.",
+        (
+            "Ask for less at once: a smaller batch, shorter sequences, a smaller `--prefill-step-size`.",
+            "Leave the GPU to one process.",
+            "Between machines, let the processor wait: `mx.distributed.all_sum(x, stream=mx.cpu)`.",
+            "If the machine swaps meanwhile (`mlx-tune doctor --only swap`), take less memory: a smaller or quantized "
+            "model.",
+        ),
+        (
+            MLX + "issues/1231",
+            MLX + "issues/1335",
+            MLX_EXAMPLES + "issues/1185",
+            MLX_EXAMPLES + "issues/664",
+        ),
+    ),
+    Entry(
+        "The GPU in the background of a phone",
+        r"BackgroundExecutionNotPermitted|Insufficient Permission \(to submit GPU work from background\)",
+        "[METAL] Command buffer execution failed: Insufficient Permission (to submit GPU work from background) "
+        "(00000006:kIOGPUCommandBufferCallbackErrorBackgroundExecutionNotPermitted)",
+        "iOS and iPadOS do not let an app use the GPU in the background, unless it has asked for a long task "
+        "with the GPU (from iOS 26). The error comes on a thread of Metal, so the app cannot catch it.",
+        (
+            "Stop generating before the app goes to the background, and go on after.",
+            "From iOS 26, ask for a background task with GPU resources (`BGContinuedProcessingTaskRequest`).",
+        ),
+        ("https://github.com/ml-explore/mlx-swift/issues/274", "https://github.com/mlalma/kokoro-ios/issues/18"),
+    ),
+    Entry(
+        "The GPU touched memory that is not there",
+        r"Invalid Resource \(00000009|kIOGPUCommandBufferCallbackErrorInvalidResource"
+        r"|GPU Address Fault|kIOGPUCommandBufferCallbackErrorPageFault",
+        "[METAL] Command buffer execution failed: Invalid Resource "
+        "(00000009:kIOGPUCommandBufferCallbackErrorInvalidResource)",
+        "A kernel used a buffer that was gone, or read or wrote beyond one. It is a fault of the kernel, one of"
+        " your own or one of MLX, or it follows from memory that ran out before.",
+        (
+            "uv pip install -U mlx mlx-lm mlx-vlm",
+            "In a kernel of your own, see that every index is below the array's size, and try it on small arrays.",
+            "If it comes only when memory is nearly full, take less: `mt.memory_budget()` says how much is free.",
+        ),
+        (MLX_VLM + "issues/270", MLX + "issues/3224"),
+    ),
+    Entry(
         "The GPU ignores what is submitted",
         r"kIOGPUCommandBufferCallbackErrorSubmissionsIgnored|Ignored \(for causing prior/excessive GPU errors\)"
-        r"|kIOGPUCommandBufferCallbackErrorInnocentVictim|Innocent Victim|kIOGPUCommandBufferCallbackErrorHang",
+        r"|kIOGPUCommandBufferCallbackErrorInnocentVictim|Innocent Victim|victim of GPU error"
+        r"|kIOGPUCommandBufferCallbackErrorHang",
         "[METAL] Command buffer execution failed: Ignored (for causing prior/excessive GPU errors) "
         "(00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored).",
         "An earlier piece of work failed, of this process or of a neighbour, and the driver refuses more. What counts "
@@ -88,5 +138,17 @@ ENTRIES: tuple[Entry, ...] = (
             "Where a GPU is not needed: `mx.set_default_device(mx.cpu)` as the first thing after the import.",
         ),
         (MLX + "issues/3397", MLX + "issues/3148", MLX + "pull/3428"),
+    ),
+    Entry(
+        "A custom kernel without its GPU",
+        r"\[(metal_kernel|custom_kernel)\] (No Metal back-end|Only supports the GPU)|\[cuda_kernel\] No CUDA back-end",
+        "RuntimeError: [cuda_kernel] No CUDA back-end.",
+        "The model calls a kernel that is written for another GPU than this machine's, or for a GPU at all while the "
+        "default device is the processor.",
+        (
+            "Run on the machine that it is written for: `mx.set_default_device(mx.gpu)` where there is one.",
+            "Elsewhere use the library's way around it; mlx-lm's models have one: `uv pip install -U mlx-lm`.",
+        ),
+        (MLX + "blob/main/mlx/backend/cuda/no_cuda.cpp", MLX + "blob/main/mlx/backend/metal/custom_kernel.cpp"),
     ),
 )

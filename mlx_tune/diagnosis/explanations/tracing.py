@@ -58,4 +58,46 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/3727", "https://github.com/ml-explore/mlx-lm/issues/1181"),
     ),
+    Entry(
+        "A compiled function that lost an array",
+        r"_Map_base::at|unordered_map::at",
+        "IndexError: _Map_base::at",
+        "While compiling, MLX did not find an array of the graph again. It is a fault in `mx.compile`, seen "
+        "with state that blocks write (running statistics, counters) inside checkpointing, and in versions "
+        "before 0.30.1. Arrays that the failed trace has left in the model can no longer be evaluated.",
+        (
+            "Make or load the model anew; then see whether it is compilation: `mx.disable_compile()` before the"
+            " first step.",
+            "uv pip install -U mlx mlx-tune-kit",
+            "Leave blocks that write state (`nn.BatchNorm` in training) without checkpointing, or the step uncompiled.",
+            "Declare all state that changes: `mx.compile(step, inputs=state, outputs=state)` with "
+            "`state = [model.state, optimizer.state, mx.random.state]`.",
+        ),
+        (MLX + "issues/2864", MLX + "issues/815"),
+    ),
+    Entry(
+        "A graph that is never evaluated",
+        r"Graph depth exceeded maximum allowed limit",
+        "RuntimeError: [eval] Graph depth exceeded maximum allowed limit. Try evaluating the graph more frequently.",
+        "Something has grown from step to step without being evaluated: a running sum, an average of weights, a"
+        " state that `mx.eval` is not given.",
+        (
+            "Evaluate everything that lives on, each step: `mx.eval(model.parameters(), optimizer.state, average)`.",
+            "Keep numbers, not arrays, of what is only reported: `total += loss.item()`.",
+        ),
+        (MLX + "issues/810",),
+    ),
+    Entry(
+        "A compiled kernel with too many arrays",
+        r"\[compile\] Too many inputs/outputs fused in the Metal Compiled primitive",
+        "[compile] Too many inputs/outputs fused in the Metal Compiled primitive which exhausted the available "
+        "argument buffers for the kernel.",
+        "Metal gives a kernel 31 buffers, and the compiler joined operations that need more. Derivatives of "
+        "derivatives make such graphs.",
+        (
+            "uv pip install -U mlx   # since 0.23.2 the compiler stops before",
+            "Compile smaller functions, or none: `mx.disable_compile()`.",
+        ),
+        (MLX + "issues/1880", MLX + "pull/1887"),
+    ),
 )
