@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_tune.errors import InvalidArgumentError
@@ -254,8 +254,8 @@ def confirmed(measure: Callable[[int], LimitTrial], trials: list[LimitTrial]) ->
         trials: What a search has measured.
 
     Returns:
-        The trials, those measured again with their second figures. The smallest that fits among them has
-        fitted twice.
+        The trials, those measured again with their second times and the higher of their peaks. The smallest that fits
+        among them has fitted twice.
     """
     trials, again = list(trials), set[int]()
     while True:
@@ -266,4 +266,5 @@ def confirmed(measure: Callable[[int], LimitTrial], trials: list[LimitTrial]) ->
         if best in again:
             return trials
         again.add(best)
-        trials[best] = measure(trials[best].limit_bytes)
+        second = measure(trials[best].limit_bytes)
+        trials[best] = replace(second, peak_bytes=max(second.peak_bytes, trials[best].peak_bytes))

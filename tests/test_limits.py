@@ -1,5 +1,7 @@
 """The search for the tightest limit: on made-up machines, whose answer is known, and on a real step."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -47,6 +49,12 @@ def test_a_limit_that_fitted_by_luck_is_given_up():
     kept = confirmed(measure, [trial(50), trial(20), trial(30)])
     assert measured == [20, 30]
     assert min(t.limit_bytes for t in kept if t.fits) == 30
+
+
+def test_of_two_peaks_under_a_limit_the_higher_counts():
+    first = replace(trial(20), peak_bytes=70)
+    assert confirmed(lambda limit: replace(trial(limit), peak_bytes=60), [first])[0].peak_bytes == 70
+    assert confirmed(lambda limit: replace(trial(limit), peak_bytes=80), [first])[0].peak_bytes == 80
 
 
 def test_nothing_to_confirm_where_nothing_fits():

@@ -48,6 +48,7 @@ class IsolatedProbe:
         self.factory, self.budget_bytes, self.timeout, self.journal = factory, budget_bytes, timeout, journal
         self.throttle = Throttle()
         self.unit = "rows"
+        self.seen: dict[int, list[tuple[int, int]]] = {}
 
     def trial(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
         """Measure one size in a child; one that does not come back makes a trial that does not fit.
@@ -60,13 +61,14 @@ class IsolatedProbe:
             "predicted_bytes": predicted_bytes,
             "steps": steps,
             "worst": list(self.throttle.worst.items()),
+            "seen": self.seen.get(size, []),
         }
         answer = self._ask(request, f"The trial of batch size {size}")
         if isinstance(answer, str):
             return [Trial(size, predicted_bytes, limit_bytes=self.budget_bytes, reason=answer)]
         for share, peak in answer["worst"]:
             self.throttle.note(float(share), peak)
-        self.unit = answer["unit"]
+        self.unit, self.seen[size] = answer["unit"], answer["seen"]
         return [Trial(**trial) for trial in answer["trials"]]
 
     def knots(self, sizes: Sequence[int]) -> dict[int, int]:
@@ -175,10 +177,12 @@ def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) 
     probe = Probe(step, make_batch, state, request["budget_bytes"])
     for share, peak in request["worst"]:
         probe.throttle.note(float(share), peak)
+    probe.seen[request["size"]] = [(limit, peak) for limit, peak in request["seen"]]
     trials = probe.trial(request["size"], request["predicted_bytes"], request["steps"])
     return {
         "trials": [asdict(trial) for trial in trials],
         "worst": list(probe.throttle.worst.items()),
+        "seen": probe.seen[request["size"]],
         "unit": probe.unit,
     }
 

@@ -65,6 +65,7 @@ class Probe:
         largest: The largest of all ranks' numbers. Every step that one rank takes, all take: what decides how many
             goes through here.
         unit: What `Trial.items` counts: "tokens" or "rows".
+        seen: For each size, the memory limit and the peak of every step so far.
     """
 
     step: Step
@@ -76,6 +77,7 @@ class Probe:
     agree: Callable[[Callable[[], Any]], Any] = lambda function: function()
     largest: Callable[[int], int] = lambda value: value
     unit: str = "rows"
+    seen: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     _warm: bool = False
     _shapes: dict[tuple[Any, ...], int] = field(default_factory=dict)
     _rows: set[tuple[int, int]] | None = None  # axes that were as long as the size, every time
@@ -150,7 +152,9 @@ class Probe:
             limit = self.throttle.limit_at(share, base, floor, self.budget_bytes)
             if share == holding and readings[0].limit_bytes <= self.budget_bytes:
                 limit = readings[0].limit_bytes  # the same share, of what was expected beforehand
-            taken = [] if unknown else [reading for reading in readings if reading.limit_bytes == limit]
+            taken = [reading for reading in readings if reading.limit_bytes == limit and not unknown]
+            if failed is not None:  # one step within the budget, after one that was not, may be a low one
+                taken, steps = [], max(steps, 2)
             trials[-1] = self._steps(replace(trial, limit_bytes=limit), batch, steps, taken)
             peak = trials[-1].peak_bytes or 0
             self.throttle.note(share, (peak - base) / added)
@@ -187,21 +191,29 @@ class Probe:
         return max(lower, default=0.0)
 
     def _steps(self, trial: Trial, batch: Any, steps: int, taken: list[_Reading]) -> Trial:
-        """Take real steps under the trial's limit, those taken already included, until one is above the budget."""
+        """Take real steps under the trial's limit, those taken already included, until one is above the budget.
+
+        Peaks scatter, and a limit that is raised brings none down: what was seen at this size under the limit, or a
+        lower one, can happen again.
+        """
         readings = list(taken)
-        while len(readings) < steps and all(reading.peak_bytes <= self.budget_bytes for reading in readings):
+        while len(readings) < steps and self._highest(trial) <= self.budget_bytes:
             # The cache gets what the peak so far leaves; before the first step that is nothing.
             peak = max((reading.peak_bytes for reading in readings), default=self.budget_bytes)
             readings.append(self._run(batch, trial.limit_bytes, trial, self._cache_room(peak)))
-        peak = max(reading.peak_bytes for reading in readings)
+        peak = self._highest(trial)
         return replace(
             trial,
             peak_bytes=peak,
             cache_limit_bytes=self._cache_room(peak),
-            seconds=min(reading.seconds for reading in readings),
+            seconds=min((reading.seconds for reading in readings), default=None),
             steps=len(readings),
             fits=peak <= self.budget_bytes,
         )
+
+    def _highest(self, trial: Trial) -> int:
+        """The highest peak seen so far at a trial's size, under its limit or a lower one."""
+        return max((peak for limit, peak in self.seen[trial.batch_size] if limit <= trial.limit_bytes), default=0)
 
     def _learn(self, batch: Any, base: int, trial: Trial) -> list[_Reading]:
         """Read the floor a few times, and see how peaks rise with the limit while there is room for that."""
@@ -301,6 +313,7 @@ class Probe:
                 raise TrialError(fault.format(size=trial.batch_size))
 
         self.agree(see)
+        self.seen.setdefault(trial.batch_size, []).append((limit, reading.peak_bytes))
         return reading
 
     def _together(self, batch: Any, limit: int, size: int, cache: int | None) -> _Reading:

@@ -121,6 +121,7 @@ def limit_trials(
         if peak <= budget_bytes:
             # An overshoot is the size of what was queued last: about the same under a slightly higher limit.
             higher = budget_bytes - round(1.25 * (peak - limit))
+            higher = min(higher, (limit + _broken(trials, budget_bytes)) // 2)
             if peak <= limit or higher < 1.02 * limit:
                 break
             limit = higher
@@ -132,5 +133,17 @@ def limit_trials(
 
 
 def best_trial(trials: Sequence[StepTrial], budget_bytes: int) -> StepTrial | None:
-    """The trial with the highest limit among those that stay within the budget: less throttling is never slower."""
-    return max((t for t in trials if t.peak_bytes <= budget_bytes), key=lambda t: t.limit_bytes or 0, default=None)
+    """The trial with the highest limit among those that stay within the budget: less throttling is never slower.
+
+    Peaks scatter: a limit under which one stayed within the budget is no better than a lower one under which one did
+    not.
+    """
+    broken = _broken(trials, budget_bytes)
+    fitting = [t for t in trials if t.peak_bytes <= budget_bytes and (t.limit_bytes or 0) < broken]
+    return max(fitting, key=lambda t: t.limit_bytes or 0, default=None)
+
+
+def _broken(trials: Sequence[StepTrial], budget_bytes: int) -> int:
+    """The lowest limit under which a peak left the budget; twice the budget where none did."""
+    over = [t.limit_bytes or 0 for t in trials if t.peak_bytes > budget_bytes]
+    return min(over, default=2 * budget_bytes)

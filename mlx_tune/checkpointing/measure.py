@@ -17,6 +17,8 @@ from mlx_tune.units import format_bytes
 
 #: A choice whose fastest step took this much longer than another's is not timed against it once more.
 HOPELESS = 1.15
+#: Steps that stayed within the budget since one that did not, before a choice is answered.
+LEAST_RUNS = 2
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Measured:
         peak_bytes: The highest peak under that limit.
         seconds: The fastest step under that limit.
         fits: Whether the peak is within the budget.
+        runs: How many steps that limit was tried with since a peak last left the budget, under any.
     """
 
     choice: Choice
@@ -36,6 +39,7 @@ class Measured:
     peak_bytes: int
     seconds: float
     fits: bool
+    runs: int = 0
 
 
 class Measurements:
@@ -96,8 +100,10 @@ class Measurements:
             undo()
         best = best_trial(trials, self.budget_bytes)
         shown = best or min(trials, key=lambda t: t.peak_bytes)
+        since = trials[trials.index(shown) :]
+        runs = self.steps if all(t.peak_bytes <= self.budget_bytes for t in since) else 0
         self.made[choice] = Measured(
-            choice, shown.limit_bytes or self.budget_bytes, shown.peak_bytes, shown.seconds, best is not None
+            choice, shown.limit_bytes or self.budget_bytes, shown.peak_bytes, shown.seconds, best is not None, runs
         )
         return self.made[choice]
 
@@ -122,6 +128,8 @@ class Measurements:
     def hold(self, measured: Measured) -> Measured:
         """Run a choice some more, and lower its limit where its peak leaves the budget: peaks differ from step to step.
 
+        One step within the budget, after one that was not, may be a low one: at least two decide.
+
         Args:
             measured: A choice that was run.
 
@@ -145,7 +153,7 @@ class Measurements:
     def _again(self, measured: Measured, limit: int) -> None:
         self.bar.update(text=f"{sum(measured.choice)} of {len(measured.choice)} blocks under {format_bytes(limit)}")
         measured.limit_bytes = limit
-        for _ in range(self.steps):
+        for _ in range(max(self.steps, LEAST_RUNS)):
             self._count(measured, self._run(limit))
 
     def _count(self, measured: Measured, trial: StepTrial) -> None:
@@ -153,6 +161,7 @@ class Measurements:
         measured.seconds = min(measured.seconds, trial.seconds)
         measured.peak_bytes = max(measured.peak_bytes, trial.peak_bytes)
         measured.fits = measured.peak_bytes <= self.budget_bytes
+        measured.runs = measured.runs + 1 if measured.fits else 0
 
     def once(self, measured: Measured) -> float:
         """One more step of a choice under its limit; returns its seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -93,7 +94,11 @@ class Search:
             finished = self.trials.in_turns(contenders, max(3, 4 * self.trials.steps + 1))
             for other in others:  # they were held against the one that was the fastest then
                 other.fall_back(contenders[0].behind)
-        return self.settle(finished, keep_usual)
+        best = self.settle(finished, keep_usual)
+        while not self.trials.steady(best):
+            finished = [c for c in finished if c.fits] or [c for c in self.candidates if c.fits] or [self.last_resort()]
+            best = self.settle(finished, keep_usual)
+        return best
 
     def largest(self, choice: Choice, goal: int | None = None) -> int | None:
         """The largest batch whose floor under a choice leaves the margin."""
@@ -259,8 +264,11 @@ class Search:
 
         def level(candidate: Candidate) -> bool:
             doubt = candidate.standing.uncertainty if candidate.standing and candidate.known_as else 0.0
-            return candidate.behind <= max(self.tolerance, min(doubt, 2 * self.tolerance))
+            return candidate.behind - lead <= max(self.tolerance, min(doubt, 2 * self.tolerance))
 
+        lead = min(c.behind for c in finished)
+        if lead == math.inf:  # none of them was timed in turns
+            return max(finished, key=lambda c: c.rows_per_second)
         equals = [c for c in finished if level(c)]
         if keep_usual:
             equals = [c for c in equals if c.batch_size >= USUAL_BATCH] or equals

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.checkpointing.choose import Choice
-from mlx_tune.checkpointing.measure import Measured, Measurements
+from mlx_tune.checkpointing.measure import LEAST_RUNS, Measured, Measurements
 from mlx_tune.checkpointing.survey import Survey
 from mlx_tune.errors import BudgetError
 from mlx_tune.fitting.race import Standing, race
@@ -122,6 +122,15 @@ class Trials:
         if not finished:
             raise self.nothing_fits(min(racers, key=lambda c: c.peak_bytes))
         return sorted(finished, key=lambda c: c.behind)
+
+    def steady(self, candidate: Candidate) -> bool:
+        """See that a setting stays within the budget in enough steps since one that did not, under some limit."""
+        measured = candidate.measured
+        assert measured is not None
+        if measured.fits and measured.runs < LEAST_RUNS:
+            self._take_batch(candidate.batch_size)
+            self._real[candidate.batch_size].hold(measured)
+        return measured.fits
 
     def _one_turn(self, candidate: Candidate) -> float:
         """One more step of a setting; seconds for each row, infinite where no limit holds it within the budget."""

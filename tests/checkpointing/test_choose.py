@@ -130,3 +130,25 @@ def test_nothing_fits_where_the_floor_was_underestimated():
 def test_the_highest_limit_that_fits_is_the_best_however_long_it_happened_to_take():
     trials = [StepTrial(10, 10, 1.0), StepTrial(20, 20, 1.1), StepTrial(30, 30, 0.1)]
     assert best_trial(trials, 25) is trials[1]
+
+
+@given(st.lists(st.floats(0.9, 1.1), min_size=8, max_size=8), st.integers(700, 1000))
+def test_no_limit_is_chosen_above_one_that_was_seen_to_break_the_budget(scatter, floor):
+    """A peak that stays within the budget under a higher limit is a low one."""
+    luck = iter(scatter)
+
+    def run(limit):
+        return StepTrial(limit, round(max(floor, min(1200, limit * 1.05)) * next(luck)), 1.0)
+
+    trials = limit_trials(run, floor, 1000)
+    assert len(trials) <= 4
+    best = best_trial(trials, 1000)
+    if best is not None:
+        assert all(t.peak_bytes <= 1000 or t.limit_bytes > best.limit_bytes for t in trials)
+
+
+def test_a_limit_is_not_raised_past_one_that_broke_the_budget():
+    peaks = iter([1010, 700, 900, 1001])
+    trials = limit_trials(lambda limit: StepTrial(limit, next(peaks), 1.0), 700, 1000)
+    assert max(t.limit_bytes for t in trials[1:]) < trials[0].limit_bytes
+    assert best_trial([StepTrial(10, 30, 1.0), StepTrial(20, 20, 1.0)], 25) is None

@@ -90,3 +90,22 @@ def test_what_no_lower_limit_holds_does_not_fit(monkeypatch):
     steps = Steps(monkeypatch, {ONE: [1.0] * 20}, peak=lambda limit: 1100)
     assert not steps.real.hold(measured(ONE, 1.0)).fits
     assert [limit for _, limit in steps.runs[::2]] == [900, 775, 650, 525, 400]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_two_steps_at_least_decide_after_one_that_left_the_budget(monkeypatch, count):
+    high = max(count, 2) - 1
+    peaks = iter([900] * high + [1100] + [900] * high + [990] * 20)
+    steps = Steps(monkeypatch, {ONE: [1.0] * 20}, peak=lambda limit: next(peaks))
+    steps.real.steps = count
+    held = steps.real.hold(measured(ONE, 1.0))
+    assert (held.fits, held.peak_bytes, held.runs) == (True, 990, max(count, 2))
+
+
+def test_how_often_a_limit_was_tried_since_a_peak_left_the_budget_is_known(monkeypatch):
+    peaks = iter([0, 850, 850, 850, 1100, 700])  # the first step warms up
+    steps = Steps(monkeypatch, {ONE: [1.0] * 20}, peak=lambda limit: next(peaks))
+    found = steps.real.fit(ONE, 400)
+    assert (found.fits, found.peak_bytes, found.runs) == (True, 850, 0)  # a higher limit left it since
+    steps.real.once(found)
+    assert (found.fits, found.peak_bytes, found.runs) == (True, 850, 1)

@@ -320,3 +320,33 @@ def test_only_the_batch_that_runs_is_held(monkeypatch):
     machine.search(25_000)
     assert len(batches) > 5
     assert set(held) == {1}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("scatter", [0.02, 0.06, 0.15])
+def test_a_setting_is_chosen_on_two_steps_since_one_that_left_the_budget(monkeypatch, scatter, steps):
+    """And its peak is the highest under its limit since then."""
+    budget, broken, lost, runs = 40_000, 0, [], []
+    for seed in range(12):
+        machine = Machine(monkeypatch, 1.0, 0.1, 0.01, seed=seed, ahead=1.4)
+        draw, plain, peaks = random.Random(seed), machine.run_step, []
+
+        def run_step(step, args, state, limit, draw=draw, plain=plain, peaks=peaks, machine=machine):
+            trial = plain(step, args, state, limit)
+            peak = round(trial.peak_bytes * (1 + scatter * (draw.random() < 0.3)))
+            peaks.append((*machine.runs[-1], peak))
+            return StepTrial(limit, peak, trial.seconds)
+
+        monkeypatch.setattr(measuring, "run_step", run_step)
+        _, best = machine.search(budget, steps=steps)
+        own = [(limit, peak) for n, blocks, limit, peak in peaks if (n, blocks) == (best.batch_size, sum(best.choice))]
+        last = max((i for i, (_, peak) in enumerate(own) if peak > budget), default=-1)
+        since = [peak for limit, peak in own[last + 1 :] if limit == best.measured.limit_bytes]
+        assert len(since) >= 2
+        assert max(since) <= best.peak_bytes <= budget
+        broken += last >= 0
+        lost.append(1 - machine.rate(best.batch_size, sum(best.choice)) / machine.best_known(budget))
+        runs.append(len(peaks))
+    assert broken  # it was put to the test
+    assert sum(lost) / len(lost) < 0.1
+    assert sum(runs) / len(runs) < 100
