@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_tune.batching.journal import Journal
@@ -177,6 +177,7 @@ def unsynced():
 
 
 @pytest.mark.usefixtures("unsynced")
+@settings(deadline=None)
 @given(
     st.one_of(
         st.binary(max_size=200),
