@@ -43,7 +43,7 @@ class Machine(Probe):
 
 
 def searched(machine, estimate=lambda n: BASE + n * ROW, steps=2):
-    session = Session(machine, range(1, 10**6), machine.budget_bytes, steps, Bar(None, None))
+    session = Session(machine, range(1, 10**6), machine.budget_bytes, steps, Bar())
     session.look_ahead(estimate, lambda n: False)
     found = session.largest()
     return session, None if found.size is None else session.known[found.size]

@@ -50,7 +50,7 @@ class Machine:
 
 
 def session(machine, sizes=range(1, 10**6), estimate=floor, made=False):
-    search = Session(machine, sizes, BUDGET, 2, Bar(None, None))
+    search = Session(machine, sizes, BUDGET, 2, Bar())
     if estimate is not None:
         search.look_ahead(estimate, lambda n: made)
     return search

@@ -247,7 +247,7 @@ def predicted(name: str, shares: tuple[float, ...]) -> list[list[str]]:
             workload.batch_size,
             workload.state,
             None,
-            Bar(None, None),
+            Bar(),
         )
         survey.study()
         uniform = {

@@ -18,7 +18,7 @@ class Steps:
         self.seconds = {choice: iter(values) for choice, values in seconds.items()}
         self.peak, self.runs = peak, []
         monkeypatch.setattr(measuring, "run_step", self.run_step)
-        self.real = Measurements(self.model, ("layers.0", "layers.1"), None, None, (), 1000, 2, Bar(None, None))
+        self.real = Measurements(self.model, ("layers.0", "layers.1"), None, None, (), 1000, 2, Bar())
 
     def run_step(self, step, args, state=(), limit_bytes=None):
         choice = tuple(map(is_checkpointed, self.model.layers))

@@ -102,7 +102,7 @@ class Machine:
         return n
 
     def search(self, budget, sizes=range(1, 1 << 32), keep_usual=True, recover=lambda: None, **options):
-        bar = Bar(None, None)
+        bar = Bar()
         options = {"steps": 2, "throttle": True, "tolerance": 0.01, **options}
         trials = Trials(self.survey, budget, together=Together(Ranks(None), recover), bar=bar, **options)
         search = Search(self.survey, sizes, trials, bar)
