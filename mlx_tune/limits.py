@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.graphs.calls import taking
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import memory_limit
@@ -136,7 +137,8 @@ def tightest_limit(
 
     Args:
         step: `step(*args)` runs one training step and returns arrays.
-        *args: What to call it with, evaluated or not.
+        *args: What to call it with, evaluated or not; a single tuple or dictionary is spread over the step's
+            arguments where it takes more than one.
         state: What the step changes: `(model, optimizer)`.
         slowdown: How much longer a step may take than a free one; 0.02 is two per cent.
         repeats: The most turns of a free and a limited step for one limit; fewer where the answer is clear.
@@ -146,7 +148,7 @@ def tightest_limit(
         The limit, with the table of limits, peaks and times it was chosen from.
 
     Raises:
-        InvalidArgumentError: `slowdown` is negative or `repeats` below 1.
+        InvalidArgumentError: `slowdown` is negative, `repeats` below 1, or the step takes no such batch.
         TrialError: The step returns no array.
 
     Examples:
@@ -163,6 +165,7 @@ def tightest_limit(
     mx.eval(list(arrays_of(args)), list(arrays_of(state)))
     with uninterrupted(), Snapshot(state, spill=True), progress_bar("tightest limit", enabled=progress) as bar:
         notes = slow_half_precision((args, state), bar)
+        step = taking(step, args, state)
         for _ in range(2):  # traces, kernels and the optimizer's state are made in the first steps
             run_step(step, args, state)
             bar.update(text="warming up")

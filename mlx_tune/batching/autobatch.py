@@ -20,6 +20,7 @@ from mlx_tune.batching.refusals import too_large, used_up
 from mlx_tune.batching.result import AutobatchResult, Trial
 from mlx_tune.batching.session import Session
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.graphs.calls import step_of_batches
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import MemoryBudget, resolve_budget
@@ -60,8 +61,9 @@ def autobatch(
     interrupted; it waits on disk meanwhile, so that trials have the memory that training will have.
 
     Args:
-        step: Runs one real training step on a batch (forward, gradients, update) and returns arrays, the loss first.
-        make_batch: Makes a batch of n rows, as long as rows ever get.
+        step: `step(batch)`, `step(x, y)` or `step(**batch)`, as its signature asks for, runs one real training step
+            (forward, gradients, update) and returns arrays, the loss first.
+        make_batch: Makes a batch of n rows, as long as rows ever get: an array, a tuple or a dictionary.
         budget: Bytes, text such as "24GB", a share of what is free such as 0.8, or None for `memory_budget()`.
         min_batch: The smallest size that may be answered.
         max_batch: The largest, such as the rows of the data set; None for no maximum.
@@ -87,7 +89,8 @@ def autobatch(
         The batch size, its limit and peak, and the trials; train inside `with result.applied():`.
 
     Raises:
-        InvalidArgumentError: Arguments that contradict one another, or mean nothing.
+        InvalidArgumentError: Arguments that contradict one another, or mean nothing, or a batch that the step does not
+            take.
         BudgetError: Not even the smallest size fits; the text says by how much.
         TrialError: The step or the batches cannot be measured; the text says why.
         MlxTuneError: Too little free disk for what has to wait there.
@@ -134,6 +137,7 @@ def autobatch(
             assert make_batch is not None
             ranks.agree(lambda: used_up(allowed, state))
             with uninterrupted(), quick_collections(), ranks.agree(lambda: Snapshot(state, spill=True)) as before:
+                step = ranks.agree(partial(step_of_batches, step, make_batch, sizes[0], state))
                 probe = Probe(step, make_batch, state, int(allowed), restore=before.restore)
                 if ranks.size > 1:
                     probe.agree, probe.largest = ranks.agree, lambda value: -ranks.smallest(-value)

@@ -78,12 +78,12 @@ def _loss(
     return float(arrays[0].astype(mx.float32).mean().item())
 
 
-def _repeat(tree: Any, size: int) -> Any:
+def _repeat(row: Any, size: int) -> Any:
     import mlx.core as mx
 
-    def repeat(array: Any) -> Any:
-        if not isinstance(array, mx.array):
-            return array
+    from mlx_tune.graphs.trees import arrays_of, with_arrays
+
+    def repeated(array: mx.array) -> mx.array:
         if array.ndim == 0 or array.shape[0] != 1:
             raise TrialError(
                 f"canary=True repeats the row of make_batch(1), but one of its arrays has shape {list(array.shape)} "
@@ -91,11 +91,7 @@ def _repeat(tree: Any, size: int) -> Any:
             )
         return mx.repeat(array, size, axis=0)
 
-    if isinstance(tree, dict):
-        return {name: _repeat(value, size) for name, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_repeat(value, size) for value in tree)
-    return repeat(tree)
+    return with_arrays(row, map(repeated, arrays_of(row)))
 
 
 def _modules(state: Any) -> list[Any]:

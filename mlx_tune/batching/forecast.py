@@ -124,7 +124,7 @@ def read_ahead(
     return Forecast(estimate, sizes, budget_bytes, None if made else known)
 
 
-def floor_of(step: Callable[[Any], Any], make_batch: Callable[[int], Any], state: Any) -> Callable[[int], int]:
+def floor_of(step: Callable[..., Any], make_batch: Callable[[int], Any], state: Any) -> Callable[[int], int]:
     """The estimate of one step's floor as a function of the batch size.
 
     What else is held in the process counts, too: a trial's peak includes it.

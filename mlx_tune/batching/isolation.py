@@ -173,7 +173,9 @@ def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) 
     from dataclasses import asdict
 
     from mlx_tune.batching.probe import Probe
+    from mlx_tune.graphs.calls import step_of_batches
 
+    step = step_of_batches(step, make_batch, request["size"], state)
     probe = Probe(step, make_batch, state, request["budget_bytes"])
     for share, peak in request["worst"]:
         probe.throttle.note(float(share), peak)
@@ -190,8 +192,10 @@ def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) 
 def _knots(request: dict[str, Any], step: Any, make_batch: Any, state: Any) -> dict[str, Any]:
     from mlx_tune.batching.forecast import floor_of, read_ahead
     from mlx_tune.batching.probe import Probe
+    from mlx_tune.graphs.calls import step_of_batches
 
     sizes: Sequence[int] = range(*request["range"]) if request["range"] else request["sizes"]
+    step = step_of_batches(step, make_batch, sizes[0], state)
     probe = Probe(step, make_batch, state, request["budget_bytes"])
     try:
         knots = read_ahead(floor_of(step, make_batch, state), probe.warm, sizes, probe.budget_bytes).knots

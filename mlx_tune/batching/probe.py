@@ -18,7 +18,7 @@ from mlx_tune.memory import track_memory
 from mlx_tune.timing import arrays_of
 from mlx_tune.units import format_bytes
 
-Step = Callable[[Any], Any]
+Step = Callable[..., Any]
 MakeBatch = Callable[[int], Any]
 
 #: Texts of the errors by which MLX's allocators refuse; anything else that a step raises is the user's to see.

@@ -30,7 +30,7 @@ SLACKS = (ESTIMATE_MARGIN, 0.1, OVERSHOOT)
 
 def plan_checkpoints(
     model: nn.Module,
-    step: Callable[[Any], Any],
+    step: Callable[..., Any],
     make_batch: Callable[[int], Any],
     *,
     batch_size: int,
@@ -54,8 +54,9 @@ def plan_checkpoints(
 
     Args:
         model: The model, in training mode, with no block checkpointed.
-        step: `step(batch)` runs one training step and returns arrays, the loss first.
-        make_batch: `make_batch(n)` returns the longest batch of n.
+        step: `step(batch)`, `step(x, y)` or `step(**batch)`, as its signature asks for, runs one training step and
+            returns arrays, the loss first.
+        make_batch: `make_batch(n)` returns the longest batch of n: an array, a tuple or a dictionary.
         batch_size: The batch to plan for.
         budget: What the peak may be: bytes, text such as "24GB", a share of this machine's budget, or None for
             `memory_budget()`.
@@ -72,7 +73,8 @@ def plan_checkpoints(
             smaller batch that would fit, found without running anything.
         CheckpointError: A block is checkpointed already, the model is in evaluation mode, or a block cannot be timed.
         TraceError: The step cannot be traced; the text says why.
-        InvalidArgumentError: `batch_size` or `steps` below 1, or a budget that is none.
+        InvalidArgumentError: `batch_size` or `steps` below 1, a budget that is none, or a batch that the step does not
+            take.
 
     Examples:
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
@@ -100,7 +102,7 @@ def plan_checkpoints(
         with interruptible():
             batch = make_batch(batch_size)
             mx.eval(list(arrays_of(batch)))
-        real = Measurements(model, survey.paths, step, batch, whole, int(allowed), steps, bar)
+        real = Measurements(model, survey.paths, survey.step, batch, whole, int(allowed), steps, bar)
         best = _fastest(survey, real, int(allowed))
         return _result(survey, real, best, int(allowed), notes)
 

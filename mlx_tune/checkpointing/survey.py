@@ -19,6 +19,7 @@ from mlx_tune.checkpointing.planned import apply_choice
 from mlx_tune.checkpointing.schedule import frontier
 from mlx_tune.checkpointing.wrap import is_checkpointed
 from mlx_tune.errors import CheckpointError
+from mlx_tune.graphs.calls import taking
 from mlx_tune.interrupts import interruptible
 from mlx_tune.progress import Bar
 from mlx_tune.timing import arrays_of
@@ -28,6 +29,7 @@ class Survey:
     """The blocks of a model as one step uses them.
 
     Attributes:
+        step: The step as a function of one batch, once a batch has been made.
         paths: Where the blocks are, in the order they run once `study` has seen them run.
         kinds: For each block, the number of its kind.
         saved_bytes: For each kind, what checkpointing one block of it saves at `batch_size`.
@@ -40,7 +42,7 @@ class Survey:
     def __init__(
         self,
         model: nn.Module,
-        step: Callable[[Any], Any],
+        step: Callable[..., Any],
         make_batch: Callable[[int], Any],
         batch_size: int,
         state: Any,
@@ -107,6 +109,7 @@ class Survey:
             self._batches.clear()  # estimates for one size follow each other
             with interruptible():
                 self._batches[size] = self.make_batch(size)
+            self.step = taking(self.step, (self._batches[size],), self.state)
         return self._batches[size]
 
     def release(self) -> None:

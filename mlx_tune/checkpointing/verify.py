@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from mlx_tune.checkpointing.captures import Walk
 from mlx_tune.checkpointing.recompute import plainly, runs_again
 from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, kept_names, unwrap
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.graphs.calls import taking
 from mlx_tune.state import Snapshot
 from mlx_tune.tables import render_table
 
@@ -147,13 +147,15 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
         model: The model, checkpointed or not.
         loss: What `nn.value_and_grad(model, loss)` takes: a function that returns a scalar, or a tuple that starts
             with one.
-        *args: What to call it with. Where it takes one argument more than these, the model goes first.
+        *args: What to call it with; a single tuple or dictionary is spread over its arguments where it takes several.
+            Where it takes one argument more than these, the model goes first.
 
     Returns:
         The report; `.ok` is the verdict.
 
     Raises:
-        InvalidArgumentError: `model` is no module, has no trainable parameters, or the loss is no scalar.
+        InvalidArgumentError: `model` is no module, has no trainable parameters, the loss is no scalar, or it does not
+            take these arguments.
         CheckpointError: Nothing is checkpointed, and the model has no repeated block.
 
     Examples:
@@ -172,7 +174,7 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
             f"{type(model).__name__} has no trainable parameters, so there is no gradient to compare: "
             "call unfreeze() on what you train."
         )
-    args = _with_model(model, loss, args)
+    loss = taking(loss, args, model, first=model)
     handle = None if any(map(is_checkpointed, model.modules())) else checkpoint_blocks(model)
     try:
         found = [(path, id(module)) for path, module in model.named_modules() if is_checkpointed(module)]
@@ -214,23 +216,6 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
 def _in_order(path: str) -> list[tuple[int, str]]:
     """Sorts paths as a reader does: `layers.2` before `layers.10`."""
     return [(int(part) if part.isdigit() else -1, part) for part in path.split(".")]
-
-
-def _with_model(model: nn.Module, loss: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments, with the model before them where the loss needs one more."""
-    try:
-        signature = inspect.signature(loss)
-    except (TypeError, ValueError):
-        return args
-    try:
-        signature.bind(*args)
-    except TypeError:
-        try:
-            signature.bind(model, *args)
-        except TypeError:
-            return args  # calling it says best what is missing
-        return (model, *args)
-    return args
 
 
 class _Runs:

@@ -33,7 +33,7 @@ _NO_MAXIMUM = 1 << 32
 
 def autofit(
     model: nn.Module,
-    step: Callable[[Any], Any],
+    step: Callable[..., Any],
     make_batch: Callable[[int], Any],
     *,
     budget: str | SupportsIndex | float | None = None,
@@ -61,8 +61,9 @@ def autofit(
 
     Args:
         model: The model, in training mode, with no block checkpointed.
-        step: `step(batch)` runs one training step and returns arrays, the loss first.
-        make_batch: `make_batch(n)` returns the longest batch of n.
+        step: `step(batch)`, `step(x, y)` or `step(**batch)`, as its signature asks for, runs one training step and
+            returns arrays, the loss first.
+        make_batch: `make_batch(n)` returns the longest batch of n: an array, a tuple or a dictionary.
         budget: What the peak may be: bytes, text such as "24GB", a share of this machine's budget, or None for
             `memory_budget()`.
         target_batch: Rows that make up one update: batch sizes divide it, and `accumulation_steps` says how many
@@ -92,7 +93,7 @@ def autofit(
         BudgetError: Not even the smallest batch fits with every block checkpointed.
         CheckpointError: A block is checkpointed already, the model is in evaluation mode, or a block cannot be timed.
         TraceError: The step cannot be traced; the text says why.
-        InvalidArgumentError: Arguments that contradict one another.
+        InvalidArgumentError: Arguments that contradict one another, or a batch that the step does not take.
 
     Examples:
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim

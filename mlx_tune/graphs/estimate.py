@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.graphs.belonging import modules_of
+from mlx_tune.graphs.calls import taking
 from mlx_tune.graphs.floor import PURPOSES, Buffer, Course, simulate
 from mlx_tune.graphs.graph import Graph, dtype_name
 from mlx_tune.graphs.order import evaluation_order
@@ -221,7 +222,8 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
     Args:
         step: One training step. It only builds arrays (it does not evaluate) and returns the loss first.
         *args: Its arguments: arrays, nestings of them, or `mlx_tune.ArraySpec(shape, dtype)` for arrays that
-            need not exist.
+            need not exist. A single tuple or dictionary is a batch: it is spread over the step's arguments where the
+            step takes more than one.
         state: What the step changes, such as `(model, optimizer)`. It is afterwards as it was. An optimizer that has
             not run yet is taken with the state that it has from the second step on.
 
@@ -230,7 +232,8 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
 
     Raises:
         TraceError: The step evaluates, returns no array, or leaves arrays in places that are not in `state`.
-        InvalidArgumentError: `step` is not callable, or `state` holds nothing that a step can change.
+        InvalidArgumentError: `step` is not callable or takes no such batch, or `state` holds nothing that a step can
+            change.
 
     Examples:
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
@@ -245,7 +248,7 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
         True
     """
     started = time.perf_counter()
-    graph, course = follow_step(step, args, state)
+    graph, course = follow_step(taking(step, args, state), args, state)
     return _estimate(graph, course, time.perf_counter() - started)
 
 

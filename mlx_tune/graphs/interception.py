@@ -124,7 +124,7 @@ def _call_transformed(original: Callable[..., Any]) -> Callable[..., Any]:
                 return original(self, *args, **kwargs)
             return _compiled(original, self, args, kwargs, interception)
         if kind == "checkpoint":
-            return _write_out(_function_of(self), args, kwargs)
+            return _write_out(function_of(self), args, kwargs)
         interception.transforms += 1
         try:
             result = original(self, *args, **kwargs)
@@ -135,7 +135,7 @@ def _call_transformed(original: Callable[..., Any]) -> Callable[..., Any]:
             interception.kinds[id(self)] = kind
             interception.alive.append(self)
             if kind == "checkpoint":
-                return _write_out(_function_of(self), args, kwargs)
+                return _write_out(function_of(self), args, kwargs)
         return result
 
     return call
@@ -192,8 +192,10 @@ def _kind(transformed: Any, interception: Interception) -> str:
     return "unknown" if len(held) == 1 else "transform"
 
 
-def _function_of(transformed: Any) -> Callable[..., Any]:
-    return [r for r in gc.get_referents(transformed) if not isinstance(r, type)][-1]
+def function_of(transformed: Any) -> Any:
+    """The function inside what `mx.compile`, `mx.grad`, `mx.checkpoint` or `mx.custom_function` returned."""
+    held = [referent for referent in gc.get_referents(transformed) if not isinstance(referent, type)]
+    return held[0 if isinstance(transformed, mx.custom_function) else -1]
 
 
 def _is_custom(result: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from mlx_tune.errors import InvalidArgumentError
@@ -128,8 +129,16 @@ def estimate_memory(
         _checkpointed(model, args),
         training_step(model, _optimizer(optimizer), dataset, args, loss=loss, evaluate=False) as ready,
     ):
-        kept = () if ready.kept is None else (ready.kept,)
-        return mlx_tune.estimate_memory(ready.step, ready.make_batch(args.batch_size), *kept, state=ready.state)
+        batch = ready.make_batch(args.batch_size)
+        if ready.kept is None:
+            return mlx_tune.estimate_memory(ready.step, batch, state=ready.state)
+        # What is kept counts among what the step is given.
+        accumulating = partial(_accumulating, ready.step)
+        return mlx_tune.estimate_memory(accumulating, batch, ready.kept, state=ready.state)
+
+
+def _accumulating(step: Callable[..., Any], batch: Any, kept: Any) -> Any:
+    return step(batch, kept=kept)
 
 
 def autofit(

@@ -25,7 +25,7 @@ class TrainingStep:
 
     Attributes:
         step: `step(batch)` runs a step and returns the loss first, then the number of tokens, nothing evaluated.
-            `step(batch, kept)` adds to these gradients instead of those in `kept`.
+            `step(batch, kept=kept)` adds to these gradients instead of those in `kept`.
         make_batch: `make_batch(n)` returns the longest batch that training with `batch_size=n` can meet: tokens
             `[n / ranks, length]` and, for each row, where its loss begins and ends, `[n / ranks, 2]`.
         state: What a step changes: the model and the optimizer.
@@ -37,7 +37,7 @@ class TrainingStep:
             most: the one that adds to gradients kept from before, and updates.
     """
 
-    step: Callable[[Any], tuple[mx.array, mx.array]]
+    step: Callable[..., tuple[mx.array, mx.array]]
     make_batch: Callable[[int], tuple[mx.array, mx.array]]
     state: tuple[nn.Module, Optimizer]
     length: int
@@ -140,7 +140,7 @@ def set_training(flags: list[tuple[nn.Module, bool]]) -> None:
 
 def _compiled_step(
     model: nn.Module, optimizer: Optimizer, loss: Callable[..., Any] | None, accumulation: int, kept: Any
-) -> Callable[[Any], tuple[mx.array, mx.array]]:
+) -> Callable[..., tuple[mx.array, mx.array]]:
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.nn.utils import average_gradients
@@ -163,7 +163,7 @@ def _compiled_step(
 
     compiled: dict[bool, tuple[tuple[type, ...], Any]] = {}
 
-    def step(batch: Any, kept: Any = kept) -> tuple[mx.array, mx.array]:
+    def step(batch: Any, *, kept: Any = kept) -> tuple[mx.array, mx.array]:
         kinds = tuple(type(module) for module in model.modules())
         tracing = is_tracing()
         if compiled.get(tracing, ((), None))[0] != kinds:
