@@ -56,10 +56,10 @@ def taking(step: Callable[..., Any], args: Sequence[Any], state: Any = (), *, fi
         return step
     signature = _signature(step)
     fitting = [way for way in ways if signature is None or _binds(signature, way, args)]
-    if not fitting:
-        raise InvalidArgumentError(_misfit(step, signature, ways, args))
-    if fitting == ways[:1]:
-        return step
+    if not fitting and ways[-1].spread:
+        raise InvalidArgumentError(_misfit(step, signature, ways, args[0]))
+    if not fitting or fitting == ways[:1]:
+        return step  # where arguments are missing, calling it says which
     way = fitting[0] if len(fitting) == 1 else _first_taken(step, fitting, args, state)
     return _called(step, way, len(args))
 
@@ -164,13 +164,11 @@ def _called(step: Callable[..., Any], way: _Way, count: int) -> Callable[..., An
     return given
 
 
-def _misfit(step: Any, signature: Any, ways: list[_Way], args: Sequence[Any]) -> str:
+def _misfit(step: Any, signature: Any, ways: list[_Way], batch: Any) -> str:
     name = getattr(step, "__name__", None) or type(step).__name__
-    batch = args[0] if len(args) == 1 else args
-    of = list(batch) if isinstance(batch, dict) else len(batch) if isinstance(batch, (tuple, list)) else None
-    described = f"{len(args)} arguments" if of is None or len(args) != 1 else f"a {type(batch).__name__} of {of}"
+    holds = list(batch) if isinstance(batch, dict) else len(batch)
     return (
-        f"{name}{signature} cannot be called with {described}: its arguments fit none of "
-        f"{', '.join(way.text(args) for way in ways)}. Let make_batch return what the step takes, or pass a function "
-        "of one batch, such as `lambda batch: step(batch[0], batch[1])`."
+        f"{name}{signature} cannot be called with a {type(batch).__name__} of {holds}: it fits none of "
+        f"{', '.join(way.text((batch,)) for way in ways)}. Let make_batch return what the step takes, or pass a "
+        "function of one batch, such as `lambda batch: step(batch[0], batch[1])`."
     )
