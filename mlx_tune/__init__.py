@@ -61,6 +61,7 @@ _HOMES = {
     "MissingDependencyError": "errors",
     "BackendError": "errors",
     "BudgetError": "errors",
+    "DiskError": "errors",
     "CheckpointError": "errors",
     "TraceError": "errors",
     "TrialError": "errors",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from mlx_tune.errors import BackendError as BackendError
     from mlx_tune.errors import BudgetError as BudgetError
     from mlx_tune.errors import CheckpointError as CheckpointError
+    from mlx_tune.errors import DiskError as DiskError
     from mlx_tune.errors import InvalidArgumentError as InvalidArgumentError
     from mlx_tune.errors import MissingDependencyError as MissingDependencyError
     from mlx_tune.errors import MlxTuneError as MlxTuneError

@@ -10,7 +10,6 @@ import ctypes
 import os
 import platform
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -267,37 +266,6 @@ def _read_cgroup(group: Path, limit: str, used: str, cache: str) -> tuple[int, i
     if limit_text == "max" or int(limit_text) >= _NO_CGROUP_LIMIT:
         return None
     return int(limit_text), max(0, used_bytes - int(statistics.get(cache, 0)))
-
-
-def scratch_folder(mounts: Path = Path("/proc/self/mounts"), spare: Path = Path("/var/tmp")) -> Path:
-    """Where temporary files go that are written to free memory: a folder on a disk, if there is one.
-
-    Many Linux systems keep `/tmp` in memory, where such files would take what they were to free. There it is
-    `/var/tmp`, unless `TMPDIR` says otherwise.
-
-    Args:
-        mounts: The file that lists what is mounted where.
-        spare: The folder to take instead.
-    """
-    folder = Path(tempfile.gettempdir())
-    chosen = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
-    usable = spare.is_dir() and os.access(spare, os.W_OK) and not in_memory(spare, mounts)
-    return spare if not chosen and usable and in_memory(folder, mounts) else folder
-
-
-def in_memory(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
-    """Whether a folder's files lie in memory, as far as the system says.
-
-    Args:
-        folder: Any folder.
-        mounts: The file that lists what is mounted where.
-    """
-    if not mounts.is_file():
-        return False
-    kinds = dict(line.split()[1:3] for line in mounts.read_text().splitlines() if len(line.split()) > 2)
-    # The last mount on a place hides those before it, and the nearest place above the folder decides.
-    place = folder.resolve()
-    return next((kinds[str(p)] for p in (place, *place.parents) if str(p) in kinds), "") in ("tmpfs", "ramfs")
 
 
 def sysctl(name: str) -> int | None:

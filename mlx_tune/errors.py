@@ -39,6 +39,25 @@ class BudgetError(MlxTuneError, MemoryError):
         self.budget_bytes = budget_bytes
 
 
+class DiskError(MlxTuneError, OSError):
+    """Something cannot be written: the disk is full, or the system refuses.
+
+    Attributes:
+        folder: Where it was to go.
+        needed_bytes: What it takes, where known.
+        free_bytes: What is free there.
+    """
+
+    def __init__(
+        self, message: str, *, folder: str = "", needed_bytes: int | None = None, free_bytes: int | None = None
+    ) -> None:
+        """Store the message, the place and both figures."""
+        super().__init__(message)
+        self.folder = folder
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+
 class CheckpointError(MlxTuneError, RuntimeError):
     """A block cannot be checkpointed, or a checkpointed block broke its contract."""
 

@@ -150,6 +150,7 @@ def tightest_limit(
     Raises:
         InvalidArgumentError: `slowdown` is negative, `repeats` below 1, or the step takes no such batch.
         TrialError: The step returns no array.
+        DiskError: Too little free disk for what waits there meanwhile.
 
     Examples:
         >>> import mlx.core as mx

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_tune.errors import InvalidArgumentError, MissingDependencyError
+from mlx_tune.scratch import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,6 +84,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
 
     Raises:
         InvalidArgumentError: Another ending.
+        DiskError: The disk is full, or the folder cannot be written to.
     """
     if path is None:
         return figure
@@ -92,10 +94,12 @@ def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     # A fixed salt, no date and no version make the same picture the same file: version control shows real changes only.
     from matplotlib import rc_context
 
-    with rc_context({"svg.hashsalt": "mlx_tune", "svg.fonttype": "path"}):
-        figure.savefig(path, dpi=160, metadata={"Date": None, "Creator": None} if suffix == ".svg" else None)
-    if suffix == ".svg":
-        Path(path).write_text(_shorter(Path(path).read_text(encoding="utf-8")), encoding="utf-8")
+    place = Path(path)
+    with writing(place.parent, "The picture", way_out="Name a file in another folder."):
+        with rc_context({"svg.hashsalt": "mlx_tune", "svg.fonttype": "path"}):
+            figure.savefig(place, dpi=160, metadata={"Date": None, "Creator": None} if suffix == ".svg" else None)
+        if suffix == ".svg":
+            place.write_text(_shorter(place.read_text(encoding="utf-8")), encoding="utf-8")
     return figure
 
 

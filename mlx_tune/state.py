@@ -10,18 +10,15 @@ from __future__ import annotations
 import copy
 import os
 import random
-import shutil
 import sys
-import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_tune.devices import scratch_folder
-from mlx_tune.errors import InvalidArgumentError, MlxTuneError
+from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.interrupts import uninterrupted
-from mlx_tune.units import format_bytes
+from mlx_tune.scratch import ScratchFiles
 
 
 class _Spilled:
@@ -46,7 +43,7 @@ class Snapshot:
 
     Raises:
         InvalidArgumentError: The state holds nothing that could be kept.
-        MlxTuneError: Too little free disk for what has to be spilled.
+        DiskError: Too little free disk for what has to be spilled, or it cannot be written.
 
     Examples:
         >>> import mlx.nn as nn
@@ -60,6 +57,7 @@ class Snapshot:
 
     def __init__(self, state: Any, *, spill: bool = False, folder: str | os.PathLike[str] | None = None) -> None:
         """Walk the state and note everything in it."""
+        self._scratch = ScratchFiles("What trials put aside", name="state", folder=folder)
         self._file: Path | None = None
         self._saved: list[tuple[Any, Any, dict[str, Any] | None]] = []  # container, its items, its attributes
         self._random = _RandomStreams()
@@ -70,11 +68,11 @@ class Snapshot:
         if to_disk:
             with uninterrupted():
                 try:
-                    self._file = _spill(to_disk, folder)
+                    self._file = self._scratch.save(to_disk)
                 finally:
                     to_disk.clear()  # whatever still refers to this dictionary must not hold the arrays
                 # An interrupt may come before anybody holds this snapshot.
-                weakref.finalize(self, self._file.unlink, missing_ok=True)
+                weakref.finalize(self, self._scratch.close)
 
     def restore(self) -> None:
         """Put everything back. May be called again after further changes.
@@ -98,9 +96,8 @@ class Snapshot:
     def discard(self) -> None:
         """Delete the spilled file and let go of everything kept."""
         self._saved.clear()
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
-            self._file = None
+        self._scratch.close()
+        self._file = None
 
     def __enter__(self) -> Snapshot:
         """Nothing more: the state was noted when the snapshot was made."""
@@ -313,23 +310,3 @@ def _put_back(
         wanted = {name: back(value) for name, value in attributes.items()}
         vars(container).clear()
         vars(container).update(wanted)
-
-
-def _spill(arrays: dict[str, Any], folder: str | os.PathLike[str] | None) -> Path:
-    import mlx.core as mx
-
-    place = Path(folder) if folder is not None else scratch_folder()
-    needed, free = sum(a.nbytes for a in arrays.values()), shutil.disk_usage(place).free
-    if needed + (64 << 20) > free:
-        raise MlxTuneError(
-            f"Trials put what they change aside on disk: {format_bytes(needed)} are needed in {place}, "
-            f"{format_bytes(free)} are free. Free some, or set TMPDIR to a folder on a larger disk."
-        )
-    handle, name = tempfile.mkstemp(prefix="mlx_tune-", suffix=".safetensors", dir=place)
-    os.close(handle)
-    try:
-        mx.save_safetensors(name, arrays)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return Path(name)

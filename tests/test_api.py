@@ -18,6 +18,7 @@ PACKAGE = Path(mlx_tune.__file__).parent
 FLOORS = [
     ["errors"],
     ["units", "tables", "places", "interrupts"],
+    ["scratch"],
     ["progress", "plotting", "reach"],
     ["devices"],
     ["memory", "state"],

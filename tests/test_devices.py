@@ -154,25 +154,3 @@ def test_metal_is_asked_by_name_where_the_cpu_is_the_default_device(monkeypatch)
 def test_without_metal_there_is_nothing_to_say_about_it(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     assert devices.metal_info() is None
-
-
-@pytest.mark.parametrize("variable", ["", "elsewhere"])
-def test_files_that_free_memory_are_not_put_into_it(tmp_path, monkeypatch, variable):
-    (tmp_path / "tmp").mkdir()
-    (tmp_path / "disk").mkdir()
-    mounts = tmp_path / "mounts"
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    for name in ("TMPDIR", "TEMP", "TMP"):
-        monkeypatch.setenv(name, variable)
-
-    def folder(*lines: str) -> str:
-        mounts.write_text("\n".join(lines))
-        return devices.scratch_folder(mounts, tmp_path / "disk").name
-
-    inside = "tmp" if variable else "disk"  # whoever names a folder means it
-    assert folder(f"tmpfs {tmp_path}/tmp tmpfs rw 0 0", "/dev/sda / ext4 rw 0 0") == inside
-    assert folder("tmpfs / tmpfs rw 0 0", f"/dev/sdb {tmp_path}/disk ext4 rw 0 0") == inside
-    assert folder(f"tmpfs {tmp_path} tmpfs rw 0 0") == "tmp"  # the other is no better
-    assert folder("/dev/sda / ext4 rw 0 0") == "tmp"
-    assert folder(f"tmpfs {tmp_path}/tmp tmpfs rw 0 0", f"/dev/sdb {tmp_path}/tmp ext4 rw 0 0") == "tmp"
-    assert devices.scratch_folder(tmp_path / "nowhere", tmp_path / "disk").name == "tmp"

@@ -93,7 +93,7 @@ def autobatch(
             take.
         BudgetError: Not even the smallest size fits; the text says by how much.
         TrialError: The step or the batches cannot be measured; the text says why.
-        MlxTuneError: Too little free disk for what has to wait there.
+        DiskError: Too little free disk for what has to wait there, or for the journal.
 
     Examples:
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim

@@ -59,7 +59,10 @@ def main(folder: str, journal: str, last_line: str, *command: str) -> None:
         Thread(target=watch, daemon=True).start()
     orphaned = events.get() == "orphaned"
     if orphaned and journal and trial.poll() is None:
-        with open(journal, "a", encoding="utf-8") as file:
+        with (
+            suppress(OSError),
+            open(journal, "a", encoding="utf-8") as file,
+        ):  # a full disk must not keep the trial alive
             file.write(last_line)
     _end(trial)
     if orphaned:

@@ -17,6 +17,7 @@ from mlx_tune.batching.records import interrupted
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.throttle import Throttle
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
+from mlx_tune.scratch import writing
 from mlx_tune.units import format_seconds
 
 #: How much of what the child wrote to standard error goes into an error.
@@ -95,7 +96,8 @@ class IsolatedProbe:
         }
         with tempfile.TemporaryDirectory(prefix="mlx_tune-") as folder:
             answer, words = Path(folder) / "answer.json", Path(folder) / "stderr.txt"
-            (Path(folder) / "request.json").write_text(json.dumps(request))
+            with writing(folder, "The request to a trial's process"):
+                (Path(folder) / "request.json").write_text(json.dumps(request))
             with words.open("w") as stderr:
                 code = self._wait(folder, stderr, request.get("size"))
             if code == 0 and answer.exists():
@@ -166,7 +168,8 @@ def _child(folder: Path) -> None:
             f"factory={request['factory']!r} returned {type(built).__name__}: it must return (step, make_batch, state)."
         )
     answer = _one_trial(request, *built) if "size" in request else _knots(request, *built)
-    (folder / "answer.json").write_text(json.dumps(answer))
+    with writing(folder, "The answer of a trial's process"):
+        (folder / "answer.json").write_text(json.dumps(answer))
 
 
 def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) -> dict[str, Any]:

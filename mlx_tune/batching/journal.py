@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Protocol
 
 from mlx_tune.batching import records
 from mlx_tune.batching.result import Trial
-from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.errors import DiskError, InvalidArgumentError
 from mlx_tune.memory import MemoryBudget
+from mlx_tune.scratch import writing
 from mlx_tune.units import format_bytes
+
+_ELSEWHERE = "Name a journal on another disk; a copy of this one goes on from what it holds."
 
 
 class Runner(Protocol):
@@ -35,6 +39,7 @@ class Journal:
     Raises:
         InvalidArgumentError: The file cannot be used (it belongs to a search under another budget, is no journal, or
             is damaged), and was left as it is; the text says which line is wrong, and what to do.
+        DiskError: The disk has no room for a line more.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, asked: object, resolved: MemoryBudget) -> None:
@@ -45,6 +50,8 @@ class Journal:
         self._known: dict[int, list[Trial]] = {}
         try:
             self._read(asked)
+        except DiskError:
+            raise
         except OSError as error:
             raise InvalidArgumentError(
                 f"{self._name} cannot be read and written: {error}. Name a file in a folder that can be written to."
@@ -66,18 +73,30 @@ class Journal:
         self._write(records.started(size))
         try:
             trials = self.runner.trial(size, predicted_bytes, steps)
-        except BaseException:
-            self._write(records.interrupted(size))  # the process lives: the trial proved nothing
+        except BaseException as error:
+            try:
+                self._write(records.interrupted(size))  # the process lives: the trial proved nothing
+            except DiskError as full:
+                error.add_note(str(full))
             raise
         self._known[size] = trials
         self._write(records.ended(size, trials))
         return trials
 
     def _write(self, line: str) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())  # the next trial may take the machine down
+        text = line.encode()
+        with (
+            writing(self.path.parent, self._name, needed_bytes=None, way_out=_ELSEWHERE),
+            self.path.open("ab", buffering=0) as file,
+        ):
+            before = file.tell()
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())  # the next trial may take the machine down
+            except OSError:
+                file.truncate(before)  # or the next line would go on from half of this one
+                raise
 
     def _read(self, asked: object) -> None:
         """Go on from what the file holds, if it is about the same budget; mend its end, or start it."""

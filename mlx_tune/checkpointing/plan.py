@@ -75,6 +75,7 @@ def plan_checkpoints(
         TraceError: The step cannot be traced; the text says why.
         InvalidArgumentError: `batch_size` or `steps` below 1, a budget that is none, or a batch that the step does not
             take.
+        DiskError: Too little free disk for what waits there meanwhile.
 
     Examples:
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim

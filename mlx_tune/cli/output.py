@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tune.errors import BudgetError, InvalidArgumentError
+from mlx_tune.scratch import writing
 
 
 @contextlib.contextmanager
@@ -75,6 +76,7 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
     Raises:
         InvalidArgumentError: The place cannot be written to.
+        DiskError: The disk is full.
     """
     target = Path(path)
     try:
@@ -83,7 +85,10 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     except OSError as error:
         raise InvalidArgumentError(f"{str(target)!r} cannot be written: {error.strerror}.") from None
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with (
+            writing(target.parent, str(target), way_out="Name a file on another disk."),
+            os.fdopen(handle, "w", encoding="utf-8") as file,
+        ):
             file.write(text)
         os.chmod(beside, 0o644)  # a temporary file is private, a report is not
         os.replace(beside, target)

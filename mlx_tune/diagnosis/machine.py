@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from mlx_tune.devices import CgroupMemory
 from mlx_tune.diagnosis import readings
 from mlx_tune.diagnosis.checks import Finding, check, failed, passed, skipped, warned
 from mlx_tune.diagnosis.readings import Neighbour
+from mlx_tune.scratch import free_bytes
 from mlx_tune.units import format_bytes
 from mlx_tune.wiring.limits import reserve_bytes
 
@@ -162,7 +162,7 @@ def disk(free: Mapping[str, int] | None = None) -> Finding:
     16 bits and 4 in 4 bits; converting one needs room for both.
     """
     if free is None:
-        free = {name: shutil.disk_usage(_existing(path)).free for name, path in _folders().items()}
+        free = {name: free_bytes(path) for name, path in _folders().items()}
     least = min(free, key=lambda name: free[name])
     text = f"{format_bytes(free[least])} free for {least}"
     figures = {"free_bytes": dict(free)}
@@ -174,10 +174,6 @@ def disk(free: Mapping[str, int] | None = None) -> Finding:
 def _folders() -> dict[str, Path]:
     cache = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     return {"this folder": Path.cwd(), "temporary files": Path(tempfile.gettempdir()), "models": Path(cache)}
-
-
-def _existing(path: Path) -> Path:
-    return next(one for one in (path, *path.parents) if one.exists())
 
 
 #: Environment variables that change how MLX uses memory or time, and how.

@@ -94,6 +94,7 @@ def autofit(
         CheckpointError: A block is checkpointed already, the model is in evaluation mode, or a block cannot be timed.
         TraceError: The step cannot be traced; the text says why.
         InvalidArgumentError: Arguments that contradict one another, or a batch that the step does not take.
+        DiskError: Too little free disk for what waits there meanwhile.
 
     Examples:
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 from mlx_tune.quantization import keeps_inputs, quantization_config, quantizes_inputs
 from mlx_tune.quantization.arithmetic import same_random_stream
+from mlx_tune.scratch import writing
+from mlx_tune.timing import arrays_of
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -49,6 +51,7 @@ def save_quantized(
             model, a folder that is not empty, or layers of which some quantize their inputs and others do not.
         MlxTuneError: mlx-lm cannot load what was written: adapters that are not fused, or another model's
             configuration. Nothing is left behind.
+        DiskError: The disk has too little room, or the system refuses to write. Nothing is left behind.
 
     Examples:
         ```python
@@ -72,13 +75,15 @@ def save_quantized(
     described = _describe(model, config)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    size = sum(array.nbytes for array in arrays_of(model.parameters()))
     try:
-        save_model(beside, model)
-        save_config(described, beside / "config.json", keep_vision_config="vision_config" in described)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(beside))
-        if folder is not None:
-            _copy_companions(folder, beside, with_tokenizer=tokenizer is None)
+        with writing(target.parent, "The model", needed_bytes=size, way_out="Save it to a folder on a larger disk."):
+            save_model(beside, model)
+            save_config(described, beside / "config.json", keep_vision_config="vision_config" in described)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(beside))
+            if folder is not None:
+                _copy_companions(folder, beside, with_tokenizer=tokenizer is None)
         _check_loads(beside, described)
         beside.chmod(0o755)  # a temporary folder is private, a model is not
         if target.exists():

@@ -19,6 +19,8 @@ from mlx_tune.lm.result import LossReport, TrainingResult
 from mlx_tune.lm.steps import as_rows, check_trainable, largest_batch, set_training
 from mlx_tune.lm.wired import wired_for_training
 from mlx_tune.memory import open_limit_bytes, track_memory
+from mlx_tune.scratch import writing
+from mlx_tune.timing import arrays_of
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -69,6 +71,7 @@ def train(
         InvalidArgumentError: A batch that mlx-lm would refuse: larger than a data set, or not divisible by the number
             of ranks; `budget` or `target_batch` without fit="auto".
         BudgetError: fit="auto", and not even one row fits.
+        DiskError: Too little free disk for the adapters, or they cannot be written.
 
     Examples:
         ```python
@@ -139,7 +142,11 @@ def _run(
         checkpointed = tuple(path for path, block in reversed(model.named_modules()) if mlx_tune.is_checkpointed(block))
         limit = open_limit_bytes()
         wired = around.enter_context(wired_for_training(model))
-        files = around.enter_context(_appearing_whole(Path(args.adapter_file)))
+        files = around.enter_context(
+            _appearing_whole(
+                Path(args.adapter_file), sum(array.nbytes for array in arrays_of(model.trainable_parameters()))
+            )
+        )
 
         def iterate_batches(**options: Any) -> Iterator[Any]:
             wired.hold()  # mlx-lm has just wired all that the system recommends
@@ -237,11 +244,13 @@ class _Staging:
 
 
 @contextmanager
-def _appearing_whole(target: Path) -> Iterator[_Staging]:
+def _appearing_whole(target: Path, needed_bytes: int) -> Iterator[_Staging]:
     """A place for mlx-lm to save to, so that a run that is killed leaves no half of a file under a real name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
+    way_out = "Name a file on a larger disk as args.adapter_file."
     try:
-        yield _Staging(target, folder)
+        with writing(target.parent, "What is trained", needed_bytes=needed_bytes, way_out=way_out):
+            yield _Staging(target, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

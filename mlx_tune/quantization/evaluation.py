@@ -77,7 +77,7 @@ class Comparison:
         """Run the reference over all parts and put what it gave on disk; with `floor`, in its own dtype as well.
 
         Raises:
-            QuantizationError: The disk has too little room for what the reference gives.
+            DiskError: The disk has too little room for what the reference gives, or it cannot be written.
         """
         numbers = [sum(a.size for a in part.arguments if isinstance(a, mx.array)) for part in self.parts]
         with _measuring(reference, "reference", len(self.parts), progress) as bar:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.devices import scratch_folder
-from mlx_tune.errors import QuantizationError
-from mlx_tune.units import format_bytes
-
-#: Disk that is left free for others.
-SPARE_BYTES = 64 << 20
+from mlx_tune.scratch import ScratchFiles
 
 
 class OutputStore:
@@ -29,19 +22,20 @@ class OutputStore:
 
     def __init__(self) -> None:
         """Nothing is written yet."""
-        self._folder: Path | None = None
-        self._count = 0
+        self._scratch = ScratchFiles(
+            "What the unquantized model gives for the evaluation",
+            name="outputs",
+            way_out="Evaluate on less, or set TMPDIR to a folder on a larger disk.",
+        )
+        self._files: list[Path] = []
 
     def __enter__(self) -> OutputStore:
-        """Make the folder."""
-        self._folder = Path(tempfile.mkdtemp(prefix="mlx_tune-outputs-", dir=scratch_folder()))
+        """Nothing more: the folder is made when something is put here."""
         return self
 
     def __exit__(self, *_: object) -> None:
         """Delete everything."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._scratch.close()
 
     def reserve(self, size: int) -> None:
         """Find out whether so many bytes would fit.
@@ -50,30 +44,23 @@ class OutputStore:
             size: Of everything that will be put here.
 
         Raises:
-            QuantizationError: They would not.
+            DiskError: They would not.
         """
-        assert self._folder is not None
-        free = shutil.disk_usage(self._folder).free
-        if size + SPARE_BYTES > free:
-            raise QuantizationError(
-                f"What the unquantized model gives for the evaluation takes {format_bytes(size)} on disk, and "
-                f"{self._folder.parent} has {format_bytes(free)} free. Evaluate on less, or set TMPDIR to a folder on "
-                "a larger disk."
-            )
+        self._scratch.reserve(size)
 
     def put(self, arrays: list[mx.array]) -> None:
-        """Write one batch's arrays after those before."""
-        assert self._folder is not None
-        named = {f"{i:03d}": array for i, array in enumerate(arrays)}
-        mx.save_safetensors(str(self._folder / f"{self._count}.safetensors"), named)
-        self._count += 1
+        """Write one batch's arrays after those before.
+
+        Raises:
+            DiskError: They cannot be written.
+        """
+        self._files.append(self._scratch.save({f"{i:03d}": array for i, array in enumerate(arrays)}))
 
     def get(self, i: int) -> list[mx.array]:
         """Read a batch's arrays back."""
-        assert self._folder is not None
-        loaded: Any = mx.load(str(self._folder / f"{i}.safetensors"))
+        loaded: Any = mx.load(str(self._files[i]))
         return [loaded[name] for name in sorted(loaded)]
 
     def __len__(self) -> int:
         """How many batches it holds."""
-        return self._count
+        return len(self._files)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
 from contextvars import ContextVar
 from pathlib import Path
@@ -13,16 +11,13 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.devices import in_memory, scratch_folder
+from mlx_tune.errors import DiskError
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.quantization.lazy import is_unevaluated
 from mlx_tune.quantization.sites import module_at, own_arrays, put_module, walk
-from mlx_tune.units import format_bytes
+from mlx_tune.scratch import ScratchFiles, in_memory
 
 _open: ContextVar[tuple[Transaction, ...]] = ContextVar("open_transactions", default=())
-
-#: Disk that is left free for others.
-_SPARE_BYTES = 64 << 20
 
 
 class Transaction:
@@ -53,9 +48,7 @@ class Transaction:
         """Note which modules share arrays, so that undoing can tie them again."""
         self.model = model
         self.notes: list[str] = []
-        self._folder_wanted = folder
-        self._folder: Path | None = None
-        self._files = 0
+        self._scratch = ScratchFiles("What quantizing sets aside", name="originals", folder=folder)
         self._log: list[tuple[str, _Parked]] = []
         self._shared = _shared_slots(model)
         self._parked_shared: dict[int, _Slot] = {}
@@ -78,9 +71,7 @@ class Transaction:
             finally:
                 self._log.clear()
                 self._parked_shared.clear()
-                if self._folder is not None:
-                    shutil.rmtree(self._folder, ignore_errors=True)
-                    self._folder = None
+                self._scratch.close()
 
     def replace(self, path: str, module: nn.Module) -> None:
         """Put `module` at `path` and set the module that stood there aside."""
@@ -149,27 +140,22 @@ class Transaction:
 
     def _save(self, arrays: dict[str, mx.array]) -> Path | None:
         """Write arrays to a file of their own, or say why they stay in memory."""
-        if self._folder is None:
-            place = scratch_folder() if self._folder_wanted is None else Path(self._folder_wanted)
-            self._folder = Path(tempfile.mkdtemp(prefix="mlx_tune-originals-", dir=place))
-            if in_memory(place):
-                self.notes.append(
-                    f"The originals were set aside in {place}, which lies in memory itself. Set TMPDIR to a folder on "
-                    "a disk to need less."
-                )
-        size = sum(a.nbytes for a in arrays.values())
-        free = shutil.disk_usage(self._folder).free
-        if size + _SPARE_BYTES > free:
-            if not any("stayed in memory" in note for note in self.notes):
-                self.notes.append(
-                    "The originals stayed in memory until the end, as the temporary folder has only "
-                    f"{format_bytes(free)} free. Set TMPDIR to a folder on a larger disk to need less memory."
-                )
+        try:
+            file = self._scratch.save(arrays)
+        except DiskError as error:
+            self._note("The originals stayed in memory until the end", f". {error}")
             return None
-        file = self._folder / f"{self._files}.safetensors"
-        self._files += 1
-        mx.save_safetensors(str(file), arrays)
+        if in_memory(self._scratch.place):
+            self._note(
+                f"The originals were set aside in {self._scratch.place}, which lies in memory itself",
+                ". Set TMPDIR to a folder on a disk to need less.",
+            )
         return file
+
+    def _note(self, begins: str, ends: str) -> None:
+        """Say something once, with the words of its first time."""
+        if not any(note.startswith(begins) for note in self.notes):
+            self.notes.append(begins + ends)
 
 
 def swap(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from mlx_tune.lm import load, save_quantized, small, token_batches
 from mlx_tune.memory import resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization import LanguageAccuracy, QuantizationReport
+from mlx_tune.scratch import writing
 from mlx_tune.tables import render_table
 from mlx_tune.units import format_bytes, format_seconds
 
@@ -67,7 +68,8 @@ def run_demo(arguments: argparse.Namespace) -> int:
     run.say(f"Machine   {machine()}")
     run.say(f"          may use {mt.memory_budget()}")
     corpus = read_corpus(arguments.text)
-    tokenizer, training, held_out = _tokens(run, corpus, arguments.seed)
+    with writing(out, "The demonstration's text", way_out="Name a folder on a larger disk with --out."):
+        tokenizer, training, held_out = _tokens(run, corpus, arguments.seed)
     model, config = small.small_llama(_VOCABULARY)
     mx.eval(model.parameters())
     trained = _train(run, model, training, held_out, budget, arguments.steps)
