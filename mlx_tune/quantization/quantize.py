@@ -98,7 +98,7 @@ def quantize_model(
     Raises:
         QuantizationError: An argument or a layer stands in the way; nothing was changed.
         BackendError: MLX cannot do the mode on this backend.
-        DiskError: Too little free disk for what the evaluation compares with. Originals without room there stay in memory.
+        DiskError: Too little free disk for what the evaluation compares with.
 
     Examples:
         >>> import mlx.core as mx
