@@ -26,6 +26,7 @@ document; progress and errors go to standard error. `mlx-tune COMMAND --help` sh
 | 0 | it worked |
 | 1 | it worked, and the answer is bad news: a failed check, a model that does not fit |
 | 2 | it could not be done as asked; one line says why |
+| 3 | it worked, and tells nothing: no gradient was put to the test (`checkpoint --verify`) |
 | 130 | interrupted |
 """
 

@@ -5,7 +5,8 @@ from mlx_tune.checkpointing.keep import keep
 from mlx_tune.checkpointing.plan import plan_checkpoints
 from mlx_tune.checkpointing.planned import CheckpointPlan
 from mlx_tune.checkpointing.recompute import is_recomputing
-from mlx_tune.checkpointing.verify import GradientDifference, VerifyReport, verify_checkpoint
+from mlx_tune.checkpointing.verified import GradientDifference, VerifyReport
+from mlx_tune.checkpointing.verify import verify_checkpoint
 from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, uncheckpoint
 
 __all__ = [

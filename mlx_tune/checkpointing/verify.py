@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -16,124 +15,13 @@ from mlx.utils import tree_flatten
 from mlx_tune.checkpointing.blocks import checkpoint_blocks
 from mlx_tune.checkpointing.captures import Walk
 from mlx_tune.checkpointing.recompute import plainly, runs_again
+from mlx_tune.checkpointing.verified import VERDICTS, GradientDifference, VerifyReport
 from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, kept_names, unwrap
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.graphs.calls import taking
 from mlx_tune.state import Snapshot
-from mlx_tune.tables import render_table
 
-#: How far apart two orders of the same sum may be, relative to the gradient's largest entry.
 _RELATIVE = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}
-_ROWS = 20  # how many parameters the table shows
-
-
-@dataclass(frozen=True)
-class GradientDifference:
-    """One parameter's gradient, with and without checkpointing.
-
-    Attributes:
-        path: The parameter.
-        largest: The largest entry of the plain gradient, its absolute value.
-        difference: The largest absolute difference between the two gradients; infinite where one is not a number
-            and the other is.
-        noise: The same between two plain runs: what this machine does not repeat by itself.
-        tolerance: What the difference may be: rounding in this type, or twice the noise.
-        became_zero: The plain gradient is not zero everywhere and the checkpointed one is.
-    """
-
-    path: str
-    largest: float
-    difference: float
-    noise: float
-    tolerance: float
-    became_zero: bool
-
-    @property
-    def ok(self) -> bool:
-        """Whether the two agree."""
-        return self.difference <= self.tolerance and not self.became_zero
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What `verify_checkpoint` found. Its `str` is a table.
-
-    Attributes:
-        blocks: The paths of the checkpointed modules.
-        loss: The loss without checkpointing.
-        loss_difference: How far the loss with checkpointing is from it.
-        loss_tolerance: How far it may be.
-        parameters: One entry for each trainable parameter, the largest difference first.
-        idle: The paths of those of `blocks` that were not run again, so that nothing was put to the test there: they
-            are in evaluation mode, or the loss does not call them.
-    """
-
-    blocks: tuple[str, ...]
-    loss: float
-    loss_difference: float
-    loss_tolerance: float
-    parameters: tuple[GradientDifference, ...]
-    idle: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether the loss and every gradient agree."""
-        return self.loss_difference <= self.loss_tolerance and all(p.ok for p in self.parameters)
-
-    @property
-    def wrong(self) -> tuple[GradientDifference, ...]:
-        """The parameters whose gradients do not agree."""
-        return tuple(p for p in self.parameters if not p.ok)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {**asdict(self), "ok": self.ok, "parameters": [{**asdict(p), "ok": p.ok} for p in self.parameters]}
-
-    def __str__(self) -> str:
-        """The largest differences, and the verdict."""
-        shown = self.parameters[:_ROWS]
-        rows = [
-            (
-                p.path,
-                f"{p.largest:.3g}",
-                f"{p.difference:.3g}",
-                f"{p.tolerance:.3g}",
-                "ok" if p.ok else "ZERO" if p.became_zero else "WRONG",
-            )
-            for p in shown
-        ]
-        count = len(self.wrong)
-        notes = (
-            [f"and {len(self.parameters) - len(shown)} more, none worse"] if len(shown) < len(self.parameters) else []
-        )
-        notes.append(f"loss {self.loss:.6g}, difference {self.loss_difference:.3g}")
-        if self.ok:
-            notes.append("Checkpointing changes no gradient.")
-        else:
-            notes.append(f"{count} of {len(self.parameters)} gradients are wrong.")
-        if self.idle:
-            notes.append(
-                f"{len(self.idle)} of {len(self.blocks)} blocks did not run again, so nothing was tested there: "
-                f"{', '.join(self.idle[:_ROWS])}{', ...' if len(self.idle) > _ROWS else ''}. They are in evaluation "
-                "mode, or the loss does not call them."
-            )
-        if any(p.became_zero for p in self.parameters):
-            notes.append(
-                "ZERO: the block uses this parameter where checkpoint() cannot see it. Pass it as an argument, or "
-                "make it an attribute of the block."
-            )
-        if any(not p.ok and not p.became_zero for p in self.parameters):
-            notes.append(
-                "WRONG: the block does something else when it is run again, or uses this parameter where checkpoint() "
-                "cannot see it. Look for Python's or NumPy's random numbers, a counter or a clock in it; pass the "
-                "parameter as an argument, or make it an attribute of the block."
-            )
-        return render_table(
-            ["parameter", "largest gradient", "difference", "allowed", ""],
-            rows,
-            title=f"{len(self.blocks)} checkpointed block{'' if len(self.blocks) == 1 else 's'} against none",
-            notes=notes,
-        )
 
 
 def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) -> VerifyReport:
@@ -143,6 +31,9 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
     and one with the blocks as they are checkpointed now. Where none is, the repeated blocks are for this call.
     The model, its training mode and the random streams are as before afterwards.
 
+    Each parameter gets one of three verdicts. A gradient that is zero both ways, or nothing but rounding beside the
+    model's largest, is not tested, and no gradient is where the loss is not a number or no block runs again.
+
     Args:
         model: The model, checkpointed or not.
         loss: What `nn.value_and_grad(model, loss)` takes: a function that returns a scalar, or a tuple that starts
@@ -151,7 +42,7 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
             Where it takes one argument more than these, the model goes first.
 
     Returns:
-        The report; `.ok` is the verdict.
+        The report; `.ok` is true where at least one gradient was tested and none differs.
 
     Raises:
         InvalidArgumentError: `model` is no module, has no trainable parameters, the loss is no scalar, or it does not
@@ -198,16 +89,25 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
     finally:
         if handle is not None:
             handle.undo()
-    parameters = sorted(
-        (_compared(path, plain[path], checked[path], noise[path]) for path in plain),
-        key=lambda p: (p.ok, -p.difference / (p.largest or 1.0), p.path),
-    )
     loss_value = _number(value)
+    loss_difference = _difference(value, checked_value)
+    if not ran:
+        reason = "no checkpointed block ran again"
+    elif not math.isfinite(loss_value) and loss_difference == 0:
+        reason = f"the loss is {loss_value} both ways"
+    else:
+        reason = ""
+    largest = {path: _largest(gradient) for path, gradient in plain.items()}
+    most = max(largest.values())
+    parameters = sorted(
+        (_compared(path, plain[path], checked[path], noise[path], largest[path], most, reason) for path in plain),
+        key=lambda p: (VERDICTS.index(p.verdict), -p.difference / (p.largest or 1.0), p.path),
+    )
     return VerifyReport(
         blocks=tuple(wrapped),
         loss=loss_value,
-        loss_difference=_difference(value, checked_value),
-        loss_tolerance=_RELATIVE.get(value.dtype, 1e-6) * (abs(loss_value) if math.isfinite(loss_value) else 0.0),
+        loss_difference=loss_difference,
+        loss_tolerance=_rounding(value.dtype) * (abs(loss_value) if math.isfinite(loss_value) else 0.0),
         parameters=tuple(parameters),
         idle=tuple(path for path, block in wrapped.items() if block not in ran),
     )
@@ -264,16 +164,54 @@ def _difference(a: mx.array, b: mx.array) -> float:
     return math.inf if math.isnan(largest) else largest
 
 
-def _compared(path: str, plain: mx.array, checked: mx.array, noise: float) -> GradientDifference:
-    largest = _number(mx.max(mx.abs(plain.astype(mx.float32)))) if plain.size else 0.0
+def _compared(
+    path: str, plain: mx.array, checked: mx.array, noise: float, largest: float, most: float, reason: str
+) -> GradientDifference:
+    """One row.
+
+    Args:
+        path: The parameter.
+        plain: Its gradient without checkpointing.
+        checked: With it.
+        noise: How far two plain gradients were apart.
+        largest: The largest finite entry of `plain`.
+        most: The same over all parameters. Where terms of this size cancel, as in the bias of a key, whose true
+            gradient is zero, their rounding errors stay.
+        reason: Why no parameter is put to the test, if none is.
+    """
+    difference = _difference(plain, checked)
+    own = max(_rounding(plain.dtype) * largest, 2 * noise)
+    became_zero = largest > _rounding(mx.float32) * most and not bool(mx.any(checked != 0).item())
+    if not reason and difference <= own and largest == 0:
+        finite = not plain.size or bool(mx.all(mx.isfinite(plain)).item())
+        reason = f"the gradient is {'zero' if finite else 'not finite'} both ways"
+    elif not reason and difference > own and largest <= _cancelled(plain.dtype) * most:
+        reason = "the gradient is nothing but rounding, beside the model's largest"
     return GradientDifference(
         path=path,
         largest=largest,
-        difference=_difference(plain, checked),
+        difference=difference,
         noise=noise,
-        tolerance=max(_RELATIVE.get(plain.dtype, 1e-6) * (largest if math.isfinite(largest) else 0.0), 2 * noise),
-        became_zero=largest > 0 and not bool(mx.any(checked != 0).item()),
+        tolerance=max(own, _cancelled(plain.dtype) * most),
+        became_zero=became_zero,
+        reason=reason,
     )
+
+
+def _rounding(dtype: mx.Dtype) -> float:
+    """How far apart two orders of the same sum may be, relative to its value."""
+    return _RELATIVE.get(dtype, 1e-6)
+
+
+def _cancelled(dtype: mx.Dtype) -> float:
+    """What may stay of terms that cancel, relative to their size."""
+    return max(1e-6, float(mx.finfo(dtype).eps))
+
+
+def _largest(gradient: mx.array) -> float:
+    """The largest finite entry, its absolute value; zero where there is none."""
+    found = mx.abs(gradient.astype(mx.float32))
+    return _number(mx.max(mx.where(mx.isfinite(found), found, 0.0))) if found.size else 0.0
 
 
 def _number(array: mx.array) -> float:

@@ -14,6 +14,8 @@ _EXAMPLES = """\
   mlx-tune checkpoint --model models/mine --data data/ --batch-size 16 --memory-budget 24GB
   mlx-tune checkpoint --model models/mine --verify --batch-size 1 --max-seq-length 256"""
 
+_EXIT_CODES = {"equal": 0, "different": 1, "not tested": 3}
+
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add `checkpoint` and its options."""
@@ -23,7 +25,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "choose the blocks to checkpoint, or verify a model's gradients under checkpointing",
         description="Choose which blocks to checkpoint so that a batch fits a memory budget and trains fastest. With "
         "--verify, compare gradients with and without checkpointing instead. The exit code is 1 where the batch does "
-        "not fit even with every block checkpointed, or where gradients differ.",
+        "not fit even with every block checkpointed, or where gradients differ, and 3 where no gradient was put to the "
+        "test.",
         examples=_EXAMPLES,
     )
     add_fine_tuning(parser, batch=True, checkpoint=False)
@@ -33,7 +36,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plan or verify, and print it. Returns 1 where nothing fits or gradients differ, else 0."""
+    """Plan or verify, and print it. Returns 1 for bad news, 3 where no gradient was tested, else 0."""
     from mlx_tune import lm
 
     try:
@@ -54,4 +57,4 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     if is_first_rank():
         print_result(result, as_json=arguments.json)
-    return 0 if not arguments.verify or result.ok else 1
+    return _EXIT_CODES[result.verdict] if arguments.verify else 0

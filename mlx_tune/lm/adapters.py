@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError
@@ -112,3 +113,32 @@ def make_optimizer(
     except TypeError as error:
         raise InvalidArgumentError(f"optimizer={name!r} cannot be made with {dict(settings or {})}: {error}.") from None
     return optimizer
+
+
+@contextmanager
+def awake_adapters(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Give small values to the adapters that begin at zero, and put the zeros back.
+
+    While one factor of an adapter is zero, so is the gradient of the other, whatever the model does.
+
+    Args:
+        model: A model with adapters of mlx-lm's, LoRA or DoRA.
+
+    Yields:
+        The paths of the parameters that were given values; they do not depend on the random stream, nor move it.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    parameters: dict[str, Any] = dict(tree_flatten(model.trainable_parameters()))
+    adapters = {path: array for path, array in parameters.items() if path.rpartition(".")[2].startswith("lora_")}
+    zeros = {path: array for path, array in adapters.items() if not mx.any(array != 0).item()}
+    small = [
+        (path, (0.01 * mx.random.normal(array.shape, key=mx.random.key(i))).astype(array.dtype))
+        for i, (path, array) in enumerate(zeros.items())
+    ]
+    model.load_weights(small, strict=False)
+    try:
+        yield tuple(zeros)
+    finally:
+        model.load_weights(list(zeros.items()), strict=False)

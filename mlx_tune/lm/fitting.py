@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.lm.adapters import awake_adapters
 from mlx_tune.lm.steps import training_step
 
 if TYPE_CHECKING:
@@ -265,6 +266,9 @@ def plan_checkpoints(
 def verify_checkpoint(model: nn.Module, dataset: Any, args: Any = None, *, loss: Loss | None = None) -> VerifyReport:
     """Compare a model's gradients with and without checkpointing, on the longest batch of its data.
 
+    An adapter begins with one factor at zero, and then the gradient of the other is zero both ways and says nothing. So
+    such factors get small values for the comparison, which the report notes, and are zero again afterwards.
+
     Args:
         model: The model as it will be trained.
         dataset: What mlx-lm's trainer takes.
@@ -284,10 +288,14 @@ def verify_checkpoint(model: nn.Module, dataset: Any, args: Any = None, *, loss:
     import mlx_tune
 
     args = TrainingArgs() if args is None else args
-    with training_step(model, _optimizer(None), dataset, args, loss=loss) as ready:
-        return mlx_tune.verify_checkpoint(
+    with training_step(model, _optimizer(None), dataset, args, loss=loss) as ready, awake_adapters(model) as awake:
+        report = mlx_tune.verify_checkpoint(
             model, default_loss if loss is None else loss, *ready.make_batch(args.batch_size)
         )
+    if not awake:
+        return report
+    note = f"{len(awake)} adapter parameters that are zero had small values for the comparison, and are zero again."
+    return replace(report, notes=(*report.notes, note))
 
 
 def _optimizer(optimizer: Optimizer | None) -> Optimizer:

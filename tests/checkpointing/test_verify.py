@@ -9,7 +9,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_tune as mt
-from mlx_tune.checkpointing.verify import GradientDifference, VerifyReport
+from mlx_tune.checkpointing.verified import GradientDifference, VerifyReport
+from mlx_tune.checkpointing.verify import _compared
 
 
 class Block(nn.Module):
@@ -121,9 +122,9 @@ def test_gradients_that_became_zero_are_flagged():
     assert str(report) == (
         "1 checkpointed block against none\n"
         "parameter  largest gradient  difference  allowed\n"
-        "---------  ----------------  ----------  -------  ----\n"
+        "---------  ----------------  ----------  -------  -----\n"
         "w                         1           1    1e-06  ZERO\n"
-        "b                         1           0    1e-06  ok\n"
+        "b                         1           0    1e-06  equal\n"
         "loss 2, difference 0\n"
         "1 of 2 gradients are wrong.\n"
         "ZERO: the block uses this parameter where checkpoint() cannot see it. Pass it as an argument, or make it an "
@@ -136,10 +137,111 @@ def test_long_tables_are_cut():
     assert "and 5 more, none worse" in str(VerifyReport(("a", "b"), 2.0, 0.0, 1e-6, entries))
 
 
-def test_not_a_number_in_both_is_the_same_and_in_one_is_not():
+def scaled(factor):
+    return lambda model, x: loss(model, x) * factor
+
+
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [
+        (float("nan"), "the loss is nan both ways"),
+        (float("inf"), "the loss is inf both ways"),
+        (0.0, "the gradient is zero both ways"),
+    ],
+)
+def test_what_says_nothing_is_not_tested(factor, reason):
+    report = mt.verify_checkpoint(nn.Sequential(Block(), Block()), scaled(factor), X)
+    assert not report.ok
+    assert report.verdict == "not tested"
+    assert {(p.verdict, p.reason) for p in report.parameters} == {("not tested", reason)}
+    assert "Nothing was put to the test" in str(report)
+    assert f"Not tested, 8 of 8: {reason}: " in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["parameters"][0]["verdict"] == "not tested"
+
+
+def test_a_model_whose_blocks_do_not_run_again_is_not_tested():
+    report = mt.verify_checkpoint(nn.Sequential(Block(), Block()).eval(), loss, X)
+    assert {p.reason for p in report.parameters} == {"no checkpointed block ran again"}
+    assert report.verdict == "not tested"
+
+
+def test_one_parameter_that_is_tested_is_enough_and_the_others_are_named():
     model = nn.Sequential(Block(), Block())
-    model.layers[0].inner.weight = mx.full((4, 4), float("nan"))
-    assert mt.verify_checkpoint(model, loss, X).ok
+    model.layers[1].norm.weight = mx.zeros(4)  # what comes before it has no gradient by this way
+    report = mt.verify_checkpoint(model, lambda model, x: (model(x) - x).sum(), X)
+    assert report.ok
+    assert {p.path for p in report.untested} == {"layers.1.inner.weight", "layers.1.inner.bias"}
+    assert "Checkpointing changes no gradient that was put to the test." in str(report)
+    assert "Not tested, 2 of 8: the gradient is zero both ways: layers.1.inner.bias, layers.1.inner.weight." in str(
+        report
+    )
+
+
+def test_not_a_number_one_way_is_different():
+    class Sometimes(Block):
+        def __call__(self, x):
+            return super().__call__(x) * (float("nan") if mt.is_recomputing() else 1.0)
+
+    report = mt.verify_checkpoint(nn.Sequential(Block(), Sometimes()), loss, X)
+    assert report.verdict == "different"
+    assert report.wrong
+
+
+def test_a_loss_that_alone_differs_is_different():
+    report = VerifyReport(("a",), 2.0, 1.0, 1e-6, (GradientDifference("w", 1.0, 0.0, 0.0, 1e-6, False),))
+    assert report.verdict == "different"
+    assert "The loss is wrong, and no gradient is" in str(report)
+
+
+class Attention(nn.Module):
+    """The softmax does not notice what a key's bias adds to every score: its true gradient is zero."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.k2 = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def __call__(self, x, y):
+        x = self.norm(x + mx.softmax(self.q(x) @ self.k(y).swapaxes(-1, -2) / 6, axis=-1) @ self.v(y))
+        return x, y + mx.softmax(self.q(y) @ self.k2(x).swapaxes(-1, -2) / 6, axis=-1) @ x
+
+
+class TwoWay(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [Attention(), Attention()]
+
+    def __call__(self, x, y):
+        for layer in self.layers:
+            x, y = layer(x, y)
+        return x, y
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_where_the_true_gradient_is_zero_is_no_difference(dtype, seed):
+    mx.random.seed(seed)
+    model = TwoWay()
+    model.set_dtype(dtype)
+
+    def both(model, x, y):
+        x, y = model(x, y)
+        return (x * mx.sin(x)).mean() + y.square().mean()
+
+    report = mt.verify_checkpoint(
+        model, both, mx.random.normal((2, 5, 32)).astype(dtype), mx.random.normal((2, 32, 32)).astype(dtype)
+    )
+    assert report.ok, report
+    assert {p.path for p in report.untested} <= {f"layers.{i}.{k}.bias" for i in (0, 1) for k in ("k", "k2")}
+    assert all("nothing but rounding" in p.reason for p in report.untested)
+
+
+def test_a_small_gradient_that_vanishes_is_not_taken_for_rounding():
+    """A thousandth of the model's largest in bfloat16, less than that type's rounding, and every entry of it gone."""
+    row = _compared("w", mx.full(4, 1e-3, mx.bfloat16), mx.zeros(4, mx.bfloat16), 0.0, 1e-3, 1.0, "")
+    assert row.became_zero
+    assert row.verdict == "different"
 
 
 def test_a_failing_loss_leaves_the_model_as_it_was():

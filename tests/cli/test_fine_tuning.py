@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_tune import lm
+from mlx_tune.checkpointing import GradientDifference, VerifyReport
 from mlx_tune.cli import main
 
 
@@ -140,6 +142,20 @@ def test_checkpoint_verifies(tool) -> None:
     code, out, _ = tool("checkpoint", "--verify", "--batch-size", "1", "--max-seq-length", "33")
     assert code == 0
     assert out.startswith("3 checkpointed blocks against none")
+
+
+@pytest.mark.parametrize(
+    ("difference", "reason", "expected"), [(0.0, "", 0), (1.0, "", 1), (0.0, "the gradient is zero both ways", 3)]
+)
+def test_checkpoint_verify_has_an_exit_code_for_each_verdict(
+    tool, monkeypatch, difference: float, reason: str, expected: int
+) -> None:
+    row = GradientDifference("w", 1.0, difference, 0.0, 1e-6, False, reason)
+    report = VerifyReport(("layers.0",), 2.0, 0.0, 1e-6, (row,))
+    monkeypatch.setattr(lm, "verify_checkpoint", lambda *_: report)
+    code, out, _ = tool("checkpoint", "--verify", "--json")
+    assert code == expected
+    assert json.loads(out)["verdict"] == report.verdict
 
 
 @pytest.mark.parametrize("command", ["estimate", "autobatch", "checkpoint", "fit", "lora"])

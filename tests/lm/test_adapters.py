@@ -7,6 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.trainer import TrainingArgs
 
 import mlx_tune as mt
 from mlx_tune import lm
@@ -69,3 +70,54 @@ def test_optimizers_go_by_mlx_lms_names() -> None:
         lm.make_optimizer("lion")
     with pytest.raises(mt.InvalidArgumentError, match=r"cannot be made with \{'speed': 1\}"):
         lm.make_optimizer("sgd", 1e-3, {"speed": 1})
+
+
+def held(model) -> dict[str, tuple[int, object]]:
+    return {path: (id(array), array.tolist()) for path, array in tree_flatten(model.parameters())}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("tied", "lora"), ("tied", "dora"), ("moe", "lora")])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_new_adapters_are_put_to_the_test_and_are_zero_again(toy, rows, name: str, kind: str, bits: int | None) -> None:
+    model = toy(name)
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    lm.add_adapters(model, kind, num_layers=-1)
+    mx.eval(model.parameters())
+    before = held(model)
+    mx.random.seed(3)
+    report = lm.verify_checkpoint(model, rows, TrainingArgs(batch_size=2, max_seq_length=32))
+    assert report.ok, report
+    assert mx.random.state[0].tolist() == [0, 3]
+    assert held(model) == before
+    tested = {p.path for p in report.parameters if p.ok}
+    zeros = [path for path in before if path.endswith("lora_b")]
+    assert tested >= {path.replace("lora_b", "lora_a") for path in zeros if "switch" not in path}
+    assert report.notes == (
+        f"{len(zeros)} adapter parameters that are zero had small values for the comparison, and are zero again.",
+    )
+    assert report.notes[0] in str(report)
+
+
+def test_a_trained_adapter_is_compared_as_it_is(toy, rows) -> None:
+    model = lm.add_adapters(toy(), "lora", num_layers=-1)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.lora_b = mx.full(module.lora_b.shape, 0.01)
+    report = lm.verify_checkpoint(model, rows, TrainingArgs(batch_size=2, max_seq_length=32))
+    assert report.ok
+    assert report.notes == ()
+
+
+def test_a_comparison_that_fails_leaves_the_zeros(toy, rows) -> None:
+    model = lm.add_adapters(toy(), "lora", num_layers=-1)
+    mx.eval(model.parameters())
+    before = held(model)
+
+    def failing(model, batch, lengths):
+        assert model.layers[0].self_attn.q_proj.lora_b.any().item()
+        raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        lm.verify_checkpoint(model, rows, TrainingArgs(batch_size=2, max_seq_length=32), loss=failing)
+    assert held(model) == before
