@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import re
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,12 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.sybil import SybilCollection
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it puts in the background deaf to Ctrl-C; the tests of interrupts send it to themselves.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+#: Active memory in bytes when garbage was last collected between tests.
+settled = 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,6 +37,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an Apple GPU: MLX has no Metal here"))
         if item.get_closest_marker("cpu_only") and gpu:
             item.add_marker(pytest.mark.skip(reason="asserts what only the CPU backend promises"))
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage_of_others() -> None:
+    """A test that counts memory begins with no arrays that an earlier one left in reference cycles.
+
+    Collecting takes longer than most tests: only where memory has grown since it was last done.
+    """
+    global settled
+    if mx.get_active_memory() > settled + 4096:
+        gc.collect()
+    settled = mx.get_active_memory()
 
 
 @pytest.fixture(autouse=True)

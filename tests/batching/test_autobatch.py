@@ -107,7 +107,7 @@ def test_ctrl_c_at_any_moment_leaves_everything_as_it_was(moment, monkeypatch, t
     """A real signal, not an exception: it may come between any two lines."""
     step, make_batch, state = small_steps.build(dropout=0.3)
     mx.eval(step(make_batch(1)), state[0].state, state[1].state)
-    before = bits(state)
+    before, frozen = bits(state), gc.get_freeze_count()
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     calls = []
@@ -135,11 +135,11 @@ def test_ctrl_c_at_any_moment_leaves_everything_as_it_was(moment, monkeypatch, t
     assert len(calls) >= 3
     assert bits(state) == before
     assert list(tmp_path.iterdir()) == []
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() == frozen
 
 
 def test_garbage_is_collected_and_objects_that_the_program_froze_stay_frozen():
-    seen = []
+    seen, before = [], gc.get_freeze_count()  # newer Pythons freeze a few objects of their own
     with quick_collections():
         array = mx.zeros(1000)
         cycle = [array]
@@ -149,7 +149,7 @@ def test_garbage_is_collected_and_objects_that_the_program_froze_stay_frozen():
         gc.collect()
         assert gc.get_freeze_count() > 0
     assert seen[0]() is None
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() == before
     gc.freeze()
     try:
         with quick_collections():
