@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.calls import taking
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
@@ -164,7 +165,12 @@ def tightest_limit(
     import mlx.core as mx
 
     mx.eval(list(arrays_of(args)), list(arrays_of(state)))
-    with uninterrupted(), Snapshot(state, spill=True), progress_bar("tightest limit", enabled=progress) as bar:
+    with (
+        uninterrupted(),
+        quick_collections(),
+        Snapshot(state, spill=True),
+        progress_bar("tightest limit", enabled=progress) as bar,
+    ):
         notes = slow_half_precision((args, state), bar)
         step = taking(step, args, state)
         for _ in range(2):  # traces, kernels and the optimizer's state are made in the first steps

@@ -11,7 +11,6 @@ from typing import Any, Literal, SupportsIndex
 
 from mlx_tune.batching import canary as canary_check
 from mlx_tune.batching.forecast import Forecast, floor_of
-from mlx_tune.batching.garbage import quick_collections
 from mlx_tune.batching.isolation import IsolatedProbe
 from mlx_tune.batching.journal import Journal, Runner
 from mlx_tune.batching.probe import MakeBatch, Probe, Step
@@ -20,6 +19,7 @@ from mlx_tune.batching.refusals import too_large, used_up
 from mlx_tune.batching.result import AutobatchResult, Trial
 from mlx_tune.batching.session import Session
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.calls import step_of_batches
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted

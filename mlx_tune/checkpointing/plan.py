@@ -15,6 +15,7 @@ from mlx_tune.checkpointing.measure import Measured, Measurements
 from mlx_tune.checkpointing.planned import CheckpointPlan, MeasuredChoice, PlannedBlock
 from mlx_tune.checkpointing.survey import Survey
 from mlx_tune.errors import BudgetError
+from mlx_tune.garbage import quick_collections
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.memory import resolve_budget
@@ -94,7 +95,12 @@ def plan_checkpoints(
     batch_size, steps = whole_number(batch_size, "batch_size", least=1), whole_number(steps, "steps", least=1)
     allowed = resolve_budget(budget)
     whole = (model, state)
-    with uninterrupted(), Snapshot(whole, spill=True), progress_bar("plan checkpoints", enabled=progress) as bar:
+    with (
+        uninterrupted(),
+        quick_collections(),
+        Snapshot(whole, spill=True),
+        progress_bar("plan checkpoints", enabled=progress) as bar,
+    ):
         notes = slow_half_precision(whole, bar)
         survey = Survey(model, step, make_batch, batch_size, whole, select, bar)
         if survey.floor(survey.all) > allowed:

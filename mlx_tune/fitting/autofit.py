@@ -11,7 +11,6 @@ from typing import Any, SupportsIndex
 import mlx.nn as nn
 
 from mlx_tune import devices
-from mlx_tune.batching.garbage import quick_collections
 from mlx_tune.batching.ranks import Ranks
 from mlx_tune.checkpointing.blocks import Select, find_blocks
 from mlx_tune.checkpointing.survey import Survey
@@ -21,6 +20,7 @@ from mlx_tune.fitting.result import Fit, Setting
 from mlx_tune.fitting.search import Search
 from mlx_tune.fitting.together import Together
 from mlx_tune.fitting.trials import Candidate, Trials
+from mlx_tune.garbage import quick_collections
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import MemoryBudget, resolve_budget

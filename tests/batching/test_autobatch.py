@@ -3,7 +3,6 @@
 import gc
 import re
 import signal
-import weakref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +14,6 @@ from mlx.utils import tree_flatten
 import mlx_tune as mt
 import mlx_tune.devices
 from mlx_tune.batching import autobatch, autobatch_by_length
-from mlx_tune.batching.garbage import quick_collections
 from mlx_tune.errors import BudgetError, InvalidArgumentError
 
 OPTIONS = {"progress": False}
@@ -136,27 +134,6 @@ def test_ctrl_c_at_any_moment_leaves_everything_as_it_was(moment, monkeypatch, t
     assert bits(state) == before
     assert list(tmp_path.iterdir()) == []
     assert gc.get_freeze_count() == frozen
-
-
-def test_garbage_is_collected_and_objects_that_the_program_froze_stay_frozen():
-    seen, before = [], gc.get_freeze_count()  # newer Pythons freeze a few objects of their own
-    with quick_collections():
-        array = mx.zeros(1000)
-        cycle = [array]
-        cycle.append(cycle)
-        seen.append(weakref.ref(array))
-        del array, cycle
-        gc.collect()
-        assert gc.get_freeze_count() > 0
-    assert seen[0]() is None
-    assert gc.get_freeze_count() == before
-    gc.freeze()
-    try:
-        with quick_collections():
-            pass
-        assert gc.get_freeze_count() > 0
-    finally:
-        gc.unfreeze()
 
 
 def test_training_under_the_result_stays_within_the_budget():
