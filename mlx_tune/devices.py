@@ -1,4 +1,4 @@
-"""What this machine is: its backend, its limits, and the memory that is free now.
+"""The machine: its backend, its limits, and the memory that is free now.
 
 The only reader of `mx.device_info` and of the operating system's counters. Nothing here imports MLX until a
 function that asks MLX something is called, so the doctor can use the rest where `import mlx.core` fails.
@@ -27,7 +27,7 @@ _MEMORY_KEY = {"metal": "memory_size", "cuda": "total_memory"}
 
 @dataclass(frozen=True)
 class Machine:
-    """What does not change while the process runs.
+    """The facts of a machine that do not change while the process runs.
 
     Attributes:
         backend: The allocator that MLX uses here: "metal", "cuda" or "cpu".
@@ -80,14 +80,14 @@ def backend() -> Backend:
 
 
 def computes_on_cpu() -> bool:
-    """Whether operations run on the CPU unless they are told otherwise: no GPU, or the CPU was made the default."""
+    """True where operations run on the CPU unless they are told otherwise: no GPU, or the CPU was made the default."""
     import mlx.core as mx
 
     return backend() == "cpu" or mx.default_device() == mx.Device(mx.cpu)
 
 
 def gpu_count() -> int:
-    """How many GPUs MLX can reach.
+    """The number of GPUs that MLX can reach.
 
     `mx.metal.is_available()` says what MLX was built for: a headless or sandboxed session may get no device all the
     same.
@@ -185,7 +185,7 @@ def free_rooms() -> tuple[Room, ...]:
 
 
 def footprint_bytes(pid: int | None = None) -> int:
-    """What the system charges a process with: the physical footprint on macOS, resident memory elsewhere.
+    """The memory that the system charges a process with: the physical footprint on macOS, else resident memory.
 
     Args:
         pid: The process; this one by default.

@@ -62,7 +62,7 @@ def slow_half_precision(
 
 @cache
 def times_slower(dtype: str) -> float:
-    """How many times as long a matrix product takes in a dtype as in float32, measured once in a process."""
+    """The time of a matrix product in a dtype over that in float32, measured once in a process."""
     import mlx.core as mx
 
     def seconds(kind: mx.Dtype) -> float:

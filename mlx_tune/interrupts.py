@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _Held:
-    """What the handler of this process knows while a Ctrl-C is held back."""
+    """The state of this process's handler while a Ctrl-C is held back."""
 
     def __init__(self, before: Any) -> None:
         self.before = before

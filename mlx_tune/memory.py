@@ -109,7 +109,7 @@ class track_memory(ContextDecorator):  # noqa: N801 - used as a function
 
     @property
     def active_bytes(self) -> int:
-        """What arrays hold, in bytes."""
+        """The memory of arrays, in bytes."""
         if self._final is not None:
             return self._final[1]
         import mlx.core as mx
@@ -118,7 +118,7 @@ class track_memory(ContextDecorator):  # noqa: N801 - used as a function
 
     @property
     def cache_bytes(self) -> int:
-        """What MLX keeps for reuse, in bytes."""
+        """The memory that MLX keeps for reuse, in bytes."""
         if self._final is not None:
             return self._final[2]
         import mlx.core as mx
@@ -127,7 +127,7 @@ class track_memory(ContextDecorator):  # noqa: N801 - used as a function
 
     @property
     def footprint_bytes(self) -> int:
-        """What the system charges the process with, in bytes."""
+        """The memory that the system charges the process with, in bytes."""
         return self._final[3] if self._final is not None else devices.footprint_bytes()
 
     @property
@@ -222,7 +222,7 @@ class memory_limit(ContextDecorator):  # noqa: N801 - used as a function
 
 
 def open_limit_bytes() -> int | None:
-    """What the innermost open `memory_limit` block asks for, in bytes; None where none is open."""
+    """The limit of the innermost open `memory_limit` block, in bytes; None where none is open."""
     with _lock:
         return memory_limit._open[-1].limit_bytes if memory_limit._open else None
 
@@ -273,7 +273,7 @@ class MemoryBudget(int):
 
 @dataclass(frozen=True)
 class _Held:
-    """What MLX itself holds, and so could use again."""
+    """The bytes that MLX itself holds, and so could use again."""
 
     active_bytes: int
     cache_bytes: int

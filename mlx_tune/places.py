@@ -19,7 +19,7 @@ class Place(Protocol):
     """Something that holds values."""
 
     def get(self) -> Any:
-        """What it holds, as a dictionary or list of its own."""
+        """The contents, as a dictionary or list of its own."""
 
     def put(self, items: Any) -> None:
         """Hold this again."""
@@ -38,7 +38,7 @@ class Held:
         self.held: Any = held
 
     def get(self) -> Any:
-        """What it holds, as a dictionary or list of its own."""
+        """The contents, as a dictionary or list of its own."""
         raise NotImplementedError
 
     def put(self, items: Any) -> None:
@@ -46,12 +46,12 @@ class Held:
         raise NotImplementedError
 
     def same(self, items: Any) -> bool:
-        """Whether it holds the very same objects as in this reading, in the same order."""
+        """True where it holds the very same objects as in this reading, in the same order."""
         return same_items(self.get(), items)
 
 
 def same_items(a: Any, b: Any) -> bool:
-    """Whether two readings of a place hold the very same objects in the same order."""
+    """True where two readings of a place hold the very same objects in the same order."""
     if len(a) != len(b):
         return False
     if isinstance(a, dict):
@@ -98,7 +98,7 @@ class Items(Held):
 
 
 class ModuleAttributes(Items):
-    """What a module holds next to its arrays and modules: numbers, flags, plain objects."""
+    """The values of a module next to its arrays and modules: numbers, flags, plain objects."""
 
     __slots__ = ()
 
@@ -133,7 +133,7 @@ class Members(Held):
         return list(self.held)
 
     def same(self, items: list[Any]) -> bool:
-        """Whether these are its members, in any order."""
+        """True where these are its members, in any order."""
         return len(self.held) == len(items) and set(map(id, self.held)) == set(map(id, items))
 
     def put(self, items: list[Any]) -> None:
@@ -179,7 +179,7 @@ class Defaults(Held):
 
 
 class PartialArguments(Held):
-    """What `functools.partial` has bound."""
+    """The arguments that `functools.partial` has bound."""
 
     __slots__ = ()
 
@@ -195,7 +195,7 @@ class PartialArguments(Held):
 
 
 class ContextValue(Held):
-    """What a context variable holds in the context of this thread or task."""
+    """The value of a context variable in the context of this thread or task."""
 
     __slots__ = ()
 

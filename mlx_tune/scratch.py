@@ -156,7 +156,7 @@ def scratch_folder(mounts: Path = Path("/proc/self/mounts"), spare: Path = Path(
 
 
 def in_memory(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
-    """Whether a folder's files lie in memory, as far as the system says.
+    """True where a folder's files lie in memory, as far as the system says.
 
     Args:
         folder: Any folder.
@@ -171,7 +171,7 @@ def in_memory(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
 
 
 def _refused(error: Exception, folder: Path) -> bool:
-    """Whether an error is one by which a write to the folder is refused."""
+    """True where an error is one by which a write to the folder is refused."""
     if isinstance(error, DiskError):
         return False
     if isinstance(error, OSError):

@@ -29,7 +29,7 @@ class _Spilled:
 
 
 class Snapshot:
-    """What `state` holds now, to be put back any number of times.
+    """The contents of `state` now, to be put back any number of times.
 
     Kept: every array, number and object reachable through modules, optimizers, dictionaries, lists and tuples;
     modules' training flags and frozen sets; `mx.random`'s stream, and Python's and NumPy's global ones.
@@ -100,7 +100,7 @@ class Snapshot:
         self._file = None
 
     def __enter__(self) -> Snapshot:
-        """Nothing more: the state was noted when the snapshot was made."""
+        """Return the snapshot: the state was noted when it was made."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,7 +144,7 @@ class _RandomStreams:
 
 
 def _children(node: Any) -> Iterator[Any]:
-    """What a node of the state holds, one level down."""
+    """The children of a node of the state, one level down."""
     if isinstance(node, dict):
         yield from node.values()
         yield from getattr(node, "__dict__", {}).values()  # a module's plain attributes

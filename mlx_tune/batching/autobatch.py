@@ -254,7 +254,7 @@ def _canary(
 
 
 def _beside_parent(budget: MemoryBudget) -> int:
-    """What a child may use: the parent's own memory counts against the budget."""
+    """The budget of a child: the parent's own memory counts against it."""
     import mlx.core as mx
 
     mx.clear_cache()

@@ -1,4 +1,4 @@
-"""What a step needs at each batch size according to its graph, before anything is run."""
+"""The memory that a step needs at each batch size according to its graph, before anything is run."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ class Forecast:
 
     @property
     def flat(self) -> bool:
-        """Whether the largest knots are all the same, so that not even the batch grows any more."""
+        """True where the largest knots are all the same, so that not even the batch grows any more."""
         return len(self.knots) > 2 and len({self.knots[n] for n in sorted(self.knots)[-3:]}) == 1
 
     @property
     def _straight(self) -> bool:
-        """Whether three knots or more, the middle ones well apart from the ends, lie on one line."""
+        """True where three knots or more, the middle ones well apart from the ends, lie on one line."""
         sizes = sorted(self.knots)
         if len(sizes) < 3:
             return False

@@ -73,7 +73,7 @@ class IsolatedProbe:
         return [Trial(**trial) for trial in answer["trials"]]
 
     def knots(self, sizes: Sequence[int]) -> dict[int, int]:
-        """What the step needs at a few of the sizes, read off its graph in a child; nothing but a first step is run.
+        """The step's needs at a few of the sizes, read off its graph in a child; nothing but a first step is run.
 
         Raises:
             TraceError: The step cannot be described without running it, or the child did not survive that.

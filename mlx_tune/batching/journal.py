@@ -1,4 +1,4 @@
-"""What a search has found out, on disk, so that one that was interrupted goes on instead of starting again."""
+"""The findings of a search on disk, so that one that was interrupted goes on instead of starting again."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Journal:
         return known if known is not None else self.measure(size, predicted_bytes, steps)
 
     def recall(self, size: int, steps: int) -> list[Trial] | None:
-        """What the file knows of a size after so many steps, or None."""
+        """The file's record of a size after so many steps, or None."""
         known = self._known.get(size)
         return known if known is not None and (known[-1].steps >= steps or not known[-1].fits) else None
 

@@ -42,7 +42,7 @@ _SWAP_SHARE, _SWAP_BYTES = 0.02, 64 << 20
 
 @dataclass(frozen=True)
 class _Reading:
-    """What one step took, and the memory limit it ran under."""
+    """The cost of one step, and the memory limit it ran under."""
 
     limit_bytes: int
     peak_bytes: int
@@ -358,7 +358,7 @@ class Probe:
 
 
 def _fault(loss: Any) -> str | None:
-    """What is wrong with a loss, if anything."""
+    """The fault of a loss, or None."""
     import mlx.core as mx
 
     values = loss.astype(mx.float32)
@@ -376,7 +376,7 @@ def _fault(loss: Any) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is one by which an allocator of MLX refuses."""
+    """True where an exception is one by which an allocator of MLX refuses."""
     if isinstance(error, MlxTuneError):
         return False  # ours, though its text may speak of memory
     text = str(error).lower()
@@ -384,7 +384,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def count_items(batch: Any, size: int) -> tuple[int, str]:
-    """How much work a batch is: its tokens where its first array is `[batch, length]` of integers, else its rows."""
+    """The work in a batch: its tokens where its first array is `[batch, length]` of integers, else its rows."""
     import mlx.core as mx
 
     arrays = list(arrays_of(batch))
@@ -398,5 +398,5 @@ def _described(out: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says first, or its name where it says nothing."""
+    """The first line of an exception's text, or its name where it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0]

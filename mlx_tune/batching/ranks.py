@@ -55,7 +55,7 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def any(self, function: Callable[[], bool]) -> bool:
-        """Whether a function is true on any rank; an exception as for `agree`."""
+        """True where a function is true on any rank; an exception as for `agree`."""
         result, error = self._attempt(function)
         return any(row[0] for row in self._share([int(bool(result))], error))
 

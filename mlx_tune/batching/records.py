@@ -20,7 +20,7 @@ _LARGEST = 1 << 63
 
 @dataclass
 class Records:
-    """What a journal holds.
+    """The records of a journal.
 
     Attributes:
         budget_bytes: What its search had.
@@ -40,7 +40,7 @@ class Records:
 
 
 def first_line(budget_bytes: int, source: str) -> str:
-    """What a journal begins with."""
+    """The first line of a journal."""
     return _line({"mlx_tune_autobatch": _FORMAT, "budget_bytes": budget_bytes, "source": source})
 
 
@@ -116,7 +116,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _first(record: dict[str, Any] | None, name: str) -> Records:
-    """What the first line says."""
+    """The contents of the first line."""
     version = None if record is None else record.get("mlx_tune_autobatch")
     if record is None or not _whole(version):
         wrong = "it exists and is no journal of autobatch"

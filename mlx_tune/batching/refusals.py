@@ -1,4 +1,4 @@
-"""What `autobatch` says when nothing fits: by how much, and what could be given up."""
+"""The error of `autobatch` when nothing fits: by how much, and what could be given up."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def too_large(session: Session, budget: MemoryBudget, *, estimated: tuple[Any, A
 
 
 def _advice(size: int, budget_bytes: int, estimated: tuple[Any, Any, Any] | None) -> str:
-    """What could be given up, and what that saves according to the graph."""
+    """Things that could be given up, and their savings according to the graph."""
     plain = "Shorter rows, or mlx_tune.checkpoint_blocks(model), may bring it down."
     if estimated is None:
         return f" {plain}"
@@ -82,7 +82,7 @@ def _advice(size: int, budget_bytes: int, estimated: tuple[Any, Any, Any] | None
 
 
 def _saved_by_checkpoints(size: int, estimated: tuple[Any, Any, Any]) -> tuple[int, int] | None:
-    """What the step would need with every block checkpointed, and how much less that is; None where it is not less."""
+    """The step's needs with every block checkpointed, and how much less that is; None where it is not less."""
     from mlx_tune.checkpointing import checkpoint_blocks
 
     floor = floor_of(*estimated)

@@ -1,4 +1,4 @@
-"""What a search for a batch size hands back: the answer, the trials behind it, and the limits it holds under."""
+"""The result of a search for a batch size: the answer, the trials behind it, and the limits it holds under."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Trial:
 
     @property
     def ran_free(self) -> bool:
-        """Whether the memory limit never had to hold the steps back."""
+        """True where the memory limit never had to hold the steps back."""
         return self.peak_bytes is not None and self.peak_bytes <= self.limit_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class AutobatchResult:
 
     @property
     def slowdown(self) -> float | None:
-        """How much longer a token (or row) takes at the answer than at the largest batch tried that ran unhindered.
+        """The extra time of a token (or row) at the answer over that at the largest batch tried that ran unhindered.
 
         0.5 means half as long again; 0 where the answer itself ran unhindered; None where nothing did.
         """
@@ -179,7 +179,7 @@ class AutobatchResult:
         return render_table(columns, rows, title=title, notes=[*self._reasons(), *self.notes])
 
     def _reasons(self) -> list[str]:
-        """What the table leaves open."""
+        """Remarks on what the table leaves open."""
         lines = [f"budget: {self.budget_source}; hold the limit with result.applied()"]
         if self.next_size is not None and not self.next_measured:
             lines.append(
@@ -194,7 +194,7 @@ class AutobatchResult:
         return lines
 
     def _speed(self) -> list[str]:
-        """What the limit costs, and how to ask for less of that."""
+        """The cost of the limit, and the way to ask for less of it."""
         slowdown, free = self.slowdown, self._largest_free
         if free is None:
             return ["no size that was tried ran without being held back by its limit"]

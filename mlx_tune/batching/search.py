@@ -27,7 +27,7 @@ _SURE = 0.025
 
 @dataclass(frozen=True)
 class Measured:
-    """What one measurement at one size said.
+    """The outcome of one measurement at one size.
 
     Attributes:
         fits: Whether the size fits the budget.
@@ -42,7 +42,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to.
+    """The outcome of a search.
 
     Attributes:
         size: The largest size that fits, or None if not even the smallest does.
@@ -100,7 +100,7 @@ def search(
     first = min(max(start, 0), len(sizes) - 1)
 
     def exact(position: int) -> bool:
-        """Whether the shape is exact there already; if not, it is now, and what was decided by it is open again."""
+        """True where the shape is exact there already; if not, it is now, and what was decided by it is open again."""
         return look is None or not look(sizes[position])
 
     while True:
@@ -159,13 +159,13 @@ class _Curve:
 
     @property
     def straight(self) -> bool:
-        """Whether the points lie on one line, so that it can be trusted beyond them."""
+        """True where the points lie on one line, so that it can be trusted beyond them."""
         slopes = self._neighbours()
         return len(slopes) >= 2 and 0 < max(slopes) <= _SAME_LINE * min(slopes)
 
     @property
     def shaped(self) -> bool:
-        """Whether the points agree with the shape, so that it can be trusted between and beyond them."""
+        """True where the points agree with the shape, so that it can be trusted between and beyond them."""
         if self.shape is None or not self.fitting:
             return False
         for a, b in zip(self.fitting, self.fitting[1:], strict=False):
@@ -175,7 +175,7 @@ class _Curve:
         return True
 
     def _weighed(self) -> tuple[float, float]:
-        """How steep the peaks are beside the shape, and the error of that.
+        """The steepness of the peaks beside the shape, and the error of that.
 
         Noise makes two peaks that are close together say little, and the shape is good, so they are weighed against
         each other: each counts by the inverse square of its error.
@@ -190,7 +190,7 @@ class _Curve:
 
     @property
     def sure(self) -> bool:
-        """Whether the points agree with the shape, and say what will be at the budget closely enough to go there."""
+        """True where the points agree with the shape, and say what will be at the budget closely enough to go there."""
         if not self.shaped:
             return False
         slope, error = self._weighed()
@@ -229,7 +229,7 @@ class _Curve:
 
     @property
     def hidden(self) -> bool:
-        """Whether something steeper than the points show may lie below them, as far as that can be told.
+        """True where something steeper than the points show may lie below them, as far as that can be told.
 
         Whatever grows with the size grows no faster than the size itself, so its slope is at most what the last size
         added, by its size. Where the points rise much less than that, something else makes the peak, such as the
@@ -242,7 +242,7 @@ class _Curve:
 
     @property
     def farthest(self) -> float:
-        """How many times the last size a leap may go, while no line is established."""
+        """The farthest leap, in times the last size, while no line is established."""
         if self.base is None or self.fitting[-1][1] <= self.base:
             return _LEAP
         return max(_LEAST_LEAP, min(_LEAP, (self.budget - self.base) / (self.fitting[-1][1] - self.base)))
@@ -308,7 +308,7 @@ def _between(curve: _Curve, sizes: Sequence[int], low: int, high: int) -> int:
 
 
 def _leap(curve: _Curve, sizes: Sequence[int], low: int, high: int) -> int:
-    """How far to go where no size has failed yet."""
+    """The size to go to where none has failed yet."""
     slope = curve.steep_slope
     if slope is None:
         return low + 1

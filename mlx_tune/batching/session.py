@@ -167,7 +167,7 @@ class Session:
         return max(free, key=lambda trial: trial.batch_size, default=None)
 
     def _needed(self, size: int) -> float:
-        """What a size needs held back, by what its neighbours were seen to need."""
+        """The needs of a size held back, by those of its neighbours."""
         axis = self.forecast or float
         seen = sorted((n, t.held_bytes) for n, t in self.known.items() if t.held_bytes is not None)
         if len(seen) < 2:
@@ -228,7 +228,7 @@ class Session:
         return Measured(trial.fits, needed, trial.base_bytes)
 
     def _margin(self, trial: Trial) -> int:
-        """How much of the scatter of single peaks is kept clear of the budget.
+        """The part of the scatter of single peaks that is kept clear of the budget.
 
         All of it where the next size needs hardly more than that. Where sizes are further apart, a budget between two
         of them is more likely to lie in the middle than in the scatter of the lower one, whose own steps will tell.
@@ -245,7 +245,7 @@ class Session:
         return self.forecast(self.sizes[position]) - self.forecast(size)
 
     def _may_be_last(self, size: int, predicted: int | None) -> bool:
-        """Whether a size may turn out to be the answer, so that all its steps had better be taken at once."""
+        """True where a size may turn out to be the answer, so that all its steps had better be taken at once."""
         if size == self.sizes[-1]:
             return True
         if predicted is None:

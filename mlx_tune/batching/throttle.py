@@ -1,4 +1,4 @@
-"""How far a step's peak rises when its memory limit is raised: learned where it is cheap, used where it counts.
+"""The rise of a step's peak with its memory limit: learned where it is cheap, used where it counts.
 
 MLX holds dispatch back while active memory is above the limit, but looks only after an operation's outputs are
 allocated, and memory is given back a moment after a task is counted as done. So a peak lies above its limit by an
@@ -51,11 +51,11 @@ class Throttle:
         return min(self.share_within(self.spread + _SAME), HOLDING)
 
     def holds(self, share: float) -> bool:
-        """Whether the peaks seen at a share are no higher than with everything held back."""
+        """True where the peaks seen at a share are no higher than with everything held back."""
         return self.worst[share] <= self.spread + _SAME
 
     def may_try(self, room: float) -> bool:
-        """Whether one more reading, at the next share, can be expected to stay within `room`."""
+        """True where one more reading, at the next share, can be expected to stay within `room`."""
         return max(self.worst.values(), default=1.0) + _RISE <= room
 
     def share_within(self, room: float, below: float | None = None) -> float:

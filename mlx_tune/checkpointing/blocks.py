@@ -174,7 +174,7 @@ def find_blocks(model: nn.Module, select: Select | None = None) -> tuple[Stack, 
 
 
 def _children(module: Any) -> list[tuple[str, Any]]:
-    """What a module, list, tuple or dictionary holds, by name."""
+    """The members of a module, list, tuple or dictionary, by name."""
     if isinstance(module, dict):
         return [(str(key), value) for key, value in module.items()]
     if isinstance(module, list | tuple):
@@ -187,7 +187,7 @@ def _joined(path: str, name: str) -> str:
 
 
 def _has_modules(module: nn.Module) -> bool:
-    """Whether there is a module below this one."""
+    """True where there is a module below this one."""
     return any(isinstance(child, nn.Module) or _holds_module(child) for _, child in _children(module))
 
 

@@ -1,4 +1,4 @@
-"""What a block can reach: every array it may use, and every container it may write to.
+"""The reach of a block: every array it may use, and every container it may write to.
 
 A block's gradient must reach each array that the block used, wherever it took it from, and running the block a
 second time must start from what the containers held the first time and leave no mark in them. So before a call
@@ -92,7 +92,7 @@ class Walk:
                 return template
 
     def _encode(self, value: Any) -> Any:
-        """What stands for a value: a template, or the value itself."""
+        """The stand-in for a value: a template, or the value itself."""
         kind = type(value)
         if kind in _PLAIN:
             return value
@@ -115,7 +115,7 @@ class Walk:
         self.notes.append(Note(place))
 
     def _visit(self, value: Any) -> bool:
-        """Whether this is the first time."""
+        """True the first time."""
         seen, identity = self.seen, id(value)
         if identity in seen or identity in self._known:
             return False
@@ -127,7 +127,7 @@ class Walk:
 
 
 def _leave(walk: Walk, value: Any) -> None:
-    """Nothing is in it."""
+    """Leave the value alone: it has no parts to enter."""
 
 
 def _array(walk: Walk, value: mx.array) -> Ref | None:
@@ -195,7 +195,7 @@ def _own(walk: Walk, value: Any) -> None:
 
 
 def _is_plain(attributes: dict[str, Any]) -> bool:
-    """Whether there is nothing in them to enter."""
+    """True where there is nothing in them to enter."""
     return all(type(value) in _PLAIN or (not value and type(value) is set) for value in attributes.values())
 
 
@@ -264,7 +264,7 @@ def _function(walk: Walk, value: FunctionType) -> None:
 
 
 def _look_into(walk: Walk, value: FunctionType) -> None:
-    """What a function holds, and what its code names."""
+    """Follow what a function holds, and what its code names."""
     code = value.__code__
     if value.__closure__:
         for name, cell in zip(code.co_freevars, value.__closure__, strict=True):
@@ -295,7 +295,7 @@ def _named(
     stored: tuple[str, ...],
     placed: Mapping[str, tuple[str, ...]],
 ) -> None:
-    """What names stand for in a module."""
+    """The objects that names stand for in a module."""
     noted = list(stored)
     for name, attributes in loaded.items():
         value = scope.get(name, _MISSING)
@@ -319,7 +319,7 @@ def _named(
 
 
 def _of_module(walk: Walk, name: str, module: ModuleType, asked: tuple[str, ...], placed: tuple[str, ...]) -> None:
-    """What code reads and assigns of a module, and of modules in it."""
+    """The names that code reads and assigns of a module, and of modules in it."""
     if not is_foreign(module.__name__):
         for _, held, loaded, stored in names_in_module(name, module, asked, placed):
             # Modules in it come by themselves: nothing is asked of them here.
@@ -354,7 +354,7 @@ _handlers: Facts[Callable[[Walk, Any], Any]] = Facts()
 
 
 def _handler(kind: type) -> Callable[[Walk, Any], Any]:
-    """How to walk instances of a class."""
+    """The function that walks instances of a class."""
     return _HANDLERS.get(kind) or _handlers.get(id(kind)) or _handlers.learn(kind, _choose(kind))
 
 

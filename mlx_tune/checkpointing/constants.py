@@ -36,7 +36,7 @@ class Refusals:
         self._known: dict[tuple[Any, ...], tuple[set[int], set[int]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Nothing."""
+        """Pickle as an empty one: a copy remembers no constants."""
         return (Refusals, ())
 
     def without_constants(
@@ -78,7 +78,7 @@ class Refusals:
 
 
 def _like(arrays: Sequence[mx.array]) -> tuple[Any, ...]:
-    """What calls with the same inputs in the same order have in common."""
+    """The common key of calls with the same inputs in the same order."""
     return tuple((array.shape, array.dtype) for array in arrays)
 
 

@@ -1,4 +1,4 @@
-"""What checkpointing a block costs: the seconds of one more forward pass, measured once for each kind of block.
+"""The cost of checkpointing a block: the seconds of one more forward pass, measured once for each kind of block.
 
 Blocks of one class, with parameters of the same shapes, that are called with the same shapes, are one kind: they
 do the same work. What they are called with is learnt while a step is traced, when nothing is computed.
@@ -29,7 +29,7 @@ RUNS = 5
 
 @dataclass
 class Calls:
-    """How one block was called while a step was traced.
+    """The calls of one block while a step was traced.
 
     Attributes:
         inputs: For each call its positional and named arguments, arrays replaced by `ArraySpec`.
@@ -77,7 +77,7 @@ def _shapes(tree: Any) -> Any:
 
 
 def kind_of(block: nn.Module, calls: Calls) -> tuple[Any, ...]:
-    """What two blocks have in common when they do the same work.
+    """The common key of two blocks that do the same work.
 
     Args:
         block: The module.

@@ -1,4 +1,4 @@
-"""What remains of a run for the gradient: nothing of a block's state, and everything of a log or a counter.
+"""The remains of a run for the gradient: nothing of a block's state, and everything of a log or a counter.
 
 The second run starts from what every container held when the first one began. Afterwards containers that hold
 arrays (running statistics, caches and the positions that go with them) get back what they held before the second
@@ -64,7 +64,7 @@ class Rewound:
 
 
 def _left_over(place: Held, before: Any, started_from: Any) -> Any:
-    """What a place is to hold after a second run: what it held before, with what that run counted and logged.
+    """The contents of a place after a second run: those before it, with what that run counted and logged.
 
     Args:
         place: Where.
@@ -84,7 +84,7 @@ def _left_over(place: Held, before: Any, started_from: Any) -> Any:
 
 
 def _holds_arrays(value: Any, depth: int = 4) -> bool:
-    """Whether there are arrays in a value; a module's own do not count, it is no part of what holds it."""
+    """True where there are arrays in a value; a module's own do not count, it is no part of what holds it."""
     if isinstance(value, mx.array):
         return True
     if depth == 0 or isinstance(value, nn.Module):

@@ -23,7 +23,7 @@ LEAST_RUNS = 2
 
 @dataclass
 class Measured:
-    """What is known of one choice from real steps.
+    """The knowledge of one choice from real steps.
 
     Attributes:
         choice: The choice.

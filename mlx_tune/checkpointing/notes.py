@@ -46,7 +46,7 @@ def filled(template: Any, arrays: list[mx.array]) -> Any:
 
 
 class Note:
-    """What one place held.
+    """The contents of one place.
 
     Attributes:
         place: Where.

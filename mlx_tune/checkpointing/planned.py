@@ -1,4 +1,4 @@
-"""What `plan_checkpoints` returns: which blocks, what that was predicted to need and what it needed."""
+"""The result of `plan_checkpoints`: which blocks, what that was predicted to need and what it needed."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class AppliedPlan:
         return undo()
 
     def __enter__(self) -> AppliedPlan:
-        """Nothing more: the blocks are checkpointed already."""
+        """Return the plan: the blocks are checkpointed already."""
         return self
 
     def __exit__(self, *_: object) -> None:

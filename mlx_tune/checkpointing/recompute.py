@@ -77,7 +77,7 @@ def runs_again() -> Iterator[set[int]]:
 
 
 def is_differentiable(array: mx.array) -> bool:
-    """Whether gradients flow through arrays of this type."""
+    """True where gradients flow through arrays of this type."""
     return mx.issubdtype(array.dtype, mx.inexact)
 
 
@@ -110,7 +110,7 @@ def call_checkpointed(
 
 
 class _Outputs:
-    """What a run of a block gave: arrays, and where each of them belongs.
+    """The outputs of a run of a block: arrays, and where each of them belongs.
 
     Attributes:
         arrays: What gradients flow through, in order.
@@ -349,7 +349,7 @@ class _Call:
         return mx.vjp(again, [*tied, *outputs[ends:]], wanted)[1][: len(tied)]
 
     def result(self, arrays: Sequence[mx.array]) -> Any:
-        """What the first run returned and wrote, with these arrays as its outputs."""
+        """The results and writes of the first run, with these arrays as its outputs."""
         outputs = self.outputs
         self.outputs = None
         assert outputs is not None

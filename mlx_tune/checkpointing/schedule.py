@@ -31,7 +31,7 @@ _Pair = tuple[int, float, tuple[Any, ...] | None]  # held bytes, seconds, and th
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What checkpointing one block saves and costs.
+    """The savings and the cost of checkpointing one block.
 
     Attributes:
         saved_bytes: What the plain block holds between its forward and backward pass beyond what the checkpointed
@@ -85,7 +85,7 @@ class Schedule:
 
 
 def price(chain: Chain, checkpointed: Sequence[bool]) -> Schedule:
-    """What one choice of blocks needs.
+    """The memory and time that one choice of blocks needs.
 
     Args:
         chain: The blocks.

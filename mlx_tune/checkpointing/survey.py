@@ -1,4 +1,4 @@
-"""What is known of a step before it runs: its blocks, what they save and cost, and its floor under any choice."""
+"""The knowledge of a step before it runs: its blocks, what they save and cost, and its floor under any choice."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class Survey:
         return [numbers.setdefault(kind_of(self.blocks[p], calls[p]), len(numbers)) for p in self.paths]
 
     def _saved_bytes(self, i: int) -> int:
-        """What checkpointing block `i` saves, from graphs in which only that block differs.
+        """The bytes that checkpointing block `i` saves, from graphs in which only that block differs.
 
         Next to no other checkpointed block and next to all others: where another part of the step is nearly as high,
         one of the two hides behind it.

@@ -1,4 +1,4 @@
-"""What `verify_checkpoint` found: a row for each parameter, with one of three verdicts."""
+"""The findings of `verify_checkpoint`: a row for each parameter, with one of three verdicts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class GradientDifference:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify_checkpoint` found. Its `str` is a table.
+    """The findings of `verify_checkpoint`. Its `str` is a table.
 
     Attributes:
         blocks: The paths of the checkpointed modules.

@@ -199,12 +199,12 @@ def _compared(
 
 
 def _rounding(dtype: mx.Dtype) -> float:
-    """How far apart two orders of the same sum may be, relative to its value."""
+    """The distance that two orders of the same sum may be apart, relative to its value."""
     return _RELATIVE.get(dtype, 1e-6)
 
 
 def _cancelled(dtype: mx.Dtype) -> float:
-    """What may stay of terms that cancel, relative to their size."""
+    """The remainder of terms that cancel, relative to their size."""
     return max(1e-6, float(mx.finfo(dtype).eps))
 
 

@@ -1,4 +1,4 @@
-"""What `estimate`, `autobatch`, `checkpoint` and `fit` share: the training run that they are asked about."""
+"""The training run that `estimate`, `autobatch`, `checkpoint` and `fit` are asked about."""
 
 from __future__ import annotations
 

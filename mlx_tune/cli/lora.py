@@ -175,7 +175,7 @@ def _settings(arguments: argparse.Namespace, read_settings: Any) -> dict[str, An
 
 
 def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
-    """What mlx-lm's arguments need a value for until the search has found one."""
+    """Values for mlx-lm's arguments until the search has found them."""
     return {
         "batch_size": _ranks() if settings["batch_size"] in _SEARCHES else settings["batch_size"],
         "grad_checkpoint": settings["grad_checkpoint"] is True,

@@ -27,7 +27,7 @@ def quiet_output(quiet: bool = True) -> Iterator[None]:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one of `mlx.launch` that prints and writes files; alone it always is."""
+    """True where this process is the one of `mlx.launch` that prints and writes files; alone it always is."""
     import mlx.core as mx
 
     return mx.distributed.init().rank() == 0

@@ -183,7 +183,7 @@ def checkpointed_step(blocks: int = 8, width: int | None = None, rows: int | Non
 
 @check("wired", THEME, in_child=True, bench=True)
 def wired(total_bytes: int | None = None, idle_seconds: float = 1.0, turns: int = 6) -> Finding:
-    """Whether wiring gains anything here: a sweep through weights the size of a model, with and without.
+    """Gain of wiring on this machine: a sweep through weights the size of a model, with and without.
 
     Each sweep multiplies one row with every matrix after a second of rest, as answering a question does: that is
     when macOS may have taken memory away. The weights are three quarters of what may be wired, or less where less is

@@ -1,4 +1,4 @@
-"""What a check is, and the list of all of them."""
+"""Checks, and the list of all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MODULES = ("installation", "machine", "gpu", "compute", "bench")
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check's function returns.
+    """The answer of a check's function.
 
     Attributes:
         status: How it ended.
@@ -67,7 +67,7 @@ class Check:
         return "\n".join(line.strip() for line in lines).strip()
 
     def result(self, finding: Finding) -> CheckResult:
-        """What was found, with the remedy written out."""
+        """The finding, with the remedy written out."""
         fix = self.remedies[finding.fix].format(**finding.values) if finding.fix else ""
         fix = installer.in_this_environment(fix)
         summary = " ".join(finding.summary.split())

@@ -208,7 +208,7 @@ def matmul_gflops(size: int = 640) -> float:
 
 
 def _gflops_with(library: str) -> float | None:
-    """What matmul reaches with a library preloaded; None where MLX does not start with it."""
+    """The rate of matmul with a library preloaded; None where MLX does not start with it."""
     code = "from mlx_tune.diagnosis.compute import matmul_gflops; print(matmul_gflops())"
     ended = subprocess.run(
         [sys.executable, "-c", code],

@@ -22,7 +22,7 @@ def in_this_environment(remedy: str) -> str:
 
 
 def commands(*, uv: bool, pip: bool, active: bool, python: str) -> tuple[str, str]:
-    """What installs and what uninstalls.
+    """The commands that install and uninstall.
 
     Args:
         uv: Whether there is a `uv`.

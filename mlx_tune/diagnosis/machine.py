@@ -99,7 +99,7 @@ def container(groups: Sequence[CgroupMemory] | None = None, host: int | None = N
     in_child=True,
 )
 def working_set(recommended: int | None = None, wired_limit_mb: int | None = None, ram: int | None = None) -> Finding:
-    """What the GPU may use leaves the system enough.
+    """The GPU's share of memory leaves the system enough.
 
     Metal recommends not to use more than about three quarters of RAM; `iogpu.wired_limit_mb` moves that. Set too
     high, a large model can freeze the Mac. MLX reads it once, so that Python has to be started again after a change.

@@ -1,4 +1,4 @@
-"""What only the checks read of the system."""
+"""Readings of the system that only the checks need."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _nvidia_smi(query: str) -> str:
 
 
 def command_output(command: list[str], seconds: float = 20) -> str:
-    """What a command prints; nothing where there is none, or where it fails."""
+    """The output of a command; empty where there is none, or where it fails."""
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -171,13 +171,13 @@ def command_output(command: list[str], seconds: float = 20) -> str:
 
 
 def metal_answers() -> bool:
-    """Whether this session gets a device of Metal, tried in a process of its own."""
+    """True where this session gets a device of Metal, tried in a process of its own."""
     code = "import mlx.core as mx; print(mx.metal.is_available() and mx.device_count(mx.gpu) > 0)"
     return command_output([sys.executable, "-c", code], seconds=60).strip() == "True"
 
 
 def session_type() -> str | None:
-    """What kind of session this is on macOS: "Aqua" with a screen, "Background" over ssh, "System"; None elsewhere."""
+    """The kind of this session on macOS: "Aqua" with a screen, "Background" over ssh, "System"; None elsewhere."""
     if sys.platform != "darwin":
         return None
     return command_output(["launchctl", "managername"]).strip() or None

@@ -1,4 +1,4 @@
-"""What a diagnosis says: one `CheckResult` a check, and the `Diagnosis` that holds them."""
+"""The results of a diagnosis: one `CheckResult` a check, and the `Diagnosis` that holds them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MARKS: dict[str, str] = {"pass": "ok", "warn": "warn", "fail": "FAIL", "skip": 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one check found.
+    """The finding of one check.
 
     Attributes:
         name: The check, as `--only` takes it.
@@ -42,7 +42,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What every check found.
+    """The findings of every check.
 
     `str` is the table, `to_dict` the same for programs, `issue` what to paste into a bug report.
 
@@ -56,7 +56,7 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed. Warnings are no failures."""
+        """True where nothing failed. Warnings are no failures."""
         return not self.select("fail")
 
     @property

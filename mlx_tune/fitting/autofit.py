@@ -169,7 +169,7 @@ def _sizes(min_batch: int, max_batch: int | None, multiple_of: int, target_batch
 
 
 def _with_blocks(model: nn.Module, checkpoint: bool, select: Select | None) -> tuple[bool, list[str]]:
-    """Whether there are blocks to choose from, and why not."""
+    """True where there are blocks to choose from, and the reason where not."""
     if not checkpoint:
         if select is not None:
             raise InvalidArgumentError("select says which blocks may be checkpointed, and checkpoint=False that none.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a step takes: a fixed part, a part for each row, and what is computed twice for each row.
+    """The time of a step: a fixed part, a part for each row, and what is computed twice for each row.
 
     Attributes:
         fixed_seconds: What a step takes whatever its batch.

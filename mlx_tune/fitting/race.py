@@ -103,7 +103,7 @@ def _clearly_slower(times: list[float], fastest: list[float], tolerance: float) 
 
 
 def _level(times: list[float], fastest: list[float], tolerance: float) -> bool:
-    """Whether so little could be lost by taking the one for the other that more turns are not worth it."""
+    """True where so little could be lost by taking the one for the other that more turns are not worth it."""
     log, error = _compared(times, fastest)
     return log + _clear(times) * error <= math.log1p(2 * tolerance)
 

@@ -1,4 +1,4 @@
-"""What `autofit` returns: the choice, what it was chosen from, and a way to train under it."""
+"""The result of `autofit`: the choice, what it was chosen from, and a way to train under it."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class Fit:
 
 
 def _in_turns(setting: Setting) -> str:
-    """How far behind the fastest it came in."""
+    """The distance behind the fastest."""
     if setting.behind is None:
         return ""
     if setting.behind == 0:

@@ -182,15 +182,15 @@ class Search:
                 self.measure(self.add(fewer, best.choice))
 
     def promising(self, candidate: Candidate) -> bool:
-        """Whether a setting is predicted to be faster than what was run."""
+        """True where a setting is predicted to be faster than what was run."""
         return self.predicted(candidate) > self.rate
 
     def hopeless(self, candidate: Candidate) -> bool:
-        """Whether what a setting computes twice is predicted to cost far more than its size gains."""
+        """True where what a setting computes twice is predicted to cost far more than its size gains."""
         return self.extra(candidate) > 0 and self.predicted(candidate) * _HOPELESS < self.rate
 
     def affordable(self, candidate: Candidate) -> bool:
-        """Whether a step of a setting is over soon enough to be run for certainty's sake."""
+        """True where a step of a setting is over soon enough to be run for certainty's sake."""
         return self.predicted_seconds(candidate) <= _PATIENCE_SECONDS
 
     def extra(self, candidate: Candidate) -> float:
@@ -243,7 +243,7 @@ class Search:
             self.learn(candidate, candidate.batch_size * fastest.seconds * (1 + candidate.behind))
 
     def undecided(self, finished: list[Candidate]) -> bool:
-        """Whether much could be lost by taking one of several settings for as fast as the fastest."""
+        """True where much could be lost by taking one of several settings for as fast as the fastest."""
         standings = [c.standing for c in finished if c.standing is not None]
         return any(s.behind > 0 and s.behind + 2 * s.uncertainty > 2 * self.tolerance for s in standings)
 

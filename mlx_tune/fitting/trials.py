@@ -54,12 +54,12 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether it was run and its peak is within the budget."""
+        """True where it was run and its peak is within the budget."""
         return self.measured is not None and self.measured.fits
 
     @property
     def held_back(self) -> bool:
-        """Whether it fits, and only because the limit made it wait."""
+        """True where it fits, and only because the limit made it wait."""
         return self.fits and self.measured is not None and self.measured.peak_bytes >= self.measured.limit_bytes
 
     @property
@@ -69,7 +69,7 @@ class Candidate:
 
     @property
     def behind(self) -> float:
-        """How much longer a row takes than under the fastest setting; infinite where it was not timed in turns."""
+        """The extra time of a row over that under the fastest setting; infinite where it was not timed in turns."""
         return self.standing.behind if self.standing else math.inf
 
     def fall_back(self, by: float) -> None:

@@ -74,7 +74,7 @@ def _shared(paths: set[str]) -> str:
 
 
 def _gradients(graph: Graph) -> dict[int, str]:
-    """What leads to the new value of one parameter and has its shape: its update, and before that its gradient."""
+    """Arrays that lead to the new value of one parameter and have its shape: its update, before that its gradient."""
     made_by = graph.producers()
     parameters = {graph.values[v].label for v in graph.inputs() if graph.values[v].role == "parameter"}
     found: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""How a batch is given to a step: whole, or spread over the arguments that its signature asks for."""
+"""Calling a step with a batch: whole, or spread over the arguments that its signature asks for."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _ways(args: Sequence[Any], before: list[tuple[Any, ...]]) -> list[_Way]:
 
 
 def _signature(step: Callable[..., Any]) -> inspect.Signature | None:
-    """What a function takes; None where that cannot be read.
+    """The signature of a function; None where that cannot be read.
 
     A decorator counts with its own arguments, not with those of the function that it passes for: it may add some.
     """

@@ -1,4 +1,4 @@
-"""What a convolution does to memory on the CPU backend (mlx/backend/cpu/conv.cpp)."""
+"""The memory of convolutions on the CPU backend (mlx/backend/cpu/conv.cpp)."""
 
 from __future__ import annotations
 

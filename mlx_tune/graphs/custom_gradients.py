@@ -55,7 +55,7 @@ class Marks:
 
 
 def is_smooth(array: mx.array) -> bool:
-    """Whether gradients flow through arrays of this type."""
+    """True where gradients flow through arrays of this type."""
     return mx.issubdtype(array.dtype, mx.inexact)
 
 
@@ -171,7 +171,7 @@ class _Links:
                 self.readers.setdefault(value, []).append(node)
 
     def gradient(self, number: int, mark: Mark) -> dict[int, int]:
-        """What differentiation made for an input, and the gradient in its place; nothing where none is asked for."""
+        """The array that differentiation made for an input, and its gradient; empty where not asked for."""
         depends = self.readers[number][0]
         product = self._backward(depends.outputs[0])
         if product is None:

@@ -27,7 +27,7 @@ class FirstStep:
         self._after: list[Any] = []
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """True where there are any."""
         return bool(self._new)
 
     def note(self) -> None:

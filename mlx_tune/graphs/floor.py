@@ -35,7 +35,7 @@ class Buffer(NamedTuple):
 
 @dataclass
 class Course:
-    """What a simulated evaluation did.
+    """The course of a simulated evaluation.
 
     `live` holds the most bytes that were alive while each operation was evaluated, `split` the same by purpose, in
     the order of `PURPOSES`; `owners` are the buffers alive at the peak.
@@ -88,7 +88,7 @@ class Machine:
         return self.graph.values[value].dtype.size
 
     def donatable(self, value: int, out: int | None = None) -> bool:
-        """Whether nothing else needs `value`, so that `out` may take over its buffer."""
+        """True where nothing else needs `value`, so that `out` may take over its buffer."""
         if self.references[value] != 1 or self.holders[self.buffer[value]] != 1:
             return False
         if out is None:

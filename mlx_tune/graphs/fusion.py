@@ -1,4 +1,4 @@
-"""What `mx.compile` makes of a graph: chains of elementwise operations become one operation without intermediates.
+"""Fusion as in `mx.compile`: chains of elementwise operations become one operation without intermediates.
 
 Follows `compile_fuse` in mlx/compile.cpp. The merging of equal operations that comes before it has been done by the
 exporter, which shares that code.

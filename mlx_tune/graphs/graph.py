@@ -91,7 +91,7 @@ NOOPS = frozenset({"Copy", "StopGradient"})
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one call of a compiled function reads and makes."""
+    """The arrays that one call of a compiled function reads and makes."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]

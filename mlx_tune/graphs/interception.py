@@ -1,4 +1,4 @@
-"""What a traced step calls differently: checkpoints, custom gradients and operations that MLX cannot export.
+"""The calls that differ in a traced step: checkpoints, custom gradients, operations that MLX cannot export.
 
 For the time of a trace a few callables of `mlx.core` are replaced by ones that look at a thread-local first: on
 any other thread they are the originals. They are put back when the last trace ends.
@@ -30,7 +30,7 @@ _originals: list[tuple[Any, str, Any]] = []
 
 @dataclass
 class Interception:
-    """What was met on the way: what compiled functions read and made, and which stand-ins were used, with why."""
+    """The record of a trace: what compiled functions read and made, and which stand-ins were used, with why."""
 
     compiles: bool = True
     parts: list[tuple[list[mx.array], list[mx.array]]] = field(default_factory=list)
@@ -174,7 +174,7 @@ def _compiled(original: Callable[..., Any], function: Any, args: Any, kwargs: An
 
 
 def compiles() -> bool:
-    """Whether `mx.compile` does anything now: it can be switched off, by a call or by the environment."""
+    """True where `mx.compile` does anything now: it can be switched off, by a call or by the environment."""
     built = BuiltGraph([], [_PROBE(mx.array(1.0))])
     return any(node.name.startswith("Compiled") for node in built.nodes)
 
@@ -199,7 +199,7 @@ def function_of(transformed: Any) -> Any:
 
 
 def _is_custom(result: Any) -> bool:
-    """Whether the first array of a result was made by MLX's custom-gradient primitive, as checkpoints are."""
+    """True where the first array of a result was made by MLX's custom-gradient primitive, as checkpoints are."""
     arrays = arrays_of(result)
     if not arrays:
         return False
@@ -226,7 +226,7 @@ def _call_custom(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_gradient(function: Any) -> bool:
-    """Whether it takes primals, cotangents and outputs; a `jvp` or `vmap` takes two arguments."""
+    """True where it takes primals, cotangents and outputs; a `jvp` or `vmap` takes two arguments."""
     try:
         positional = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""How an array lies in its buffer: strides, contiguity, and what views make of them.
+"""The layout of an array in its buffer: strides, contiguity, and what views make of them.
 
 Whether an operation copies, reuses or merely looks at its input depends on these, so they follow
 mlx/backend/common (common.cpp, slicing.cpp, broadcasting.cpp, utils.h).

@@ -1,4 +1,4 @@
-"""What each primitive does to memory on the CPU backend: views, donations, copies and temporaries.
+"""The memory of each primitive on the CPU backend: views, donations, copies and temporaries.
 
 One function a kind of primitive; convolutions and products have files of their own. The table at the end names for
 each primitive its function and the upstream file that it was read from (MLX 0.32). Metal and CUDA differ in temporaries

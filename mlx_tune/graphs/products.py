@@ -1,4 +1,4 @@
-"""What matrix products do to memory on the CPU backend: which layouts BLAS takes, and what is copied for it."""
+"""The memory of matrix products on the CPU backend: which layouts BLAS takes, and what is copied for it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from mlx_tune.graphs.recomputation import traced_checkpoint
 
 @dataclass(frozen=True)
 class StandIn:
-    """What to call instead of `owner.name`, and what that is, in words; `function` takes the original first."""
+    """The function to call instead of `owner.name`, which it takes first, and its description in words."""
 
     owner: Any
     name: str

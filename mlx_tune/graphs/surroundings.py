@@ -1,4 +1,4 @@
-"""What a step could change besides its state: everything that its code can reach.
+"""The surroundings of a step: everything besides its state that its code can reach and change.
 
 A trace runs the step's Python once with placeholders for arrays. Anything of that which stays behind in a list, an
 attribute or a global would break later code, so those places are noted before and put back after.
@@ -177,7 +177,7 @@ class Surroundings:
             self._note(path, ".{}", Attributes(thing, names))
 
     def _look_at_class(self, kind: type) -> None:
-        """What a class itself holds, or is given by its own functions, and what those name."""
+        """Look at what a class itself holds, or is given by its own functions, and what those name."""
         held, contents, assigned = vars(kind), contents_of(kind), set[str]()
         for name in contents.functions:
             functions = functions_of(held[name])
@@ -191,12 +191,12 @@ class Surroundings:
         self._queue(None, "{}", [(base.__name__, base) for base in (*kind.__mro__, *above.__mro__)])
 
     def _is_foreign(self, module: str | None) -> bool:
-        """Whether code of a module is not looked into, but for what it was given."""
+        """True where code of a module is not looked into, but for what it was given."""
         root = (module or "").partition(".")[0]
         return root in _OWN or (root != self._home and _is_installed(root))
 
     def _looks_after_itself(self, kind: type) -> bool:
-        """Whether objects of a class are left alone: locks, files and threads, arrays of other libraries."""
+        """True where objects of a class are left alone: locks, files and threads, arrays of other libraries."""
         root, _, below = kind.__module__.partition(".")
         if root in OPEN or issubclass(kind, local):
             return False
@@ -247,14 +247,14 @@ def _is_random(thing: Any) -> bool:
 
 
 def _position(iterator: Any) -> Any:
-    """How far an iterator is; the same only while nothing was taken from it."""
+    """The position of an iterator; the same only while nothing was taken from it."""
     if isinstance(iterator, GeneratorType):
         return iterator.gi_frame.f_lasti if iterator.gi_frame is not None else None
     return operator.length_hint(iterator, -1)
 
 
 def _state_containers(state: Any) -> Iterator[Any]:
-    """What the snapshot of the state sees to."""
+    """The containers that the snapshot of the state sees to."""
     from mlx.optimizers import Optimizer
 
     waiting, seen = [state], set()
@@ -276,7 +276,7 @@ def _state_containers(state: Any) -> Iterator[Any]:
 
 @cache
 def _is_installed(root: str) -> bool:
-    """Whether a package belongs to Python or was installed, other than what the step's author works on."""
+    """True where a package belongs to Python or was installed, other than what the step's author works on."""
     if root in sys.stdlib_module_names or root == "nanobind":
         return True
     file = getattr(sys.modules.get(root), "__file__", None) or ""
@@ -284,7 +284,7 @@ def _is_installed(root: str) -> bool:
 
 
 def _changes(before: Any, now: Any) -> Iterator[tuple[Any, Any]]:
-    """What a place holds that it did not hold before, with its key."""
+    """The values that a place holds and did not hold before, with their keys."""
     if len(now) == len(before) and all(
         map(operator.is_, now.values(), before.values()) if isinstance(now, dict) else map(operator.is_, now, before)
     ):

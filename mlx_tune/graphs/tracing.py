@@ -257,7 +257,7 @@ def _listed(places: list[str]) -> str:
 
 
 def _without_arrays(result: Any) -> str:
-    """What is wrong with a result in which there is no array."""
+    """The text of the error for a result in which there is no array."""
     if inspect.iscoroutine(result):
         result.close()  # or Python warns that it was never awaited
     if inspect.isgenerator(result) or inspect.iscoroutine(result):

@@ -324,7 +324,7 @@ def _with_accumulation(args: Any) -> Any:
 
 
 def _group(ranks: int) -> dict[str, Any]:
-    """What makes ranks agree on an answer."""
+    """The group by which ranks agree on an answer."""
     if ranks == 1:
         return {}
     import mlx.core as mx

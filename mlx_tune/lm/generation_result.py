@@ -1,4 +1,4 @@
-"""What `lm.autobatch_generate` hands back."""
+"""The result of `lm.autobatch_generate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `mlx-tune lora` takes from `mlx_lm.lora` itself: its options, its reporting, its test."""
+"""The parts of `mlx_lm.lora` that `mlx-tune lora` takes over: its options, its reporting, its test."""
 
 from __future__ import annotations
 

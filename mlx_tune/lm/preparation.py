@@ -82,7 +82,7 @@ def read_settings(given: Mapping[str, Any], config: str | Path | None = None) ->
 
 
 def names_data(settings: Mapping[str, Any]) -> bool:
-    """Whether somebody chose the data: mlx-lm's default is a download that nobody asked for."""
+    """True where somebody chose the data: mlx-lm's default is a download that nobody asked for."""
     from mlx_lm.lora import CONFIG_DEFAULTS
 
     return bool(settings.get("hf_dataset")) or settings["data"] != CONFIG_DEFAULTS["data"]
@@ -161,7 +161,7 @@ class StandInRows(Sequence[tuple[list[int], int]]):
         self._row = ([(7 * i) % vocabulary for i in range(length)], 0)
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return self._count
 
     def __getitem__(self, index: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a training run did: the figures that `lm.train` hands back."""
+"""The record of a training run: the figures that `lm.train` hands back."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def next_token_loss(model: nn.Module, tokens: mx.array) -> mx.array:
 
 
 def perplexity(model: nn.Module, batches: Iterable[mx.array]) -> float:
-    """How many tokens the model hesitates between, on average, over held-out batches.
+    """The number of tokens that the model hesitates between, on average, over held-out batches.
 
     Args:
         model: A language model; its training flag is put back.

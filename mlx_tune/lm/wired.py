@@ -23,7 +23,7 @@ _HEADROOM = 0.2
 
 @dataclass(frozen=True)
 class Wired:
-    """What is wired while a model is trained.
+    """The memory that is wired while a model is trained.
 
     Attributes:
         text: What is wired, or why nothing is.

@@ -1,4 +1,4 @@
-"""How far a model's answers moved: divergence, agreement and perplexity for token models, else losses or outputs."""
+"""The drift of a model's answers: divergence, agreement and perplexity for token models, else losses or outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx_tune.units import format_count, format_percent
 
 @dataclass(frozen=True)
 class LanguageAccuracy:
-    """What quantization cost a model that predicts tokens. Divergences are in nats.
+    """The cost of quantization to a model that predicts tokens. Divergences are in nats.
 
     Standard errors take the tokens of a sequence together, as they are not independent.
 
@@ -136,7 +136,7 @@ class LanguageAccuracy:
 
 @dataclass(frozen=True)
 class LossAccuracy:
-    """What quantization cost by a loss that the caller gave.
+    """The cost of quantization by a loss that the caller gave.
 
     Attributes:
         batches: How many were compared.
@@ -191,7 +191,7 @@ class LossAccuracy:
 
 @dataclass(frozen=True)
 class OutputAccuracy:
-    """What quantization cost by the model's outputs themselves.
+    """The cost of quantization by the model's outputs themselves.
 
     Attributes:
         batches: How many were compared.

@@ -105,7 +105,7 @@ def quantize_affine(
 
 
 def quantize_nearest(weight: mx.array, bits: int, group_size: int = 64) -> tuple[mx.array, mx.array, mx.array]:
-    """What `mx.quantize` stores, after the same checks as `quantize_affine`.
+    """Quantize as `mx.quantize` does, after the same checks as `quantize_affine`.
 
     Args:
         weight: `[..., rows, columns]`.

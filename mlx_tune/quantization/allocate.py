@@ -99,7 +99,7 @@ def _best_price(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: in
 
 
 def _greedy_cost(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: int, price: float) -> float:
-    """What a good answer costs: the options that are cheapest at the price, then the best gains that still fit."""
+    """The cost of a good answer: the options that are cheapest at the price, then the best gains that still fit."""
     chosen = [min(layer, key=lambda o: (o[1] + price * o[0], o[0])) for layer in options]
     left = budget_bytes - sum(b for b, _ in chosen)
     if left < 0:  # the price search ended on the wrong side of a tie

@@ -29,7 +29,7 @@ _CHUNK_WEIGHTS, _CHUNK_WEIGHTS_GPU = 1 << 19, 1 << 22
 
 @dataclass(frozen=True)
 class LayerOutcome:
-    """What became of a layer.
+    """The outcome of a layer.
 
     Attributes:
         path: Where it stands first.
@@ -242,7 +242,7 @@ def outcome_of(
     output_error: float | None = None,
     optimal_output_error: float | None = None,
 ) -> LayerOutcome:
-    """What a layer lost that is in the model already, against its original of the open transaction.
+    """The loss of a layer that is in the model already, against its original of the open transaction.
 
     Args:
         layer: A planned layer, quantized by now.

@@ -98,7 +98,7 @@ def widen(values: Any) -> Any:
 
 
 def unpacked_on_cpu(model: nn.Module) -> bool:
-    """Whether `float32_arithmetic` evaluates this model through unpacked weights here."""
+    """True where `float32_arithmetic` evaluates this model through unpacked weights here."""
     return mx.default_device() == mx.Device(mx.cpu) and any(_unpackable(s.module) for s in walk(model))
 
 

@@ -17,7 +17,7 @@ _INTEGERS = (mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is called with once.
+    """The arguments of one call of a model.
 
     Attributes:
         arguments: The positional arguments.

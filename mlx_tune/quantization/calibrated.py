@@ -38,7 +38,7 @@ LOOKUP_SHARE = 1.0
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """What became of one layer.
+    """The outcome of one layer.
 
     Attributes:
         path: Where it stands first.

@@ -139,7 +139,7 @@ def forward_steps(model: nn.Module, batch: Batch, layers: Sequence[tuple[str, nn
 
 
 def model_arguments(batch: Batch) -> tuple[Any, ...]:
-    """What the model is called with: all but the last token of token batches, else the batch itself."""
+    """The arguments of the model: all but the last token of token batches, else the batch itself."""
     return (batch.shifted[0],) if batch.tokens is not None else batch.arguments
 
 
@@ -185,7 +185,7 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def _same(known: list[Any], found: list[Any]) -> bool:
-    """Whether two calls were given the same further arguments: the very same arrays, and equal plain values."""
+    """True where two calls were given the same further arguments: the very same arrays, and equal plain values."""
     if len(known) != len(found):
         return False
     plain = (str, int, float, bool, type(None))

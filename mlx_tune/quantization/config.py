@@ -64,7 +64,7 @@ def _entry(module: nn.Module, now: Format) -> dict[str, Any]:
 
 
 def quantizes_inputs(model: nn.Module) -> bool:
-    """Whether layers quantize their inputs too: mlx-lm then wants `"quantize_activations": true` in config.json.
+    """True where layers quantize their inputs too: mlx-lm then wants `"quantize_activations": true` in config.json.
 
     Examples:
         >>> quantizes_inputs(nn.Sequential(nn.Linear(64, 64).to_quantized()))

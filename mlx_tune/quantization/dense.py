@@ -96,7 +96,7 @@ def dense_twin(module: nn.Module, dtype: mx.Dtype | None = None, *, after: mx.ar
 
 
 def has_dense_class(quantized: type) -> bool:
-    """Whether `dense_twin` knows what to make of a class of quantized modules."""
+    """True where `dense_twin` knows what to make of a class of quantized modules."""
     return find_dense_class(quantized) is not None
 
 

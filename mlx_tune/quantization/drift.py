@@ -24,7 +24,7 @@ _DAMPING = 0.01
 
 
 class Drift(NamedTuple):
-    """How far a layer's inputs have moved: `d = x before - x now`, summed over tokens.
+    """The drift of a layer's inputs: `d = x before - x now`, summed over tokens.
 
     Attributes:
         cross: `d.T @ x now`, `[columns, columns]`.

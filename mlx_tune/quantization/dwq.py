@@ -58,7 +58,7 @@ Parameters = list[dict[str, mx.array]]
 
 @dataclass(frozen=True)
 class DwqResult:
-    """What training did.
+    """The record of a training.
 
     Attributes:
         loss_before: On the batches kept aside: mean KL divergence in nats for logits, relative squared error for
@@ -338,7 +338,7 @@ class _Training:
 
 
 def _lessons_and_judges(calibration: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """What to train on, in an order of its own, and what to judge on."""
+    """The batches to train on, in an order of their own, and those to judge on."""
     parts = in_parts(calibration, _STEP_TOKENS)
     aside = list(range(_HELD_OUT_EVERY - 1, len(parts), _HELD_OUT_EVERY)) or [len(parts) - 1][: len(parts) - 1]
     tokens = count_tokens([parts[i] for i in aside])

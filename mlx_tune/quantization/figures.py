@@ -1,4 +1,4 @@
-"""What two models' answers differ by: logits and outputs in, figures out."""
+"""The differences between two models' answers: logits and outputs in, figures out."""
 
 from __future__ import annotations
 

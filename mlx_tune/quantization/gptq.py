@@ -126,7 +126,7 @@ def quantize_gptq(
 
 
 def shrinkage_for(columns: int, tokens: int) -> float:
-    """How far to trust moments between inputs that were estimated from so many tokens.
+    """The trust in moments between inputs that were estimated from so many tokens.
 
     Sampling noise grows with the inputs and falls with the tokens. The factor is measured: on 16,384 tokens of code,
     output errors on other text were least at a share of 0.2 for 512 inputs and of 0.7 for 1408.

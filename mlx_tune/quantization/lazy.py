@@ -9,7 +9,7 @@ import mlx.core as mx
 
 
 def is_unevaluated(array: mx.array) -> bool:
-    """Whether the array is still a recipe (a file to read, values to compute) and holds no memory.
+    """True where the array is still a recipe (a file to read, values to compute) and holds no memory.
 
     Examples:
         >>> x = mx.ones(3) + 1

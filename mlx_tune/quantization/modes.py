@@ -24,7 +24,7 @@ DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 64
 
 @dataclass(frozen=True)
 class Format:
-    """How a layer's weights are stored.
+    """The storage format of a layer's weights.
 
     Attributes:
         bits: Bits of one code.

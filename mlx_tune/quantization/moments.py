@@ -29,7 +29,7 @@ class InputMoments:
     """
 
     def __init__(self, modules: dict[str, nn.Module], *, own_drift: bool = False) -> None:
-        """Nothing has been seen yet."""
+        """Begin with nothing seen."""
         self._paths = {id(module): path for path, module in modules.items()}
         self._modules = modules
         self._owner: dict[str, str] = {}
@@ -41,7 +41,7 @@ class InputMoments:
         self.tokens: dict[str, int] = dict.fromkeys(modules, 0)
 
     def hook(self) -> Hook:
-        """What to intercept the layers with."""
+        """The function to intercept the layers with."""
 
         def see(module: nn.Module, method: str, run: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
             embeds = isinstance(module, nn.Embedding) and method == "__call__"
@@ -91,7 +91,7 @@ class InputMoments:
         return self._sums.get(self._owner.get(path, path))
 
     def drift_of(self, path: str) -> Drift | None:
-        """How far the inputs of one layer have moved, or None where not all its calls could be compared."""
+        """The drift of one layer's inputs, or None where not all its calls could be compared."""
         owner = self._owner.get(path, path)
         return None if owner in self._without_drift else self._drifts.get(owner)
 

@@ -1,4 +1,4 @@
-"""What a model gave, kept on disk until another one is compared with it."""
+"""Reference outputs of a model, kept on disk until another one is compared with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class OutputStore:
     """
 
     def __init__(self) -> None:
-        """Nothing is written yet."""
+        """Begin empty: the folder is made when something is put here."""
         self._scratch = ScratchFiles(
             "What the unquantized model gives for the evaluation",
             name="outputs",
@@ -30,7 +30,7 @@ class OutputStore:
         self._files: list[Path] = []
 
     def __enter__(self) -> OutputStore:
-        """Nothing more: the folder is made when something is put here."""
+        """Return the store: the folder is made when something is put here."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,5 +62,5 @@ class OutputStore:
         return [loaded[name] for name in sorted(loaded)]
 
     def __len__(self) -> int:
-        """How many batches it holds."""
+        """The number of batches."""
         return len(self._files)

@@ -18,7 +18,7 @@ from mlx_tune.units import format_bytes, format_count
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one layer: a weight, however many modules and places share it.
+    """The plan of one layer: a weight, however many modules and places share it.
 
     Attributes:
         path: Where it stands first.
@@ -72,7 +72,7 @@ class LayerPlan:
 
     @property
     def weights(self) -> int:
-        """How many weights it has."""
+        """The number of its weights."""
         count = 1
         for size in self.shape:
             count *= size
@@ -195,7 +195,7 @@ class QuantizationPlan:
 
 
 def notes_of(layers: Sequence[LayerPlan], skipped: Sequence[LayerPlan]) -> tuple[str, ...]:
-    """What a plan's rows come to: how many layers are left as they are, why and at what cost, and the odd ones."""
+    """Notes on a plan's rows: how many layers are left as they are, why and at what cost, and the odd ones."""
     notes = []
     if skipped:
         reasons = Counter(layer.reason for layer in skipped)

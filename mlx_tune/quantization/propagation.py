@@ -1,4 +1,4 @@
-"""What a model's blocks are given, one block after the other: by the model as it is by now, and as it was before.
+"""The inputs of a model's blocks, one block after the other: by the model as it is by now, and as it was before.
 
 Calibration inputs run through blocks whose layers are being quantized. Beside them run the inputs that the unquantized
 model would give each block, so that it is known how far those have moved.
@@ -86,7 +86,7 @@ class Propagation:
         *,
         last: bool = True,
     ) -> tuple[InputMoments, InputMoments | None]:
-        """What layers of a step are given.
+        """The moments of the inputs of a step's layers.
 
         Args:
             step: The step.

@@ -1,4 +1,4 @@
-"""Whether a model would still run with its layers packed, found out before anything is computed or changed."""
+"""Rehearsal of a model with its layers packed, before anything is computed or changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was done to a model, layer by layer, and what it cost."""
+"""The report of a quantized model, layer by layer, with what it cost."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What `quantize_model` did, measured; `print` it.
+    """The measured report of `quantize_model`; `print` it.
 
     Attributes:
         method: What was asked for; "compared" where two models were compared.

@@ -28,7 +28,7 @@ _ROUTER_FORMAT = Format(8, 64, "affine")
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to a layer.
+    """The decision on a layer.
 
     Attributes:
         format: The format it gets, or None where it is left as it is.
@@ -141,7 +141,7 @@ class Rules:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a pattern with `*`, `?` and `[...]` means this path; `"*.lm_head"` also means a top-level `lm_head`.
+    """True where a pattern with `*`, `?` and `[...]` means this path; `"*.lm_head"` also means a top-level `lm_head`.
 
     Examples:
         >>> matches("lm_head", "*.lm_head"), matches("model.layers.0.mlp", "*.self_attn")

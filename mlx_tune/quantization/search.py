@@ -26,7 +26,7 @@ _ROUNDER = 12582912.0
 
 
 class Search(NamedTuple):
-    """How far the search goes for a group.
+    """The extent of the search for a group.
 
     Attributes:
         low: The smallest scale tried, as a share of the one that just covers the group.
@@ -134,7 +134,7 @@ class Solver:
         return scale * best.unit, bias * best.unit
 
     def lies_on_grid(self, probe: mx.array) -> bool:
-        """Whether some of these groups are a grid already, which the plain search does not find."""
+        """True where some of these groups are a grid already, which the plain search does not find."""
         plain, _ = self._solve(probe, None, False)
         grid, g = self._solve(probe, None, True)
         energy = mx.square(g - g.mean(0, keepdims=True)).sum(0, keepdims=True)
@@ -319,7 +319,7 @@ def _grids(g: mx.array, low: mx.array, high: mx.array, bits: int, dtype: mx.Dtyp
 
 @functools.cache
 def can_compile(device: mx.DeviceType) -> bool:
-    """Whether `mx.compile` works here: on a CPU it needs a C++ compiler at run time, and not every machine has one."""
+    """True where `mx.compile` works: on a CPU it needs a C++ compiler at run time, which not every machine has."""
     del device  # the cache's key
     try:
         mx.eval(mx.compile(lambda x: mx.square(x - 1) * x)(mx.ones((2, 3))))

@@ -1,4 +1,4 @@
-"""What a layer's error costs: how wrong each format makes its weights, and how much that moves the model's answers."""
+"""The cost of a layer's error: how wrong each format makes its weights, and how much that moves the model's answers."""
 
 from __future__ import annotations
 

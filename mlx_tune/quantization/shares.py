@@ -15,7 +15,7 @@ from mlx_tune.quantization.batches import Batch
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank does of a batch.
+    """The share of a batch that one rank does.
 
     Attributes:
         batch: Its rows; None where it has none.

@@ -106,7 +106,7 @@ def _arrays_in(name: str, value: Any) -> Iterator[tuple[str, mx.array]]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the module holds packed weights."""
+    """True where the module holds packed weights."""
     return "scales" in module and hasattr(module, "bits") and hasattr(module, "group_size")
 
 
@@ -125,7 +125,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def parameter_count(module: nn.Module, arrays: dict[str, mx.array]) -> int:
-    """How many unquantized parameters the given ones of a module stand for, as mlx-lm counts them."""
+    """The number of unquantized parameters that the given ones of a module stand for, as mlx-lm counts them."""
     if not is_quantized(module):
         return sum(a.size for a in arrays.values())
     count = 0
@@ -155,7 +155,7 @@ def why_not_quantizable(module: nn.Module, mode: str) -> str | None:
 
 
 def takes_mode(to_quantized: Callable[..., Any]) -> bool:
-    """Whether a layer's `to_quantized` knows of modes; those that are older than modes do not."""
+    """True where a layer's `to_quantized` knows of modes; those that are older than modes do not."""
     accepted = inspect.signature(to_quantized).parameters
     return "mode" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
 

@@ -1,4 +1,4 @@
-"""How long a model takes on this machine, before and after."""
+"""The time that a model takes on this machine, before and after."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """What was measured for each predicted token; arrays of one length, float64.
+    """The measurements of each predicted token; arrays of one length, float64.
 
     Attributes:
         kl: KL divergence of the model from the reference, in nats.

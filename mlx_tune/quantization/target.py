@@ -140,7 +140,7 @@ def allocate_to_target(
 
 
 def _is_free(layer: LayerPlan, method: str) -> bool:
-    """Whether a layer is up for choice: also one that is left alone only because of its group size."""
+    """True where a layer is up for choice: also one that is left alone only because of its group size."""
     if layer.fixed:
         return False
     if layer.format is not None:
@@ -294,7 +294,7 @@ def _amount(batches: list[Batch]) -> str:
 
 
 def _spread(plan: QuantizationPlan) -> str:
-    """How many layers got which format."""
+    """The number of layers in each format."""
     counts = Counter(str(layer.format) for layer in plan.layers if not layer.fixed)
     alone = sum(1 for layer in plan.skipped if layer.reason == "left alone by the allocation")
     texts = [f"{count} x {name}" for name, count in sorted(counts.items())]

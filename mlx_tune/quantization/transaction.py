@@ -227,7 +227,7 @@ class _Parked:
         self._attributes = dict(vars(module))
 
     def stands_for(self, module: nn.Module) -> bool:
-        """Whether it is this very object that was parked."""
+        """True where it is this very object that was parked."""
         return self._alive() is module
 
     def module(self, evaluate: bool) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What classes hold, and what their objects are: the functions and values to follow."""
+"""The contents of classes, and the kinds of their objects: the functions and values to follow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GENERATED = "_checkpoint_plain"
 
 
 class Kind:
-    """What does not change about a class.
+    """The facts of a class that do not change.
 
     Attributes:
         own: Itself, its bases and the class that it is an instance of with its bases: those that are looked into.
@@ -48,7 +48,7 @@ _kinds: Facts[Kind] = Facts()
 
 
 def facts_of(kind: type) -> Kind:
-    """What does not change about a class, found once."""
+    """The facts of a class that do not change, found once."""
     return _kinds.get(id(kind)) or _kinds.learn(kind, Kind(kind))
 
 
@@ -109,7 +109,7 @@ def contents_of(kind: type) -> Contents:
 
 
 def referent(weak: Any) -> tuple[Any, ...]:
-    """What a weak reference or proxy stands for, if that is still there."""
+    """The object that a weak reference or proxy stands for, if that is still there."""
     try:
         # A proxy hands every look-up on to what it stands for, bound methods included.
         return (weak() if isinstance(weak, ref) else weak.__repr__.__self__,)

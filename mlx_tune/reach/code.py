@@ -1,4 +1,4 @@
-"""What code can reach by name: globals, and what it reads and assigns of modules."""
+"""The objects that code can reach by name: globals, and what it reads and assigns of modules."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _FOREIGN = frozenset(sys.stdlib_module_names) | {
 
 @cache
 def is_foreign(module: str | None) -> bool:
-    """Whether code of this module is not looked into."""
+    """True where code of this module is not looked into."""
     return (module or "").partition(".")[0] in _FOREIGN
 
 
 class Names:
-    """What code and the functions defined in it look up outside of themselves.
+    """The names that code and the functions defined in it look up outside of themselves.
 
     Attributes:
         loaded: For each global that it reads, the attributes that it asks of it, as written: `{"ops": ("math.sine",)}`

@@ -1,4 +1,4 @@
-"""What is known about code and classes, found once and kept as long as they live."""
+"""Facts of code and classes, found once and kept as long as they live."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Facts(dict[int, T]):
-    """What is known about objects, each under its `id`, and forgotten with it.
+    """Facts of objects, each under its `id`, and forgotten with it.
 
     A `WeakKeyDictionary` compares: code objects of the same text would be one, and each look-up would make a
     reference.

@@ -1,4 +1,4 @@
-"""How much this machine may wire, and how much a request asks for."""
+"""The memory that this machine may wire, and that a request asks for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST_MACOS = 15
 
 @dataclass(frozen=True)
 class Capacity:
-    """What this machine may wire.
+    """The memory that this machine may wire.
 
     Attributes:
         cap_bytes: The most: the recommended working set, or RAM less the reserve where that is smaller. 0 where
@@ -39,7 +39,7 @@ class Capacity:
 
 
 def reserve_bytes(memory_bytes: int) -> int:
-    """What stays with the system out of this much RAM: 8 GB or a quarter, whichever is more, at most half.
+    """The part of this much RAM that stays with the system: 8 GB or a quarter, whichever is more, at most half.
 
     Examples:
         >>> reserve_bytes(16_000_000_000), reserve_bytes(64_000_000_000)
@@ -139,7 +139,7 @@ def _arrays(tree: Any) -> Iterator[Any]:
 
 
 def closeness_warning(model_bytes: int, capacity: Capacity) -> str | None:
-    """What to say about a model that hardly fits, with the `sysctl` line that would help where one would.
+    """The warning for a model that hardly fits, with the `sysctl` line that would help where one would.
 
     Args:
         model_bytes: The model's arrays, without headroom.

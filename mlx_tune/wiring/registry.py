@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """What one live `with` wants resident.
+    """The memory that one live `with` wants resident.
 
     Attributes:
         arrays: The bytes of each array. An array that several requests name under the same key counts once.
@@ -28,7 +28,7 @@ class Request:
 
 
 def total_bytes(requests: Iterable[Request]) -> int:
-    """What all requests together want resident.
+    """The memory that all requests together want resident.
 
     Each distinct array counts once, with the largest headroom that any request gives it; bytes asked for outright
     add up.
@@ -97,7 +97,7 @@ class Registry:
 
     @property
     def live(self) -> int:
-        """How many requests are live."""
+        """The number of live requests."""
         return len(self._requests)
 
     @property

@@ -38,7 +38,7 @@ _BITS = (8, 4, 3)
 
 @dataclass
 class _Run:
-    """What the steps hand on, and the figures that end up in the JSON."""
+    """The values that the steps hand on, and the figures that end up in the JSON."""
 
     say: Callable[[str], None]
     out: Path
@@ -208,6 +208,6 @@ def _quantize(
 
 
 def _accuracy(report: QuantizationReport) -> LanguageAccuracy:
-    """What a report says of a language model, as these are."""
+    """The report's accuracy of a language model, as these are."""
     assert isinstance(report.accuracy, LanguageAccuracy)
     return report.accuracy
