@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.calls import taking
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
-from mlx_tune.memory import memory_limit
+from mlx_tune.memory import held_limits
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
 from mlx_tune.tables import render_table
@@ -72,17 +73,22 @@ class TightestLimit:
     trials: tuple[LimitTrial, ...]
     notes: tuple[str, ...] = ()
 
-    def applied(self) -> memory_limit:
-        """A `with` block that trains under the limit.
+    @contextmanager
+    def applied(self) -> Iterator[TightestLimit]:
+        """Hold the limit while the block trains.
+
+        Yields:
+            This result.
 
         Examples:
             >>> import mlx.core as mx
             >>> best = tightest_limit(lambda x: (x @ x).sum(), mx.ones((64, 64)), repeats=1, progress=False)
-            >>> with best.applied() as limit:
-            ...     limit.limit_bytes == best.limit_bytes
+            >>> with best.applied():
+            ...     mx.set_memory_limit(best.limit_bytes) == best.limit_bytes
             True
         """
-        return memory_limit(self.limit_bytes)
+        with held_limits(self.limit_bytes, None):
+            yield self
 
     def __str__(self) -> str:
         """The table of limits, smallest first."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ContextDecorator
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
 from mlx_tune import devices
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.interrupts import uninterrupted
 from mlx_tune.units import format_bytes, format_seconds, parse_bytes, parse_fraction
 
 _lock = threading.RLock()
@@ -225,6 +226,50 @@ def open_limit_bytes() -> int | None:
     """The limit of the innermost open `memory_limit` block, in bytes; None where none is open."""
     with _lock:
         return memory_limit._open[-1].limit_bytes if memory_limit._open else None
+
+
+def cache_limit() -> int:
+    """The cache limit in force; MLX only tells it to whoever sets it."""
+    import mlx.core as mx
+
+    limit = mx.set_cache_limit(0)
+    mx.set_cache_limit(limit)
+    return limit
+
+
+def cache_room(budget_bytes: int, peak_bytes: int) -> int | None:
+    """The cache limit with which arrays of a peak and cached buffers stay within a budget together.
+
+    On Metal and CUDA the allocator itself releases cached buffers before active and cached bytes together exceed the
+    memory limit, so that None is needed. The CPU allocator keeps up to its cache limit whatever else is held.
+    """
+    if devices.backend() != "cpu":
+        return None
+    return max(0, min(cache_limit(), budget_bytes - peak_bytes))
+
+
+@contextmanager
+def held_limits(limit_bytes: int, cache_limit_bytes: int | None) -> Iterator[None]:
+    """Hold MLX's memory limit, and its cache limit unless that is None, while the block runs."""
+    with memory_limit(limit_bytes), held_cache(cache_limit_bytes):
+        yield
+
+
+@contextmanager
+def held_cache(cache_limit_bytes: int | None) -> Iterator[None]:
+    """Hold MLX's cache limit while the block runs, unless it is None."""
+    import mlx.core as mx
+
+    if cache_limit_bytes is None:
+        yield
+        return
+    with uninterrupted():
+        before = cache_limit()
+    try:
+        mx.set_cache_limit(cache_limit_bytes)
+        yield
+    finally:
+        mx.set_cache_limit(before)
 
 
 class MemoryBudget(int):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from mlx_tune.batching.ranks import Ranks, SharedRunner
 from mlx_tune.batching.refusals import too_large, used_up
 from mlx_tune.batching.result import AutobatchResult, Trial
 from mlx_tune.batching.session import Session
+from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.calls import step_of_batches
@@ -26,9 +26,7 @@ from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import MemoryBudget, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
-
-#: Where no `max_batch` is given, sizes end here.
-_NO_MAXIMUM = 1 << 32
+from mlx_tune.units import whole_number
 
 
 def autobatch(
@@ -70,7 +68,8 @@ def autobatch(
         multiple_of: Sizes must divide by this, such as the number of machines that share a batch.
         target_batch: Answer a divisor of this, with the `accumulation_steps` that multiply to it exactly. The step
             must then hold what accumulating holds, such as a second set of gradients.
-        state: What the step updates, such as `(model, optimizer)`: afterwards it is what it was.
+        state: What the step updates, such as `(model, optimizer)`: afterwards it is what it was. What a step keeps
+            elsewhere, such as a list of losses, holds those of the trials, too.
         steps: Real steps that the answer must stand. From the second on, the optimizer's state is there.
         slowdown: Answer the largest batch whose steps take at most this share longer than unhindered ones.
         prefer: "largest", or "fastest" for the smallest batch within 2 % of the best rate.
@@ -110,8 +109,9 @@ def autobatch(
     """
     started = time.perf_counter()
     ranks = Ranks(group)
-    sizes = _agreed_sizes(ranks, min_batch, max_batch, multiple_of, target_batch)
-    ranks.agree(lambda: _check(steps, slowdown, prefer, isolate, factory, trial_timeout, canary, step, make_batch))
+    sizes = agreed_sizes(ranks, min_batch, max_batch, multiple_of, target_batch)
+    steps = ranks.agree(lambda: whole_number(steps, "steps", least=1))
+    ranks.agree(lambda: _check(slowdown, prefer, isolate, factory, trial_timeout, canary, step, make_batch))
     ranks.same(
         steps=steps, slowdown=slowdown, prefer=prefer, canary=canary, isolate=isolate, journal=journal is not None
     )
@@ -155,7 +155,7 @@ def autobatch(
     following = found.size == size
     return AutobatchResult(
         batch_size=size,
-        accumulation_steps=1 if target_batch is None else target_batch // size,
+        accumulation_steps=1 if target_batch is None else int(target_batch) // size,
         peak_bytes=chosen.peak_bytes or 0,
         limit_bytes=chosen.limit_bytes,
         cache_limit_bytes=chosen.cache_limit_bytes,
@@ -208,8 +208,9 @@ def autobatch_by_length(
         >>> {length: result.batch_size for length, result in results.items()}
         {16: 8, 32: 8}
     """
-    if not lengths or min(lengths) < 1:
-        raise InvalidArgumentError(f"lengths={list(lengths)}: give at least one length, each of at least 1.")
+    lengths = [whole_number(length, "a length of lengths", least=1) for length in lengths]
+    if not lengths:
+        raise InvalidArgumentError("lengths=[]: give at least one length.")
     if "isolate" in options or "factory" in options:
         raise InvalidArgumentError("autobatch_by_length runs in this process: it takes neither isolate nor factory.")
     allowed = resolve_budget(budget)
@@ -275,44 +276,7 @@ def _of_rank(journal: str | os.PathLike[str], ranks: Ranks) -> str:
     return os.fspath(journal) + (f".rank{ranks.rank}" if ranks.size > 1 else "")
 
 
-def _agreed_sizes(
-    ranks: Ranks, min_batch: int, max_batch: int | None, multiple_of: int, target_batch: int | None
-) -> Sequence[int]:
-    """Every size that may be answered, ascending; where ranks have different maxima, up to the smallest."""
-    given = {"min_batch": min_batch, "max_batch": max_batch, "multiple_of": multiple_of, "target_batch": target_batch}
-
-    def check() -> None:
-        for name, value in given.items():
-            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or value < 1):
-                raise InvalidArgumentError(f"{name}={value!r}: give a whole number of at least 1.")
-
-    ranks.agree(check)
-    ranks.same(min_batch=min_batch, multiple_of=multiple_of, target_batch=target_batch)
-    last = ranks.smallest(_NO_MAXIMUM if max_batch is None else min(int(max_batch), _NO_MAXIMUM))
-    return _sizes(int(min_batch), last, int(multiple_of), None if target_batch is None else int(target_batch))
-
-
-def _sizes(min_batch: int, last: int, multiple_of: int, target_batch: int | None) -> Sequence[int]:
-    """Multiples from the minimum to the last; divisors of the target, where there is one."""
-    if min_batch > last:
-        raise InvalidArgumentError(f"min_batch={min_batch} is above max_batch={last}: no size lies between.")
-    first = -(-min_batch // multiple_of) * multiple_of
-    sizes: Sequence[int] = range(first, last + 1, multiple_of)
-    if target_batch is not None:
-        small = [n for n in range(1, math.isqrt(target_batch) + 1) if target_batch % n == 0]
-        divisors = sorted({*small, *(target_batch // n for n in small)})
-        sizes = tuple(n for n in divisors if first <= n <= last and n % multiple_of == 0)
-    if not sizes:
-        upper = "" if last == _NO_MAXIMUM else f" and at most max_batch={last}"
-        divides = "" if target_batch is None else f" that divides target_batch={target_batch}"
-        raise InvalidArgumentError(
-            f"There is no multiple of multiple_of={multiple_of}{divides}, at least min_batch={min_batch}{upper}."
-        )
-    return sizes
-
-
 def _check(
-    steps: int,
     slowdown: float | None,
     prefer: str,
     isolate: bool,
@@ -323,8 +287,6 @@ def _check(
     make_batch: MakeBatch | None,
 ) -> None:
     """Refuse arguments that contradict one another."""
-    if steps < 1:
-        raise InvalidArgumentError(f"steps={steps}: a trial takes at least one step; 2 have the optimizer's state.")
     if slowdown is not None and not slowdown >= 0:
         raise InvalidArgumentError(f"slowdown={slowdown}: give a share of at least 0, such as 0.02, or None.")
     if prefer not in ("largest", "fastest"):

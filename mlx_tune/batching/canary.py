@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mlx_tune.batching.limits import held
 from mlx_tune.batching.probe import MakeBatch, Step
 from mlx_tune.errors import TrialError
 from mlx_tune.interrupts import interruptible
+from mlx_tune.memory import memory_limit
 from mlx_tune.timing import arrays_of
 
 #: Losses of the same rows may differ by this share: sums are taken in another order, and half precision rounds.
@@ -71,7 +71,7 @@ def _loss(
         mx.eval(mx.random.uniform())
     for module, mode in zip(training, modes, strict=True):
         module._training = mode  # restoring puts the training flag back, too
-    with held(limit_bytes, None), interruptible():
+    with memory_limit(limit_bytes), interruptible():
         out = step(batch)
         arrays = list(arrays_of(out))
         mx.eval(arrays, list(arrays_of(state)))

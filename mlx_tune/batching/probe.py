@@ -9,12 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_tune import devices
-from mlx_tune.batching.limits import cache_limit, held
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.throttle import HOLDING, SHARES, Throttle
 from mlx_tune.errors import MlxTuneError, TrialError
 from mlx_tune.interrupts import interruptible
-from mlx_tune.memory import track_memory
+from mlx_tune.memory import cache_room, held_limits, track_memory
 from mlx_tune.timing import arrays_of
 from mlx_tune.units import format_bytes
 
@@ -267,9 +266,7 @@ class Probe:
 
     def _cache_room(self, held_bytes: int) -> int | None:
         """The cache limit with which arrays of `held_bytes` and cached buffers stay within the budget together."""
-        if devices.backend() != "cpu":
-            return None  # the memory limit releases cached buffers itself
-        return max(0, min(cache_limit(), self.budget_bytes - held_bytes))
+        return cache_room(self.budget_bytes, held_bytes)
 
     def _batch(self, size: int) -> Any:
         """Make a batch, and see that its shapes depend on the size that was asked for."""
@@ -338,7 +335,7 @@ class Probe:
 
         gc.collect()
         before = mx.get_active_memory()
-        with held(limit, cache), track_memory() as memory, interruptible():
+        with held_limits(limit, cache), track_memory() as memory, interruptible():
             out = self.step(batch)
             arrays = list(arrays_of(out))
             mx.eval(arrays, list(arrays_of(self.state)))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlx_tune.memory import held_limits
 from mlx_tune.tables import render_table
 from mlx_tune.units import format_bytes, format_percent, format_seconds
 
@@ -144,9 +145,7 @@ class AutobatchResult:
         Yields:
             This result.
         """
-        from mlx_tune.batching.limits import held
-
-        with held(self.limit_bytes, self.cache_limit_bytes):
+        with held_limits(self.limit_bytes, self.cache_limit_bytes):
             yield self
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
 
 from mlx_tune.checkpointing.choose import Choice, best_trial, limit_trials
 from mlx_tune.checkpointing.planned import apply_choice
+from mlx_tune.memory import cache_room, held_cache
 from mlx_tune.progress import Bar
 from mlx_tune.timing import StepTrial, compare, run_step
 from mlx_tune.units import format_bytes
@@ -81,16 +82,19 @@ class Measurements:
         """
         if choice in self.made:
             return self.made[choice]
-        warm = False
+        latest: StepTrial | None = None
 
         def run(limit: int) -> StepTrial:
-            nonlocal warm
+            nonlocal latest
             self.bar.update(text=f"{sum(choice)} of {len(choice)} blocks under {format_bytes(limit)}")
-            if not warm:  # the first step traces and compiles
-                self._run(limit)
-                warm = True
-            trials = [self._run(limit) for _ in range(self.steps)]
-            return StepTrial(limit, max(t.peak_bytes for t in trials), min(t.seconds for t in trials))
+            if latest is None:  # the first step traces and compiles
+                latest = replace(self._run(limit), limit_bytes=limit)
+            peak = latest.peak_bytes + max(0, limit - (latest.limit_bytes or 0))
+            trials: list[StepTrial] = []
+            for _ in range(self.steps):
+                trials.append(self._run(limit, max((t.peak_bytes for t in trials), default=peak)))
+            latest = StepTrial(limit, max(t.peak_bytes for t in trials), min(t.seconds for t in trials))
+            return latest
 
         undo = apply_choice(self.model, self.chosen(choice))
         try:
@@ -154,7 +158,7 @@ class Measurements:
         self.bar.update(text=f"{sum(measured.choice)} of {len(measured.choice)} blocks under {format_bytes(limit)}")
         measured.limit_bytes = limit
         for _ in range(max(self.steps, LEAST_RUNS)):
-            self._count(measured, self._run(limit))
+            self._count(measured, self._run(limit, measured.peak_bytes))
 
     def _count(self, measured: Measured, trial: StepTrial) -> None:
         """Take one more step of a choice into its figures."""
@@ -167,14 +171,16 @@ class Measurements:
         """One more step of a choice under its limit; returns its seconds."""
         undo = apply_choice(self.model, self.chosen(measured.choice))
         try:
-            trial = self._run(measured.limit_bytes)
+            trial = self._run(measured.limit_bytes, measured.peak_bytes)
         finally:
             undo()
         self._count(measured, trial)
         return trial.seconds
 
-    def _run(self, limit_bytes: int) -> StepTrial:
-        return self.share(lambda: run_step(self.step, (self.batch,), self.state, limit_bytes))
+    def _run(self, limit_bytes: int, peak_bytes: int = 0) -> StepTrial:
+        """One step; cached buffers get what the peak so far leaves of the budget, which is nothing at first."""
+        with held_cache(cache_room(self.budget_bytes, peak_bytes or self.budget_bytes)):
+            return self.share(lambda: run_step(self.step, (self.batch,), self.state, limit_bytes))
 
     def chosen(self, choice: Choice) -> tuple[str, ...]:
         """The paths of the checkpointed blocks."""

@@ -18,7 +18,7 @@ from mlx_tune.errors import BudgetError
 from mlx_tune.garbage import quick_collections
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import interruptible, uninterrupted
-from mlx_tune.memory import resolve_budget
+from mlx_tune.memory import cache_room, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
 from mlx_tune.timing import arrays_of
@@ -225,6 +225,7 @@ def _result(survey: Survey, real: Measurements, best: Measured, budget_bytes: in
         predicted_seconds=_predicted_seconds(survey, real, best),
         measured_seconds=best.seconds,
         limit_bytes=best.limit_bytes,
+        cache_limit_bytes=cache_room(budget_bytes, best.peak_bytes),
         budget_bytes=budget_bytes,
         choices=tuple(
             MeasuredChoice(sum(m.choice), survey.floor(m.choice), m.limit_bytes, m.peak_bytes, m.seconds, m.fits)

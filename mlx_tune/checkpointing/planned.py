@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, unwrap
 from mlx_tune.errors import CheckpointError
-from mlx_tune.memory import memory_limit
+from mlx_tune.memory import held_limits
 from mlx_tune.tables import render_table
 from mlx_tune.units import format_bytes, format_seconds
 
@@ -70,6 +70,7 @@ class CheckpointPlan:
             where no other choice was run, because this one fits with room to spare.
         measured_seconds: Seconds of the fastest real step under `limit_bytes`.
         limit_bytes: The memory limit under which the measured figures hold.
+        cache_limit_bytes: The cache limit that goes with it, or None where none is needed.
         budget_bytes: What the peak was allowed to be.
         choices: Every choice that was run, in the order tried.
         notes: What else there is to know.
@@ -82,6 +83,7 @@ class CheckpointPlan:
     predicted_seconds: float | None
     measured_seconds: float
     limit_bytes: int
+    cache_limit_bytes: int | None
     budget_bytes: int
     choices: tuple[MeasuredChoice, ...]
     notes: tuple[str, ...]
@@ -110,8 +112,12 @@ class CheckpointPlan:
 
     @contextmanager
     def applied(self) -> Iterator[CheckpointPlan]:
-        """A `with` block in which the blocks are checkpointed and the plan's memory limit is set."""
-        with self.apply(), memory_limit(self.limit_bytes):
+        """Checkpoint the blocks and hold the limits that the plan was measured under, while the block trains.
+
+        Yields:
+            This plan.
+        """
+        with self.apply(), held_limits(self.limit_bytes, self.cache_limit_bytes):
             yield self
 
     def __str__(self) -> str:
@@ -157,7 +163,7 @@ class CheckpointPlan:
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
         plain = ["batch_size", "predicted_peak_bytes", "measured_peak_bytes", "predicted_seconds"]
-        plain += ["measured_seconds", "limit_bytes", "budget_bytes"]
+        plain += ["measured_seconds", "limit_bytes", "cache_limit_bytes", "budget_bytes"]
         return {
             "blocks": [asdict(block) for block in self.blocks],
             **{name: getattr(self, name) for name in plain},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, SupportsIndex
 
@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_tune import devices
 from mlx_tune.batching.ranks import Ranks
+from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.checkpointing.blocks import Select, find_blocks
 from mlx_tune.checkpointing.survey import Survey
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
@@ -23,12 +24,10 @@ from mlx_tune.fitting.trials import Candidate, Trials
 from mlx_tune.garbage import quick_collections
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
-from mlx_tune.memory import MemoryBudget, resolve_budget
+from mlx_tune.memory import MemoryBudget, cache_room, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
-
-#: Where neither a target nor a maximum is given, sizes end here.
-_NO_MAXIMUM = 1 << 32
+from mlx_tune.units import whole_number
 
 
 def autofit(
@@ -111,12 +110,11 @@ def autofit(
         8
     """
     started = time.perf_counter()
-    sizes = _sizes(min_batch, max_batch, multiple_of, target_batch)
+    ranks = Ranks(group)
+    sizes = agreed_sizes(ranks, min_batch, max_batch, multiple_of, target_batch)
+    steps = ranks.agree(lambda: whole_number(steps, "steps", least=1))
     if not 0 <= tolerance < 1:
         raise InvalidArgumentError(f"tolerance={tolerance!r}: give a share from 0 up to below 1, such as 0.01.")
-    if steps < 1:
-        raise InvalidArgumentError(f"steps={steps!r}: give a whole number of at least 1.")
-    ranks = Ranks(group)
     budget_of_rank = ranks.agree(lambda: resolve_budget(budget))
     allowed = ranks.smallest(int(budget_of_rank))
     blocks, notes = _with_blocks(model, checkpoint, select)
@@ -146,26 +144,6 @@ def autofit(
         notes=[*notes, *search.notes],
         seconds=time.perf_counter() - started,
     )
-
-
-def _sizes(min_batch: int, max_batch: int | None, multiple_of: int, target_batch: int | None) -> Sequence[int]:
-    """Every batch size that may be answered, ascending."""
-    given = {"min_batch": min_batch, "max_batch": max_batch, "multiple_of": multiple_of, "target_batch": target_batch}
-    for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidArgumentError(f"{name}={value!r}: give a whole number of at least 1.")
-    first = -(-min_batch // multiple_of) * multiple_of
-    last = _NO_MAXIMUM if max_batch is None else max_batch
-    sizes: Sequence[int] = range(first, last + 1, multiple_of)
-    if target_batch is not None:
-        sizes = [n for n in range(first, min(last, target_batch) + 1, multiple_of) if target_batch % n == 0]
-    if not sizes:
-        upper = "" if max_batch is None else f" up to max_batch={max_batch}"
-        divides = "" if target_batch is None else f" divides target_batch={target_batch} and"
-        raise InvalidArgumentError(
-            f"No batch size from min_batch={min_batch}{upper}{divides} is a multiple of multiple_of={multiple_of}."
-        )
-    return sizes
 
 
 def _with_blocks(model: nn.Module, checkpoint: bool, select: Select | None) -> tuple[bool, list[str]]:
@@ -203,10 +181,11 @@ def _result(
     settings = [_setting(c, search, c is chosen, i in keep) for i, c in enumerate(ordered)]
     return Fit(
         batch_size=chosen.batch_size,
-        accumulation_steps=1 if target_batch is None else target_batch // chosen.batch_size,
+        accumulation_steps=1 if target_batch is None else int(target_batch) // chosen.batch_size,
         paths=search.survey.chosen(chosen.choice),
         found=len(search.survey.paths),
         limit_bytes=measured.limit_bytes,
+        cache_limit_bytes=cache_room(search.budget, measured.peak_bytes),
         budget_bytes=search.budget,
         budget_source=budget_source,
         predicted_peak_bytes=chosen.floor_bytes,

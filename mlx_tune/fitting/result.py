@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.checkpointing.planned import apply_choice
-from mlx_tune.memory import memory_limit
+from mlx_tune.memory import held_limits
 from mlx_tune.tables import render_table
 from mlx_tune.units import format_bytes, format_seconds
 
@@ -68,6 +68,7 @@ class Fit:
         paths: The blocks to checkpoint.
         found: How many blocks there were to choose from; 0 where checkpoints were left as they are.
         limit_bytes: The memory limit to train under.
+        cache_limit_bytes: The cache limit that goes with it, or None where none is needed.
         budget_bytes: What the peak was allowed to be.
         budget_source: Where the budget comes from.
         predicted_peak_bytes: The least that the step needs, from its graph.
@@ -86,6 +87,7 @@ class Fit:
     paths: tuple[str, ...]
     found: int
     limit_bytes: int
+    cache_limit_bytes: int | None
     budget_bytes: int
     budget_source: str
     predicted_peak_bytes: int
@@ -106,10 +108,14 @@ class Fit:
 
     @contextmanager
     def applied(self) -> Iterator[Fit]:
-        """A `with` block in which the blocks are checkpointed and the limit is set; both are undone at its end."""
+        """Checkpoint the blocks and hold the limits that the fit was measured under, while the block trains.
+
+        Yields:
+            This fit.
+        """
         undo = apply_choice(self._model, self.paths)
         try:
-            with memory_limit(self.limit_bytes):
+            with held_limits(self.limit_bytes, self.cache_limit_bytes):
                 yield self
         finally:
             undo()

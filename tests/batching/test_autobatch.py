@@ -303,7 +303,7 @@ def test_a_budget_below_the_model_says_the_sizes():
             "no multiple of multiple_of=4, at least min_batch=5 and at most",
         ),
         ({"target_batch": 9, "multiple_of": 2}, "no multiple of multiple_of=2 that divides target_batch=9"),
-        ({"steps": 0}, "steps=0: a trial takes at least one step"),
+        ({"steps": 0}, "steps=0: give a whole number of at least 1"),
         ({"slowdown": -0.1}, "slowdown=-0.1: give a share of at least 0"),
         ({"prefer": "biggest"}, 'prefer=\'biggest\': give "largest" or "fastest".'),
         ({"isolate": True}, "isolate=True and factory=None: a trial in its own process needs both"),

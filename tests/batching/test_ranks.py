@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from mlx_tune.batching.autobatch import _agreed_sizes
 from mlx_tune.batching.journal import Journal
 from mlx_tune.batching.ranks import Ranks, SharedRunner
 from mlx_tune.batching.records import started
 from mlx_tune.batching.result import Trial
+from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
 from mlx_tune.memory import MemoryBudget
 
@@ -101,7 +101,7 @@ def together(work, size=2):
 
 
 def test_the_smallest_data_set_decides():
-    sizes = together(lambda ranks: _agreed_sizes(ranks, 1, [64, 48][ranks.rank], 4, None))
+    sizes = together(lambda ranks: agreed_sizes(ranks, 1, [64, 48][ranks.rank], 4, None))
     assert sizes == [range(4, 49, 4)] * 2
 
 
@@ -116,14 +116,14 @@ def test_the_smallest_data_set_decides():
     ],
 )
 def test_what_would_lead_ranks_apart_is_refused_on_all(arguments, text):
-    errors = together(lambda ranks: _agreed_sizes(ranks, *arguments[ranks.rank]))
+    errors = together(lambda ranks: agreed_sizes(ranks, *arguments[ranks.rank]))
     for error in errors:
         with pytest.raises(InvalidArgumentError, match=text):
             raise error
 
 
 def test_a_bad_argument_on_one_rank_stops_the_other():
-    first, second = together(lambda ranks: _agreed_sizes(ranks, [1, 0][ranks.rank], None, 1, None))
+    first, second = together(lambda ranks: agreed_sizes(ranks, [1, 0][ranks.rank], None, 1, None))
     assert isinstance(first, TrialError)
     assert str(second) == "min_batch=0: give a whole number of at least 1."
 

@@ -261,9 +261,9 @@ def test_without_blocks_the_error_speaks_of_none(monkeypatch):
         ({"min_batch": True}, "min_batch=True"),
         (
             {"target_batch": 9, "multiple_of": 2},
-            "No batch size from min_batch=1 divides target_batch=9 and is a multiple of multiple_of=2",
+            "There is no multiple of multiple_of=2 that divides target_batch=9, at least min_batch=1.",
         ),
-        ({"min_batch": 9, "max_batch": 8}, "No batch size from min_batch=9 up to max_batch=8 is a multiple"),
+        ({"min_batch": 9, "max_batch": 8}, "min_batch=9 is above max_batch=8: no size lies between."),
         ({"checkpoint": False, "select": "layers.*"}, "checkpoint=False that none"),
         ({"select": "blocks.*"}, r"select='blocks.\*' selects no module"),
         ({"tolerance": 1.5}, "tolerance=1.5"),
