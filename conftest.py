@@ -13,6 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from page_output import matches
 from sybil import Document, Example, Region, Sybil
 from sybil.document import PythonDocStringDocument
@@ -21,6 +23,10 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.sybil import SybilCollection
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+
+# No generated test may depend on how busy the machine is.
+hypothesis_settings.register_profile("any_speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("any_speed")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it puts in the background deaf to Ctrl-C; the tests of interrupts send it to themselves.
     signal.signal(signal.SIGINT, signal.default_int_handler)
