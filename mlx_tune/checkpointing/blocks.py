@@ -8,6 +8,7 @@ other that share a class count (`self.block1`, `self.block2`).
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,7 +18,15 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, kept_names, plain_class, unwrap
+from mlx_tune.checkpointing.wrap import (
+    checkpoint,
+    is_checkpointed,
+    kept_names,
+    names_of,
+    plain_class,
+    require_initialized,
+    unwrap,
+)
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
 from mlx_tune.tables import render_table
 from mlx_tune.units import whole_number
@@ -104,9 +113,10 @@ def checkpoint_blocks(
         A handle: `.paths`, `.undo()`, a context manager that undoes, a table as `str`.
 
     Raises:
-        CheckpointError: No block was found or selected; the text names what was looked at.
-        InvalidArgumentError: `every` is no positive integer, `select` neither a string nor a function, `model` no
-            module.
+        CheckpointError: No block was found or selected; the text names what was looked at. Or one of them was made
+            without `super().__init__()`.
+        InvalidArgumentError: `every` is no positive integer, `select` neither a string nor a function of two arguments,
+            `keep` no iterable of strings, `model` no module.
 
     Examples:
         >>> import mlx.nn as nn
@@ -117,18 +127,19 @@ def checkpoint_blocks(
         encoder.layers.0 encoder.layers.2 decoder.layers.0
     """
     every = whole_number(every, "every", least=1)
-    keep = tuple(keep) if not isinstance(keep, str) else keep
+    names = names_of(keep)
     stacks = find_blocks(model, select)
     chosen = tuple(block for stack in stacks for block in stack[::every])
+    require_initialized(chosen)
     handle = CheckpointHandle(tuple(path for path, _ in chosen), sum(map(len, stacks)), chosen, [], [])
     try:
         for _, module in chosen:
             if not is_checkpointed(module):
-                checkpoint(module, keep=keep)
+                checkpoint(module, keep=names)
                 handle._wrapped.append(module)
-            elif keep and kept_names(module) != frozenset(keep):
+            elif names and kept_names(module) != names:
                 handle._renamed.append((module, kept_names(module)))
-                checkpoint(module, keep=keep)
+                checkpoint(module, keep=names)
     except BaseException:
         handle.undo()
         raise
@@ -228,8 +239,22 @@ def _collect_siblings(path: str, holder: Any, stacks: list[Stack]) -> None:
             _collect_siblings(p, child, stacks)
 
 
+def _takes_two(select: Any) -> bool:
+    if not callable(select):
+        return False
+    try:
+        signature = inspect.signature(select)
+    except (TypeError, ValueError):
+        return True  # it cannot be read: calling it will show
+    try:
+        signature.bind("", None)
+    except TypeError:
+        return False
+    return True
+
+
 def _selected(model: nn.Module, select: Select) -> tuple[Stack, ...]:
-    if not isinstance(select, str) and not callable(select):
+    if not isinstance(select, str) and not _takes_two(select):
         raise InvalidArgumentError(
             f"select={select!r} must be a pattern such as 'layers.*' or a function of path and module."
         )

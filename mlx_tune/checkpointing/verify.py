@@ -16,7 +16,7 @@ from mlx_tune.checkpointing.blocks import checkpoint_blocks
 from mlx_tune.checkpointing.captures import Walk
 from mlx_tune.checkpointing.recompute import plainly, runs_again
 from mlx_tune.checkpointing.verified import VERDICTS, GradientDifference, VerifyReport
-from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, kept_names, unwrap
+from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, kept_names, require_initialized, unwrap
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.graphs.calls import taking
 from mlx_tune.state import Snapshot
@@ -47,7 +47,8 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
     Raises:
         InvalidArgumentError: `model` is no module, has no trainable parameters, the loss is no scalar, or it does not
             take these arguments.
-        CheckpointError: Nothing is checkpointed, and the model has no repeated block.
+        CheckpointError: Nothing is checkpointed, and the model has no repeated block; or a module of the model was made
+            without `super().__init__()`.
 
     Examples:
         >>> import mlx.core as mx
@@ -60,6 +61,11 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
     """
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError(f"verify_checkpoint() takes an nn.Module, and was given {type(model).__name__}.")
+    if not callable(loss):
+        raise InvalidArgumentError(
+            f"loss={loss!r}: give a function that returns a scalar, as nn.value_and_grad(model, loss) takes it."
+        )
+    require_initialized(model.named_modules())
     if not tree_flatten(model.trainable_parameters()):
         raise InvalidArgumentError(
             f"{type(model).__name__} has no trainable parameters, so there is no gradient to compare: "
@@ -72,9 +78,19 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
         wrapped = {path or "(model)": block for path, block in sorted(found, key=lambda item: _in_order(item[0]))}
         run = _Runs(model, args)
 
+        def scalar(*args: Any) -> Any:
+            value = loss(*args)
+            first = value[0] if isinstance(value, tuple) and value else value
+            if not isinstance(first, mx.array) or first.shape != ():
+                given = list(first.shape) if isinstance(first, mx.array) else first
+                raise InvalidArgumentError(
+                    f"The loss must return a scalar array, or a tuple that starts with one, and it returned {given!r}."
+                )
+            return value
+
         def gradients() -> tuple[mx.array, dict[str, mx.array]]:
             with run:
-                value, grads = nn.value_and_grad(model, loss)(*args)
+                value, grads = nn.value_and_grad(model, scalar)(*args)
                 value = value[0] if isinstance(value, tuple) else value
                 mx.eval(value, grads)
             return value, dict(tree_flatten(grads))

@@ -8,7 +8,7 @@ other instances of its class do not notice.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, overload
@@ -62,9 +62,9 @@ def checkpoint(block: Any, *, keep: Iterable[str] = ()) -> Any:
 
     Raises:
         InvalidArgumentError: `block` cannot be called, is a class, or `keep` is no iterable of strings.
-        CheckpointError: The module's class cannot be subclassed. On a later call: `keep` names what the block does
-            not mark, the block did something else when it was run again, or an argument was an iterator, which can be
-            used once.
+        CheckpointError: The module's class cannot be subclassed, or never calls `super().__init__()`. On a later call:
+            `keep` names what the block does not mark, the block did something else when it was run again, or an
+            argument was an iterator, which can be used once.
 
     Reference:
         Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
@@ -79,13 +79,14 @@ def checkpoint(block: Any, *, keep: Iterable[str] = ()) -> Any:
         >>> mt.is_checkpointed(block)
         True
     """
-    names = _names(keep)
+    names = names_of(keep)
     if isinstance(block, type):
         raise InvalidArgumentError(
             f"checkpoint() wraps one module or function, and was given the class {block.__name__}. "
             f"Make an instance first, or wrap each block with mlx_tune.checkpoint_blocks(model)."
         )
     if isinstance(block, nn.Module):
+        require_initialized([("", block)])
         return _wrap_module(block, names)
     if not callable(block):
         raise InvalidArgumentError(
@@ -143,6 +144,23 @@ def is_checkpointed(block: Any) -> bool:
         return isinstance(block, _Checkpointed)
     # Asked of the function itself: functools.wraps copies attributes to whatever is wrapped around it.
     return isinstance(block, FunctionType) and block in _functions
+
+
+def require_initialized(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse modules that MLX has not made ready: without its own attributes, some of its calls fail and others work.
+
+    Args:
+        modules: Pairs of path and module, as `named_modules` gives them.
+
+    Raises:
+        CheckpointError: The class of one never calls `super().__init__()`.
+    """
+    for path, module in modules:
+        if "_training" not in vars(module):
+            raise CheckpointError(
+                f"{type(module).__name__}{path and f' at {path!r}'} was made without nn.Module's own __init__, so it "
+                f"has no training mode to ask for. Call super().__init__() first thing in its __init__."
+            )
 
 
 def unwrap(module: nn.Module) -> bool:
@@ -248,9 +266,14 @@ def _wrap_function(function: Callable[P, R], names: frozenset[str]) -> Callable[
     return checkpointed
 
 
-def _names(keep: Iterable[str]) -> frozenset[str]:
+def names_of(keep: Iterable[str]) -> frozenset[str]:
+    """The names in `keep=`, which anybody may write as they like."""
     if isinstance(keep, str):
         raise InvalidArgumentError(f"keep= takes several names: write keep=[{keep!r}].")
+    if not isinstance(keep, Iterable) or isinstance(keep, Mapping):
+        raise InvalidArgumentError(
+            f"keep={keep!r}: give the names that the block marks with mlx_tune.keep, such as keep=['product']."
+        )
     names = list(keep)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
