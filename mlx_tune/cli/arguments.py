@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 
@@ -42,8 +41,3 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="run Python files that come with the model, as mlx_lm does",
     )
-
-
-def print_result(result: Any, *, as_json: bool) -> None:
-    """Print what has `str` and `to_dict` the way that was asked for."""
-    print(json.dumps(result.to_dict(), indent=2) if as_json else str(result))

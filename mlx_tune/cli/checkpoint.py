@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mlx_tune.cli.arguments import make_parser, print_result
+from mlx_tune.cli.arguments import make_parser
 from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
-from mlx_tune.cli.output import is_first_rank, print_too_large, quiet_output
+from mlx_tune.cli.output import is_first_rank, print_result, print_too_large, quiet_output
 from mlx_tune.errors import BudgetError
 
 _EXAMPLES = """\

@@ -7,7 +7,8 @@ import json
 import sys
 from typing import Any
 
-from mlx_tune.cli.arguments import add_json, make_parser, print_result
+from mlx_tune.cli.arguments import add_json, make_parser
+from mlx_tune.cli.output import columns, print_result
 
 EXAMPLES = """\
   mlx-tune doctor                         every check, a few seconds
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _list(as_json: bool) -> str:
     from mlx_tune.diagnosis.checks import all_checks
-    from mlx_tune.tables import render_table
+    from mlx_tune.tables import fit_to, render_table
 
     if as_json:
         listed = [
@@ -73,4 +74,5 @@ def _list(as_json: bool) -> str:
         ]
         return json.dumps(listed, indent=2)
     rows = [[one.name, one.theme, one.title] for one in all_checks()]
-    return render_table(["check", "theme", "what it looks at"], rows)
+    with fit_to(columns()):
+        return render_table(["check", "theme", "what it looks at"], rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_tune.cli.arguments import make_parser
 from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
-from mlx_tune.cli.output import is_first_rank, quiet_output, save_plot
+from mlx_tune.cli.output import is_first_rank, print_result, quiet_output, save_plot
 from mlx_tune.progress import progress_bar
 from mlx_tune.units import format_bytes
 
@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
         verdict = {} if budget is None else {"budget_bytes": int(budget), "fits": fits}
         print(json.dumps({**estimate.to_dict(), **verdict}, indent=2))
         return 0 if fits else 1
-    print(estimate)
+    print_result(estimate, as_json=False)
     if budget is not None:
         gap = abs(int(budget) - estimate.floor_bytes)
-        word = "fits, with" if fits else "does not fit: it needs"
-        print(f"The step {word} {format_bytes(gap)} {'to spare' if fits else 'more than'} in {format_bytes(budget)}.")
+        word, side = ("fits", "to spare") if fits else ("does not fit", "too much")
+        print(f"The step {word} within {format_bytes(budget)}: {format_bytes(gap)} {side}.")
     return 0 if fits else 1

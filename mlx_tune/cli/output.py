@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 from mlx_tune.errors import BudgetError, InvalidArgumentError
 from mlx_tune.scratch import writing
+from mlx_tune.tables import fit_to, fold
 
 
 @contextlib.contextmanager
@@ -31,6 +33,26 @@ def is_first_rank() -> bool:
     import mlx.core as mx
 
     return mx.distributed.init().rank() == 0
+
+
+def print_result(result: Any, *, as_json: bool) -> None:
+    """Print what has `str` and `to_dict` the way that was asked for."""
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return
+    with fit_to(columns()):
+        text = str(result)
+    print_text(text)
+
+
+def print_text(text: str) -> None:
+    """Print text with no line wider than the terminal, where its words allow that."""
+    print(fold(text, columns()))
+
+
+def columns() -> int:
+    """Columns of the terminal; 80 where there is none, or as many as `COLUMNS` says."""
+    return shutil.get_terminal_size().columns
 
 
 def print_too_large(error: BudgetError, arguments: argparse.Namespace) -> None:
@@ -106,3 +128,4 @@ def save_plot(result: Any, path: str | None) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
         result.plot(Path(beside) / target.name)
         os.replace(Path(beside) / target.name, target)
+    print(f"picture in {path}", file=sys.stderr)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_tune.cli.arguments import add_json, add_model, make_parser, print_result
-from mlx_tune.cli.output import check_place, is_first_rank, quiet_output, write_whole
+from mlx_tune.cli.arguments import add_json, add_model, make_parser
+from mlx_tune.cli.output import (
+    check_picture,
+    check_place,
+    is_first_rank,
+    print_result,
+    print_text,
+    quiet_output,
+    save_plot,
+    write_whole,
+)
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.progress import progress_bar
+from mlx_tune.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from mlx_tune.quantization import QuantizationReport
 
 _EXAMPLES = """\
   mlx-tune quantize --model models/mine --mlx-path models/mine-4bit
@@ -72,13 +86,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     how.add_argument("--sequence-length", type=int, default=512, metavar="N", help="tokens in a row (default: 512)")
     how.add_argument("--batch-size", type=int, default=4, metavar="N", help="rows in a batch (default: 4)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice of rows (default: 0)")
-    parser.add_argument("--report", metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--verbose", action="store_true", help="print every layer and every figure")
+    parser.add_argument("--report", metavar="FILE", help="write every layer and every figure as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw each layer's error and bytes into an .svg or .png file")
     add_json(parser)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Quantize, save, and print the report."""
+    """Quantize, save, and say what was made."""
     import mlx.core as mx
 
     import mlx_tune
@@ -122,11 +138,42 @@ def run(arguments: argparse.Namespace) -> int:
             if is_first_rank():
                 with progress_bar(f"saving {target}"):
                     lm.save_quantized(str(target), model, tokenizer, config, source=folder)
+            save_plot(result, arguments.plot)
     if is_first_rank():
         if arguments.report is not None:
             write_whole(arguments.report, json.dumps(result.to_dict(), indent=2) + "\n")
-        print_result(result, as_json=arguments.json)
+        if arguments.plan or arguments.verbose or arguments.json:
+            print_result(result, as_json=arguments.json)
+        if not (arguments.plan or arguments.json):
+            print_text(ending(result, str(target), verbose=arguments.verbose))
+            print(f"  mlx_lm.generate --model {shlex.quote(str(target))} --prompt TEXT")
     return 0
+
+
+def ending(report: QuantizationReport, target: str, *, verbose: bool) -> str:
+    """Say in a few lines what was made, what it cost, and what to do next.
+
+    Args:
+        report: What was done.
+        target: The new folder.
+        verbose: Whether the report itself was printed above.
+    """
+    left = f", {len(report.skipped)} left as they are" if report.skipped else ""
+    lines = [
+        f"Made {target}",
+        f"  {format_bytes(report.size_after_bytes)} of {format_bytes(report.size_before_bytes)}, "
+        f"{report.bits_per_weight:.2f} bits per weight, {format_count(len(report.layers), 'layer')} by "
+        f"{report.method}{left}.",
+    ]
+    if report.accuracy is None:
+        lines.append("Cost: not measured. --evaluation FILE measures it on text that --calibration does not hold.")
+    else:
+        lines.append(f"Cost: {report.accuracy.summary()}.")
+    if not verbose:
+        warnings = () if report.accuracy is None else report.accuracy.warnings
+        lines += [f"Note: {text}" for text in (*report.notes, *warnings)]
+    lines.append("Next:" if verbose else "Every layer: --verbose or --report FILE. Next:")
+    return "\n".join(["", *lines] if verbose else lines)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -159,7 +206,10 @@ def parse_override(text: str) -> tuple[str, Any]:
 def _check_places(target: Path | None, arguments: argparse.Namespace) -> None:
     """Find out before the work that there is somewhere to put it."""
     check_place("--report", arguments.report)
+    check_picture(arguments.plot)
     if arguments.plan:
+        if arguments.plot is not None:
+            raise InvalidArgumentError("--plot draws what was measured, and --plan measures nothing: leave one out.")
         return
     if target is None:
         raise InvalidArgumentError("Name the new folder with --mlx-path, or ask for --plan alone.")

@@ -30,9 +30,9 @@ def save_quantized(
     """Save a quantized model as a folder that stock `mlx_lm.load` reads.
 
     The weights, sharded as mlx-lm shards them, `config.json` with the `quantization` block that belongs to the
-    model as it is (read off its layers, so mixed widths and layers left alone are in it), and the tokenizer. The
-    folder appears whole or not at all: everything is written beside it first, loaded lazily by mlx-lm to see that it
-    can be, and then renamed.
+    model as it is (read off its layers, so mixed widths and layers left alone are in it), the tokenizer, and the
+    model card that mlx-lm writes. The folder appears whole or not at all: everything is written beside it first,
+    loaded lazily by mlx-lm to see that it can be, and then renamed.
 
     Args:
         path: The folder to make. One that is there already must be empty.
@@ -60,7 +60,7 @@ def save_quantized(
         lm.save_quantized("model-4bit/", model, tokenizer, config)
         ```
     """
-    from mlx_lm.utils import load_config, save_config, save_model
+    from mlx_lm.utils import create_model_card, load_config, save_config, save_model
 
     target = Path(path)
     folder = None if source is None else Path(source)
@@ -84,6 +84,7 @@ def save_quantized(
                 tokenizer.save_pretrained(str(beside))
             if folder is not None:
                 _copy_companions(folder, beside, with_tokenizer=tokenizer is None)
+            create_model_card(beside, None)  # with a name it would fetch that model's own from the hub
         _check_loads(beside, described)
         beside.chmod(0o755)  # a temporary folder is private, a model is not
         if target.exists():

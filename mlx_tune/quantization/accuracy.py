@@ -87,9 +87,9 @@ class LanguageAccuracy:
     def summary(self) -> str:
         """The figures that matter most, in a line."""
         return (
-            f"mean KL {Estimate(self.mean_kl, self.mean_kl_error)}, p99 {self.p99_kl:.3g}, same top token "
-            f"{format_percent(self.same_top)}, perplexity {self.perplexity_before:.4f} -> {self.perplexity_after:.4f} "
-            f"on {self.tokens:,} tokens"
+            f"mean KL {Estimate(self.mean_kl, self.mean_kl_error)} nats, same next token "
+            f"{format_percent(self.same_top)}, perplexity {self.perplexity_before:.4g} -> {self.perplexity_after:.4g}, "
+            f"on {format_count(self.tokens, 'token')}"
         )
 
     def __str__(self) -> str:

@@ -39,7 +39,7 @@ def test_estimate_takes_every_kind_of_folder(tool, model: str) -> None:
 def test_estimate_says_whether_it_fits(tool) -> None:
     code, out, _ = tool("estimate", "--memory-budget", "1GB")
     assert code == 0
-    assert "The step fits, with" in out
+    assert "The step fits within 1.00 GB: " in out
     code, out, _ = tool("estimate", "--memory-budget", "1MB", "--json")
     answer = json.loads(out)
     assert code == 1

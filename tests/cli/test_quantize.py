@@ -40,7 +40,44 @@ def test_a_report_with_accuracy_is_written_whole(model_folder, text, tmp_path: P
     written = json.loads(report.read_text())
     assert written["accuracy"]["mean_kl"] >= 0
     assert [file.name for file in report.parent.iterdir()] == ["report.json"]
-    assert "Quantization report" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Cost: mean KL {written['accuracy']['mean_kl']:.1f}"[:14] in out
+    assert "same next token" in out
+    assert "perplexity" in out
+
+
+def test_it_ends_with_what_was_made_and_what_to_do_next(model_folder, tmp_path: Path, capsys) -> None:
+    target, picture = tmp_path / "out", tmp_path / "layers.svg"
+    place = ["--model", model_folder("tied"), "--mlx-path", target, "--skip", "*.layers.0.*"]
+    assert quantize(*place, "--plot", picture) == 0
+    out, err = capsys.readouterr()
+    assert f"Made\n{target}\n  " in out
+    assert "4.5" in out
+    assert "layers by optimal" in out
+    assert "left as they are" in out
+    assert "Cost: not measured. --evaluation FILE measures it" in out
+    assert f"mlx_lm.generate --model {target} --prompt TEXT" in out.splitlines()[-1]
+    assert "SNR dB" not in out  # the long table
+    assert f"picture in {picture}" in err
+    assert picture.is_file()
+
+
+def test_verbose_prints_every_layer_before_the_end(model_folder, tmp_path: Path, capsys) -> None:
+    assert quantize("--model", model_folder("tied"), "--mlx-path", tmp_path / "out", "--verbose") == 0
+    table, _, end = capsys.readouterr().out.partition("\nMade ")
+    assert table.startswith("Quantization report")
+    assert "model.layers.2.mlp.up_proj" in table
+    assert "--verbose" not in end
+
+
+def test_the_folder_has_the_model_card_that_mlx_lm_writes(model_folder, tmp_path: Path) -> None:
+    from mlx_lm.utils import save
+
+    assert quantize("--model", model_folder("tied"), "--mlx-path", tmp_path / "ours") == 0
+    model, tokenizer, config = mlx_lm.load(str(tmp_path / "ours"), return_config=True)
+    save(tmp_path / "theirs", tmp_path / "ours", model, tokenizer, config)
+    assert (tmp_path / "ours" / "README.md").read_text() == (tmp_path / "theirs" / "README.md").read_text()
+    assert "library_name: mlx" in (tmp_path / "ours" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -106,6 +143,8 @@ def test_overrides_that_are_none_are_named(value: str) -> None:
         (["--mlx-path", "out", "--calibration", "nowhere.txt"], "no file or folder 'nowhere.txt'"),
         (["--mlx-path", "taken"], "is there already and not empty"),
         (["--mlx-path", "out", "--override", "lm_head"], "--override 'lm_head'"),
+        (["--plan", "--plot", "layers.svg"], "--plan measures nothing"),
+        (["--mlx-path", "out", "--plot", "layers.gif"], "must end in .svg or .png"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(model_folder, tmp_path, monkeypatch, capsys, words, text) -> None:

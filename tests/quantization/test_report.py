@@ -30,7 +30,7 @@ def test_it_says_what_was_done(report: mt.QuantizationReport) -> None:
     assert len(report.layers) == 15
     assert [x.path for x in report.skipped] == ["model.layers.1.mlp.down_proj"]
     assert f"bits per weight 16.000 -> {report.bits_per_weight:.3f}, 15 layers by optimal, 1 left" in report.summary()
-    assert "mean KL" in report.summary()
+    assert "same next token" in report.summary()
 
 
 def test_rows_add_up_to_the_total(report: mt.QuantizationReport) -> None:
