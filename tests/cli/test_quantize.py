@@ -52,7 +52,7 @@ def test_it_ends_with_what_was_made_and_what_to_do_next(model_folder, tmp_path: 
     assert quantize(*place, "--plot", picture) == 0
     out, err = capsys.readouterr()
     assert f"Made {target} " in " ".join(out.split())
-    assert "4.5" in out
+    assert "bits per weight" in out
     assert "layers by optimal" in out
     assert "left as they are" in out
     assert "Cost: not measured. --evaluation FILE measures it" in out
