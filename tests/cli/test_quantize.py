@@ -51,11 +51,12 @@ def test_it_ends_with_what_was_made_and_what_to_do_next(model_folder, tmp_path: 
     place = ["--model", model_folder("tied"), "--mlx-path", target, "--skip", "*.layers.0.*"]
     assert quantize(*place, "--plot", picture) == 0
     out, err = capsys.readouterr()
-    assert f"Made {target} " in " ".join(out.split())
-    assert "bits per weight" in out
-    assert "layers by optimal" in out
-    assert "left as they are" in out
-    assert "Cost: not measured. --evaluation FILE measures it" in out
+    words = " ".join(out.split())
+    assert f"Made {target} " in words
+    assert "bits per weight" in words
+    assert "layers by optimal" in words
+    assert "left as they are" in words
+    assert "Cost: not measured. --evaluation FILE measures it" in words
     assert f"mlx_lm.generate --model {target} --prompt TEXT" in out.splitlines()[-1]
     assert "SNR dB" not in out  # the long table
     assert f"picture in {picture}" in err
