@@ -242,7 +242,7 @@ def _stand_in(stand_in: StandIn) -> Callable[[Callable[..., Any]], Callable[...,
             interception = _current()
             if interception is None or stand_in.name not in interception.stand_ins:
                 return original(*args, **kwargs)
-            return stand_in.function(original, *args, **kwargs)
+            return stand_in.function(original, interception.marks, *args, **kwargs)
 
         return call
 

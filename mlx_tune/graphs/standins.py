@@ -12,12 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_tune.graphs.custom_gradients import Marks, called_with_gradient
 from mlx_tune.graphs.recomputation import traced_checkpoint
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """The function to call instead of `owner.name`, which it takes first, and its description in words."""
+    """The function to call instead of `owner.name`, and its description in words.
+
+    `function` takes the original and the trace's marks before the arguments.
+    """
 
     owner: Any
     name: str
@@ -25,31 +29,41 @@ class StandIn:
     words: str
 
 
-def gather_mm(original: Callable[..., Any], a: mx.array, b: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+def gather_mm(
+    original: Callable[..., Any], marks: Marks, a: mx.array, b: mx.array, *args: Any, **kwargs: Any
+) -> mx.array:
     """Expert products of sorted tokens, whose weight gradient is SegmentedMM.
 
-    The sizes are those of tokens spread evenly over the experts: one batched product and its two gradients.
+    That reads two matrices and the ends of the segments, copies a matrix that does not lie plain or transposed, and
+    makes one matrix for each expert: what a gathered product of the same two matrices does as well.
     """
+    experts = kwargs.get("rhs_indices", args[1] if len(args) > 1 else None)
     lhs = kwargs.get("lhs_indices", args[0] if args else None)
-    if not kwargs.get("sorted_indices", False) or lhs is not None or b.ndim != 3 or a.ndim != 3:
+    rows = lhs is None and experts is not None and b.ndim == 3 and a.ndim == 3 and a.shape[0] == experts.size
+    if not rows or not kwargs.get("sorted_indices", False):
         return original(a, b, *args, **kwargs)
-    experts, rows = b.shape[0], a.shape[0] * a.shape[1]
-    flat = a.reshape(rows, a.shape[2])
-    missing = -rows % experts
-    if missing:
-        flat = mx.concatenate([flat, *[flat[:1]] * missing])
-    product = flat.reshape(experts, -1, a.shape[2]) @ b
-    return product.reshape(-1, b.shape[2])[:rows].reshape(*a.shape[:2], b.shape[2])
+
+    def gradient(before: Any, cotangent: mx.array, _: mx.array) -> list[mx.array]:
+        a, b = before
+        counts = mx.zeros((b.shape[0],), mx.uint32).at[experts].add(a.shape[1])
+        ends = mx.cumsum(counts, inclusive=True)
+        flat = [cotangent.flatten(0, -2).swapaxes(0, 1)[None], a.flatten(0, -2)[None]]
+        weight = original(*flat, lhs_indices=ends, rhs_indices=ends)
+        return [original(cotangent, b.swapaxes(-1, -2), *args, **kwargs), weight.swapaxes(-1, -2)]
+
+    return called_with_gradient(lambda a, b: original(a, b, *args, **kwargs), gradient, (a, b), {}, marks)
 
 
-def cross_entropy(_: Callable[..., Any], logits: mx.array, targets: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+def cross_entropy(
+    _: Callable[..., Any], __: Marks, logits: mx.array, targets: mx.array, *args: Any, **kwargs: Any
+) -> mx.array:
     """The fused loss of a GPU: nothing of the logits' size in the forward pass, one such array in the backward."""
     score = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
     return (mx.logsumexp(logits, axis=-1) - mx.stop_gradient(score)).astype(mx.float32)
 
 
 def attention(
-    original: Callable[..., Any], q: mx.array, k: mx.array, v: mx.array, *args: Any, **kwargs: Any
+    original: Callable[..., Any], _: Marks, q: mx.array, k: mx.array, v: mx.array, *args: Any, **kwargs: Any
 ) -> mx.array:
     """Fused attention of a GPU: queries, keys, values and output are held; each gradient is one array of its size."""
 
@@ -66,19 +80,19 @@ def attention(
     return traced_checkpoint(pure, [q, k, v])[0]
 
 
-def unfused(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def unfused(original: Callable[..., Any], _: Marks, *args: Any, **kwargs: Any) -> Any:
     """An operation of `mx.fast` as the CPU has it, where it is made of others: the same arrays, and some in between."""
     return original(*args, **kwargs | {"stream": mx.cpu})
 
 
-def contiguous(_: Callable[..., Any], a: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+def contiguous(_: Callable[..., Any], __: Marks, a: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     """A view where the array lies in a row, else a copy, as reshapes make them."""
     return a.reshape(-1).reshape(a.shape)
 
 
 #: The primitive that the exporter refuses, and what to do about it.
 STAND_INS: dict[str, StandIn] = {
-    "SegmentedMM": StandIn(mx, "gather_mm", gather_mm, "tokens spread evenly over the experts, as one batched product"),
+    "SegmentedMM": StandIn(mx, "gather_mm", gather_mm, "its weight gradient as one gathered product"),
     "CrossEntropy": StandIn(mx.fast, "cross_entropy", cross_entropy, "log-sum-exp minus the target's score"),
     "CrossEntropyVJP": StandIn(mx.fast, "cross_entropy", cross_entropy, "log-sum-exp minus the target's score"),
     "ScaledDotProductAttentionVJP": StandIn(

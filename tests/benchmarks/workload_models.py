@@ -29,7 +29,7 @@ def language_model(family: str, **sizes: Any) -> nn.Module:
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
     }
-    config |= FAMILIES[family] | sizes
+    config |= (FAMILIES[family] if family in FAMILIES else _EXPERTS | EXPERTS[family]) | sizes
     return module.Model(module.ModelArgs.from_dict(config))
 
 
@@ -80,6 +80,78 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "time_step_rank": "auto",
         "num_hidden_layers": 2,
     },
+}
+
+# Mixtures of experts, in the names that one or the other architecture has for the same thing.
+_EXPERTS: dict[str, Any] = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "n_group", "topk_group", "moe_layer_freq"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 64),
+    "first_k_dense_replace": 1,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "routed_scaling_factor": 1.0,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_bias": False,
+    "use_qk_norm": True,
+    "sliding_window": 64,
+    "partial_rotary_factor": 1.0,
+    "rotary_dim": 16,
+    "rope_scaling": None,
+    "attention_multiplier": 0.1,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS: dict[str, dict[str, Any]] = {
+    "deepseek": {},
+    "deepseek_v2": {"topk_method": "gready", "rope_scaling": {"type": "yarn", "factor": 1.0, "mscale_all_dim": 0}},
+    "deepseek_v3": {},
+    "glm4_moe": {},
+    "glm4_moe_lite": {"num_key_value_heads": 4},
+    "laguna": {},
+    "qwen2_moe": {},
+    "qwen3_next": {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 3,
+        "full_attention_interval": 2,
+    },
+    "mixtral": {},
+    "gpt_oss": {},
+    "olmoe": {"num_key_value_heads": 4},
+    "phimoe": {},
+    "granitemoe": {},
+    "granitemoehybrid": {"layer_types": ["attention"] * 3},
+    "minimax": {},
+    "dots1": {},
+    "ernie4_5_moe": {},
+    "lfm2_moe": {
+        "use_expert_bias": True,
+        "num_dense_layers": 1,
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "bailing_moe": {},
+    "Klear": {},
+    "afmoe": {"layer_types": _LAYERS},
+    "exaone_moe": {"layer_types": _LAYERS, "is_moe_layer": [False, True, True]},
+    "solar_open": {},
 }
 
 

@@ -17,7 +17,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
-from workload_models import VOCABULARY, ConvNet, Perceptron, Recurrent, Translator, language_model, squared_relu
+from workload_models import (
+    EXPERTS,
+    VOCABULARY,
+    ConvNet,
+    Perceptron,
+    Recurrent,
+    Translator,
+    language_model,
+    squared_relu,
+)
 
 
 @dataclass(frozen=True)
@@ -185,6 +194,8 @@ def _distilled(name: str) -> Workload:
     return replace(plain, step=step)
 
 
+_MANY_EXPERTS = {**dict.fromkeys(("num_experts", "n_routed_experts"), 64), "num_experts_per_tok": 4}
+
 _BUILDERS: dict[str, Callable[[str], Workload]] = {
     "llama-f32-sgd": _text("llama"),
     "llama-f32-adamw": _text("llama", optimizer="adamw"),
@@ -214,6 +225,9 @@ _BUILDERS: dict[str, Callable[[str], Workload]] = {
     "gemma3-f32-adamw-checkpointed": _text("gemma3_text", optimizer="adamw", checkpoint="blocks"),
     "moe-f32-sgd": _text("qwen3_moe"),
     "moe-f32-adamw-compiled": _text("qwen3_moe", optimizer="adamw", compiled=True),
+    **{f"{family}-f32-adamw": _text(family, optimizer="adamw") for family in EXPERTS},
+    **{f"{family}-64-experts-f32-sgd": _text(family, sizes=_MANY_EXPERTS) for family in ("glm4_moe_lite", "laguna")},
+    "laguna-f32-adamw-compiled": _text("laguna", optimizer="adamw", compiled=True),
     "lfm2-f32-sgd": _text("lfm2"),
     "hybrid-f32-sgd": _text("falcon_h1"),
     "hybrid-f32-adamw-compiled": _text("falcon_h1", optimizer="adamw", compiled=True),

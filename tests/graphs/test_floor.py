@@ -133,6 +133,17 @@ def layers(x: mx.array, activation: Callable[[mx.array], mx.array], depth: int =
     return x
 
 
+def experts(x: mx.array, *, sort: bool, train: bool = True) -> mx.array:
+    """A layer of four experts that get unequal shares of the rows."""
+    chosen = mx.arange(N, dtype=mx.uint32) ** 2 % 5 % 4
+    rows = mx.tanh(x)
+    if sort:
+        order = mx.argsort(chosen)
+        rows, chosen = rows[order], chosen[order]
+    weights = mx.sin(x if train else mx.stop_gradient(x)).reshape(4, N // 4, N).swapaxes(-1, -2)
+    return mx.gather_mm(rows[:, None], weights, rhs_indices=chosen, sorted_indices=sort).square().mean()
+
+
 # Losses whose gradients are taken, with functions that have gradients of their own.
 LOSSES: dict[str, Callable[[mx.array], mx.array]] = {
     "custom gradient": lambda x: layers(x, gate).square().mean(),
@@ -144,6 +155,9 @@ LOSSES: dict[str, Callable[[mx.array], mx.array]] = {
     "custom function with a derivative of MLX's": lambda x: layers(x, mapped).sum(),
     "checkpoint": lambda x: layers(x, mx.checkpoint(lambda y: mx.sin(mx.exp(y) @ y) * y)).sum(),
     "a custom gradient in a checkpoint": lambda x: layers(x, mx.checkpoint(lambda y: gate(mx.exp(y) @ y))).sum(),
+    "experts of sorted rows": lambda x: experts(x, sort=True),
+    "experts of rows as they come": lambda x: experts(x, sort=False),
+    "frozen experts": lambda x: experts(x, sort=True, train=False),
     "vmap": lambda x: mx.vmap(lambda row: mx.tanh(row @ x).square().sum())(x).sum(),
 }
 FUNCTIONS |= {f"value and gradient, {name}": mx.value_and_grad(loss) for name, loss in LOSSES.items()}

@@ -13,6 +13,7 @@ import pytest
 import mlx_tune.graphs.interception as interception
 from mlx_tune.errors import TraceError
 from mlx_tune.graphs import ArraySpec, estimate_memory
+from mlx_tune.graphs.custom_gradients import Marks
 from mlx_tune.graphs.interception import Interception, intercepted
 from mlx_tune.graphs.recomputation import tracing
 from mlx_tune.graphs.standins import STAND_INS
@@ -31,7 +32,7 @@ def expert_step(weights: mx.array, x: mx.array, indices: mx.array) -> list[mx.ar
 
 
 @pytest.mark.parametrize("rows", [64, 61])
-def test_expert_products_are_replaced_by_a_batched_product_of_their_size(rows: int) -> None:
+def test_expert_products_are_replaced_by_products_of_their_size(rows: int) -> None:
     estimate = estimate_memory(
         expert_step,
         ArraySpec((EXPERTS, WIDTH, HIDDEN), mx.float32),
@@ -40,8 +41,8 @@ def test_expert_products_are_replaced_by_a_batched_product_of_their_size(rows: i
     )
     assert list(estimate.stand_ins) == ["gather_mm"]
     weights, tokens, made = EXPERTS * WIDTH * HIDDEN * 4, rows * WIDTH * 4, rows * HIDDEN * 4
-    # Weights, tokens, their two gradients, and the products' gradient; padding to whole experts adds some rows.
-    assert estimate.floor_bytes == pytest.approx(2 * weights + 2 * tokens + made, rel=0.01 if rows == 64 else 0.25)
+    # Weights, tokens, their two gradients, and the products' gradient.
+    assert estimate.floor_bytes == pytest.approx(2 * weights + 2 * tokens + made, rel=0.01)
 
 
 def test_a_contiguous_copy_is_replaced_by_reshapes() -> None:
@@ -70,7 +71,12 @@ def test_fused_attention_of_a_gpu_costs_its_inputs_output_and_gradients() -> Non
 
     def step(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
         def loss(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            return STAND_INS["ScaledDotProductAttentionVJP"].function(lambda q, k, v: q * k * v, q, k, v).square().sum()
+            return (
+                STAND_INS["ScaledDotProductAttentionVJP"]
+                .function(lambda q, k, v: q * k * v, Marks(), q, k, v)
+                .square()
+                .sum()
+            )
 
         return list(mx.grad(loss, argnums=(0, 1, 2))(q, k, v))
 
@@ -82,7 +88,7 @@ def test_fused_attention_of_a_gpu_costs_its_inputs_output_and_gradients() -> Non
 def test_fused_cross_entropy_of_a_gpu_costs_one_array_of_the_logits_size() -> None:
     def step(logits: mx.array, targets: mx.array) -> mx.array:
         def loss(logits: mx.array) -> mx.array:
-            return STAND_INS["CrossEntropy"].function(None, logits, targets).mean()
+            return STAND_INS["CrossEntropy"].function(None, Marks(), logits, targets).mean()
 
         return mx.grad(loss)(logits)
 
