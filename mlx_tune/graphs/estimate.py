@@ -225,7 +225,8 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
             need not exist. A single tuple or dictionary is a batch: it is spread over the step's arguments where the
             step takes more than one.
         state: What the step changes, such as `(model, optimizer)`. It is afterwards as it was. An optimizer that has
-            not run yet is taken with the state that it has from the second step on.
+            not run yet, and arrays of which the step makes a wider dtype, are taken as they are from the second step
+            on.
 
     Returns:
         The floor, what it is made of, and memory over the step's operations.

@@ -1,7 +1,8 @@
-"""Optimizers that have not run yet, taken with the state that they have from the second step on.
+"""State that differs after the first step, taken as it is from the second step on.
 
-The first step makes that state, so it peaks lower than all others: nobody who asks what training needs means that one.
-Which arrays the state will hold is seen by tracing the first step; nothing of them is made.
+An optimizer that has not run yet makes its state in the first step, and gradients in float32 make float32 of weights or
+of an optimizer's state in float16. Then the first step peaks lower than all others, and nobody who asks what training
+needs means that one. What the state will hold is seen by tracing the first step; nothing of it is made.
 """
 
 from __future__ import annotations
@@ -12,48 +13,64 @@ import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
-from mlx_tune.graphs.graph import ArraySpec
+from mlx_tune.graphs.graph import ArraySpec, dtype_name
+from mlx_tune.graphs.slots import slots_of
 
 
 class FirstStep:
-    """The optimizers of a state that have not run yet, and what they hold after a step.
+    """What a state holds before a step, and what it holds after it.
 
     Args:
-        state: Where to look for them.
+        state: What the step changes.
     """
 
     def __init__(self, state: Any) -> None:
-        self._new = [optimizer for optimizer in _optimizers(state) if not optimizer._initialized]
-        self._after: list[Any] = []
+        self._state = state
+        # Some optimizers hold no more after their first step than before.
+        self._new = [(new, set(vars(new)["_state"])) for new in _optimizers(state) if not new._initialized]
+        self._made: list[tuple[Optimizer, Any]] = []
+        self._dtypes = {(slot.role, slot.label): slot.array.dtype for slot in slots_of(state)}
+        self._wider: dict[tuple[str, str], mx.Dtype] = {}
 
-    def __bool__(self) -> bool:
-        """True where there are any."""
-        return bool(self._new)
+    @property
+    def differs(self) -> bool:
+        """True where the step made an optimizer's state, or left arrays of a wider dtype."""
+        return bool(self._made or self._wider)
 
     def note(self) -> None:
-        """See what they hold, with a step traced and nothing put back yet."""
-        self._after = [
-            tree_map(lambda a: ArraySpec(tuple(a.shape), a.dtype), vars(optimizer)["_state"])
-            if optimizer._initialized
-            else None
-            for optimizer in self._new
+        """See what the state holds, with a step traced and nothing put back yet."""
+        self._made = [
+            (optimizer, tree_map(lambda a: ArraySpec(tuple(a.shape), a.dtype), vars(optimizer)["_state"]))
+            for optimizer, held in self._new
+            if optimizer._initialized and vars(optimizer)["_state"].keys() != held
         ]
+        for slot in slots_of(self._state):
+            key, dtype = (slot.role, slot.label), slot.array.dtype
+            if key in self._dtypes and dtype.size > self._dtypes[key].size:
+                self._wider[key] = dtype
 
-    def take(self) -> bool:
-        """Give each what it held then, in the dictionaries that are there: arrays that nothing evaluates.
+    def take(self) -> list[str]:
+        """Give the state what it held then, in the places that are there: arrays that nothing evaluates.
 
         Returns:
-            Whether there was anything to give: some optimizers hold no more than before.
+            Sentences that say so.
         """
-        given = False
-        for optimizer, after in zip(self._new, self._after, strict=True):
-            if after is not None:
-                held = vars(optimizer)["_state"]
-                given |= after.keys() != held.keys()
-                made = tree_map(lambda s: mx.zeros(s.shape, s.dtype), after)
-                held.update({key: held.get(key, value) for key, value in made.items()})
-                optimizer._initialized = True
-        return given
+        said = []
+        for optimizer, after in self._made:
+            held = vars(optimizer)["_state"]
+            made = tree_map(lambda s: mx.zeros(s.shape, s.dtype), after)
+            held.update({key: held.get(key, value) for key, value in made.items()})
+            optimizer._initialized = True
+            said.append("The optimizer has not run yet: taken with the state that it has after its first step.")
+        wider = [slot for slot in slots_of(self._state) if (slot.role, slot.label) in self._wider]
+        for slot in wider:
+            slot.put(mx.zeros(slot.array.shape, self._wider[slot.role, slot.label]))
+        if wider:
+            first, more = wider[0], len(wider) - 1
+            before, after = map(dtype_name, (first.array.dtype, self._wider[first.role, first.label]))
+            where = f"{first.label} and {more} more" if more else first.label
+            said.append(f"The step makes {after} of {before} in {where}: taken as it is from the second step on.")
+        return said
 
 
 def _optimizers(state: Any) -> list[Optimizer]:

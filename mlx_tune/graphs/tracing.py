@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -20,12 +20,16 @@ from mlx_tune.graphs.graph import ArraySpec, Graph, Node, Value, dtype_name
 from mlx_tune.graphs.interception import Interception, compiles, intercepted
 from mlx_tune.graphs.parts import fuse_parts
 from mlx_tune.graphs.recomputation import tracing
+from mlx_tune.graphs.slots import Slot, slots_of
 from mlx_tune.graphs.standins import STAND_INS
 from mlx_tune.graphs.surroundings import Surroundings
 from mlx_tune.graphs.trees import leaves, with_arrays
 from mlx_tune.graphs.unmerge import Names, unmerge
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.state import Snapshot
+
+#: A step whose state is still another after so many of them is taken as it is then.
+_MOST_RETRACED = 3
 
 
 def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -> Graph:
@@ -47,19 +51,23 @@ def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -
     if not callable(step):
         raise InvalidArgumentError(f"step={step!r} is not callable: pass the function that runs one training step.")
     first = FirstStep(state)
-    if not first:
-        return _traced(step, args, state, None)
+    graph = _traced(step, args, state, first)
+    if not first.differs:
+        return graph
+    notes: list[str] = []
     with uninterrupted(), Snapshot(state):
-        graph = _traced(step, args, state, first)
-        if first.take():
-            graph = _traced(step, args, state, None)
-            graph.notes.append("The optimizer has not run yet: taken with the state that it has after its first step.")
+        # What one step changes may change what the next one makes: float32 weights, and then the optimizer's state.
+        while first.differs and len(notes) < _MOST_RETRACED:
+            notes += first.take()
+            first = FirstStep(state)
+            graph = _traced(step, args, state, first)
+    graph.notes += dict.fromkeys(notes)
     return graph
 
 
-def _traced(step: Callable[..., Any], args: Sequence[Any], state: Any, first: FirstStep | None) -> Graph:
+def _traced(step: Callable[..., Any], args: Sequence[Any], state: Any, first: FirstStep) -> Graph:
     """Trace until every operation that MLX cannot export has its stand-in."""
-    slots = list(_slots(state))
+    slots = list(slots_of(state))
     batch = list(leaves(args, "args"))
     stand_ins: dict[str, str] = {}
     while True:
@@ -85,9 +93,9 @@ def _trace(
     args: Sequence[Any],
     state: Any,
     batch: list[tuple[str, Any]],
-    slots: list[_Slot],
+    slots: list[Slot],
     interception: Interception,
-    first: FirstStep | None,
+    first: FirstStep,
 ) -> Graph:
     """One attempt, after which everything is as before."""
     with uninterrupted():  # a Ctrl-C comes in the step, or when everything is back
@@ -97,8 +105,7 @@ def _trace(
         try:
             with tracing(), intercepted(interception):
                 recorder.trace(step, args, batch, slots, state, interception)
-            if first is not None:
-                first.note()
+            first.note()
         except BaseException as error:
             primitive = refused_primitive(error)
             if primitive in STAND_INS and STAND_INS[primitive].name not in interception.stand_ins:
@@ -157,7 +164,7 @@ class _Recorder:
         step: Callable[..., Any],
         args: Sequence[Any],
         batch: list[tuple[str, Any]],
-        slots: list[_Slot],
+        slots: list[Slot],
         state: Any,
         interception: Interception,
     ) -> None:
@@ -196,7 +203,7 @@ class _Recorder:
             self.graph.results = len(outputs)
             written = made_by_operations(tracers)
             untouched = {id(place[id(s.array)]): id(s.array) for s in slots if id(place[id(s.array)]) not in written}
-            after = list(_slots(state))
+            after = list(slots_of(state))
             kept.update(untouched[id(slot.array)] for slot in after if id(slot.array) in untouched)
             updated = [slot for slot in after if id(slot.array) not in untouched]
             self.graph.updated = [slot.label for slot in updated]
@@ -270,55 +277,3 @@ def _without_arrays(result: Any) -> str:
         f"The step returned {shown:.80}, in which there is no array. Return the loss first, as in `return loss`: the "
         "loss is what says which part of the step is evaluated. Arrays are found in lists, tuples and dictionaries."
     )
-
-
-class _Slot:
-    """A place in the state that holds an array."""
-
-    def __init__(self, container: Any, key: Any, array: mx.array, role: str, label: str) -> None:
-        self.container, self.key, self.array, self.role, self.label = container, key, array, role, label
-
-    def put(self, array: mx.array) -> None:
-        if isinstance(self.container, dict):
-            dict.__setitem__(self.container, self.key, array)
-        elif isinstance(self.container, list):
-            self.container[self.key] = array
-        else:
-            vars(self.container)[self.key] = array
-
-
-def _slots(state: Any) -> Iterator[_Slot]:
-    """Every array in the state, with its place, in a fixed order."""
-    from mlx.nn import Module
-    from mlx.optimizers import Optimizer
-
-    seen: set[int] = set()
-    random_state = id(mx.random.state)
-
-    def walk(node: Any, role: str, label: str) -> Iterator[_Slot]:
-        if id(node) in seen or id(node) == random_state:
-            return
-        if isinstance(node, (dict, list, tuple, Optimizer)):
-            seen.add(id(node))
-        if isinstance(node, Module):
-            role = "parameter"
-        elif isinstance(node, Optimizer):
-            yield from walk(node.state, "optimizer", label or "optimizer")
-            return
-        items: list[tuple[Any, Any]] = []
-        if isinstance(node, dict):
-            items = list(node.items())
-        elif isinstance(node, (list, tuple)):
-            items = list(enumerate(node))
-        for key, child in items:
-            path = f"{label}.{key}" if label else str(key)
-            if isinstance(child, mx.array):
-                if not isinstance(node, tuple):
-                    yield _Slot(node, key, child, role, path)
-            else:
-                yield from walk(child, role, path)
-
-    top = list(state) if isinstance(state, (tuple, list)) else [state]
-    several = sum(isinstance(child, Module) for child in top) > 1
-    for i, child in enumerate(top):
-        yield from walk(child, "state", f"state[{i}]" if several else "")
