@@ -18,7 +18,7 @@ from mlx_tune.graphs.slots import slots_of
 
 
 class FirstStep:
-    """What a state holds before a step, and what it holds after it.
+    """The contents of a state before a step, and after it.
 
     Args:
         state: What the step changes.
