@@ -15,7 +15,7 @@ from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import held_limits
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.timing import StepTrial, arrays_of, compare, run_step
 from mlx_tune.units import format_bytes, format_percent, format_seconds, whole_number
 
@@ -48,7 +48,7 @@ class LimitTrial:
 
 
 @dataclass(frozen=True)
-class TightestLimit:
+class TightestLimit(Tabular):
     """The smallest memory limit found whose steps run at nearly full speed.
 
     Attributes:
@@ -90,7 +90,7 @@ class TightestLimit:
         with held_limits(self.limit_bytes, None):
             yield self
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """The table of limits, smallest first."""
         rows: list[list[object]] = [
             [
@@ -104,7 +104,7 @@ class TightestLimit:
         ]
         rows.append(["none", format_bytes(self.free_peak_bytes), format_seconds(self.free_seconds), "", ""])
         saved = self.free_peak_bytes - self.peak_bytes
-        return render_table(
+        return Table(
             ["limit", "peak", "step", "slowdown", ""],
             rows,
             title=f"Tightest memory limit within {format_percent(self.slowdown)} of free running: "

@@ -87,20 +87,35 @@ def render_table(
         up        12
         down       3
     """
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    for row in cells:
-        if len(row) != len(columns):
-            raise ValueError(f"A row of {len(row)} cells under {len(columns)} headings: {row}")
-    right = [
-        any(row[i] for row in cells) and all(not row[i] or row[i][0] in _NUMBER_STARTS for row in cells)
-        for i in range(len(columns))
-    ]
+    cells = texts_of(columns, rows)
+    right = numeric(columns, cells)
     width = _width.get()
     lines = _laid_out(list(columns), cells, right, width)
     words = [[title] if title else [], list(notes)]
     if width is not None:
         words = [fold("\n".join(part), width).splitlines() for part in words]
     return "\n".join([*words[0], *lines, *words[1]])
+
+
+def texts_of(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[list[str]]:
+    """Every cell as text.
+
+    Raises:
+        ValueError: A row that has more or fewer cells than there are headings.
+    """
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    for row in cells:
+        if len(row) != len(columns):
+            raise ValueError(f"A row of {len(row)} cells under {len(columns)} headings: {row}")
+    return cells
+
+
+def numeric(columns: Sequence[str], cells: list[list[str]]) -> list[bool]:
+    """For each column, whether it has cells that are not empty, and all of those start like numbers."""
+    return [
+        any(row[i] for row in cells) and all(not row[i] or row[i][0] in _NUMBER_STARTS for row in cells)
+        for i in range(len(columns))
+    ]
 
 
 def _laid_out(columns: list[str], cells: list[list[str]], right: list[bool], width: int | None) -> list[str]:

@@ -18,7 +18,7 @@ PACKAGE = Path(mlx_tune.__file__).parent
 FLOORS = [
     ["errors"],
     ["units", "tables", "places", "interrupts", "garbage"],
-    ["scratch"],
+    ["scratch", "tabular"],
     ["progress", "plotting", "reach"],
     ["devices"],
     ["memory", "state"],

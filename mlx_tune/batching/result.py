@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.memory import held_limits
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class AutobatchResult:
+class AutobatchResult(Tabular):
     """The batch size that was found, and how.
 
     Attributes:
@@ -154,7 +154,7 @@ class AutobatchResult:
         trials = [trial.to_dict() for trial in self.trials]
         return fields | {"slowdown": self.slowdown, "trials": trials, "notes": list(self.notes)}
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """The answer, and a table of the trials behind it."""
         rows = [
             (
@@ -175,7 +175,7 @@ class AutobatchResult:
             total = self.batch_size * self.accumulation_steps
             answer += f" x {self.accumulation_steps} accumulation steps = {total}"
         title = f"{answer}: peak {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}"
-        return render_table(columns, rows, title=title, notes=[*self._reasons(), *self.notes])
+        return Table(columns, rows, title=title, notes=[*self._reasons(), *self.notes])
 
     def _reasons(self) -> list[str]:
         """Remarks on what the table leaves open."""

@@ -28,7 +28,7 @@ from mlx_tune.checkpointing.wrap import (
     unwrap,
 )
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import whole_number
 
 #: A pattern on the path (`"encoder.layers.*"`), or a function of path and module.
@@ -37,7 +37,7 @@ Stack = tuple[tuple[str, nn.Module], ...]
 
 
 @dataclass(frozen=True)
-class CheckpointHandle:
+class CheckpointHandle(Tabular):
     """Which blocks one call of `checkpoint_blocks` wrapped, and the way back.
 
     Attributes:
@@ -81,16 +81,14 @@ class CheckpointHandle:
         """Ready for JSON."""
         return {"paths": list(self.paths), "found": self.found, "active": len(self._wrapped)}
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """A table of the blocks, as they are now."""
         rows = [
             (path, plain_class(type(module)).__name__, "yes" if is_checkpointed(module) else "no")
             for path, module in self._blocks
         ]
         active = sum(is_checkpointed(module) for _, module in self._blocks)
-        return render_table(
-            ["block", "class", "checkpointed"], rows, title=f"{active} of {self.found} blocks checkpointed"
-        )
+        return Table(["block", "class", "checkpointed"], rows, title=f"{active} of {self.found} blocks checkpointed")
 
 
 def checkpoint_blocks(

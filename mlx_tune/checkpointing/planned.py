@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, unwrap
 from mlx_tune.errors import CheckpointError
 from mlx_tune.memory import held_limits
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_seconds
 
 
@@ -58,7 +58,7 @@ class MeasuredChoice:
 
 
 @dataclass(frozen=True)
-class CheckpointPlan:
+class CheckpointPlan(Tabular):
     """Which blocks to checkpoint, and under which memory limit, for a step to fit its budget and be fast.
 
     Attributes:
@@ -120,7 +120,7 @@ class CheckpointPlan:
         with self.apply(), held_limits(self.limit_bytes, self.cache_limit_bytes):
             yield self
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """The table of blocks, and the figures below it."""
         rows: list[list[object]] = []
         for first, last, block in _runs(self.blocks):
@@ -153,7 +153,7 @@ class CheckpointPlan:
                 f"Tried {choice.checkpointed} of {len(self.blocks)} checkpointed: {outcome}, "
                 f"peak {format_bytes(choice.peak_bytes)}."
             )
-        return render_table(
+        return Table(
             ["block", "plan", "saves", "costs"],
             rows,
             title=f"Checkpoint plan at batch size {self.batch_size}: {count} of {len(self.blocks)} blocks",

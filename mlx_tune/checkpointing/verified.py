@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 
 #: In the order in which a reader wants them.
 VERDICTS = ("different", "not tested", "equal")
@@ -56,7 +56,7 @@ class GradientDifference:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Tabular):
     """The findings of `verify_checkpoint`. Its `str` is a table.
 
     Attributes:
@@ -110,7 +110,7 @@ class VerifyReport:
             "parameters": [p.to_dict() for p in self.parameters],
         }
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """The largest differences, and the verdict."""
         shown = self.parameters[:_ROWS]
         rows = [
@@ -123,7 +123,7 @@ class VerifyReport:
             )
             for p in shown
         ]
-        return render_table(
+        return Table(
             ["parameter", "largest gradient", "difference", "allowed", ""],
             rows,
             title=f"{len(self.blocks)} checkpointed block{'' if len(self.blocks) == 1 else 's'} against none",

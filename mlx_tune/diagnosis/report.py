@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from mlx_tune.tabular import Table, Tabular
+
 Status = Literal["pass", "warn", "fail", "skip"]
 
 #: The version of what `to_dict` returns. It changes when a key is renamed or removed, not when one is added.
@@ -41,7 +43,7 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Tabular):
     """The findings of every check.
 
     `str` is the table, `to_dict` the same for programs, `issue` what to paste into a bug report.
@@ -88,6 +90,12 @@ class Diagnosis:
             if result.fix:
                 lines += [f"  {'':4}  {'':{width}}    {line}".rstrip() for line in f"-> {result.fix}".splitlines()]
         return "\n".join([*lines, "", self.verdict()])
+
+    def table(self) -> Table:
+        """The same as a table, for a notebook."""
+        rows = [(r.theme, _MARKS[r.status], r.name, r.summary, r.fix) for r in self.results]
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return Table(["theme", "", "check", "finding", "fix"], rows, title=versions, notes=[self.verdict()])
 
     def verdict(self) -> str:
         """One line: how many checks failed, warned and passed."""

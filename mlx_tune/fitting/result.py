@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_tune.checkpointing.planned import apply_choice
 from mlx_tune.memory import held_limits
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Tabular):
     """Checkpoints, batch size, accumulation and memory limit that give the most tokens a second within a budget.
 
     Attributes:
@@ -120,7 +120,7 @@ class Fit:
         finally:
             undo()
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """The settings, and the choice above them."""
         rows: list[list[object]] = [
             [
@@ -143,7 +143,7 @@ class Fit:
             batch += f" x {self.accumulation_steps} accumulation steps = {total}"
         unit, rate = f"{self.unit}/s", f"{self.measured_rate:,.0f}"
         blocks = f"{len(self.paths)} of {self.found} blocks checkpointed, " if self.found else ""
-        return render_table(
+        return Table(
             ["batch", "checkpointed", "floor", f"predicted {unit}", "peak", "step", f"measured {unit}", "in turns", ""],
             rows,
             title=f"Fastest within {format_bytes(self.budget_bytes)}: {batch}, {blocks}{rate} {unit}",

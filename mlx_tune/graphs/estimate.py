@@ -15,7 +15,7 @@ from mlx_tune.graphs.floor import PURPOSES, Buffer, Course, simulate
 from mlx_tune.graphs.graph import Graph, dtype_name
 from mlx_tune.graphs.order import evaluation_order
 from mlx_tune.graphs.tracing import trace_step
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class PeakOwner:
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
+class MemoryEstimate(Tabular):
     """The memory of one training step, predicted from its graph.
 
     All figures are predictions; none was measured.
@@ -146,7 +146,7 @@ class MemoryEstimate:
             "notes": list(self.notes),
         }
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """A table of what the peak is made of."""
         purposes = [
             (name, format_bytes(n), format_percent(n / max(self.floor_bytes, 1)), "")
@@ -173,7 +173,7 @@ class MemoryEstimate:
             ),
             *self.notes,
         ]
-        return render_table(
+        return Table(
             ["at the peak", "bytes", "share", "what"],
             [*purposes, *largest],
             title=f"Floor of the step: {format_bytes(self.floor_bytes)}",

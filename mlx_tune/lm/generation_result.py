@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class GenerationTrial:
 
 
 @dataclass(frozen=True)
-class GenerationBatchResult:
+class GenerationBatchResult(Tabular):
     """The largest batch for generation, and what every smaller one gives.
 
     Attributes:
@@ -84,7 +84,7 @@ class GenerationBatchResult:
         best = max(trial.tokens_per_second for trial in fitting)
         return min(trial.batch_size for trial in fitting if trial.tokens_per_second >= KNEE * best)
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """The answer and the table."""
         remarks = {1: "lowest latency", self.knee: "knee", self.batch_size: "largest"}
         if self.knee == self.batch_size:
@@ -105,7 +105,7 @@ class GenerationBatchResult:
         notes = [f"The cache takes {format_bytes(self.cache_bytes_per_row)} a row; budget: {self.budget_source}."]
         if self.next_bytes is not None:
             notes.append(f"Batch {self.batch_size + 1} is predicted at {format_bytes(self.next_bytes)}; not tried.")
-        return render_table(
+        return Table(
             ["batch", "predicted", "reading", "peak", "a token", "tokens/s", ""],
             rows,
             title=f"Largest batch to generate {self.max_tokens} tokens after {self.prompt_tokens}{cache}: "

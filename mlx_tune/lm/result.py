@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_seconds
 
 #: More lines of losses than this say no more; the table then shows some of them, the first and the last included.
@@ -30,7 +30,7 @@ class LossReport:
 
 
 @dataclass(frozen=True)
-class TrainingResult:
+class TrainingResult(Tabular):
     """A finished run of mlx-lm's trainer.
 
     Attributes:
@@ -82,7 +82,7 @@ class TrainingResult:
         """
         return next((line for line in self.losses if line.tokens >= tokens), self.losses[-1]).loss
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """The figures, then the log."""
         batch = f"{self.batch_size} rows"
         if self.accumulation_steps > 1:
@@ -101,7 +101,7 @@ class TrainingResult:
         rows = [(*_cells(line), "") for line in _thinned(self.losses)]
         rows += [(*_cells(line), "validation") for line in _thinned(self.validation_losses)]
         rows.sort(key=lambda row: (row[0], bool(row[-1])))
-        return render_table(["iteration", "tokens", "loss", "tokens/s", ""], rows, title="\n".join(lines))
+        return Table(["iteration", "tokens", "loss", "tokens/s", ""], rows, title="\n".join(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""

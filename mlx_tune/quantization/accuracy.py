@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_tune.quantization.statistics import Bucket, Estimate
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_count, format_percent
 
 
 @dataclass(frozen=True)
-class LanguageAccuracy:
+class LanguageAccuracy(Tabular):
     """The cost of quantization to a model that predicts tokens. Divergences are in nats.
 
     Standard errors take the tokens of a sequence together, as they are not independent.
@@ -92,7 +92,7 @@ class LanguageAccuracy:
             f"on {format_count(self.tokens, 'token')}"
         )
 
-    def __str__(self) -> str:
+    def tables(self) -> list[Table]:
         """Two tables: the figures, and divergence by confidence."""
         floor, notes = "none", [f"Warning: {w}" for w in self.warnings]
         if self.noise_floor is not None:
@@ -115,8 +115,8 @@ class LanguageAccuracy:
         if self.non_finite:
             rows.append(("not finite, left out", format_percent(self.non_finite, 2)))
         title = f"Accuracy on {self.tokens:,} tokens of {format_count(self.sequences, 'sequence')} ({self.arithmetic})"
-        figures = render_table(("figure", "value"), rows, title=title, notes=notes)
-        buckets = render_table(
+        figures = Table(("figure", "value"), rows, title=title, notes=notes)
+        buckets = Table(
             ("reference's confidence", "tokens", "mean KL", "same top"),
             [
                 (
@@ -128,14 +128,14 @@ class LanguageAccuracy:
                 for b in self.buckets
             ],
         )
-        return f"{figures}\n\n{buckets}"
+        return [figures, buckets]
 
     def _tails(self) -> tuple[float, float, float, float]:
         return self.median_kl, self.p99_kl, self.p999_kl, self.max_kl
 
 
 @dataclass(frozen=True)
-class LossAccuracy:
+class LossAccuracy(Tabular):
     """The cost of quantization by a loss that the caller gave.
 
     Attributes:
@@ -175,9 +175,9 @@ class LossAccuracy:
             f"on {format_count(self.batches, 'batch', 'batches')}"
         )
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """The table."""
-        return render_table(
+        return Table(
             ("figure", "value"),
             [
                 ("loss before", Estimate(self.loss_before, self.loss_before_error)),
@@ -190,7 +190,7 @@ class LossAccuracy:
 
 
 @dataclass(frozen=True)
-class OutputAccuracy:
+class OutputAccuracy(Tabular):
     """The cost of quantization by the model's outputs themselves.
 
     Attributes:
@@ -227,7 +227,7 @@ class OutputAccuracy:
             f"on {format_count(self.batches, 'batch', 'batches')}"
         )
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """The table."""
         rows = [
             ("relative error", f"{self.relative_error:.4g}"),
@@ -237,7 +237,7 @@ class OutputAccuracy:
         ]
         if self.non_finite:
             rows.append(("not finite, left out", format_percent(self.non_finite, 2)))
-        return render_table(
+        return Table(
             ("figure", "value"),
             rows,
             title=f"Accuracy of outputs on {format_count(self.batches, 'batch', 'batches')}, {self.values:,} numbers "

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_tune.quantization.modes import Format
 from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.sites import module_at
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_count
 
 
@@ -97,7 +97,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class QuantizationPlan:
+class QuantizationPlan(Tabular):
     """The table of what would happen. Nothing was changed to make it.
 
     Attributes:
@@ -168,7 +168,7 @@ class QuantizationPlan:
             "notes": list(self.notes),
         }
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """The table; its rows add up to its total."""
         rows = [
             (
@@ -186,7 +186,7 @@ class QuantizationPlan:
                      format_bytes(self.rest_bytes), ""))  # fmt: skip
         rows.append(("total", "", f"{self.bits_per_weight:.3f} bits per weight",
                      format_bytes(self.size_before_bytes), format_bytes(self.size_after_bytes), ""))  # fmt: skip
-        return render_table(
+        return Table(
             ("layer", "shape", "becomes", "now", "after", "remark"),
             rows,
             title=f"Quantization plan ({self.method}, predicted; nothing changed)",

@@ -11,7 +11,7 @@ from mlx_tune.quantization.accuracy import Accuracy
 from mlx_tune.quantization.apply import LayerOutcome
 from mlx_tune.quantization.plan import LayerPlan
 from mlx_tune.quantization.speed import SpeedComparison
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_count, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class QuantizationReport:
+class QuantizationReport(Tabular):
     """The measured report of `quantize_model`; `print` it.
 
     Attributes:
@@ -159,14 +159,12 @@ class QuantizationReport:
     def _bits(self) -> str:
         return f"bits per weight {self.bits_per_weight_before:.3f} -> {self.bits_per_weight:.3f}"
 
-    def __str__(self) -> str:
+    def tables(self) -> list[Table]:
         """The whole report; the layers' rows add up to the total."""
-        parts = [self._layer_table()]
-        if self.accuracy is not None:
-            parts.append(str(self.accuracy))
-        if self.speed is not None:
-            parts.append(str(self.speed))
-        return "\n\n".join(parts)
+        found = [self._layer_table()]
+        for part in (self.accuracy, self.speed):
+            found += [] if part is None else part.tables()
+        return found
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, dark: bool = False) -> Figure:
         """Draw every layer's error against its depth, and its bytes.
@@ -182,7 +180,7 @@ class QuantizationReport:
 
         return draw_report(self, path, dark=dark)
 
-    def _layer_table(self) -> str:
+    def _layer_table(self) -> Table:
         rows: list[tuple[object, ...]] = [
             (
                 layer.path or "(the model)",
@@ -207,7 +205,7 @@ class QuantizationReport:
         if self.seconds:
             peak = f", at most {format_bytes(self.peak_bytes)} in use" if self.peak_bytes else ""
             notes.append(f"Quantized in {format_seconds(self.seconds)}{peak}.")
-        return render_table(
+        return Table(
             ("layer", "shape", "bits", "group", "before", "after", "SNR dB", "remark"),
             rows,
             title=f"Quantization report ({self.method}, measured)",

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_tune.quantization.arithmetic import evaluation_mode
 from mlx_tune.quantization.batches import Batch
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_seconds
 
 #: Tokens of the prompt: the longest that can be timed within reason before and after.
@@ -50,7 +50,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class SpeedComparison:
+class SpeedComparison(Tabular):
     """Time before and after, measured here in one run.
 
     Attributes:
@@ -67,7 +67,7 @@ class SpeedComparison:
         """The same, ready for JSON."""
         return {"before": self.before.to_dict(), "after": self.after.to_dict(), "device": self.device}
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
         """The table."""
         first, second = self.before, self.after
         tokens = first.prefill_tokens
@@ -77,7 +77,7 @@ class SpeedComparison:
             rows.append(_row(name, first.prefill_seconds, second.prefill_seconds))
         if first.decode_seconds is not None and second.decode_seconds is not None:
             rows.append(_row("decode, one token without context", first.decode_seconds, second.decode_seconds))
-        return render_table(
+        return Table(
             ("speed", "before", "after", "times as fast"),
             rows,
             title=f"Speed on this machine ({self.device}, measured)",
