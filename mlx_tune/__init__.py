@@ -7,9 +7,13 @@ Everything public is importable from here. Names are looked up when they are fir
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# A library writes to its log, and leaves it to the program whether anybody reads it.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 #: The public API: each name and the module that holds it. A function that bears its module's name is fetched from that
 #: module: type checkers would take the package's attribute for the module.

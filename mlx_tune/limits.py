@@ -199,6 +199,7 @@ def tightest_limit(
                 return limited[-1].seconds
 
             seen = compare(one_free, one_limited, threshold=1 + slowdown, most_turns=repeats)
+            bar.ended(f"limit {format_bytes(limit)}: {seen.ratio - 1:+.1%} in time")
             return LimitTrial(
                 limit_bytes=limit,
                 peak_bytes=max(t.peak_bytes for t in limited),

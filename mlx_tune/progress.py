@@ -1,7 +1,12 @@
-"""Progress on standard error, so that standard output stays for results: a bar for a terminal, lines for a log."""
+"""Progress: a bar for a terminal, plain lines for a file, both on standard error; and the log of every long command.
+
+What a command is doing reaches the reader through here alone. The log `mlx_tune.progress` has it whether or not
+progress is shown: commands and trials at INFO, layers and steps that are counted at DEBUG, what is odd at WARNING.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -13,6 +18,8 @@ from mlx_tune.units import format_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+_log = logging.getLogger(__name__)
 
 #: A log hears something at least this often, however long a layer or a trial takes.
 LONGEST_SILENCE = 10.0
@@ -37,7 +44,10 @@ class Bar:
         """Count `by` more as done."""
 
     def say(self, text: str) -> None:
-        """Show a line that stays."""
+        """Show a line that stays: something odd, which the reader should know at once."""
+
+    def ended(self, text: str) -> None:
+        """Write to the log how a trial ended; on the screen the result's table will say so."""
 
 
 class LiveBar(Bar):
@@ -131,9 +141,48 @@ class PlainBar(Bar):
         self._write(f"{self._description}: {words}" + (f" (after {format_seconds(passed)})" if passed >= 1 else ""))
 
 
+class LoggedBar(Bar):
+    """Progress that is written to the log as well, whether or not it is shown.
+
+    Args:
+        description: Begins each line.
+        counted: Whether there is a total, so that lines are many and matter little.
+        shown: Where else it goes.
+    """
+
+    def __init__(self, description: str, counted: bool, shown: Bar) -> None:
+        """Begin at nothing done."""
+        self._description, self._shown = description, shown
+        self._level = logging.DEBUG if counted else logging.INFO
+        self._text, self._done = "", 0.0
+
+    def update(self, *, completed: float | None = None, total: float | None = None, text: str | None = None) -> None:
+        """Move on, and log what is going on where that is new."""
+        if text is not None and text != self._text:
+            self._text = text
+            _log.log(self._level, "%s: %s", self._description, text)
+        self._done = self._done if completed is None else completed
+        self._shown.update(completed=completed, total=total, text=text)
+
+    def advance(self, by: float = 1) -> None:
+        """Count `by` more as done."""
+        self._done += by
+        _log.debug("%s: %g done", self._description, self._done)
+        self._shown.advance(by)
+
+    def say(self, text: str) -> None:
+        """Show a line that stays, and log it as a warning."""
+        _log.warning("%s: %s", self._description, text)
+        self._shown.say(text)
+
+    def ended(self, text: str) -> None:
+        """Log how a trial ended."""
+        _log.log(self._level, "%s: %s", self._description, text)
+
+
 @contextmanager
 def progress_bar(description: str, total: float | None = None, enabled: bool = True) -> Iterator[Bar]:
-    """Show progress on standard error while the block runs.
+    """Show progress on standard error while the block runs, and log it.
 
     A terminal and a notebook get a bar. Anything else, such as a log file, gets plain lines: one for each trial, one a
     second at most for layers and steps, and one at least every ten seconds.
@@ -141,7 +190,7 @@ def progress_bar(description: str, total: float | None = None, enabled: bool = T
     Args:
         description: What is done, at the start of the line.
         total: What counts as all of it; None where that is not known.
-        enabled: False shows nothing (and imports nothing).
+        enabled: False shows nothing (and imports nothing); it is logged all the same.
 
     Yields:
         The line, to be moved on with `update` and `advance`.
@@ -151,6 +200,21 @@ def progress_bar(description: str, total: float | None = None, enabled: bool = T
         ...     for i in range(3):
         ...         bar.advance()
     """
+    started = time.monotonic()
+    _log.info("%s: begun", description)
+    try:
+        with _shown(description, total, enabled) as bar:
+            yield LoggedBar(description, total is not None, bar)
+    except BaseException as error:
+        passed = format_seconds(time.monotonic() - started)
+        _log.info("%s: stopped by %s after %s", description, type(error).__name__, passed)
+        raise
+    _log.info("%s: ended after %s", description, format_seconds(time.monotonic() - started))
+
+
+@contextmanager
+def _shown(description: str, total: float | None, enabled: bool) -> Iterator[Bar]:
+    """What a terminal, a notebook or a file gets to see."""
     if not enabled or sys.stderr is None:
         yield Bar()
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,9 @@ from mlx_tune.batching.result import Trial
 from mlx_tune.batching.search import Found, Measured, search
 from mlx_tune.errors import TraceError, TrialError
 from mlx_tune.progress import Bar
-from mlx_tune.units import format_bytes, format_percent
+from mlx_tune.units import format_bytes, format_percent, format_seconds
+
+_log = logging.getLogger(__name__)
 
 #: A size predicted to take this share of the budget may be the answer, and gets its real steps at once.
 _NEAR = 0.85
@@ -76,6 +79,7 @@ class Session:
             forecast = read()
         except TraceError as error:
             self.notes.append(f"two small trials took the place of an estimate: {str(error).splitlines()[0]}")
+            _log.warning("%s", self.notes[-1])
             return
         smallest = self.sizes[0]
         floor = forecast(smallest)
@@ -257,9 +261,20 @@ class Session:
         if predicted is not None:
             foreseen = f", predicted {format_bytes(predicted)} of {format_bytes(self.budget_bytes)}"
         self.bar.update(text=f"trying batch size {size}{foreseen}")
-        return self._keep(self.runner.trial(size, predicted, steps))
+        trial = self._keep(self.runner.trial(size, predicted, steps))
+        self.bar.ended(f"batch size {size}: {_outcome(trial)}")
+        return trial
 
     def _keep(self, trials: list[Trial]) -> Trial:
         self.trials.extend(trials)
         self.known[trials[-1].batch_size] = trials[-1]
         return trials[-1]
+
+
+def _outcome(trial: Trial) -> str:
+    """How a trial ended, in a line of the log."""
+    if trial.peak_bytes is None:
+        return f"does not fit, {trial.reason or 'which its first steps showed'}"
+    verdict = "fits" if trial.fits else f"does not fit{', ' + trial.reason if trial.reason else ''}"
+    taken = "" if trial.seconds is None else f", {format_seconds(trial.seconds)} a step"
+    return f"{verdict}, peak {format_bytes(trial.peak_bytes)} under {format_bytes(trial.limit_bytes)}{taken}"

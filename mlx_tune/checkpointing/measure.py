@@ -14,7 +14,7 @@ from mlx_tune.checkpointing.planned import apply_choice
 from mlx_tune.memory import cache_room, held_cache
 from mlx_tune.progress import Bar
 from mlx_tune.timing import StepTrial, compare, run_step
-from mlx_tune.units import format_bytes
+from mlx_tune.units import format_bytes, format_seconds
 
 #: A choice whose fastest step took this much longer than another's is not timed against it once more.
 HOPELESS = 1.15
@@ -108,6 +108,10 @@ class Measurements:
         runs = self.steps if all(t.peak_bytes <= self.budget_bytes for t in since) else 0
         self.made[choice] = Measured(
             choice, shown.limit_bytes or self.budget_bytes, shown.peak_bytes, shown.seconds, best is not None, runs
+        )
+        self.bar.ended(
+            f"{sum(choice)} of {len(choice)} blocks: {'fits' if best else 'does not fit'}, peak "
+            f"{format_bytes(shown.peak_bytes)}, {format_seconds(shown.seconds)} a step"
         )
         return self.made[choice]
 

@@ -95,7 +95,10 @@ def autobatch_generate(
 
         def measure(size: int, predicted: int | None) -> GenerationTrial:
             bar.update(text=f"trying batch size {size}")
-            return rows.trial(size, predicted, int(allowed))
+            trial = rows.trial(size, predicted, int(allowed))
+            fits = "fits" if trial.fits else "does not fit"
+            bar.ended(f"batch size {size}: {fits}, peak {format_bytes(trial.peak_bytes)}")
+            return trial
 
         trials, next_bytes = grow(measure, int(allowed), max_batch, rows.resident_bytes)
     if not trials[-1].fits and len(trials) == 1:

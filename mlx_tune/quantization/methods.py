@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from mlx_tune.progress import progress_bar
@@ -11,6 +12,8 @@ from mlx_tune.quantization.dense import dense_twin
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.sites import is_quantized, module_at
 from mlx_tune.quantization.transaction import Transaction, swap
+
+_log = logging.getLogger(__name__)
 
 
 def carry_out(
@@ -75,6 +78,9 @@ def _gptq(
     from mlx_tune.quantization.calibrated import gptq_model
 
     done = gptq_model(plan.layers[0].model, layers, calibration, install=install, effort=plan.effort, progress=progress)
+    for found in done:
+        if found.note is not None:
+            _log.warning("gptq: %s %s", found.path, found.note)
     return {
         layer.path: outcome_of(
             layer,
@@ -102,6 +108,8 @@ def _dwq(
     reference = None if loss is not None else transaction.reference()
     result = train_dwq(model, reference, calibration, loss=loss, progress=progress)
     del reference
+    if result.note is not None:
+        _log.warning("%s", result.summary)
     if result.loss_after < result.loss_before:
         trained = {layer.path: outcome_of(layer, "dwq", note=outcomes[layer.path].note) for layer in layers}
         outcomes = {**outcomes, **trained}

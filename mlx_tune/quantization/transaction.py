@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,6 +17,8 @@ from mlx_tune.interrupts import uninterrupted
 from mlx_tune.quantization.lazy import is_unevaluated
 from mlx_tune.quantization.sites import module_at, own_arrays, put_module, walk
 from mlx_tune.scratch import ScratchFiles, in_memory
+
+_log = logging.getLogger(__name__)
 
 _open: ContextVar[tuple[Transaction, ...]] = ContextVar("open_transactions", default=())
 
@@ -156,6 +159,7 @@ class Transaction:
         """Say something once, with the words of its first time."""
         if not any(note.startswith(begins) for note in self.notes):
             self.notes.append(begins + ends)
+            _log.warning("%s", self.notes[-1])
 
 
 def swap(model: nn.Module, path: str, module: nn.Module) -> None:
