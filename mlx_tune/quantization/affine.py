@@ -37,6 +37,7 @@ def quantize_affine(
     *,
     effort: Effort = "fast",
     importance: mx.array | None = None,
+    scale_dtype: mx.Dtype | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Quantize a weight with the least squared error that its format allows, in `mx.quantize`'s own format.
 
@@ -47,10 +48,11 @@ def quantize_affine(
         effort: "fast" tries some 60 pairs of scale and bias for each group, "best" about ten times as many.
         importance: The energy of each input, `[columns]` or, for a stack of experts, `[experts, columns]`: squared
             errors count in proportion to it. Uniform by default.
+        scale_dtype: Of scales and biases; the weight's by default.
 
     Returns:
         Packed `uint32` codes `[..., rows, columns * bits / 32]`, and scales and biases
-        `[..., rows, columns / group_size]` in the weight's dtype. In no group is the (weighted) squared error of
+        `[..., rows, columns / group_size]` in their dtype. In no group is the (weighted) squared error of
         `dequantize_float32` on them above that of what `mx.quantize` returns.
 
     Raises:
@@ -76,7 +78,7 @@ def quantize_affine(
     energies = _energies(importance, experts, columns, tuple(lead))
     cpu = mx.default_device() == mx.Device(mx.cpu)
     per_chunk = max(1, (_CPU_GROUPS if cpu else _GPU_GROUPS) // (columns // group_size))
-    solve = Solver(bits, group_size, plan_search(bits, effort), weight.dtype)
+    solve = Solver(bits, group_size, plan_search(bits, effort), scale_dtype or weight.dtype)
     streams = _streams() if cpu else [mx.default_stream(mx.default_device())]
 
     chunks = [(e, r) for e in range(experts) for r in range(0, rows, per_chunk)]

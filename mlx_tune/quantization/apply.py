@@ -13,6 +13,7 @@ from mlx_tune.errors import BackendError, QuantizationError
 from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.dense import dense_twin, dequantize_arrays
 from mlx_tune.quantization.lazy import number, read_array
+from mlx_tune.quantization.magnitudes import largest_magnitude
 from mlx_tune.quantization.modes import Format
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.search import Effort
@@ -78,15 +79,18 @@ def pack(weight: mx.array, wanted: Format, method: str, effort: Effort = "fast")
         method: "nearest" or "optimal".
         effort: "fast" or "best".
     """
+    scale_dtype = getattr(mx, wanted.scale_dtype) if wanted.scale_dtype else weight.dtype
     if method == "optimal" and wanted.mode == "affine":
         from mlx_tune.quantization.affine import quantize_affine
 
-        return quantize_affine(weight, wanted.bits, wanted.group_size, effort=effort), "optimal"
+        return quantize_affine(
+            weight, wanted.bits, wanted.group_size, effort=effort, scale_dtype=scale_dtype
+        ), "optimal"
     if method == "optimal":
         from mlx_tune.quantization.floats import quantize_float
 
         return (*quantize_float(weight, wanted.mode, effort=effort), None), "optimal"
-    packed, scales, *biases = mx.quantize(weight, wanted.group_size, wanted.bits, mode=wanted.mode)
+    packed, scales, *biases = mx.quantize(weight.astype(scale_dtype), **wanted.parts())
     return (packed, scales, biases[0] if biases else None), "nearest"
 
 
@@ -189,15 +193,19 @@ def _decibels(weight: mx.array, after: Callable[[slice], mx.array]) -> float:
     return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
 
 
-def check_finite(plan: QuantizationPlan) -> None:
+def check_finite(plan: QuantizationPlan) -> dict[str, float]:
     """Look for NaN and infinite weights, layer by layer, before anything is changed.
+
+    Returns:
+        The largest magnitude among each layer's weights, by path.
 
     Raises:
         QuantizationError: There are some; the text names the layers.
     """
-    broken = []
+    broken, largest = [], {}
     for layer in plan.layers:
         weight = read_array(dense_twin(layer.module)["weight"])
+        largest[layer.path] = largest_magnitude(weight)
         count = sum(int(number((~mx.isfinite(_rows(weight, rows))).sum())) for rows in _row_chunks(weight))
         if count:
             broken.append(f"{layer.path} ({count} of {layer.weights:,} weights)")
@@ -207,6 +215,7 @@ def check_finite(plan: QuantizationPlan) -> None:
             f"NaN or infinite weights in {', '.join(broken[:3])}{more}. Quantizing them would spread them over whole "
             "groups. Look at the training run or the file they come from; nothing was changed."
         )
+    return largest
 
 
 def check_backend(plan: QuantizationPlan) -> None:

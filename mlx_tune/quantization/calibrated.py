@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import Bar, progress_bar
-from mlx_tune.quantization.affine import quantize_affine
+from mlx_tune.quantization.apply import pack
 from mlx_tune.quantization.batches import Batch, in_parts
 from mlx_tune.quantization.capture import Step, forward_steps
 from mlx_tune.quantization.dense import dense_twin, dequantize_arrays
@@ -23,6 +23,7 @@ from mlx_tune.quantization.gptq import output_error, quantize_gptq, shrinkage_fo
 from mlx_tune.quantization.lazy import number, read_array
 from mlx_tune.quantization.magnitudes import in_range
 from mlx_tune.quantization.moments import InputMoments
+from mlx_tune.quantization.overflow import overflows
 from mlx_tune.quantization.plan import LayerPlan
 from mlx_tune.quantization.propagation import Propagation, running
 from mlx_tune.quantization.search import Effort
@@ -203,7 +204,7 @@ class _Run:
             )
         weight, unit = in_range(read_array(dense_twin(layer.module)["weight"]))
         bits, size = layer.format.bits, layer.format.group_size
-        optimal = quantize_affine(weight, bits, size, effort=self._effort)
+        optimal = self._optimal_arrays(weight, layer)
         drift = learned.drift_of(layer.path)
         metric = learned if judged is None or judged.of(layer.path) is None else judged
         test, test_drift = metric.of(layer.path), metric.drift_of(layer.path)
@@ -224,13 +225,14 @@ class _Run:
         columns: Any = list(zip(*parts, strict=True))[:3]
         found: Arrays = tuple(mx.stack(list(a)) if stacked else a[0] for a in columns)  # type: ignore[assignment]
         errors = [_error(weight, arrays, test, test_drift, bits, size) for arrays in (found, optimal)]
-        better = errors[0] < errors[1]
+        better = errors[0] < errors[1] and not overflows(found, layer.format, weight.dtype)
         self._bar.advance()
         note = None
         if not better:
             note = f"kept 'optimal': gptq's output error was {errors[0]:.3g} against {errors[1]:.3g}"
         outcome = CalibratedLayer(layer.path, "gptq" if better else "optimal", min(errors), errors[1], note)
         packed, scales, biases = found if better else optimal
+        unit = unit.astype(scales.dtype)
         return outcome, (packed, scales * unit, biases * unit)
 
     def _fall_back(self, layer: LayerPlan, why: str) -> CalibratedLayer:
@@ -239,11 +241,15 @@ class _Run:
         return outcome
 
     def _optimal(self, layer: LayerPlan, why: str) -> tuple[CalibratedLayer, Arrays]:
-        assert layer.format is not None
-        weight = read_array(dense_twin(layer.module)["weight"])
-        arrays = quantize_affine(weight, layer.format.bits, layer.format.group_size, effort=self._effort)
+        arrays = self._optimal_arrays(read_array(dense_twin(layer.module)["weight"]), layer)
         self._bar.advance()
         return CalibratedLayer(layer.path, "optimal", None, None, f"kept 'optimal': {why}"), arrays
+
+    def _optimal_arrays(self, weight: mx.array, layer: LayerPlan) -> Arrays:
+        assert layer.format is not None
+        (packed, scales, biases), _ = pack(weight, layer.format, "optimal", self._effort)
+        assert biases is not None
+        return packed, scales, biases
 
 
 def _error(weight: mx.array, arrays: Arrays, moments: Any, drift: Drift | None, bits: int, size: int) -> float:

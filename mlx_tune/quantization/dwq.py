@@ -29,7 +29,7 @@ from mlx_tune.quantization.evaluation import OutputStore
 from mlx_tune.quantization.figures import logits_of, mean_loss, output_arrays
 from mlx_tune.quantization.lazy import number
 from mlx_tune.quantization.shares import Shares
-from mlx_tune.quantization.trainable import NAMES, stored_pair, trainable_sites, trained_in_place
+from mlx_tune.quantization.trainable import NAMES, stays_in_range, stored_pair, trainable_sites, trained_in_place
 
 #: Adam's step, in quantization steps at the ends of a group's grid; the best of these is found by trying.
 RATES = (0.003, 0.01, 0.03)
@@ -290,8 +290,11 @@ class _Training:
         return parameters
 
     def _judge(self, parameters: Parameters | None) -> float:
-        """The loss on the batches kept aside; infinite where training or it stopped being a number."""
+        """The loss on the batches kept aside; infinite where training, it or what would be stored is no number."""
         if parameters is None:
+            return math.inf
+        self.put(parameters)
+        if not all(stays_in_range(layer) for layer in self._layers):
             return math.inf
         own = 0.0
         for share in self._judges:

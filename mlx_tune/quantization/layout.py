@@ -12,8 +12,9 @@ import mlx.nn as nn
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.batches import read_batches
 from mlx_tune.quantization.dense import dense_twin
-from mlx_tune.quantization.modes import ACTIVATION_MODES, Format, check_format
-from mlx_tune.quantization.plan import ITEM_BYTES, LayerPlan, QuantizationPlan, notes_of
+from mlx_tune.quantization.modes import ACTIVATION_MODES, ITEM_BYTES, Format, check_format
+from mlx_tune.quantization.overflow import note_of_range
+from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan, notes_of
 from mlx_tune.quantization.rules import Decision, Rules, check_patterns
 from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.sites import (
@@ -44,6 +45,7 @@ def plan_quantization(
     target_bytes: int | str | None = None,
     activations: bool = False,
     requantize: bool = False,
+    scale_dtype: mx.Dtype | str | None = None,
     calibration: Iterable[Any] | None = None,
     evaluation: Iterable[Any] | None = None,
     progress: bool = False,
@@ -66,6 +68,7 @@ def plan_quantization(
         target_bytes: Bytes that the model must not exceed.
         activations: Whether layers quantize their inputs too.
         requantize: Whether layers that are quantized already are quantized anew.
+        scale_dtype: Of affine scales and biases, instead of that of the weights.
         calibration: Batches to measure layers' sensitivity on, where a target is given.
         evaluation: Batches to check such a choice on, where there is no calibration.
         progress: Show progress lines, where a target is given.
@@ -82,9 +85,11 @@ def plan_quantization(
         {'layers.0': (4, 5376), 'layers.2': (4, 3520)}
     """
     base = check_request(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
-    plan = lay_out(model, base, method, effort, overrides, skip, requantize)
-    if target_bpw is None and target_bytes is None and calibration is None and evaluation is None:
-        return plan
+    plan = lay_out(model, base, method, effort, overrides, skip, requantize, scale_dtype)
+    if target_bpw is None and target_bytes is None:
+        plan = replace(plan, notes=(*plan.notes, *note_of_range(plan)))
+        if calibration is None and evaluation is None:
+            return plan
     from mlx_tune.quantization.rehearsal import rehearse
     from mlx_tune.quantization.target import allocate_to_target, parse_target
 
@@ -126,15 +131,17 @@ def lay_out(
     overrides: Mapping[str, bool | Mapping[str, Any]] | None,
     skip: Iterable[str] | str | None,
     requantize: bool,
+    scale_dtype: mx.Dtype | str | None = None,
 ) -> QuantizationPlan:
     """The plan for a checked request."""
+    scales = _scale_dtype(scale_dtype)
     sites = walk(model)
     candidates = [s for s in sites if is_quantized(s.module) or _has_matrix(s.module)]
     paths = [path for site in candidates for path in site.paths]
     chosen, left = check_patterns(overrides, skip, paths)
     predicate = getattr(model, "quant_predicate", None)
     rules = Rules(base, chosen, left, predicate, frozenset(find_routers(sites)))
-    drafts = [_draft(site, rules, requantize) for site in candidates]
+    drafts = [_with_scales(_draft(site, rules, requantize), scales) for site in candidates]
     _refuse_quantized(drafts, requantize)
 
     ledger = _Ledger()
@@ -155,7 +162,7 @@ def lay_out(
         parameters += parameter_count(site.module, arrays)
     rest = size - sum(x.bytes_before for x in (*layers, *skipped))
     return QuantizationPlan(
-        tuple(layers), tuple(skipped), rest, parameters, method, effort, size, notes_of(layers, skipped)
+        tuple(layers), tuple(skipped), rest, parameters, method, effort, size, notes_of(layers, skipped), scales
     )
 
 
@@ -179,6 +186,25 @@ def _draft(site: Site, rules: Rules, requantize: bool) -> _Draft:
     weight = twin.get("weight")
     last_axis = weight.shape[-1] if isinstance(weight, mx.array) and weight.ndim else 0
     return _Draft(site, twin, rules.decide(site.paths, twin, last_axis))
+
+
+def _scale_dtype(given: mx.Dtype | str | None) -> str | None:
+    name = str(given).rpartition(".")[2] if isinstance(given, mx.Dtype) else given
+    if name is not None and name not in ITEM_BYTES:
+        raise QuantizationError(
+            f"scale_dtype={given!r}: scales are {', '.join(ITEM_BYTES)}, or None as the weights are."
+        )
+    return name
+
+
+def _with_scales(draft: _Draft, scales: str | None) -> _Draft:
+    """The draft with its scales in the dtype that was asked for, where that is not the weights' own."""
+    chosen, weight = draft.decision.format, draft.twin.get("weight")
+    if scales is None or chosen is None or chosen.mode != "affine" or not isinstance(weight, mx.array):
+        return draft
+    if weight.dtype == getattr(mx, scales):
+        return draft
+    return replace(draft, decision=replace(draft.decision, format=replace(chosen, scale_dtype=scales)))
 
 
 def _refuse_quantized(drafts: list[_Draft], requantize: bool) -> None:

@@ -33,6 +33,16 @@ def unit_of(largest: mx.array) -> mx.array:
     return mx.clip(exponents.view(mx.float32), _LEAST_UNIT, _MOST_UNIT)
 
 
+def largest_magnitude(weight: mx.array) -> float:
+    """The largest of a weight's magnitudes, without a copy of it.
+
+    Examples:
+        >>> largest_magnitude(mx.array([1.0, -3.0]))
+        3.0
+    """
+    return number(mx.maximum(weight.max(), -weight.min()).astype(mx.float32))
+
+
 def in_range(weight: mx.array) -> tuple[mx.array, mx.array]:
     """A weight over a power of two, where squares of it would leave float32's range; and that power, in its dtype.
 
@@ -47,7 +57,8 @@ def in_range(weight: mx.array) -> tuple[mx.array, mx.array]:
         >>> weight.max().item(), unit.item() == 2.0**70
         (1.0, True)
     """
-    largest = mx.maximum(weight.max(), -weight.min()).astype(mx.float32)
-    unit = mx.array(1.0) if number(largest) == 0 or _PLAIN_LEAST <= number(largest) <= _PLAIN_MOST else unit_of(largest)
-    unit = unit.astype(weight.dtype)
-    return (weight if number(unit) == 1 else weight / unit), unit
+    largest = largest_magnitude(weight)
+    if largest == 0 or _PLAIN_LEAST <= largest <= _PLAIN_MOST:
+        return weight, mx.array(1.0, dtype=weight.dtype)
+    unit = unit_of(mx.array(largest)).astype(weight.dtype)
+    return weight / unit, unit

@@ -18,6 +18,9 @@ MODES = ("affine", *FIXED_MODES)
 #: Modes in which MLX can quantize a layer's inputs as well.
 ACTIVATION_MODES = ("nvfp4", "mxfp8")
 
+#: Size of an element of each dtype that can be quantized, and that scales can have.
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 #: What `quantize_model` uses where nothing is said.
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 64
 
@@ -31,16 +34,19 @@ class Format:
         group_size: Consecutive weights of a row that share a scale.
         mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
         quantize_input: Whether the layer quantizes its inputs too.
+        scale_dtype: Of affine scales and biases, where it is not that of the weights.
     """
 
     bits: int
     group_size: int
     mode: str = "affine"
     quantize_input: bool = False
+    scale_dtype: str | None = None
 
     def __str__(self) -> str:
         """Short text for tables."""
         name = f"{self.bits} bits, group {self.group_size}" if self.mode == "affine" else self.mode
+        name += f", {self.scale_dtype} scales" if self.scale_dtype else ""
         return f"{name}, inputs too" if self.quantize_input else name
 
     def parts(self) -> dict[str, Any]:
@@ -52,8 +58,10 @@ class Format:
 
         Args:
             weights: How many; a multiple of the group size.
-            item_bytes: Size of an element of the weight's own dtype, which affine scales and biases keep.
+            item_bytes: Size of an element of the weight's own dtype, which affine scales and biases keep unless
+                `scale_dtype` is given.
         """
+        item_bytes = ITEM_BYTES[self.scale_dtype] if self.scale_dtype else item_bytes
         groups = weights // self.group_size
         return weights * self.bits // 8 + groups * (2 * item_bytes if self.mode == "affine" else 1)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_tune.quantization.modes import Format
+from mlx_tune.quantization.modes import ITEM_BYTES, Format
 from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.sites import module_at
 from mlx_tune.tabular import Table, Tabular
@@ -110,6 +110,7 @@ class QuantizationPlan(Tabular):
         size_before_bytes: Bytes of all parameters now, tied ones once.
         size_after_bytes: Bytes of all parameters afterwards.
         notes: What else there is to know.
+        scale_dtype: Of affine scales and biases; None for that of each layer's weights.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -120,6 +121,7 @@ class QuantizationPlan(Tabular):
     effort: Effort
     size_before_bytes: int
     notes: tuple[str, ...] = ()
+    scale_dtype: str | None = None
 
     @property
     def size_after_bytes(self) -> int:
@@ -204,9 +206,22 @@ def notes_of(layers: Sequence[LayerPlan], skipped: Sequence[LayerPlan]) -> tuple
         extra = f" They take {format_bytes(cost)} more than they would in the format of the rest." if cost else ""
         notes.append(f"Left as they are: {text}.{extra}")
     protected = sum(1 for layer in layers if layer.fixed)
+    wide = [layer for layer in layers if layer.mode == "affine" and _scale_dtype(layer) == "float32"]
+    if wide:
+        saved = sum(
+            bytes_in(x, x.format) - bytes_in(x, replace(x.format, scale_dtype="bfloat16")) for x in wide if x.format
+        )
+        notes.append(
+            f"Scales and biases of {format_count(len(wide), 'layer')} are float32: in bfloat16, with "
+            f"scale_dtype='bfloat16', they would take {format_bytes(saved)} less."
+        )
     if protected:
         notes.append(f"{protected} of {format_count(len(layers), 'layer')} have a format of their own (see remarks).")
     return tuple(notes)
+
+
+def _scale_dtype(layer: LayerPlan) -> str:
+    return (layer.format.scale_dtype if layer.format else None) or layer.dtype
 
 
 def bytes_in(layer: LayerPlan, wanted: Format) -> int:
@@ -214,10 +229,6 @@ def bytes_in(layer: LayerPlan, wanted: Format) -> int:
     item = ITEM_BYTES[layer.dtype]
     packed = layer.weights * item if layer.format is None else layer.format.nbytes(layer.weights, item)
     return layer.bytes_after - packed + wanted.nbytes(layer.weights, item)
-
-
-#: Size of an element of each dtype that can be quantized.
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def _remark(layer: LayerPlan) -> str:

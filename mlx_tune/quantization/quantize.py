@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
@@ -24,6 +25,7 @@ from mlx_tune.quantization.evaluation import Comparison, Loss, prepare
 from mlx_tune.quantization.layout import check_request, lay_out
 from mlx_tune.quantization.methods import carry_out
 from mlx_tune.quantization.outputs import OutputStore
+from mlx_tune.quantization.overflow import check_overflow
 from mlx_tune.quantization.plan import QuantizationPlan
 from mlx_tune.quantization.rehearsal import rehearse
 from mlx_tune.quantization.report import LayerReport, QuantizationReport, layer_report
@@ -57,6 +59,7 @@ def quantize_model(
     target_bytes: int | str | None = None,
     activations: bool = False,
     requantize: bool = False,
+    scale_dtype: mx.Dtype | str | None = None,
     calibration: Iterable[Any] | None = None,
     evaluation: Iterable[Any] | None = None,
     progress: bool = True,
@@ -86,6 +89,8 @@ def quantize_model(
         target_bytes: The same in bytes of all parameters, a number or text such as "4GB".
         activations: Let layers quantize their inputs too, in modes "nvfp4" and "mxfp8", where the backend can.
         requantize: Quantize layers anew that are quantized already.
+        scale_dtype: Of scales and biases in mode "affine", such as `mx.bfloat16` or "bfloat16"; that of the weights by
+            default, which for a float32 model means 64 bits for each group.
         calibration: Batches to learn from, as in `evaluation`, and other ones.
         evaluation: Batches to judge on: token arrays [batch, length], which are shifted here, or whatever the model
             is called with, a tuple being several arguments.
@@ -108,7 +113,7 @@ def quantize_model(
         ([('layers.0', 8), ('layers.2', 8)], True)
     """
     base = check_request(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
-    plan = lay_out(model, base, method, effort, overrides, skip, requantize)
+    plan = lay_out(model, base, method, effort, overrides, skip, requantize, scale_dtype)
     learn, judge = read_batches(calibration, "calibration"), read_batches(evaluation, "evaluation")
     if method in ("gptq", "dwq") and not learn:
         raise QuantizationError(
@@ -124,9 +129,10 @@ def quantize_model(
     with ExitStack() as stack:
         stack.enter_context(same_random_stream())
         learn, judge = rehearse(plan, learn, judge, loss)
-        check_finite(plan)
+        largest = check_finite(plan)
         if target_bpw is not None or target_bytes is not None:
             plan = _to_target(plan, target_bpw, target_bytes, learn, judge, progress)
+        check_overflow(plan, largest)
         store = stack.enter_context(OutputStore())
         comparison, before, notes = None, None, list[str]()
         if learn and method in ("nearest", "optimal") and target_bpw is None and target_bytes is None:

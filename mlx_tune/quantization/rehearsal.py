@@ -116,5 +116,5 @@ def _hollow(layer: LayerPlan) -> PackedArrays:
     packed = mx.zeros((*outer, inner * layer.format.bits // 32), dtype=mx.uint32)
     if layer.format.mode != "affine":
         return packed, mx.zeros(groups, dtype=mx.uint8), None
-    dtype = getattr(mx, layer.dtype)
+    dtype = getattr(mx, layer.format.scale_dtype or layer.dtype)
     return packed, mx.zeros(groups, dtype=dtype), mx.zeros(groups, dtype=dtype)

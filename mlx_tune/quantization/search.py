@@ -110,7 +110,7 @@ class Solver:
         weights = None
         if energy is not None:
             weights = mx.tile(energy.reshape(-1, self._size).T, (1, rows))
-        best, g = self._solve(groups, weights, on_grid)
+        best, g = self._solve(groups.astype(self._dtype), weights, on_grid, groups)
         scale, bias, inverse = self._stored(best, best.scale, best.bias)
         codes = self._kernels.codes(g, inverse, bias, self._top)
         packed = pack(codes.T.reshape(rows, columns), self._bits)
@@ -135,17 +135,18 @@ class Solver:
 
     def lies_on_grid(self, probe: mx.array) -> bool:
         """True where some of these groups are a grid already, which the plain search does not find."""
-        plain, _ = self._solve(probe, None, False)
-        grid, g = self._solve(probe, None, True)
+        stored = probe.astype(self._dtype)
+        plain, _ = self._solve(stored, None, False, probe)
+        grid, g = self._solve(stored, None, True, probe)
         energy = mx.square(g - g.mean(0, keepdims=True)).sum(0, keepdims=True)
         found = (grid.error < 0.25 * plain.error) & (plain.error > 1e-9 * energy)
         return bool(found.any().item())
 
     def _solve(
-        self, groups: mx.array, weights: mx.array | None, on_grid: bool, exact: mx.array | None = None
+        self, groups: mx.array, weights: mx.array | None, on_grid: bool, exact: mx.array
     ) -> tuple[_Best, mx.array]:
         search, top = self._search, self._top
-        g = mx.contiguous((groups if exact is None else exact).astype(mx.float32).T)
+        g = mx.contiguous(exact.astype(mx.float32).T)
         unit = unit_of(mx.abs(g).max(0, keepdims=True))
         g = g / unit
         high, low = g.max(0, keepdims=True), g.min(0, keepdims=True)

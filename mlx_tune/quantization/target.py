@@ -14,9 +14,10 @@ from mlx_tune.quantization.allocate import allocate
 from mlx_tune.quantization.apply import apply_layer
 from mlx_tune.quantization.batches import Batch, read_batches, rows_at_most
 from mlx_tune.quantization.evaluation import Comparison, prepare
-from mlx_tune.quantization.modes import AFFINE_GROUP_SIZES, FIXED_MODES, Format
+from mlx_tune.quantization.modes import AFFINE_GROUP_SIZES, FIXED_MODES, ITEM_BYTES, Format
 from mlx_tune.quantization.outputs import OutputStore
-from mlx_tune.quantization.plan import ITEM_BYTES, LayerPlan, QuantizationPlan, bytes_in, notes_of
+from mlx_tune.quantization.overflow import formats_that_fit
+from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan, bytes_in, notes_of
 from mlx_tune.quantization.sensitivity import divergence_of, measure_divergences, weight_errors
 from mlx_tune.quantization.sites import why_not_quantizable
 from mlx_tune.quantization.transaction import Transaction
@@ -86,12 +87,13 @@ def allocate_to_target(
     """
     batches = calibration if isinstance(calibration, list) and _are_batches(calibration) else None
     learn = batches if batches is not None else read_batches(calibration, "calibration")
-    free = [layer for layer in (*plan.layers, *plan.skipped) if _is_free(layer, plan.method)]
+    free = [layer for layer in (*plan.layers, *plan.skipped) if _is_free(layer, plan)]
     spent = plan.size_after_bytes - sum(layer.bytes_after for layer in free)
     errors: dict[str, dict[Format, float]] = {}
     with progress_bar("weight errors", len(free), enabled=progress) as bar:
         for layer in free:
-            errors[layer.path] = weight_errors(layer, _formats_for(layer, plan.method), plan.method)
+            fitting = formats_that_fit(layer, _formats_for(layer, plan), plan.method, plan.effort)
+            errors[layer.path] = weight_errors(layer, fitting, plan.method)
             bar.advance()
 
     sense, check = _split(learn)
@@ -139,25 +141,27 @@ def allocate_to_target(
     return Allocation(replace(mixed, notes=(*notes_of(mixed.layers, mixed.skipped), *notes)), costs)
 
 
-def _is_free(layer: LayerPlan, method: str) -> bool:
+def _is_free(layer: LayerPlan, plan: QuantizationPlan) -> bool:
     """True where a layer is up for choice: also one that is left alone only because of its group size."""
     if layer.fixed:
         return False
     if layer.format is not None:
         return True
     whole = layer.dtype in ITEM_BYTES and layer.bytes_before >= layer.weights * ITEM_BYTES[layer.dtype]
-    return whole and why_not_quantizable(layer.module, "affine") is None and bool(_formats_for(layer, method))
+    return whole and why_not_quantizable(layer.module, "affine") is None and bool(_formats_for(layer, plan))
 
 
 def _are_batches(values: list[Any]) -> bool:
     return all(isinstance(value, Batch) for value in values)
 
 
-def _formats_for(layer: LayerPlan, method: str) -> list[Format]:
+def _formats_for(layer: LayerPlan, plan: QuantizationPlan) -> list[Format]:
     """Every format that the layer could have."""
     inner = layer.shape[-1]
-    found = [Format(bits, size) for bits in _BITS for size in AFFINE_GROUP_SIZES if inner % size == 0]
-    if method in ("nearest", "optimal"):
+    scales = None if plan.scale_dtype == layer.dtype else plan.scale_dtype
+    sizes = [size for size in AFFINE_GROUP_SIZES if inner % size == 0]
+    found = [Format(bits, size, scale_dtype=scales) for bits in _BITS for size in sizes]
+    if plan.method in ("nearest", "optimal"):
         for mode, (size, bits) in FIXED_MODES.items():
             if inner % size == 0 and why_not_quantizable(layer.module, mode) is None:
                 found.append(Format(bits, size, mode))

@@ -16,6 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.quantization.dense import dense_twin, has_dense_class
+from mlx_tune.quantization.modes import Format
+from mlx_tune.quantization.overflow import overflows
 from mlx_tune.quantization.packing import unpack
 from mlx_tune.quantization.sites import Site, is_quantized, put_module, walk
 
@@ -63,6 +65,13 @@ def stored_pair(layer: Any) -> tuple[mx.array, mx.array]:
     """A trainable layer's scales and biases as they will be stored."""
     scales, biases = _pair(layer)
     return scales.astype(layer._scales.dtype), biases.astype(layer._scales.dtype)
+
+
+def stays_in_range(layer: Any) -> bool:
+    """True where unpacking the layer, as it will be stored, meets no number that its dtype does not hold."""
+    bits, size, _ = layer._form
+    scales, biases = stored_pair(layer)
+    return not overflows((layer._packed, scales, biases), Format(bits, size), scales.dtype)
 
 
 def _trainable(module: nn.Module, dtype: mx.Dtype) -> nn.Module:

@@ -23,6 +23,7 @@ FORMATS: dict[str, dict[str, Any]] = {
         "overrides": {"*.v_proj": {"bits": 6, "group_size": 32}, "*.o_proj": {"mode": "mxfp8"}, "*.0.*.up_proj": False},
     },
     "to a size": {"target_bpw": 4.2, "method": "nearest"},
+    "narrow scales": {"bits": 4, "group_size": 64, "scale_dtype": "float16"},
     "mxfp4": {"mode": "mxfp4"},
     "mxfp8": {"mode": "mxfp8"},
     "nvfp4": {"mode": "nvfp4"},
