@@ -18,8 +18,8 @@ from mlx_tune.quantization.packing import pack
 
 Effort = Literal["fast", "best"]
 
-#: No product of code and scale, and no weight unpacked, may pass this: beyond it bfloat16 is infinite.
-_MOST = float(mx.finfo(mx.bfloat16).max)
+#: No product of code and scale, and no weight unpacked, may pass this.
+_MOST = float(mx.finfo(mx.float32).max)
 
 #: Adding and subtracting 1.5 * 2**23 rounds a float32 to the nearest whole number, and compilers vectorise it.
 _ROUNDER = 12582912.0
