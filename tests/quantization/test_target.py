@@ -173,4 +173,4 @@ def test_notes_are_those_of_the_choice_and_not_of_the_plan_before_it() -> None:
     mixed = mt.plan_quantization(model, 4, 64, target_bpw=6.5, method="nearest")
     assert not mixed.skipped
     assert not any("Left as they are" in note for note in mixed.notes)
-    assert mixed.notes[0].startswith("Mixed formats")
+    assert any(note.startswith("Mixed formats") for note in mixed.notes)
