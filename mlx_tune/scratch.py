@@ -8,11 +8,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlx_tune.errors import DiskError
+from mlx_tune.unfinished import own_folder
 from mlx_tune.units import format_bytes
 
 #: Disk that is left free for others.
@@ -49,6 +50,7 @@ class ScratchFiles:
         """Note where files would go; nothing is made yet."""
         self._what, self._name, self._wanted, self._way_out = what, name, folder, way_out
         self._folder: Path | None = None
+        self._kept = ExitStack()
         self._count = 0
 
     @property
@@ -76,7 +78,7 @@ class ScratchFiles:
         needed, place = sum(array.nbytes for array in arrays.values()), self.place
         with writing(place, self._what, needed_bytes=needed, way_out=self._way_out):
             if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix=f"mlx_tune-{self._name}-", dir=place))
+                self._folder = self._kept.enter_context(own_folder(place, f"mlx_tune-{self._name}-"))
             file = self._folder / f"{self._count}.safetensors"
             try:
                 mx.save_safetensors(str(file), arrays)
@@ -88,9 +90,8 @@ class ScratchFiles:
 
     def close(self) -> None:
         """Delete everything."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._kept.close()
+        self._folder = None
 
 
 @contextmanager

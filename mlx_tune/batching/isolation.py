@@ -18,6 +18,7 @@ from mlx_tune.batching.result import Trial
 from mlx_tune.batching.throttle import Throttle
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
 from mlx_tune.scratch import writing
+from mlx_tune.unfinished import own_folder
 from mlx_tune.units import format_seconds
 
 #: How much of what the child wrote to standard error goes into an error.
@@ -94,12 +95,12 @@ class IsolatedProbe:
             "budget_bytes": self.budget_bytes,
             "path": [entry or os.getcwd() for entry in sys.path],
         }
-        with tempfile.TemporaryDirectory(prefix="mlx_tune-") as folder:
-            answer, words = Path(folder) / "answer.json", Path(folder) / "stderr.txt"
+        with own_folder(Path(tempfile.gettempdir()), "mlx_tune-trial-") as folder:
+            answer, words = folder / "answer.json", folder / "stderr.txt"
             with writing(folder, "The request to a trial's process"):
-                (Path(folder) / "request.json").write_text(json.dumps(request))
+                (folder / "request.json").write_text(json.dumps(request))
             with words.open("w") as stderr:
-                code = self._wait(folder, stderr, request.get("size"))
+                code = self._wait(str(folder), stderr, request.get("size"))
             if code == 0 and answer.exists():
                 read: dict[str, Any] = json.loads(answer.read_text())
                 return read

@@ -8,14 +8,14 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_tune.errors import BudgetError, InvalidArgumentError
+from mlx_tune.errors import BudgetError, DiskError, InvalidArgumentError
 from mlx_tune.scratch import writing
 from mlx_tune.tables import fit_to, fold
+from mlx_tune.unfinished import beside
 
 
 @contextlib.contextmanager
@@ -102,21 +102,17 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     """
     target = Path(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        with (
+            beside(target) as folder,
+            writing(target.parent, str(target), way_out="Name a file on another disk."),
+        ):
+            made = folder / target.name
+            made.write_text(text, encoding="utf-8")
+            os.replace(made, target)
+    except DiskError:
+        raise
     except OSError as error:
         raise InvalidArgumentError(f"{str(target)!r} cannot be written: {error.strerror}.") from None
-    try:
-        with (
-            writing(target.parent, str(target), way_out="Name a file on another disk."),
-            os.fdopen(handle, "w", encoding="utf-8") as file,
-        ):
-            file.write(text)
-        os.chmod(beside, 0o644)  # a temporary file is private, a report is not
-        os.replace(beside, target)
-    except BaseException:
-        os.unlink(beside)
-        raise
 
 
 def save_plot(result: Any, path: str | None) -> None:
@@ -124,8 +120,7 @@ def save_plot(result: Any, path: str | None) -> None:
     if path is None or not is_first_rank():
         return
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
-        result.plot(Path(beside) / target.name)
-        os.replace(Path(beside) / target.name, target)
+    with beside(target) as folder:
+        result.plot(folder / target.name)
+        os.replace(folder / target.name, target)
     print(f"picture in {path}", file=sys.stderr)

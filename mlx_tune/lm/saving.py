@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from mlx_tune.quantization import keeps_inputs, quantization_config, quantizes_i
 from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.scratch import writing
 from mlx_tune.timing import arrays_of
+from mlx_tune.unfinished import beside
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -73,26 +73,21 @@ def save_quantized(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidArgumentError(f"{str(target)!r} is there already and not empty: give a new folder.")
     described = _describe(model, config)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     size = sum(array.nbytes for array in arrays_of(model.parameters()))
-    try:
+    with beside(target, instead=target) as made:
         with writing(target.parent, "The model", needed_bytes=size, way_out="Save it to a folder on a larger disk."):
-            save_model(beside, model)
-            save_config(described, beside / "config.json", keep_vision_config="vision_config" in described)
+            save_model(made, model)
+            save_config(described, made / "config.json", keep_vision_config="vision_config" in described)
             if tokenizer is not None:
-                tokenizer.save_pretrained(str(beside))
+                tokenizer.save_pretrained(str(made))
             if folder is not None:
-                _copy_companions(folder, beside, with_tokenizer=tokenizer is None)
-            create_model_card(beside, None)  # with a name it would fetch that model's own from the hub
-        _check_loads(beside, described)
-        beside.chmod(0o755)  # a temporary folder is private, a model is not
+                _copy_companions(folder, made, with_tokenizer=tokenizer is None)
+            create_model_card(made, None)  # with a name it would fetch that model's own from the hub
+        _check_loads(made, described)
+        made.chmod(0o755)  # a temporary folder is private, a model is not
         if target.exists():
             target.rmdir()
-        beside.rename(target)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        made.rename(target)
     return target
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -21,6 +19,7 @@ from mlx_tune.lm.wired import wired_for_training
 from mlx_tune.memory import open_limit_bytes, track_memory
 from mlx_tune.scratch import writing
 from mlx_tune.timing import arrays_of
+from mlx_tune.unfinished import beside
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -246,11 +245,9 @@ class _Staging:
 @contextmanager
 def _appearing_whole(target: Path, needed_bytes: int) -> Iterator[_Staging]:
     """A place for mlx-lm to save to, so that a run that is killed leaves no half of a file under a real name."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
     way_out = "Name a file on a larger disk as args.adapter_file."
-    try:
-        with writing(target.parent, "What is trained", needed_bytes=needed_bytes, way_out=way_out):
-            yield _Staging(target, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with (
+        beside(target) as folder,
+        writing(target.parent, "What is trained", needed_bytes=needed_bytes, way_out=way_out),
+    ):
+        yield _Staging(target, folder)
