@@ -7,6 +7,7 @@ again, for every way of drawing there is, and no other thread sees anything of i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,6 +16,30 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.errors import BackendError
+
+
+class _End:
+    """Goes with its thread, and takes MLX's stream of that thread along."""
+
+    def __del__(self) -> None:
+        """Runs on the thread itself, the last thing that Python does there."""
+        mx.clear_streams()
+
+
+_ends = threading.local()
+
+
+def _end_with_thread() -> None:
+    """Have MLX let go of this thread's stream while Python still runs on it.
+
+    MLX lets go of it later, when the thread of the system ends, and needs Python's lock for that: where the process
+    is about to exit by then, it aborts ("terminate called without an active exception"). The streams and traces that
+    go with it are of no use to other threads, and would go a moment later.
+    """
+    thread = threading.current_thread()
+    # Threads that Python did not start may come back; that of the main program ends with it.
+    if thread is not threading.main_thread() and type(thread).__name__ != "_DummyThread" and not hasattr(_ends, "end"):
+        _ends.end = _End()
 
 
 def thread_stream() -> list[mx.array]:
@@ -36,6 +61,7 @@ def thread_stream() -> list[mx.array]:
         >>> stream[0].tolist()
         [0, 3]
     """
+    _end_with_thread()
     state: Any = mx.random.state
     if isinstance(state, list):  # MLX up to 0.32.0
         return state

@@ -100,4 +100,18 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/1880", MLX + "pull/1887"),
     ),
+    Entry(
+        "An abort after a thread has ended",
+        r"terminate called without an active exception",
+        "terminate called without an active exception",
+        "The process ended while one of its threads was still at work. In a program that uses MLX: a Python thread "
+        "drew random numbers (`mx.random.*` without a key, dropout, or a look at `mx.random.state`), and the process "
+        "exited before the system's thread was gone. MLX gives that thread's random stream back last of all, and needs "
+        "Python's lock for it. The work itself was finished.",
+        (
+            "Call `mx.clear_streams()` as the last thing that the thread does.",
+            "Draw with keys in threads: `mx.random.uniform(key=key)` leaves the thread's stream alone.",
+        ),
+        (MLX + "blob/main/python/src/random.cpp", MLX + "blob/main/python/tests/test_threads.py"),
+    ),
 )
