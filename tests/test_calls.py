@@ -297,6 +297,17 @@ def test_a_step_that_evaluates_is_given_what_its_signature_allows():
     assert len(seen) == 1  # in the trace it did not get that far
 
 
+@pytest.mark.parametrize(("inner", "expected"), [(lambda x, y: "spread", "spread"), (lambda batch: "whole", "whole")])
+def test_where_no_trace_tells_the_function_inside_a_decorator_does(inner, expected):
+    @functools.wraps(inner)
+    def step(*args):
+        mx.eval(args)  # before anything says how many there should be
+        return inner(*args)
+
+    given = taking(step, [batch_of(2)])
+    assert given(batch_of(2)) == expected
+
+
 def test_functions_without_a_signature_are_tried(tmp_path):
     path = str(tmp_path / "step.mlxfn")
     mx.export_function(path, lambda x, y: (x * y).sum(), mx.ones(3), mx.ones(3))

@@ -104,13 +104,13 @@ def _ways(args: Sequence[Any], before: list[tuple[Any, ...]]) -> list[_Way]:
     return [_Way(first, spread) for spread in spreads for first in before]
 
 
-def _signature(step: Callable[..., Any]) -> inspect.Signature | None:
+def _signature(step: Callable[..., Any], *, follow_wrapped: bool = False) -> inspect.Signature | None:
     """The signature of a function; None where that cannot be read.
 
     A decorator counts with its own arguments, not with those of the function that it passes for: it may add some.
     """
     try:
-        return inspect.signature(_plain(step), follow_wrapped=False)
+        return inspect.signature(_plain(step), follow_wrapped=follow_wrapped)
     except (TypeError, ValueError):
         return None
 
@@ -134,17 +134,24 @@ def _binds(signature: inspect.Signature, way: _Way, args: Sequence[Any]) -> bool
 
 
 def _first_taken(step: Callable[..., Any], ways: list[_Way], args: Sequence[Any], state: Any) -> _Way:
-    """The first way that a trace of the step gets through, or as far as something that no trace can show."""
+    """The first way that a trace of the step gets through, else the first that gets to what no trace can show.
+
+    Of several such ways, one that the function inside a decorator takes as well comes first.
+    """
     failures: list[tuple[int, Exception]] = []
+    untraced: list[_Way] = []
     for way in ways:
         try:
             trace_step(_called(step, way, len(args)), args, state)
         except TraceError:
-            return way
+            untraced.append(way)
         except Exception as error:
             failures.append((-sum(1 for _ in traceback.walk_tb(error.__traceback__)), error))
         else:
             return way
+    if untraced:
+        inner = _signature(step, follow_wrapped=True)
+        return next((way for way in untraced if inner is not None and _binds(inner, way, args)), untraced[0])
     _, furthest = min(failures, key=lambda failure: failure[0])
     furthest.add_note(f"The step was tried as {' and as '.join(way.text(args) for way in ways)}; none of them works.")
     raise furthest
