@@ -34,7 +34,7 @@ class Machine:
         name: The accelerator's name, or the processor's on the CPU backend.
         architecture: As MLX says it, such as "applegpu_g16s", "sm_90" or "x86_64".
         memory_bytes: The memory that MLX allocates from: RAM, or the GPU's own on CUDA.
-        working_set_bytes: What Metal recommends not to exceed; None elsewhere.
+        working_set_bytes: The size that Metal recommends not to exceed; None elsewhere.
         system: The operating system and its version.
     """
 
@@ -62,7 +62,7 @@ class Room:
     """Memory that could still be taken, as one counter sees it.
 
     Attributes:
-        bytes: How much.
+        bytes: The size.
         source: Which counter says so.
     """
 
@@ -213,8 +213,8 @@ class CgroupMemory:
 
     Attributes:
         path: The group's name.
-        limit_bytes: What it may hold.
-        used_bytes: What it holds, less the file cache that it would give up.
+        limit_bytes: The most that it may hold.
+        used_bytes: The memory that it holds, less the file cache that it would give up.
     """
 
     path: str

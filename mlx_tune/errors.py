@@ -44,8 +44,8 @@ class DiskError(MlxTuneError, OSError):
 
     Attributes:
         folder: Where it was to go.
-        needed_bytes: What it takes, where known.
-        free_bytes: What is free there.
+        needed_bytes: The bytes that it takes, where known.
+        free_bytes: The bytes that are free there.
     """
 
     def __init__(

@@ -27,9 +27,9 @@ def slow_half_precision(
     """Say that training in half precision is slow here, where it is.
 
     Args:
-        state: What a step changes, the model among it: the dtype of most of its numbers counts.
+        state: Objects that a step changes, the model among it: the dtype of most of its numbers counts.
         bar: Shows the same at once.
-        slower: How many times as long a product takes in a dtype, by its name, as in float32; measured by default.
+        slower: The time of a product in a dtype, by its name, over that in float32; measured by default.
 
     Returns:
         One sentence, or none: on a GPU, in float32, or where a short measurement finds no great difference.

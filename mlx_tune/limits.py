@@ -34,9 +34,9 @@ class LimitTrial:
         limit_bytes: The memory limit.
         peak_bytes: The highest peak of a step under it.
         seconds: The fastest step under it.
-        slowdown: How much longer a step took than a free one run in turns with it; 0.02 is two per cent.
+        slowdown: The extra time of a step over a free one run in turns with it; 0.02 is two per cent.
         uncertainty: The standard error of `slowdown`.
-        fits: Whether the slowdown is allowed.
+        fits: True where the slowdown is allowed.
     """
 
     limit_bytes: int
@@ -57,10 +57,10 @@ class TightestLimit(Tabular):
         seconds: The fastest step under it.
         free_peak_bytes: The highest peak without it.
         free_seconds: The fastest step without it.
-        resident_bytes: What is held before a step starts: no limit gets below.
-        slowdown: What was allowed.
+        resident_bytes: The memory that is held before a step starts: no limit gets below.
+        slowdown: The slowdown that was allowed.
         trials: Every limit that was measured, in the order tried.
-        notes: What else there is to know.
+        notes: Further remarks.
     """
 
     limit_bytes: int
@@ -144,10 +144,10 @@ def tightest_limit(
 
     Args:
         step: `step(*args)` runs one training step and returns arrays.
-        *args: What to call it with, evaluated or not; a single tuple or dictionary is spread over the step's
+        *args: The step's arguments, evaluated or not; a single tuple or dictionary is spread over the step's
             arguments where it takes more than one.
-        state: What the step changes: `(model, optimizer)`.
-        slowdown: How much longer a step may take than a free one; 0.02 is two per cent.
+        state: Objects that the step changes: `(model, optimizer)`.
+        slowdown: The extra time that a step may take over a free one; 0.02 is two per cent.
         repeats: The most turns of a free and a limited step for one limit; fewer where the answer is clear.
         progress: Show a progress line on standard error.
 
@@ -268,7 +268,7 @@ def confirmed(measure: Callable[[int], LimitTrial], trials: list[LimitTrial]) ->
 
     Args:
         measure: Measures one limit.
-        trials: What a search has measured.
+        trials: The measurements of a search.
 
     Returns:
         The trials, those measured again with their second times and the higher of their peaks. The smallest that fits

@@ -34,9 +34,9 @@ class track_memory(ContextDecorator):  # noqa: N801 - used as a function
 
     Attributes:
         peak_bytes: The most that arrays held at once, what was there before included.
-        active_bytes: What arrays hold at the end.
-        cache_bytes: What MLX keeps for reuse at the end.
-        footprint_bytes: What the system charges the process with at the end.
+        active_bytes: The memory of arrays at the end.
+        cache_bytes: The memory that MLX keeps for reuse at the end.
+        footprint_bytes: The memory that the system charges the process with at the end.
         seconds: Wall time.
 
     While the block runs, all of them say what holds so far. The counters are the process's: work of other

@@ -27,7 +27,7 @@ def new_figure(*, dark: bool = False, size: tuple[float, float] = (6.4, 4.0), ro
     Args:
         dark: Light ink on a transparent ground, for dark pages.
         size: Width and height in inches.
-        rows: How many pairs of axes, one under the other with a common x axis.
+        rows: The number of pairs of axes, one under the other with a common x axis.
 
     Returns:
         The figure and its first pair of axes; `figure.axes` has all of them.
@@ -79,7 +79,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     """Write the figure where a path is given, and hand it back.
 
     Args:
-        figure: What `new_figure` made.
+        figure: The figure that `new_figure` made.
         path: A file that ends in .svg or .png, or None for no file.
 
     Raises:

@@ -35,9 +35,9 @@ class Bar:
         """Move on.
 
         Args:
-            completed: How much is done, in the unit of `total`.
+            completed: The amount that is done, in the unit of `total`.
             total: A new total, when it turned out otherwise than expected.
-            text: What is going on now.
+            text: The work that is going on now.
         """
 
     def advance(self, by: float = 1) -> None:
@@ -77,7 +77,7 @@ class PlainBar(Bar):
 
     Args:
         description: Begins each line.
-        total: What counts as all of it; None where that is not known.
+        total: The value that counts as all of it; None where that is not known.
         write: Takes a line.
         clock: Seconds that only grow.
 
@@ -146,7 +146,7 @@ class LoggedBar(Bar):
 
     Args:
         description: Begins each line.
-        counted: Whether there is a total, so that lines are many and matter little.
+        counted: True where there is a total, so that lines are many and matter little.
         shown: Where else it goes.
     """
 
@@ -188,8 +188,8 @@ def progress_bar(description: str, total: float | None = None, enabled: bool = T
     second at most for layers and steps, and one at least every ten seconds.
 
     Args:
-        description: What is done, at the start of the line.
-        total: What counts as all of it; None where that is not known.
+        description: The name of the work, at the start of the line.
+        total: The value that counts as all of it; None where that is not known.
         enabled: False shows nothing (and imports nothing); it is logged all the same.
 
     Yields:
@@ -214,7 +214,7 @@ def progress_bar(description: str, total: float | None = None, enabled: bool = T
 
 @contextmanager
 def _shown(description: str, total: float | None, enabled: bool) -> Iterator[Bar]:
-    """What a terminal, a notebook or a file gets to see."""
+    """Show the progress as a terminal, a notebook or a file needs it."""
     if not enabled or sys.stderr is None:
         yield Bar()
         return

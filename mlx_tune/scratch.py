@@ -31,10 +31,10 @@ class ScratchFiles:
     """Arrays that wait on disk, in a folder of their own that is made when it is first needed.
 
     Args:
-        what: What waits there, as an error begins.
+        what: The thing that waits there, as an error begins.
         name: Part of the folder's name.
         folder: Where to make it; `scratch_folder()` by default.
-        way_out: What to do where there is too little room.
+        way_out: The way out where there is too little room.
 
     Examples:
         >>> import mlx.core as mx
@@ -102,9 +102,9 @@ def writing(
 
     Args:
         folder: Where it writes.
-        what: What it writes, as the error begins, such as "The journal".
-        needed_bytes: How much, where that is known.
-        way_out: What to do, as a sentence.
+        what: The thing that it writes, as the error begins, such as "The journal".
+        needed_bytes: The size, where that is known.
+        way_out: The way out, as a sentence.
 
     Raises:
         DiskError: Too little room, or the system refused to write there. Other errors pass.

@@ -42,7 +42,7 @@ def run_step(
     Args:
         step: Called with `args`; returns arrays.
         args: Evaluated arrays, in any nesting.
-        state: What the step changes; evaluated together with the outputs, as a training loop does.
+        state: Objects that the step changes; evaluated together with the outputs, as a training loop does.
         limit_bytes: The memory limit to run it under; None leaves the one that is set.
 
     Returns:
@@ -99,7 +99,7 @@ class Comparison:
     Attributes:
         ratio: Time of the second over that of the first; the median over the turns.
         uncertainty: The standard error of the ratio, relative; infinite after a single turn.
-        turns: How many were run.
+        turns: The number that were run.
     """
 
     ratio: float

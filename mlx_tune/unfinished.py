@@ -53,7 +53,7 @@ def own_folder(place: Path, prefix: str) -> Iterator[Path]:
 
     Args:
         place: Where to make it.
-        prefix: How its name begins, and those of the folders that may be cleared.
+        prefix: The beginning of its name, and of those of the folders that may be cleared.
 
     Yields:
         The folder. It is deleted afterwards, if it is still there.

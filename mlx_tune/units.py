@@ -62,7 +62,7 @@ def whole_number(
     """Read an argument that is to be a whole number, of Python or of NumPy.
 
     Args:
-        value: What was given.
+        value: The value that was given.
         name: The argument, for the error.
         least: The smallest that is accepted; any by default.
         error: Raised where it is none.

@@ -1,4 +1,4 @@
-"""Docstrings name what they describe: they begin with a noun or a verb."""
+"""Docstrings name what they describe: they, and the entries under Args or Attributes, begin with a noun or a verb."""
 
 import ast
 import re
@@ -8,6 +8,7 @@ import mlx_tune
 
 PACKAGE = Path(mlx_tune.__file__).parent
 INDIRECT = re.compile(r"(What|Whether|Nothing|How)\b")
+ENTRY = re.compile(r"^ +\*{0,2}[\w.`]+(?: \([^)]*\))?: (?=(?:What|Whether|Nothing|How)\b)", re.MULTILINE)
 
 
 def docstrings(source):
@@ -20,7 +21,9 @@ def docstrings(source):
 
 
 def indirect(source):
-    return [(line, text.splitlines()[0]) for line, text in docstrings(source) if INDIRECT.match(text)]
+    return [
+        (line, text.splitlines()[0]) for line, text in docstrings(source) if INDIRECT.match(text) or ENTRY.search(text)
+    ]
 
 
 def test_docstrings_begin_with_a_noun_or_a_verb():
@@ -41,5 +44,17 @@ class Store:
         """The number of rows. What it is."""
     def whatever(self):
         """Whatever it is."""
+    def of(self, rows):
+        """The size of some rows.
+
+        Args:
+            rows: How many.
+        """
+    def again(self, rows):
+        """The size of some rows.
+
+        Args:
+            rows: The number. Whether they are read is told by `read`.
+        """
 '''
-    assert [line for line, _ in indirect(source)] == [1, 3, 5, 7]
+    assert [line for line, _ in indirect(source)] == [1, 3, 5, 7, 13]

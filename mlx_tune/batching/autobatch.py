@@ -68,8 +68,8 @@ def autobatch(
         multiple_of: Sizes must divide by this, such as the number of machines that share a batch.
         target_batch: Answer a divisor of this, with the `accumulation_steps` that multiply to it exactly. The step
             must then hold what accumulating holds, such as a second set of gradients.
-        state: What the step updates, such as `(model, optimizer)`: afterwards it is what it was. What a step keeps
-            elsewhere, such as a list of losses, holds those of the trials, too.
+        state: Objects that the step updates, such as `(model, optimizer)`: afterwards it is what it was. What a step
+            keeps elsewhere, such as a list of losses, holds those of the trials, too.
         steps: Real steps that the answer must stand. From the second on, the optimizer's state is there.
         slowdown: Answer the largest batch whose steps take at most this share longer than unhindered ones.
         prefer: "largest", or "fastest" for the smallest batch within 2 % of the best rate.
@@ -191,7 +191,7 @@ def autobatch_by_length(
         make_batch: Makes a batch of n rows of a length: `make_batch(n, length)`.
         lengths: The lengths of the buckets, in any order.
         budget: As for `autobatch`; read once, for all lengths.
-        **options: What else `autobatch` takes, except `factory` and `isolate`.
+        **options: Further arguments of `autobatch`, except `factory` and `isolate`.
 
     Returns:
         The result of each length, in ascending order of length.

@@ -31,7 +31,7 @@ def check(
     Args:
         step: Runs a step, returns the loss first.
         make_batch: Makes a batch of n rows.
-        state: What the step updates.
+        state: Objects that the step updates.
         size: The batch size in question.
         limit_bytes: The memory limit to run under.
         restore: Puts the state back.

@@ -114,8 +114,8 @@ def read_ahead(
     Args:
         estimate: The floor of a step at a size, from its graph.
         warm: Takes the first step at a size; whether that made the optimizer's state, so that steps now need more.
-        sizes: What may be answered, ascending.
-        budget_bytes: What a peak must not exceed.
+        sizes: Possible answers, ascending.
+        budget_bytes: The limit of a peak.
     """
     known = {sizes[0]: estimate(sizes[0])}
     if known[sizes[0]] > budget_bytes:

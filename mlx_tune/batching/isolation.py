@@ -32,7 +32,7 @@ class IsolatedProbe:
 
     Args:
         factory: "module:function"; the function takes nothing and returns `(step, make_batch, state)`.
-        budget_bytes: What the child must stay within; what the parent holds is off it already.
+        budget_bytes: The limit of the child; what the parent holds is off it already.
         timeout: Seconds after which a trial counts as hanging, or None.
         journal: Told of a trial that was running when this process was killed, and so proved nothing.
 

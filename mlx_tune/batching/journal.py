@@ -33,7 +33,7 @@ class Journal:
 
     Args:
         path: The file; made where there is none. A last line that was torn off in the middle is taken out.
-        asked: What this search was asked to stay within; None where that was left to the machine, or a share of it.
+        asked: The limit that this search was given; None where that was left to the machine, or a share of it.
         resolved: The same in bytes. Where a file exists and nothing was asked, the file's budget counts.
 
     Raises:

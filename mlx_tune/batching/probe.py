@@ -56,14 +56,14 @@ class Probe:
     Attributes:
         step: Runs one training step on a batch; returns arrays, the loss first.
         make_batch: Makes the longest batch of a size.
-        state: What the step updates; evaluated with its results.
-        budget_bytes: What peak and cache must stay within.
-        throttle: What was learned about limits so far.
+        state: Objects that the step updates; evaluated with its results.
+        budget_bytes: The limit of peak and cache.
+        throttle: The knowledge of limits so far.
         restore: Puts the state back as it was before the first trial.
         agree: Runs a function on every rank; where it raises on one, it raises on all.
         largest: The largest of all ranks' numbers. Every step that one rank takes, all take: what decides how many
             goes through here.
-        unit: What `Trial.items` counts: "tokens" or "rows".
+        unit: The unit of `Trial.items`: "tokens" or "rows".
         seen: For each size, the memory limit and the peak of every step so far.
     """
 
@@ -94,7 +94,7 @@ class Probe:
         Args:
             size: Rows in the batch.
             predicted_bytes: The peak that is expected with dispatch held back, or None where nothing is known.
-            steps: How many real steps to take under the limit that is found.
+            steps: The number of real steps to take under the limit that is found.
 
         Returns:
             One trial for each memory limit that was needed; the last decides. A step that runs out of memory makes

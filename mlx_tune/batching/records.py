@@ -23,11 +23,11 @@ class Records:
     """The records of a journal.
 
     Attributes:
-        budget_bytes: What its search had.
+        budget_bytes: The budget of its search.
         source: Where that came from.
-        torn_bytes: How much of the file's end is a line that was not written to its end.
-        lacks_newline: Whether only the newline is missing.
-        trials: What was measured, by size.
+        torn_bytes: The bytes at the file's end that are a line not written to its end.
+        lacks_newline: True where only the newline is missing.
+        trials: Measurements, by size.
         open_sizes: Sizes whose trials were begun and neither ended nor were interrupted.
     """
 
@@ -71,7 +71,7 @@ def read_records(content: bytes, name: str) -> Records | None:
 
     Args:
         content: The file.
-        name: What errors call it.
+        name: Its name in errors.
 
     Returns:
         What it holds; None where it holds nothing yet, not even all of its first line.

@@ -39,7 +39,7 @@ def too_large(session: Session, budget: MemoryBudget, *, estimated: tuple[Any, A
 
     Args:
         session: The search.
-        budget: What it had.
+        budget: The budget.
         estimated: Step, make_batch and state, for an estimate of what is kept for the backward pass.
     """
     trial = session.known[session.sizes[0]]

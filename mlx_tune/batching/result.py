@@ -30,16 +30,16 @@ class Trial:
         floor_bytes: The smallest peak with dispatch held back, the least that a step of this size needs; None if the
             trial did not get that far.
         held_bytes: The largest peak to reckon with while dispatch is held back.
-        base_bytes: What MLX's arrays held before the step, the batch included.
+        base_bytes: The memory of MLX's arrays before the step, the batch included.
         peak_bytes: The largest peak of the real steps under `limit_bytes`; None if the trial did not get that far.
         limit_bytes: The memory limit that those steps ran under.
         cache_limit_bytes: The cache limit that they ran under, or None where it was left alone.
         seconds: The fastest of those steps.
         items: Tokens in the batch, or rows where it holds no tokens.
-        steps: How many real steps `peak_bytes` and `seconds` come from.
-        fits: Whether peak and cache stay within the budget under that limit.
-        footprint_bytes: What the system charged the process with after the trial.
-        swapped_bytes: How much the system's swap grew during the trial.
+        steps: The number of real steps that `peak_bytes` and `seconds` come from.
+        fits: True where peak and cache stay within the budget under that limit.
+        footprint_bytes: The memory that the system charged the process with after the trial.
+        swapped_bytes: The growth of the system's swap during the trial.
         reason: Why it does not fit, where that is not the peak.
     """
 
@@ -85,7 +85,7 @@ class AutobatchResult(Tabular):
         peak_bytes: The measured peak at the answer.
         limit_bytes: The memory limit under which it was measured: train under it, see `applied`.
         cache_limit_bytes: The cache limit that goes with it, or None where none is needed.
-        budget_bytes: What peak and cache stayed within.
+        budget_bytes: The limit that peak and cache stayed within.
         budget_source: Where the budget comes from.
         seconds: One step at the answer.
         items_per_second: Tokens (or rows) per second at the answer.
@@ -96,8 +96,8 @@ class AutobatchResult(Tabular):
         next_measured: True if that was measured, False if it is a prediction.
         unhindered_size: The largest batch, up to the answer, that is predicted to run without its limit ever holding
             it back; None if nothing ran so.
-        search_seconds: How long the whole search took.
-        notes: What was out of the ordinary.
+        search_seconds: The time of the whole search.
+        notes: Remarks on what was out of the ordinary.
     """
 
     batch_size: int

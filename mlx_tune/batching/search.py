@@ -30,7 +30,7 @@ class Measured:
     """The outcome of one measurement at one size.
 
     Attributes:
-        fits: Whether the size fits the budget.
+        fits: True where the size fits the budget.
         bytes: The peak, or None where the trial died before it could be read.
         base_bytes: The part of it that was there before and does not grow with the size, where that is known.
     """
@@ -48,7 +48,7 @@ class Found:
         size: The largest size that fits, or None if not even the smallest does.
         next_size: The size after it, or None where there is none to try.
         next_bytes: The peak of `next_size`, measured or predicted; None if it is not known.
-        next_measured: Whether `next_size` was ruled out by a measurement; else it was by prediction.
+        next_measured: True where `next_size` was ruled out by a measurement; else it was by prediction.
     """
 
     size: int | None
@@ -78,8 +78,8 @@ def search(
 
     Args:
         measure: Measures one size; called at most once for each.
-        sizes: What may be answered, ascending. A `range` will do, however long.
-        budget_bytes: What a peak must not exceed.
+        sizes: Possible answers, ascending. A `range` will do, however long.
+        budget_bytes: The limit of a peak.
         shape: Bytes that are expected at a size, from a model of the step. Only its differences count: the
             measured peaks say where it lies and how steep it is. It is trusted while they agree with it.
         look: Makes `shape` exact at a size; False where it was already. Called for each size before it is measured

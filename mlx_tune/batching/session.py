@@ -36,12 +36,12 @@ class Session:
 
     Attributes:
         runner: Measures a size.
-        sizes: What may be answered, ascending.
-        budget_bytes: What a peak must not exceed.
+        sizes: Possible answers, ascending.
+        budget_bytes: The limit of a peak.
         steps: Real steps that an answer must have been through.
         bar: Told what is being tried.
         trials: Everything that was measured, in order.
-        notes: What was out of the ordinary.
+        notes: Remarks on what was out of the ordinary.
     """
 
     runner: Runner
@@ -272,7 +272,7 @@ class Session:
 
 
 def _outcome(trial: Trial) -> str:
-    """How a trial ended, in a line of the log."""
+    """The outcome of a trial, in a line of the log."""
     if trial.peak_bytes is None:
         return f"does not fit, {trial.reason or 'which its first steps showed'}"
     verdict = "fits" if trial.fits else f"does not fit{', ' + trial.reason if trial.reason else ''}"

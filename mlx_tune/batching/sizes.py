@@ -22,8 +22,8 @@ def agreed_sizes(
         ranks: The processes that search together.
         min_batch: The smallest size.
         max_batch: The largest, or None.
-        multiple_of: What every size divides by.
-        target_batch: What every size divides, or None.
+        multiple_of: The number that every size divides by.
+        target_batch: The number that every size divides, or None.
 
     Returns:
         At least one size.

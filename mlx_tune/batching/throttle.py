@@ -78,9 +78,9 @@ class Throttle:
 
         Args:
             share: One of `SHARES`.
-            base_bytes: What is held before the step.
+            base_bytes: The memory that is held before the step.
             floor_bytes: The least that the step's peak can be.
-            budget_bytes: What no limit exceeds.
+            budget_bytes: The highest limit.
         """
         if share == 0:
             return 1

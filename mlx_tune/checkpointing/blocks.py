@@ -42,7 +42,7 @@ class CheckpointHandle(Tabular):
 
     Attributes:
         paths: The blocks' paths in the model, in order.
-        found: How many blocks there were to choose from.
+        found: The number of blocks to choose from.
     """
 
     paths: tuple[str, ...]

@@ -51,7 +51,7 @@ def cheapest_fitting(choices: Sequence[Choice], floor: Callable[[Choice], int], 
     Args:
         choices: From the fastest to the leanest.
         floor: The estimated floor of the whole step under a choice.
-        limit_bytes: What it may be.
+        limit_bytes: The limit.
 
     Returns:
         The index of the first that fits; None where the leanest does not.
@@ -78,7 +78,7 @@ def relaxed(
         kinds: For each block, the number of its kind.
         seconds: For each block, what checkpointing it costs.
         floor: The estimated floor of the whole step under a choice.
-        limit_bytes: What it may be.
+        limit_bytes: The limit.
 
     Returns:
         A choice that fits, with as many or fewer blocks checkpointed.
@@ -106,8 +106,8 @@ def limit_trials(
 
     Args:
         run: Measures a step under a limit.
-        floor_bytes: What the step needs in any case.
-        budget_bytes: What the peak may be.
+        floor_bytes: The step's needs in any case.
+        budget_bytes: The limit of the peak.
         most: The most limits to try.
 
     Returns:

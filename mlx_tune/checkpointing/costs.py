@@ -33,7 +33,7 @@ class Calls:
 
     Attributes:
         inputs: For each call its positional and named arguments, arrays replaced by `ArraySpec`.
-        first: How many calls of blocks came before this block's first one.
+        first: The number of calls of blocks before this block's first one.
     """
 
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -81,7 +81,7 @@ def kind_of(block: nn.Module, calls: Calls) -> tuple[Any, ...]:
 
     Args:
         block: The module.
-        calls: How it is called.
+        calls: Its calls.
 
     Returns:
         A key: the class, every parameter's name, shape and type and whether it is trained, and the calls' arguments.
@@ -110,7 +110,7 @@ def forward_seconds(path: str, block: nn.Module, calls: Calls) -> float:
     Args:
         path: Its name, for the error.
         block: The module, not checkpointed.
-        calls: How it is called.
+        calls: Its calls.
 
     Returns:
         Seconds of all its calls in one step.

@@ -27,10 +27,10 @@ class Rewound:
 
     Args:
         notes: The places.
-        arrays: What stands in them for the arrays of the first run.
+        arrays: The stand-ins in them for the arrays of the first run.
 
     Attributes:
-        started: What the places hold at first.
+        started: The contents of the places at first.
         changed: The indices of those that may hold something else by now.
     """
 
@@ -68,8 +68,8 @@ def _left_over(place: Held, before: Any, started_from: Any) -> Any:
 
     Args:
         place: Where.
-        before: What it held just before the second run.
-        started_from: What the second run found in it.
+        before: The contents just before the second run.
+        started_from: The contents that the second run found.
     """
     if place.same(started_from):
         return before

@@ -112,7 +112,7 @@ def keep(array: mx.array, name: str) -> mx.array:
 
     Args:
         array: The value, of any shape and type: most worth it for the results of large matrix products.
-        name: What to call it.
+        name: A name for it.
 
     Returns:
         The value to go on with. Use it instead of `array`.

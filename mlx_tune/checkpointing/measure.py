@@ -31,8 +31,8 @@ class Measured:
         limit_bytes: The highest limit tried that kept its peak within the budget, or else the last one tried.
         peak_bytes: The highest peak under that limit.
         seconds: The fastest step under that limit.
-        fits: Whether the peak is within the budget.
-        runs: How many steps that limit was tried with since a peak last left the budget, under any.
+        fits: True where the peak is within the budget.
+        runs: The number of steps that limit was tried with since a peak last left the budget, under any.
     """
 
     choice: Choice

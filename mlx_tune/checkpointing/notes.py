@@ -50,7 +50,7 @@ class Note:
 
     Attributes:
         place: Where.
-        items: What it held.
+        items: The contents.
         marks: For the keys of `items` whose values are or hold arrays, what stands for them.
     """
 

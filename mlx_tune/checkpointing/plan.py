@@ -59,11 +59,11 @@ def plan_checkpoints(
             returns arrays, the loss first.
         make_batch: `make_batch(n)` returns the longest batch of n: an array, a tuple or a dictionary.
         batch_size: The batch to plan for.
-        budget: What the peak may be: bytes, text such as "24GB", a share of this machine's budget, or None for
+        budget: The limit of the peak: bytes, text such as "24GB", a share of this machine's budget, or None for
             `memory_budget()`.
-        state: What the step changes besides the model: the optimizer.
+        state: Objects that the step changes besides the model: the optimizer.
         select: Which blocks may be checkpointed, as for `checkpoint_blocks`.
-        steps: How many real steps are timed for each choice and limit; the fastest counts.
+        steps: The number of real steps that are timed for each choice and limit; the fastest counts.
         progress: Show a progress line on standard error.
 
     Returns:
@@ -121,7 +121,7 @@ def does_not_fit(survey: Survey, budget_bytes: int) -> BudgetError:
 
     Args:
         survey: The step, at the batch size that does not fit.
-        budget_bytes: What its peak may be.
+        budget_bytes: The limit of its peak.
 
     Returns:
         The error. Nothing is run to find the batch.
@@ -152,7 +152,7 @@ def candidates(survey: Survey, budget_bytes: int, batch_size: int | None = None)
 
     Args:
         survey: A step that was studied.
-        budget_bytes: What its peak may be.
+        budget_bytes: The limit of its peak.
         batch_size: For which batch; the survey's own where None.
     """
 

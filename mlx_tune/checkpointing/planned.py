@@ -23,9 +23,9 @@ class PlannedBlock:
 
     Attributes:
         path: Where it is in the model.
-        checkpointed: Whether the plan checkpoints it.
-        saved_bytes: How much lower the step's floor is with this block checkpointed, from the graph.
-        extra_seconds: How much longer the step takes with it checkpointed: its forward passes, measured alone.
+        checkpointed: True where the plan checkpoints it.
+        saved_bytes: The bytes by which the step's floor is lower with this block checkpointed, from the graph.
+        extra_seconds: The seconds that the step takes longer with it checkpointed: its forward passes, measured alone.
         kind: Blocks of one number do the same work; one of them was measured.
     """
 
@@ -41,12 +41,12 @@ class MeasuredChoice:
     """A choice of blocks that was run for real.
 
     Attributes:
-        checkpointed: How many blocks were checkpointed.
+        checkpointed: The number of checkpointed blocks.
         floor_bytes: The least the step needs under this choice, from its graph.
         limit_bytes: The highest memory limit tried that kept its peak within the budget.
         peak_bytes: The highest peak under that limit.
         seconds: The fastest step under that limit.
-        fits: Whether a limit was found under which the peak is within the budget.
+        fits: True where a limit was found under which the peak is within the budget.
     """
 
     checkpointed: int
@@ -71,9 +71,9 @@ class CheckpointPlan(Tabular):
         measured_seconds: Seconds of the fastest real step under `limit_bytes`.
         limit_bytes: The memory limit under which the measured figures hold.
         cache_limit_bytes: The cache limit that goes with it, or None where none is needed.
-        budget_bytes: What the peak was allowed to be.
+        budget_bytes: The limit of the peak.
         choices: Every choice that was run, in the order tried.
-        notes: What else there is to know.
+        notes: Further remarks.
     """
 
     blocks: tuple[PlannedBlock, ...]

@@ -92,12 +92,12 @@ def call_checkpointed(
     """Call `body(*args, **kwargs)` so that its gradient runs it again instead of holding what it computed.
 
     Args:
-        body: What to call.
+        body: The function to call.
         owner: Where to look for arrays besides the arguments: the module, or the function.
         args: Positional arguments.
         kwargs: Named arguments.
         keep: Names of the marked values to save.
-        refusals: What earlier calls found out.
+        refusals: The findings of earlier calls.
 
     Returns:
         What the body returns.
@@ -113,11 +113,11 @@ class _Outputs:
     """The outputs of a run of a block: arrays, and where each of them belongs.
 
     Attributes:
-        arrays: What gradients flow through, in order.
+        arrays: Arrays that gradients flow through, in order.
         written: Places that were there before and hold new arrays, with what they hold now.
         changed: The indices of the places that hold anything new.
         made: Containers that the block made.
-        template: What stands for the returned value.
+        template: The stand-in for the returned value.
     """
 
     def __init__(self, result: Any, notes: list[Note], started: list[Any], seen: dict[int, Any]) -> None:

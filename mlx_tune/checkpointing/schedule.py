@@ -34,9 +34,9 @@ class BlockCost:
     """The savings and the cost of checkpointing one block.
 
     Attributes:
-        saved_bytes: What the plain block holds between its forward and backward pass beyond what the checkpointed
-            one does.
-        extra_seconds: How much longer the step takes with the block checkpointed.
+        saved_bytes: The bytes that the plain block holds between its forward and backward pass beyond what the
+            checkpointed one does.
+        extra_seconds: The seconds that the step takes longer with the block checkpointed.
     """
 
     saved_bytes: int
@@ -76,7 +76,7 @@ class Schedule:
     Attributes:
         checkpointed: For each block, whether it is checkpointed.
         peak_bytes: The most memory held at once.
-        extra_seconds: How much longer the step takes than without any checkpointing.
+        extra_seconds: The seconds that the step takes longer than without any checkpointing.
     """
 
     checkpointed: tuple[bool, ...]
@@ -115,7 +115,7 @@ def fastest(chain: Chain, limit_bytes: int, *, most_pairs: int = MOST_PAIRS) -> 
 
     Args:
         chain: The blocks.
-        limit_bytes: What the peak may be.
+        limit_bytes: The limit of the peak.
         most_pairs: From how many candidates on held bytes are rounded up.
 
     Returns:

@@ -36,7 +36,7 @@ class Survey:
         extra_seconds: For each block, what checkpointing it costs at `batch_size`.
         choices: The choices worth making, from the fastest to the leanest.
         batch_size: The batch that the figures belong to.
-        beside_bytes: What is held beside the step; part of every floor.
+        beside_bytes: The memory that is held beside the step; part of every floor.
     """
 
     def __init__(

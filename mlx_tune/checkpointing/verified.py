@@ -24,7 +24,7 @@ class GradientDifference:
         difference: The largest absolute difference between the two gradients; infinite where one is not a number
             and the other is.
         noise: The same between two plain runs: what this machine does not repeat by itself.
-        tolerance: What the difference may be: rounding in this type, of this gradient or of the model's largest, or
+        tolerance: The largest difference allowed: rounding in this type, of this gradient or of the model's largest, or
             twice the noise.
         became_zero: The plain gradient is not zero everywhere and the checkpointed one is.
         reason: Why this row puts nothing to the test; empty where it does.
@@ -62,13 +62,13 @@ class VerifyReport(Tabular):
     Attributes:
         blocks: The paths of the checkpointed modules.
         loss: The loss without checkpointing.
-        loss_difference: How far the loss with checkpointing is from it.
-        loss_tolerance: How far it may be.
+        loss_difference: The distance of the loss with checkpointing from it.
+        loss_tolerance: The largest distance allowed.
         parameters: One entry for each trainable parameter: first those that differ, then those that were not tested,
             the largest difference first.
         idle: The paths of those of `blocks` that were not run again, so that nothing was put to the test there: they
             are in evaluation mode, or the loss does not call them.
-        notes: What was done for the comparison besides.
+        notes: Further things that were done for the comparison.
     """
 
     blocks: tuple[str, ...]

@@ -36,9 +36,9 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
 
     Args:
         model: The model, checkpointed or not.
-        loss: What `nn.value_and_grad(model, loss)` takes: a function that returns a scalar, or a tuple that starts
+        loss: The `loss` of `nn.value_and_grad(model, loss)`: a function that returns a scalar, or a tuple that starts
             with one.
-        *args: What to call it with; a single tuple or dictionary is spread over its arguments where it takes several.
+        *args: The loss's arguments; a single tuple or dictionary is spread over them where it takes several.
             Where it takes one argument more than these, the model goes first.
 
     Returns:
@@ -47,8 +47,8 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
     Raises:
         InvalidArgumentError: `model` is no module, has no trainable parameters, the loss is no scalar, or it does not
             take these arguments.
-        CheckpointError: Nothing is checkpointed, and the model has no repeated block; or a module of the model was made
-            without `super().__init__()`.
+        CheckpointError: No block is checkpointed, and the model has no repeated block; or a module of the model was
+            made without `super().__init__()`.
 
     Examples:
         >>> import mlx.core as mx
@@ -189,7 +189,7 @@ def _compared(
         path: The parameter.
         plain: Its gradient without checkpointing.
         checked: With it.
-        noise: How far two plain gradients were apart.
+        noise: The distance of two plain gradients.
         largest: The largest finite entry of `plain`.
         most: The same over all parameters. Where terms of this size cancel, as in the bias of a key, whose true
             gradient is zero, their rounding errors stay.

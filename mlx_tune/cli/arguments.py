@@ -12,10 +12,10 @@ def make_parser(
     """A subcommand's parser, with its examples below the options as they are written.
 
     Args:
-        subparsers: What `add_subparsers` returned.
+        subparsers: The result of `add_subparsers`.
         name: The subcommand.
         help_text: One line for the list of commands.
-        description: What `--help` says first; the same line by default.
+        description: The first sentence of `--help`; the same line by default.
         examples: Commands to copy.
     """
     return subparsers.add_parser(

@@ -34,7 +34,7 @@ def add_fine_tuning(parser: argparse.ArgumentParser, *, batch: bool, checkpoint:
 
     Args:
         parser: The subcommand's.
-        batch: Whether `--batch-size` is asked for, rather than answered.
+        batch: True where `--batch-size` is asked for, rather than answered.
         checkpoint: The same of `--grad-checkpoint`.
     """
     add_model(parser)

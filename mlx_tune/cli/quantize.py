@@ -154,9 +154,9 @@ def ending(report: QuantizationReport, target: str, *, verbose: bool) -> str:
     """Say in a few lines what was made, what it cost, and what to do next.
 
     Args:
-        report: What was done.
+        report: The report of what was quantized.
         target: The new folder.
-        verbose: Whether the report itself was printed above.
+        verbose: True where the report itself was printed above.
     """
     left = f", {len(report.skipped)} left as they are" if report.skipped else ""
     lines = [

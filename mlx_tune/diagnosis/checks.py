@@ -19,11 +19,11 @@ class Finding:
     """The answer of a check's function.
 
     Attributes:
-        status: How it ended.
+        status: The outcome.
         summary: One line.
         fix: Which of the check's remedies helps; empty for none.
-        values: What to put into the remedy's placeholders.
-        figures: What was measured or read, ready for JSON.
+        values: Values for the remedy's placeholders.
+        figures: Measurements and readings, ready for JSON.
     """
 
     status: Status
@@ -42,10 +42,10 @@ class Check:
         theme: The heading that it stands under.
         function: Looks, and returns a `Finding`. Its docstring says what for. Every argument has a default, which
             reads this machine; tests put faults there.
-        remedies: What can be done, by what was found. Placeholders are filled in by the finding, and
+        remedies: Remedies, by what was found. Placeholders are filled in by the finding, and
             `uv pip` becomes the command that reaches this environment.
-        in_child: Whether it imports MLX, and so runs in a process of its own.
-        bench: Whether it measures, and so runs only when asked to.
+        in_child: True where it imports MLX, and so runs in a process of its own.
+        bench: True where it measures, and so runs only when asked to.
     """
 
     name: str

@@ -118,9 +118,9 @@ def with_backend(found: dict[str, Installed], genuine: Sequence[str] = (), nvidi
     """MLX with its backend, in the version that is there, as `AGAIN` wants it.
 
     Args:
-        found: What is installed.
+        found: The installed distributions.
         genuine: Whose `libmlx` is in force: of several backends it is kept.
-        nvidia: Whether a backend for CUDA is of any use here.
+        nvidia: True where a backend for CUDA is of any use here.
     """
     names = [name for name in BACKENDS if name in found]
     usable = [name for name in names if nvidia or "cuda" not in name] or names

@@ -38,7 +38,7 @@ def diagnose(
         bench: True also makes the measurements that show lazy evaluation, unified memory, matmul, quantized matmul,
             checkpointing and wiring with this machine's figures, which takes a minute or two; or the names of those
             to make.
-        progress: Whether to show a progress line on standard error.
+        progress: True where to show a progress line on standard error.
 
     Returns:
         The findings. `str` is the table, `exit_code` is 1 where a check failed. Where MLX cannot be imported and a

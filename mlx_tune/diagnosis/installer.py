@@ -25,9 +25,9 @@ def commands(*, uv: bool, pip: bool, active: bool, python: str) -> tuple[str, st
     """The commands that install and uninstall.
 
     Args:
-        uv: Whether there is a `uv`.
-        pip: Whether the environment has a pip of its own; those that uv makes have none.
-        active: Whether the environment is the one that commands go to by themselves.
+        uv: True where there is a `uv`.
+        pip: True where the environment has a pip of its own; those that uv makes have none.
+        active: True where the environment is the one that commands go to by themselves.
         python: Its interpreter.
 
     Returns:

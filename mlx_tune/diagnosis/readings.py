@@ -17,8 +17,8 @@ class Neighbour:
     Attributes:
         pid: Its number.
         name: Its program.
-        bytes: What the system charges it with, or memory of the GPU.
-        on_gpu: Whether it is the GPU's.
+        bytes: The memory that the system charges it with, or memory of the GPU.
+        on_gpu: True where it is the GPU's.
     """
 
     pid: int

@@ -23,11 +23,11 @@ class CheckResult:
 
     Attributes:
         name: The check, as `--only` takes it.
-        theme: What it is about: "installation", "machine", "gpu", "compute" or "bench".
+        theme: Its subject: "installation", "machine", "gpu", "compute" or "bench".
         status: "pass"; "warn", it works but not well; "fail", it does not work; "skip", it does not apply here.
         summary: One line.
-        fix: What to do about it, to copy and paste; empty where there is nothing to do.
-        figures: What was measured or read, ready for JSON.
+        fix: The remedy, to copy and paste; empty where there is nothing to do.
+        figures: Measurements and readings, ready for JSON.
     """
 
     name: str

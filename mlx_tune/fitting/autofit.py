@@ -63,24 +63,24 @@ def autofit(
         step: `step(batch)`, `step(x, y)` or `step(**batch)`, as its signature asks for, runs one training step and
             returns arrays, the loss first.
         make_batch: `make_batch(n)` returns the longest batch of n: an array, a tuple or a dictionary.
-        budget: What the peak may be: bytes, text such as "24GB", a share of this machine's budget, or None for
+        budget: The limit of the peak: bytes, text such as "24GB", a share of this machine's budget, or None for
             `memory_budget()`.
         target_batch: Rows that make up one update: batch sizes divide it, and `accumulation_steps` says how many
             steps make it up. None for whatever is fastest.
         tolerance: Of the settings within this share of the best rate, the one with the lowest peak is chosen. Without
             a target, batches below mlx-lm's four rows are left to those who need them: there a smaller batch is
             chosen only if it is faster by more than this.
-        state: What the step changes besides the model: the optimizer.
+        state: Objects that the step changes besides the model: the optimizer.
         min_batch: The smallest batch to consider.
         max_batch: The largest batch to consider, such as the size of the data set.
         multiple_of: Batch sizes divide by this, such as the number of machines that share a batch.
-        checkpoint: Whether blocks may be checkpointed. False leaves the model as it is, blocks that are checkpointed
+        checkpoint: True where blocks may be checkpointed. False leaves the model as it is, blocks that are checkpointed
             already included, and chooses the rest. So does a model without repeated blocks.
         select: Which blocks may be checkpointed, as for `checkpoint_blocks`.
-        throttle: Whether the memory limit may be set below the budget, which makes MLX wait instead of running
+        throttle: True where the memory limit may be set below the budget, which makes MLX wait instead of running
             ahead. By default yes, except on Metal, where nobody has measured it yet; there the limit is the budget.
-        steps: How many real steps are timed for each setting and limit; the fastest counts. Settings that come out
-            close are run up to three times as often again.
+        steps: The number of real steps that are timed for each setting and limit; the fastest counts. Settings that
+            come out close are run up to three times as often again.
         group: The `mx.distributed` group to agree with; by default that of `mlx.launch`, where it is at work. Every
             rank gets the same answer, for the smallest budget and the slowest machine.
         progress: Show a progress line on standard error.

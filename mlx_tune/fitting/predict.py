@@ -14,8 +14,8 @@ class Pace:
     """The time of a step: a fixed part, a part for each row, and what is computed twice for each row.
 
     Attributes:
-        fixed_seconds: What a step takes whatever its batch.
-        row_seconds: What each row adds.
+        fixed_seconds: The time of a step whatever its batch.
+        row_seconds: The time that each row adds.
     """
 
     fixed_seconds: float
@@ -26,7 +26,7 @@ class Pace:
 
         Args:
             batch_size: Its rows.
-            extra_row_seconds: What checkpointing adds for each row.
+            extra_row_seconds: The time that checkpointing adds for each row.
 
         Examples:
             >>> Pace(0.5, 0.25).seconds(4, extra_row_seconds=0.125)
@@ -69,7 +69,7 @@ def largest_fitting(sizes: Sequence[int], floor: Callable[[int], int], limit_byt
     Args:
         sizes: Ascending, at least one.
         floor: The estimated floor of a size; never falls as sizes grow.
-        limit_bytes: What it may be.
+        limit_bytes: The limit.
 
     Returns:
         The size; None where the smallest does not fit.
@@ -124,7 +124,7 @@ def thinned(sizes: Sequence[int], low: int, high: int, most: int) -> list[int]:
         sizes: Ascending.
         low: The smallest to take.
         high: The largest to take.
-        most: How many at most, at least 1.
+        most: The number at most, at least 1.
 
     Returns:
         Ascending sizes, the largest that there is in the range always among them.

@@ -24,10 +24,10 @@ class Standing:
     """Where one way came in.
 
     Attributes:
-        behind: How much longer it takes than the fastest, the median over the turns that both were in: 0.02 is two per
+        behind: The extra time over the fastest, the median over the turns that both were in: 0.02 is two per
             cent, 0 the fastest itself. Infinite for a way that gave up.
         uncertainty: The standard error of that.
-        turns: How many turns it was in.
+        turns: The number of turns it was in.
         seconds: The median of its own times.
     """
 

@@ -24,21 +24,21 @@ class Setting:
 
     Attributes:
         batch_size: Rows in a step.
-        checkpointed: How many blocks are checkpointed.
+        checkpointed: The number of checkpointed blocks.
         floor_bytes: The least that the step needs, from its graph.
         predicted_rate: Tokens or rows a second, predicted.
         limit_bytes: The memory limit it was run under; None where it was not run.
         peak_bytes: Its measured peak.
         seconds: Its fastest step.
         rate: Tokens or rows a second, measured.
-        fits: Whether its measured peak is within the budget.
-        unbeaten: Whether no other setting needs less memory and is predicted to be faster.
+        fits: True where its measured peak is within the budget.
+        unbeaten: True where no other setting needs less memory and is predicted to be faster.
         known_as: Why anybody would try it without a search, such as "mlx-lm's default batch"; else empty.
-        behind: How much longer a row takes than under the fastest setting, the median over turns of both: 0.02 is two
+        behind: The extra time of a row over that under the fastest setting, the median over turns of both: 0.02 is two
             per cent; None where it was not timed in turns with others.
         uncertainty: The standard error of `behind`; None after a single turn.
-        turns: How many turns it was timed in.
-        chosen: Whether it is the one to train with.
+        turns: The number of turns it was timed in.
+        chosen: True where it is the one to train with.
     """
 
     batch_size: int
@@ -66,10 +66,10 @@ class Fit(Tabular):
         batch_size: Rows in a step.
         accumulation_steps: Steps that make up one update of the target batch; 1 without a target.
         paths: The blocks to checkpoint.
-        found: How many blocks there were to choose from; 0 where checkpoints were left as they are.
+        found: The number of blocks to choose from; 0 where checkpoints were left as they are.
         limit_bytes: The memory limit to train under.
         cache_limit_bytes: The cache limit that goes with it, or None where none is needed.
-        budget_bytes: What the peak was allowed to be.
+        budget_bytes: The limit of the peak.
         budget_source: Where the budget comes from.
         predicted_peak_bytes: The least that the step needs, from its graph.
         measured_peak_bytes: The highest peak of the real steps under the limit.
@@ -77,9 +77,9 @@ class Fit(Tabular):
         measured_rate: Tokens or rows a second of the fastest real step.
         measured_seconds: That step's time.
         unit: "tokens" or "rows".
-        settings: What it was chosen from, by rising floor.
-        search_seconds: How long the search took.
-        notes: What else there is to know.
+        settings: The settings to choose from, by rising floor.
+        search_seconds: The time of the search.
+        notes: Further remarks.
     """
 
     batch_size: int

@@ -62,7 +62,7 @@ class Search:
         """Predict, measure what matters, and return the setting to train with.
 
         Args:
-            keep_usual: Whether, of settings that are equally fast, batches below `USUAL_BATCH` come last.
+            keep_usual: True where, of settings that are equally fast, batches below `USUAL_BATCH` come last.
         """
         survey = self.survey
         if survey.floor(survey.all) > self.budget:

@@ -32,11 +32,11 @@ class Candidate:
     Attributes:
         batch_size: Rows in a step.
         choice: Which blocks are checkpointed.
-        floor_bytes: What the step needs at the least.
+        floor_bytes: The least that the step needs.
         known_as: Why anybody would try it, or nothing.
-        measured: What real steps took, where it was run.
+        measured: The cost of real steps, where it was run.
         foreseen: Rows a second, predicted before it was run.
-        standing: How it came in where it was timed in turns with others.
+        standing: Its standing where it was timed in turns with others.
     """
 
     batch_size: int
@@ -83,9 +83,9 @@ class Trials:
 
     Args:
         survey: The step.
-        budget_bytes: What the peak may be.
+        budget_bytes: The limit of the peak.
         steps: Real steps for each setting and limit.
-        throttle: Whether the memory limit may be below the budget.
+        throttle: True where the memory limit may be below the budget.
         tolerance: Differences in rate up to this share do not count.
         together: The ranks that search.
         bar: Told what is going on.

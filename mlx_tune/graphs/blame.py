@@ -15,7 +15,7 @@ def explain_failure(error: BaseException) -> TraceError | None:
     """Turn what went wrong during a trace into an error that names the place and the way out.
 
     Args:
-        error: What was raised.
+        error: The exception.
 
     Returns:
         A `TraceError`, or None where the user's own exception says it best.

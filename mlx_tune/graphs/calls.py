@@ -34,8 +34,8 @@ def taking(step: Callable[..., Any], args: Sequence[Any], state: Any = (), *, fi
 
     Args:
         step: The function.
-        args: What it is going to be called with, or something of the same form.
-        state: What it changes; needed where it has to be traced.
+        args: The arguments that it is going to be called with, or something of the same form.
+        state: Objects that it changes; needed where it has to be traced.
         first: An argument that comes before the others if the step asks for one more.
 
     Returns:

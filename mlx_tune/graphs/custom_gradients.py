@@ -65,10 +65,10 @@ def called_with_gradient(
     """Call a function so that a trace holds its own gradient too.
 
     Args:
-        function: What computes the value.
+        function: The function that computes the value.
         gradient: Its gradient, as `mx.custom_function.vjp` takes it.
-        args: What the function is called with.
-        kwargs: What it is called with by name; the gradient gets it as well.
+        args: The function's arguments.
+        kwargs: Its arguments by name; the gradient gets it as well.
         marks: Where to note the marks.
 
     Returns:
@@ -105,7 +105,7 @@ def derivative_of(function: Callable[..., Any]) -> Callable[..., Any]:
     """The gradient that MLX gives a custom function that has none: the derivative of a second call.
 
     Args:
-        function: What it differentiates.
+        function: The function that it differentiates.
 
     Returns:
         A gradient as `called_with_gradient` takes it.

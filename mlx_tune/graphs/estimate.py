@@ -76,20 +76,20 @@ class MemoryEstimate(Tabular):
     Attributes:
         floor_bytes: The least memory that the step can peak at: parameters, optimizer state and batch included.
             It is reached under the lowest memory limit; without a limit the peak is higher.
-        start_bytes: What is there before the step: state, batch and captured arrays.
-        end_bytes: What is left after it.
+        start_bytes: The memory before the step: state, batch and captured arrays.
+        end_bytes: The memory after it.
         by_purpose: The floor split over `PURPOSES`; the parts add up to `floor_bytes`.
         peak_owners: Every buffer alive at the peak, the largest first.
         live_bytes: The most bytes alive while each operation is evaluated, in the order of evaluation.
         live_by_purpose: The same split over `PURPOSES`.
         operations: The operations' names, in the same order.
         peak_operation: Position of the operation at which the peak is reached; -1 before the first.
-        compiled: Whether the step, or its outermost part, goes through `mx.compile`.
+        compiled: True where the step, or its outermost part, goes through `mx.compile`.
         stand_ins: Operations that could not be traced, and what was traced in their place.
         unknown_operations: Operations whose effect on memory is not known, and how often they occur. Each was
             taken to allocate its outputs and nothing else.
         trace_seconds: Time that tracing and simulating took.
-        notes: What else there is to know.
+        notes: Further remarks.
     """
 
     floor_bytes: int
@@ -186,7 +186,7 @@ class MemoryEstimate(Tabular):
         Buffers in the same place of several blocks are one kind: the numbers that differ in its paths are stars then.
 
         Args:
-            most: How many kinds at most.
+            most: The number of kinds at most.
         """
         kinds: dict[PeakOwner, list[PeakOwner]] = {}
         for owner in self.peak_owners:
@@ -224,9 +224,9 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
         *args: Its arguments: arrays, nestings of them, or `mlx_tune.ArraySpec(shape, dtype)` for arrays that
             need not exist. A single tuple or dictionary is a batch: it is spread over the step's arguments where the
             step takes more than one.
-        state: What the step changes, such as `(model, optimizer)`. It is afterwards as it was. An optimizer that has
-            not run yet, and arrays of which the step makes a wider dtype, are taken as they are from the second step
-            on.
+        state: Objects that the step changes, such as `(model, optimizer)`. It is afterwards as it was. An optimizer
+            that has not run yet, and arrays of which the step makes a wider dtype, are taken as they are from the
+            second step on.
 
     Returns:
         The floor, what it is made of, and memory over the step's operations.
@@ -259,7 +259,7 @@ def follow_step(step: Callable[..., Any], args: Sequence[Any], state: Any) -> tu
     Args:
         step: As for `estimate_memory`.
         args: The step's arguments.
-        state: What the step changes.
+        state: Objects that the step changes.
     """
     graph = trace_step(step, args, state)
     return graph, simulate(graph, evaluation_order(graph))

@@ -21,7 +21,7 @@ class FirstStep:
     """The contents of a state before a step, and after it.
 
     Args:
-        state: What the step changes.
+        state: Objects that the step changes.
     """
 
     def __init__(self, state: Any) -> None:

@@ -15,7 +15,7 @@ def evaluation_order(graph: Graph, width: int | None = None) -> list[int]:
     """Indices of the graph's nodes in the order in which `mx.eval(outputs)` runs them.
 
     Args:
-        graph: What to evaluate.
+        graph: Arrays to evaluate.
         width: The widest the walk may get; by default what MLX reads from MLX_BFS_MAX_WIDTH, or 20.
 
     Returns:

@@ -67,7 +67,7 @@ class Surroundings:
 
     Args:
         step: The function that will be traced.
-        state: What it is expected to change; put back elsewhere.
+        state: Objects that it is expected to change; put back elsewhere.
     """
 
     def __init__(self, step: Callable[..., Any], state: Any) -> None:

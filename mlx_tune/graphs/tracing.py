@@ -38,7 +38,7 @@ def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -
     Args:
         step: The training step. What it returns may be any nesting that holds at least one array.
         args: Its arguments; arrays may be `ArraySpec`s.
-        state: What the step changes: models, optimizers, dictionaries and lists.
+        state: Objects that the step changes: models, optimizers, dictionaries and lists.
 
     Returns:
         The graph. `state`, the random streams and the training flags are as they were.

@@ -17,9 +17,9 @@ def unmerge(simplified: Graph, built: BuiltGraph, parts: list[Names]) -> Graph |
     """Give the built graph the shapes and arguments of the simplified one.
 
     Args:
-        simplified: What the exporter reported.
+        simplified: The exporter's report.
         built: The same trace before it was simplified.
-        parts: What compiled functions read and made, by the names of `built`.
+        parts: Arrays that compiled functions read and made, by the names of `built`.
 
     Returns:
         The graph with every operation that the step built, or None where the two do not match.

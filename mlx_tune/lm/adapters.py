@@ -29,7 +29,7 @@ def add_adapters(
         model: A language model of mlx-lm, quantized or not; changed in place.
         fine_tune_type: "lora", "dora", or "full", which trains every weight of the blocks. Codes of a quantized layer
             have no gradient: there "full" trains scales and biases, where mlx-lm's own fails in the first step.
-        num_layers: How many blocks, counted from the last; -1 for all.
+        num_layers: The number of blocks, counted from the last; -1 for all.
         lora_parameters: mlx-lm's `lora_parameters`: rank, scale, dropout and, if not all layers are meant, keys.
             mlx-lm's defaults (8, 20 and 0) for what is not given.
 
@@ -98,7 +98,7 @@ def make_optimizer(
     Args:
         name: "adam", "adamw", "muon", "sgd" or "adafactor".
         learning_rate: A number, or a schedule of `mlx.optimizers`.
-        settings: What else to call it with.
+        settings: Further arguments.
 
     Raises:
         InvalidArgumentError: Another name, or settings that the optimizer does not have.

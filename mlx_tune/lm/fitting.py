@@ -45,7 +45,8 @@ def autobatch(
 
     Args:
         model: The model as it will be trained: adapters added, layers frozen, blocks checkpointed.
-        dataset: What mlx-lm's trainer takes, or any sequence of `(tokens, offset)`.
+        dataset: A data set for mlx-lm's trainer, such as `mlx_lm.tuner.datasets.load_local_dataset` returns, or any
+            sequence of `(tokens, offset)`.
         args: mlx-lm's `TrainingArgs`: `max_seq_length` and `grad_accumulation_steps` count, and `grad_checkpoint`
             checkpoints every block during the search; its defaults by default.
         optimizer: The optimizer; Adam, as mlx-lm's default, where None.
@@ -107,7 +108,7 @@ def estimate_memory(
 
     Args:
         model: The model as it will be trained.
-        dataset: What mlx-lm's trainer takes.
+        dataset: A data set for mlx-lm's trainer.
         args: mlx-lm's `TrainingArgs`: `batch_size`, `max_seq_length`, `grad_accumulation_steps` and
             `grad_checkpoint` count.
         optimizer: The optimizer; Adam where None.
@@ -160,7 +161,7 @@ def autofit(
 
     Args:
         model: The model as it will be trained, no block checkpointed.
-        dataset: What mlx-lm's trainer takes.
+        dataset: A data set for mlx-lm's trainer.
         args: mlx-lm's `TrainingArgs`; `max_seq_length` and `grad_accumulation_steps` count.
         optimizer: The optimizer; Adam where None.
         valid_set: The validation set, if there is one; a batch is no larger than it.
@@ -168,8 +169,8 @@ def autofit(
         budget: As for `mlx_tune.autofit`.
         target_batch: Rows that make up an update of the optimizer; None for whatever is fastest.
         max_batch: The largest batch to consider.
-        checkpoint: Whether to choose the blocks to checkpoint. Without, `args.grad_checkpoint` says whether all of them
-            are, and the batch is chosen for that.
+        checkpoint: True where to choose the blocks to checkpoint. Without, `args.grad_checkpoint` says whether all of
+            them are, and the batch is chosen for that.
         **options: Whatever else `mlx_tune.autofit` takes.
 
     Returns:
@@ -222,7 +223,7 @@ def plan_checkpoints(
 
     Args:
         model: The model as it will be trained, no block checkpointed.
-        dataset: What mlx-lm's trainer takes.
+        dataset: A data set for mlx-lm's trainer.
         args: mlx-lm's `TrainingArgs`.
         optimizer: The optimizer; Adam where None.
         loss: As mlx-lm's trainer takes it.
@@ -271,7 +272,7 @@ def verify_checkpoint(model: nn.Module, dataset: Any, args: Any = None, *, loss:
 
     Args:
         model: The model as it will be trained.
-        dataset: What mlx-lm's trainer takes.
+        dataset: A data set for mlx-lm's trainer.
         args: mlx-lm's `TrainingArgs`; `batch_size` and `max_seq_length` count.
         loss: As mlx-lm's trainer takes it.
 

@@ -130,9 +130,9 @@ def grow(
 
     Args:
         measure: Measures a size, given the peak that is predicted for it.
-        budget_bytes: What peaks must stay within.
+        budget_bytes: The limit of peaks.
         max_batch: The largest size; None for none.
-        resident_bytes: What is held without any row: the model.
+        resident_bytes: The memory that is held without any row: the model.
 
     Returns:
         The trials in order, and the peak predicted for the size after the answer; None where that was tried, or the

@@ -26,7 +26,7 @@ class GenerationTrial:
         prompt_peak_bytes: The peak while the last prompts were read.
         peak_bytes: The peak over reading prompts and writing the last tokens.
         seconds: Time for one more token in every row, with the cache at its final length.
-        fits: Whether the peak stays within the budget.
+        fits: True where the peak stays within the budget.
     """
 
     batch_size: int
@@ -55,14 +55,14 @@ class GenerationBatchResult(Tabular):
         prompt_tokens: Tokens in a prompt.
         max_tokens: Tokens generated for each.
         kv_bits: Bits of keys and values; None for the model's own type.
-        cache_bytes_per_row: What the cache of one row holds near its final length.
-        budget_bytes: What peaks stay within.
+        cache_bytes_per_row: The memory of one row's cache near its final length.
+        budget_bytes: The limit of peaks.
         budget_source: Where the budget comes from.
         trials: Every size measured, in order of size.
         next_bytes: The peak predicted for one row more than the answer; None where that was tried, or `max_batch`
             ended the search.
-        search_seconds: How long it took.
-        notes: What else there is to know.
+        search_seconds: The time that it took.
+        notes: Further remarks.
     """
 
     batch_size: int

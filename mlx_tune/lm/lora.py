@@ -15,7 +15,7 @@ def lora_parser(prog: str) -> argparse.ArgumentParser:
     """The parser of `mlx_lm.lora`.
 
     Args:
-        prog: What its usage and errors call the command.
+        prog: The name of the command in its usage and errors.
     """
     from mlx_lm.lora import build_parser
 
@@ -67,7 +67,7 @@ def test_loss(ready: FineTuning, batch_size: int, *, trained: bool) -> float:
     Args:
         ready: The run.
         batch_size: Rows in a batch, all ranks together; fewer where the test set has fewer.
-        trained: Whether the model has just been trained; adapters are loaded from their folder where not.
+        trained: True where the model has just been trained; adapters are loaded from their folder where not.
 
     Returns:
         Mean loss, in nats a token.

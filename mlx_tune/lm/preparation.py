@@ -94,7 +94,7 @@ def prepare(
     """Load a model and data, and make everything ready as `mlx_lm.lora` does.
 
     Args:
-        settings: What `read_settings` returns.
+        settings: The settings from `read_settings`.
         lazy: Leave the weights on disk until a step needs them.
         stand_in_rows: Use so many rows of `max_seq_length` tokens instead of the data set.
         adapters: Add adapters, or unfreeze what is to be trained.

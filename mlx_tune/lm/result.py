@@ -42,15 +42,16 @@ class TrainingResult(Tabular):
         tokens_per_second: Over the whole training, validation left out.
         seconds: Wall time of the run, validation and saving included.
         peak_bytes: The most that MLX's arrays held at once in this process.
-        cache_bytes: What MLX kept for reuse at the end.
-        footprint_bytes: What the system charged the process with at the end.
+        cache_bytes: The memory that MLX kept for reuse at the end.
+        footprint_bytes: The memory that the system charged the process with at the end.
         limit_bytes: The memory limit that held; None for MLX's own.
         checkpointed: Paths of the blocks that were checkpointed.
-        wired: What was wired, or why nothing was.
+        wired: The wired memory, or the reason why there was none.
         losses: The training log.
         validation_losses: The validations.
         adapter_file: Where the trained weights are.
-        fit: What the batch, checkpoints and limit were taken from, as its `to_dict()`; None where they were given.
+        fit: The search that batch, checkpoints and limit were taken from, as its `to_dict()`; None where they were
+            given.
     """
 
     iterations: int

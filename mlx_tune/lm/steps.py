@@ -28,7 +28,7 @@ class TrainingStep:
             `step(batch, kept=kept)` adds to these gradients instead of those in `kept`.
         make_batch: `make_batch(n)` returns the longest batch that training with `batch_size=n` can meet: tokens
             `[n / ranks, length]` and, for each row, where its loss begins and ends, `[n / ranks, 2]`.
-        state: What a step changes: the model and the optimizer.
+        state: Objects that a step changes: the model and the optimizer.
         length: Tokens in a row of that batch, padding included.
         max_batch: The largest batch that the data sets allow.
         multiple_of: Batches must divide by this: the number of ranks.
@@ -69,8 +69,8 @@ def training_step(
     Args:
         model: The model, with its adapters, frozen as it will be trained.
         optimizer: The optimizer. Its state is made for the block if it has none.
-        train_set: What mlx-lm's trainer takes: a `CacheDataset`, one of mlx-lm's data sets, or any sequence of
-            `(tokens, offset)`.
+        train_set: A data set for mlx-lm's trainer: one of those that `mlx_lm.tuner.datasets.load_local_dataset`
+            returns, a `CacheDataset`, or any sequence of `(tokens, offset)`.
         args: mlx-lm's `TrainingArgs`; `max_seq_length` and `grad_accumulation_steps` are used.
         valid_set: As `train_set`. mlx-lm evaluates with the training batch, which therefore cannot be larger.
         loss: As mlx-lm's trainer takes it; its default by default.
@@ -118,7 +118,8 @@ def check_trainable(model: nn.Module) -> None:
     """See that a model has something to train, and nothing that cannot be.
 
     Raises:
-        InvalidArgumentError: Nothing trainable, or whole numbers among it, as in quantized layers that were unfrozen.
+        InvalidArgumentError: No trainable parameters, or whole numbers among it, as in quantized layers that were
+            unfrozen.
     """
     from mlx.utils import tree_flatten
 
@@ -210,7 +211,7 @@ class longest_batches:  # noqa: N801 - used as a function
     The batches are made by mlx-lm's own `iterate_batches` from a data set that has nothing but these rows.
 
     Args:
-        rows: What `as_rows` returns.
+        rows: The rows from `as_rows`.
         max_length: mlx-lm's `max_seq_length`.
         world: The group of ranks; each gets its own share of the rows.
 

@@ -87,7 +87,7 @@ def read_texts(path: Source) -> Iterator[str]:
         Documents.
 
     Raises:
-        InvalidArgumentError: Nothing there, or not text.
+        InvalidArgumentError: No file there, or not text.
     """
     place = Path(path)
     if not place.exists():

@@ -52,11 +52,11 @@ def train(
     Args:
         model: The model as it is to be trained: adapters added, layers frozen.
         optimizer: Any of MLX's.
-        train_set: What mlx-lm's trainer takes: a `CacheDataset`, one of mlx-lm's data sets, or any sequence of
-            `(tokens, offset)`.
+        train_set: A data set for mlx-lm's trainer: one of those that `mlx_lm.tuner.datasets.load_local_dataset`
+            returns, a `CacheDataset`, or any sequence of `(tokens, offset)`.
         valid_set: The same to evaluate on, or None.
         args: mlx-lm's `TrainingArgs`; its defaults by default. `grad_checkpoint` checkpoints every block.
-        fit: What `lm.autofit`, `lm.autobatch` or `lm.plan_checkpoints` returned: its batch, accumulation, checkpoints
+        fit: The result of `lm.autofit`, `lm.autobatch` or `lm.plan_checkpoints`: its batch, accumulation, checkpoints
             and limit replace those of `args`. "auto" calls `lm.autofit` first. `iters` stays the number of batches.
         budget: For fit="auto": the memory to stay within.
         target_batch: For fit="auto": rows that make up an update of the optimizer.

@@ -26,7 +26,7 @@ class Wired:
     """The memory that is wired while a model is trained.
 
     Attributes:
-        text: What is wired, or why nothing is.
+        text: The wired memory, or the reason why there is none.
         hold: Sets the limit that was decided on once more, after mlx-lm has set its own.
     """
 

@@ -43,7 +43,7 @@ class LanguageAccuracy(Tabular):
             half precision costs without any quantization. None where `no_noise_floor` says why.
         noise_floor_tokens: Tokens that it was measured on.
         no_noise_floor: Why there is no noise floor, such as weights in float32.
-        arithmetic: How both were computed.
+        arithmetic: The arithmetic of both.
         warnings: Reasons to doubt the figures.
     """
 
@@ -139,7 +139,7 @@ class LossAccuracy(Tabular):
     """The cost of quantization by a loss that the caller gave.
 
     Attributes:
-        batches: How many were compared.
+        batches: The number that were compared.
         loss_before: Mean loss of the reference.
         loss_before_error: Its standard error over batches.
         loss_after: Mean loss of the quantized model.
@@ -147,7 +147,7 @@ class LossAccuracy(Tabular):
         loss_change: Mean of the differences.
         loss_change_error: Its standard error over batches.
         non_finite: Share of batches for which a model's loss was NaN or infinite; they are left out.
-        arithmetic: How both were computed.
+        arithmetic: The arithmetic of both.
         warnings: Reasons to doubt the figures.
     """
 
@@ -194,14 +194,14 @@ class OutputAccuracy(Tabular):
     """The cost of quantization by the model's outputs themselves.
 
     Attributes:
-        batches: How many were compared.
-        values: How many numbers.
+        batches: The number that were compared.
+        values: The number of values.
         relative_error: Root of the squared differences over that of the squared reference outputs.
         worst_relative_error: The same for the worst batch.
         cosine: Mean over batches of the cosine between both outputs.
         worst_cosine: The smallest.
         non_finite: Share of numbers that are NaN or infinite in a model's outputs; they are left out.
-        arithmetic: How both were computed.
+        arithmetic: The arithmetic of both.
         warnings: Reasons to doubt the figures.
     """
 

@@ -20,7 +20,7 @@ def allocate(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: int) 
 
     Args:
         options: For each layer its options, each (bytes, cost).
-        budget_bytes: What the chosen bytes must not exceed.
+        budget_bytes: The limit of the chosen bytes.
 
     Returns:
         The place of each layer's choice in its options, of least total cost; None if even the smallest do not fit.

@@ -34,11 +34,11 @@ class LayerOutcome:
 
     Attributes:
         path: Where it stands first.
-        method: How its codes were found: "nearest", "optimal", "gptq" or "dwq".
+        method: The method by which its codes were found: "nearest", "optimal", "gptq" or "dwq".
         snr_db: Power of the weights over the power of their error, in decibels; infinite where nothing was lost.
         output_error: Squared error of its outputs over their squares, measured on calibration; None if it was not.
         optimal_output_error: The same had it been quantized by "optimal".
-        note: What else happened, such as a fallback with its reason.
+        note: Further remarks, such as a fallback with its reason.
     """
 
     path: str
@@ -256,7 +256,7 @@ def outcome_of(
     Args:
         layer: A planned layer, quantized by now.
         method: The method that was used.
-        note: What else happened.
+        note: Further remarks.
         output_error: As in `LayerOutcome`.
         optimal_output_error: As in `LayerOutcome`.
     """

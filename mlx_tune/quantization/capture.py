@@ -76,7 +76,7 @@ class Step:
         follows: Path of the step whose output is this one's first argument and whose model-given arguments were
             the same as those of an earlier step, so that it can be called without the model; None where it cannot.
         like: Path of the step whose further arguments this one shares; itself where it brings new ones.
-        calls: How often it is called in one pass.
+        calls: The number of its calls in one pass.
     """
 
     path: str
@@ -93,7 +93,7 @@ def forward_steps(model: nn.Module, batch: Batch, layers: Sequence[tuple[str, nn
 
     Args:
         model: The model.
-        batch: What to call it with.
+        batch: The arguments of one call.
         layers: Paths and modules.
 
     Returns:
@@ -148,9 +148,9 @@ def run_until(model: nn.Module, batch: Batch, module: nn.Module, calls: int, hoo
 
     Args:
         model: The model.
-        batch: What to call it with.
+        batch: The arguments of one call.
         module: Whose calls are wanted.
-        calls: How many there are.
+        calls: The number of them.
         hook: Sees them. The last one's output is not used.
     """
     left = calls

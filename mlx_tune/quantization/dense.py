@@ -20,7 +20,7 @@ def dequantized_weight(module: nn.Module, dtype: mx.Dtype = mx.float32, *, after
 
     Args:
         module: Any module with packed weights.
-        dtype: What to give back.
+        dtype: The dtype of the result.
         after: An array that is to be computed first. Without one MLX unpacks all layers of a model before it computes
             with the first, whatever its memory limit.
     """

@@ -41,7 +41,7 @@ def corrected(weight: mx.array, moments: mx.array, drift: Drift, shrinkage: floa
     Args:
         weight: `[rows, columns]`.
         moments: Second moments of the inputs as they are now, `[columns, columns]`.
-        drift: How far they have moved.
+        drift: The drift.
         shrinkage: As for `quantize_gptq`: how little to trust moments between different inputs.
 
     Returns:
@@ -70,7 +70,7 @@ def drifted_output_error(weight: mx.array, approximation: mx.array, moments: mx.
 
     Args:
         weight: `[rows, columns]`.
-        approximation: What stands in for it.
+        approximation: The stand-in for it.
         moments: Second moments of the inputs now.
         drift: With its `own`.
 

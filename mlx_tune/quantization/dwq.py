@@ -66,9 +66,9 @@ class DwqResult:
         loss_after: The same with what was kept; never more.
         rate: The learning rate that was found best, in quantization steps.
         steps: Training steps done, trials included.
-        layers: How many layers were trained.
-        checkpointed: Whether activations were recomputed to save memory.
-        ranks: How many processes shared the calibration.
+        layers: The number of trained layers.
+        checkpointed: True where activations were recomputed to save memory.
+        ranks: The number of processes that shared the calibration.
         note: Why nothing was kept, where nothing was.
     """
 
@@ -119,8 +119,8 @@ def train_dwq(
             tokens, is kept aside and never trained on.
         loss: `loss(model, *batch)`, a scalar, instead of the distance to the reference.
         rates: Learning rates to try, in quantization steps.
-        epochs: How often to go through the calibration; by default as often as makes some 256 steps. Where the loss on
-            the batches kept aside stops falling, training goes on from the best at a lower rate, or ends.
+        epochs: The number of passes over the calibration; by default as often as makes some 256 steps. Where the loss
+            on the batches kept aside stops falling, training goes on from the best at a lower rate, or ends.
         checkpoint: Recompute activations of the model's blocks; by default where memory calls for it.
         group: The `mx.distributed` group to share the calibration with; by default that of `mlx.launch`, where it
             started this process.

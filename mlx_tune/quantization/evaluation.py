@@ -55,7 +55,7 @@ class Comparison:
 
     Attributes:
         kind: "tokens", "loss" or "outputs".
-        parts: What the models are called with, in parts that fit.
+        parts: The arguments of the models, in parts that fit.
         loss: The caller's loss.
         noise_floor: Half precision's own divergence, where measured.
         noise_floor_tokens: Tokens that it was measured on.
@@ -198,7 +198,7 @@ def resolve(model: nn.Module, batches: list[Batch], where: str, loss: Loss | Non
 
     Args:
         model: The model.
-        batches: What `read_batches` gave.
+        batches: The batches from `read_batches`.
         where: The argument that they came in, for errors.
         loss: The caller's loss, to be called instead.
 
@@ -225,7 +225,7 @@ def outline(model: nn.Module, batch: Batch, loss: Loss | None = None) -> list[tu
 
     Args:
         model: The model.
-        batch: What to call it with; of tokens, zeros in the shape of one sequence.
+        batch: The arguments of one call; of tokens, zeros in the shape of one sequence.
         loss: The caller's loss.
 
     Returns:
@@ -257,7 +257,7 @@ def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnin
 
     Args:
         model: The reference.
-        batches: What `read_batches` gave.
+        batches: The batches from `read_batches`.
         loss: The caller's loss, if any.
         warnings: Reasons to doubt what will be measured.
 

@@ -48,7 +48,7 @@ def quantize_float(weight: mx.array, mode: str, *, effort: Effort = "fast") -> t
     Args:
         weight: `[..., rows, columns]`; columns a multiple of the mode's group size.
         mode: "mxfp4", "mxfp8" or "nvfp4".
-        effort: How many scales are tried.
+        effort: The number of scales that are tried.
 
     Returns:
         Packed codes and scales in `mx.quantize`'s format. No group has more error than `mx.quantize` leaves it.

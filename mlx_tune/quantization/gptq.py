@@ -67,8 +67,8 @@ def quantize_gptq(
         hessian: Second moments of the layer's inputs, `x.T @ x` summed or averaged over tokens, `[columns, columns]`.
         bits: Bits of a code: 1, 2, 3, 4, 5, 6 or 8.
         group_size: Columns that share a scale and a bias: 32, 64 or 128.
-        effort: How far scales are searched and how often codes are gone through again.
-        start: What `quantize_affine` gave for this weight, if it is at hand.
+        effort: The extent of the search for scales, and of the passes over codes.
+        start: The result of `quantize_affine` for this weight, if it is at hand.
         shrinkage: Share by which moments between different inputs are scaled down, from 0 to 1: what few tokens say
             of them is mostly chance. `shrinkage_for` gives one.
 
@@ -77,7 +77,7 @@ def quantize_gptq(
         relative errors.
 
     Raises:
-        QuantizationError: What the format lacks, a Hessian of another shape, or one that is not finite.
+        QuantizationError: A feature that the format lacks, a Hessian of another shape, or one that is not finite.
 
     Examples:
         >>> x = mx.random.normal((256, 64)) @ mx.random.normal((64, 64))
@@ -147,7 +147,7 @@ def output_error(weight: mx.array, approximation: mx.array, hessian: mx.array) -
 
     Args:
         weight: `[rows, columns]`.
-        approximation: What stands in for it, of the same shape.
+        approximation: The stand-in for it, of the same shape.
         hessian: `[columns, columns]`.
 
     Returns:

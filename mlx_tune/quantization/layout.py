@@ -66,8 +66,8 @@ def plan_quantization(
         skip: Patterns of layers to leave alone.
         target_bpw: Bits per weight that the model must not exceed.
         target_bytes: Bytes that the model must not exceed.
-        activations: Whether layers quantize their inputs too.
-        requantize: Whether layers that are quantized already are quantized anew.
+        activations: True where layers quantize their inputs too.
+        requantize: True where layers that are quantized already are quantized anew.
         scale_dtype: Of affine scales and biases, instead of that of the weights.
         calibration: Batches to measure layers' sensitivity on, where a target is given.
         evaluation: Batches to check such a choice on, where there is no calibration.

@@ -29,8 +29,8 @@ def carry_out(
     Args:
         plan: The plan.
         transaction: The open one on its model.
-        calibration: What "gptq" and "dwq" learn from.
-        loss: What "dwq" trains on instead of the distance to the unquantized model.
+        calibration: The batches that "gptq" and "dwq" learn from.
+        loss: The loss that "dwq" trains on instead of the distance to the unquantized model.
         progress: Show progress lines.
 
     Returns:

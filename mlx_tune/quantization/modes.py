@@ -33,7 +33,7 @@ class Format:
         bits: Bits of one code.
         group_size: Consecutive weights of a row that share a scale.
         mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
-        quantize_input: Whether the layer quantizes its inputs too.
+        quantize_input: True where the layer quantizes its inputs too.
         scale_dtype: Of affine scales and biases, where it is not that of the weights.
     """
 
@@ -57,7 +57,7 @@ class Format:
         """Bytes of that many packed weights, their scales and, in affine mode, biases.
 
         Args:
-            weights: How many; a multiple of the group size.
+            weights: The number; a multiple of the group size.
             item_bytes: Size of an element of the weight's own dtype, which affine scales and biases keep unless
                 `scale_dtype` is given.
         """

@@ -22,10 +22,10 @@ class InputMoments:
 
     Args:
         modules: The layers by path.
-        own_drift: Whether drifts are to hold the moments of the drift itself, which measuring errors takes.
+        own_drift: True where drifts are to hold the moments of the drift itself, which measuring errors takes.
 
     Attributes:
-        tokens: How many inputs each layer was given, by path.
+        tokens: The number of inputs that each layer was given, by path.
     """
 
     def __init__(self, modules: dict[str, nn.Module], *, own_drift: bool = False) -> None:

@@ -53,7 +53,7 @@ def formats_that_fit(
 
     Args:
         layer: A layer of a plan.
-        formats: What it could have.
+        formats: The formats that it could have.
         method: "nearest", or anything else for "optimal".
         effort: "fast" or "best".
         largest: The largest magnitude among its weights, where it is known.
@@ -73,7 +73,7 @@ def check_overflow(plan: QuantizationPlan, largest: Mapping[str, float]) -> None
 
     Args:
         plan: The plan.
-        largest: What `check_finite` gave.
+        largest: The magnitudes from `check_finite`.
 
     Raises:
         QuantizationError: There are some; the text names them.

@@ -21,7 +21,7 @@ def draw_report(
     """Draw every layer's relative error against its place in the model, one colour for each kind, and its bytes.
 
     Args:
-        report: What to draw.
+        report: The report to draw.
         path: Where to save it, as SVG or PNG by its ending; None for not at all.
         dark: For dark pages.
 

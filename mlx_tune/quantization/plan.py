@@ -26,12 +26,12 @@ class LayerPlan:
         kind: The module's class.
         shape: Of the weights as numbers, the output axis first: [outputs, inputs] or [experts, outputs, inputs].
         dtype: Of the unquantized weights.
-        format: What it gets, or None where it is left as it is.
+        format: The format that it gets, or None where it is left as it is.
         bytes_before: Bytes of its arrays now, a shared weight counted with its first layer only.
         bytes_after: Bytes of its arrays afterwards.
         reason: Why it is left as it is, or differs from the rest.
-        cost_bytes: What leaving it costs: its bytes less those it would have in the format of the rest.
-        fixed: Whether an override, `skip` or the model itself decided, so that an allocation leaves it alone.
+        cost_bytes: The cost of leaving it: its bytes less those it would have in the format of the rest.
+        fixed: True where an override, `skip` or the model itself decided, so that an allocation leaves it alone.
         order: Its place among all layers of the model, left alone or not.
         model: The model that it is a layer of.
     """
@@ -104,12 +104,12 @@ class QuantizationPlan(Tabular):
         layers: Those to be quantized, in the model's order.
         skipped: Those left as they are, each with its reason.
         rest_bytes: Bytes of everything that is no layer of either kind: norms, loose parameters.
-        parameters: How many unquantized parameters the model stands for, tied ones once.
-        method: How scales and codes will be found.
+        parameters: The number of unquantized parameters that the model stands for, tied ones once.
+        method: The method by which scales and codes will be found.
         effort: "fast" or "best".
         size_before_bytes: Bytes of all parameters now, tied ones once.
         size_after_bytes: Bytes of all parameters afterwards.
-        notes: What else there is to know.
+        notes: Further remarks.
         scale_dtype: Of affine scales and biases; None for that of each layer's weights.
     """
 

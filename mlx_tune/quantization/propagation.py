@@ -31,7 +31,7 @@ class Propagation:
 
     Args:
         model: The model, which is quantized step by step meanwhile.
-        batches: What it is called with; one in eight judges instead of teaching.
+        batches: The batches that it is called with; one in eight judges instead of teaching.
         steps: Its steps, in the order of the forward pass.
     """
 
@@ -92,7 +92,7 @@ class Propagation:
             step: The step.
             modules: The layers by path.
             weights: Other layers of the step and the weights that stand for them once they are quantized.
-            last: Whether the step as it was before is not needed again.
+            last: True where the step as it was before is not needed again.
 
         Returns:
             Moments to learn from and, where there is more than one batch, to judge on.

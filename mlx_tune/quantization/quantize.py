@@ -166,7 +166,7 @@ def quantization_report(
         model: The quantized one.
         reference: The one to measure against.
         evaluation: As for `quantize_model`.
-        calibration: What the quantized one learned from, for a warning where both overlap.
+        calibration: The batches that the quantized one learned from, for a warning where both overlap.
         loss: As for `quantize_model`.
         progress: Show progress lines.
 

@@ -52,7 +52,7 @@ def check_runs(model: nn.Module, layers: Sequence[LayerPlan], batch: Batch, loss
     Args:
         model: The model, which can be called with the batch; as it was when this returns or fails.
         layers: Layers of its plan.
-        batch: What to call it with.
+        batch: The arguments of one call.
         loss: The caller's loss, to be called instead.
 
     Raises:

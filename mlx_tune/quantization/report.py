@@ -34,13 +34,13 @@ class LayerReport:
         bits: Bits of a code, or None where it is left as it is.
         group_size: Weights that share a scale, or None.
         mode: "affine", "mxfp4", "mxfp8", "nvfp4", or None.
-        method: How the codes were found, or None.
+        method: The method by which the codes were found, or None.
         bytes_before: Bytes of its arrays before.
         bytes_after: Bytes of its arrays now.
         snr_db: Power of the weights over that of their error, in decibels; infinite where nothing was lost, None
             where it is left as it is or was not measured.
         reason: Why it is left as it is, or what else there is to know.
-        cost_bytes: What leaving it costs, against the format of the rest.
+        cost_bytes: The cost of leaving it, against the format of the rest.
         output_error: Squared error of its outputs over their squares, measured on calibration by "gptq"; else None.
         optimal_output_error: The same had it been quantized by "optimal".
     """
@@ -84,18 +84,18 @@ class QuantizationReport(Tabular):
     """The measured report of `quantize_model`; `print` it.
 
     Attributes:
-        method: What was asked for; "compared" where two models were compared.
+        method: The method that was asked for; "compared" where two models were compared.
         size_before_bytes: Bytes of all parameters before, tied ones once.
         size_after_bytes: Bytes of all parameters now.
-        parameters: How many unquantized parameters the model stands for.
+        parameters: The number of unquantized parameters that the model stands for.
         layers: The quantized ones, in the model's order.
         skipped: Those left as they are, each with its reason.
         rest_bytes: Bytes of everything else: norms, loose parameters.
-        accuracy: What it cost on the evaluation batches, or None where none were given.
+        accuracy: The cost on the evaluation batches, or None where none were given.
         speed: Time of the model before and now, or None where none was measured.
-        seconds: What quantizing took, evaluation left out.
+        seconds: The time of quantizing, evaluation left out.
         peak_bytes: The most that MLX held meanwhile, evaluation left out; None where nothing was quantized.
-        notes: What else there is to know.
+        notes: Further remarks.
     """
 
     method: str

@@ -33,8 +33,8 @@ class Decision:
     Attributes:
         format: The format it gets, or None where it is left as it is.
         reason: Why it is left, or why it gets another format than the rest.
-        by_hand: Whether an override or `skip` decided, so that an allocation must not change it.
-        protected: Whether the model or its role as a router decided.
+        by_hand: True where an override or `skip` decided, so that an allocation must not change it.
+        protected: True where the model or its role as a router decided.
     """
 
     format: Format | None
@@ -66,7 +66,7 @@ class Rules:
 
         Args:
             paths: Every place where it stands; a pattern means it by any of them.
-            module: What stands there; not yet quantized, or about to be quantized anew.
+            module: The module there; not yet quantized, or about to be quantized anew.
             last_axis: Length of the rows of its weights.
 
         Raises:

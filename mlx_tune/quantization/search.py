@@ -31,13 +31,14 @@ class Search(NamedTuple):
     Attributes:
         low: The smallest scale tried, as a share of the one that just covers the group.
         high: The largest.
-        scales: How many between them.
-        offsets: How many biases for each scale, spread over one step of the grid.
-        kept: How many of these pairs, the best ones, are refined: the best start often does not lead to the best end.
+        scales: The number between them.
+        offsets: The number of biases for each scale, spread over one step of the grid.
+        kept: The number of these pairs, the best ones, that are refined: the best start often does not lead to the best
+            end.
         rounds: Rounds of alternating least squares.
         near_scales: Steps to each side, in 2**-7.5 of the scale, tried around the best.
         near_offsets: Biases for each of those.
-        passes: How often trying around the best and refining what that found is repeated.
+        passes: The number of times that trying around the best and refining is repeated.
     """
 
     low: float
@@ -122,7 +123,7 @@ class Solver:
 
         Args:
             groups: `[groups, group size]` float32.
-            weights: What a squared error in each place counts, `[group size]`.
+            weights: The weight of a squared error in each place, `[group size]`.
 
         Returns:
             Two arrays `[1, groups]`.

@@ -31,7 +31,7 @@ def weight_errors(layer: LayerPlan, formats: Sequence[Format], method: str) -> d
 
     Args:
         layer: A layer of a plan.
-        formats: What to try.
+        formats: Formats to try.
         method: "nearest", or anything else for "optimal".
     """
     weight = read_array(dense_twin(layer.module)["weight"])
@@ -70,7 +70,7 @@ def measure_divergences(
         model: The model; as it was when this returns or fails.
         layers: The layers to measure.
         probe: The format that each is measured in.
-        batches: What to run the model on.
+        batches: The batches to run the model on.
         method: "nearest", or anything else for "optimal".
         effort: "fast" or "best".
         progress: Show a progress line.

@@ -19,8 +19,8 @@ class Share:
 
     Attributes:
         batch: Its rows; None where it has none.
-        weight: How much its mean counts for the mean over the batch; over all ranks they sum to 1.
-        size: What the batch counts beside other batches.
+        weight: The weight of its mean in the mean over the batch; over all ranks they sum to 1.
+        size: The weight of the batch beside other batches.
     """
 
     batch: Batch | None

@@ -56,7 +56,7 @@ class SpeedComparison(Tabular):
     Attributes:
         before: The reference.
         after: The quantized model.
-        device: What it ran on.
+        device: The device that it ran on.
     """
 
     before: Speed
@@ -91,9 +91,9 @@ def measure_before(
 
     Args:
         model: Any model.
-        batch: What it is called with.
-        tokens_in: Whether it predicts tokens, so that a prompt and a single token are timed apart.
-        loss: What to time instead of the model alone, called with the model and the batch.
+        batch: The arguments of its call.
+        tokens_in: True where it predicts tokens, so that a prompt and a single token are timed apart.
+        loss: The function to time instead of the model alone, called with the model and the batch.
 
     Returns:
         For models that are called with tokens one measurement for each length of the prompt, the longest first, as it
@@ -117,7 +117,7 @@ def measure_after(
     Args:
         model: The quantized model.
         batch: As before.
-        before: What `measure_before` gave.
+        before: The result of `measure_before`.
         loss: As before.
     """
     from mlx_tune import devices

@@ -96,7 +96,7 @@ class Bucket:
     Attributes:
         low: The least confidence, the reference's largest probability.
         high: The highest, exclusive but for 1.
-        tokens: How many.
+        tokens: The number of them.
         mean_kl: Their mean KL divergence, in nats; `nan` if there are none.
         same_top: The share of them with the same most likely token.
     """

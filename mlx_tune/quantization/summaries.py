@@ -49,8 +49,8 @@ class OutputFigures:
         before: Of the reference's squares.
         after: Of the model's squares.
         difference: Of the squared differences.
-        values: How many numbers were compared.
-        non_finite: How many were left out.
+        values: The number of values that were compared.
+        non_finite: The number that were left out.
     """
 
     product: float

@@ -77,9 +77,9 @@ def allocate_to_target(
 
     Args:
         plan: Whose layers to choose for.
-        target_bytes: What all parameters together must not exceed.
+        target_bytes: The limit of all parameters together.
         calibration: Batches to measure sensitivity on, and to check the choice; without, the weights' error counts.
-        evaluation: What to check on where there is no calibration.
+        evaluation: The batches to check on where there is no calibration.
         progress: Show progress lines.
 
     Raises:

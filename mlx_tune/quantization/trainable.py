@@ -44,7 +44,7 @@ def trained_in_place(model: nn.Module, sites: Sequence[Site], dtype: mx.Dtype) -
     Args:
         model: The model.
         sites: Of its quantized layers.
-        dtype: What weights are worked out in for use.
+        dtype: The dtype that weights are worked out in for use.
 
     Yields:
         The trainable layers, in the order of the sites.

@@ -36,7 +36,7 @@ class Transaction:
             in memory.
 
     Attributes:
-        notes: What a report should mention.
+        notes: Remarks for a report.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -168,7 +168,7 @@ def swap(model: nn.Module, path: str, module: nn.Module) -> None:
     Args:
         model: The model.
         path: Dotted path of the module to replace.
-        module: What to put there.
+        module: The module to put there.
 
     Raises:
         KeyError: No module stands there.

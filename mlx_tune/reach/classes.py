@@ -24,9 +24,9 @@ class Kind:
 
     Attributes:
         own: Itself, its bases and the class that it is an instance of with its bases: those that are looked into.
-        foreign: Whether it is a library's.
+        foreign: True where it is a library's.
         slots: The attributes that it keeps in `__slots__`.
-        is_module: Whether it is an `nn.Module`.
+        is_module: True where it is an `nn.Module`.
     """
 
     __slots__ = ("foreign", "is_module", "own", "slots")

@@ -157,8 +157,8 @@ def names_in_module(
     Args:
         label: Its name in the code.
         module: The module.
-        asked: What the code reads of it: `ops.math.sine` asks `ops` for `math.sine`.
-        placed: What it assigns, in the same way.
+        asked: The names that the code reads of it: `ops.math.sine` asks `ops` for `math.sine`.
+        placed: The names that it assigns, in the same way.
 
     Yields:
         A module's name in the code, what it holds, what is read of it with what is read of that, and what is assigned.

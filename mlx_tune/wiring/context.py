@@ -63,9 +63,9 @@ class wired_limit:  # noqa: N801 - used as a function
             `mx.async_eval` may still be at work.
 
     Attributes:
-        applied: Whether memory is being wired for this block.
+        applied: True where memory is being wired for this block.
         limit_bytes: The process's limit once this block was entered; 0 where it is not applied.
-        requested_bytes: What this block alone asked for.
+        requested_bytes: The bytes that this block alone asked for.
         reason: Why it is not applied, or why the limit is below what was asked for; else empty.
 
     Warns:

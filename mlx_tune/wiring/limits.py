@@ -79,7 +79,7 @@ def read_request(wanted: Any, headroom: float, cap_bytes: int) -> Request:
         wanted: A model, an optimizer or any tree of them and of arrays; bytes; text such as "24GB"; None for all that
             may be wired.
         headroom: The share to add to the bytes of arrays.
-        cap_bytes: What None stands for.
+        cap_bytes: The bytes that None stands for.
 
     Returns:
         The request; tied parameters are in it once.
@@ -143,7 +143,7 @@ def closeness_warning(model_bytes: int, capacity: Capacity) -> str | None:
 
     Args:
         model_bytes: The model's arrays, without headroom.
-        capacity: What `read_capacity` said.
+        capacity: The capacity from `read_capacity`.
 
     Returns:
         The text, or None for a model that leaves a tenth of the cap free.

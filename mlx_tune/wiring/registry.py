@@ -114,7 +114,7 @@ class Registry:
 
         Args:
             token: From `make_token`, for `leave`.
-            request: What is wanted.
+            request: The request.
             cap_bytes: The most this machine may wire, as read now.
 
         Returns:
