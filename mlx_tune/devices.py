@@ -1,6 +1,6 @@
 """The machine: its backend, its limits, and the memory that is free now.
 
-The only reader of `mx.device_info` and of the operating system's counters. Nothing here imports MLX until a
+The only reader of `mx.device_info` and of the operating system's counters. This file does not import MLX until a
 function that asks MLX something is called, so the doctor can use the rest where `import mlx.core` fails.
 """
 
@@ -173,7 +173,8 @@ def ram_bytes() -> int:
 def free_rooms() -> tuple[Room, ...]:
     """Every counter that bounds what may still be allocated now, by MLX or anything else; the smallest decides.
 
-    Caches that the system would give up are counted as free. What MLX itself holds is not: see `memory_budget`.
+    Caches that the system would give up are counted as free. The memory that MLX itself holds is not: see
+    `memory_budget`.
     """
     import psutil
 

@@ -139,7 +139,7 @@ def tightest_limit(
     between what is held anyway and the free peak, in turns so that a busy machine falsifies nothing, and bisects. The
     answer is measured twice.
 
-    The step is run for real, some 40 to 100 times. What `state` holds and the random streams are put back
+    The step is run for real, some 40 to 100 times. The contents of `state` and the random streams are put back
     afterwards.
 
     Args:

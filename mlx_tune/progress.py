@@ -1,6 +1,6 @@
 """Progress: a bar for a terminal, plain lines for a file, both on standard error; and the log of every long command.
 
-What a command is doing reaches the reader through here alone. The log `mlx_tune.progress` has it whether or not
+News of a command's work reaches the reader through here alone. The log `mlx_tune.progress` has it whether or not
 progress is shown: commands and trials at INFO, layers and steps that are counted at DEBUG, what is odd at WARNING.
 """
 

@@ -77,8 +77,8 @@ class Snapshot:
     def restore(self) -> None:
         """Put everything back. May be called again after further changes.
 
-        What trials left in the place of a spilled array is let go before that array is read, one after the other, so
-        the two never take memory at the same time. A Ctrl-C meanwhile waits until everything is back.
+        The array that trials left in the place of a spilled one is let go before that one is read, one after the
+        other, so the two never take memory at the same time. A Ctrl-C meanwhile waits until everything is back.
         """
         with uninterrupted():
             on_disk = self._open()

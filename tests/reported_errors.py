@@ -374,6 +374,7 @@ UNDERSTOOD = (
         "available argument buffers for the kernel.",
         "A compiled kernel with too many arrays",
     ),
+    reported("mlx#4110", "terminate called without an active exception", "An abort after a thread has ended"),
     # two errors in one log
     reported(
         "a log",

@@ -68,8 +68,8 @@ def autobatch(
         multiple_of: Sizes must divide by this, such as the number of machines that share a batch.
         target_batch: Answer a divisor of this, with the `accumulation_steps` that multiply to it exactly. The step
             must then hold what accumulating holds, such as a second set of gradients.
-        state: Objects that the step updates, such as `(model, optimizer)`: afterwards it is what it was. What a step
-            keeps elsewhere, such as a list of losses, holds those of the trials, too.
+        state: Objects that the step updates, such as `(model, optimizer)`: afterwards it is what it was. A list of
+            losses or the like that a step keeps elsewhere holds those of the trials, too.
         steps: Real steps that the answer must stand. From the second on, the optimizer's state is there.
         slowdown: Answer the largest batch whose steps take at most this share longer than unhindered ones.
         prefer: "largest", or "fastest" for the smallest batch within 2 % of the best rate.

@@ -37,7 +37,7 @@ def check(
         restore: Puts the state back.
 
     Returns:
-        What is wrong, or None.
+        The fault, or None.
 
     Raises:
         TrialError: The check cannot be made: the arrays of a batch do not begin with the rows, or the loss is random.

@@ -127,7 +127,7 @@ def read_ahead(
 def floor_of(step: Callable[..., Any], make_batch: Callable[[int], Any], state: Any) -> Callable[[int], int]:
     """The estimate of one step's floor as a function of the batch size.
 
-    What else is held in the process counts, too: a trial's peak includes it.
+    Memory that the process holds besides counts, too: a trial's peak includes it.
 
     Raises:
         TraceError: From the returned function, for a step that cannot be described without running it.

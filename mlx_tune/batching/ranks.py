@@ -149,7 +149,7 @@ class SharedRunner:
     Args:
         runner: This rank's own.
         ranks: All of them.
-        journal: The journal around the runner, if there is one. What it knows counts only where every rank's knows it:
+        journal: The journal around the runner, if there is one. Its knowledge counts only where every rank's knows it:
             a step whose ranks exchange something would wait for one that does not run it.
     """
 

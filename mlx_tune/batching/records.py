@@ -74,7 +74,7 @@ def read_records(content: bytes, name: str) -> Records | None:
         name: Its name in errors.
 
     Returns:
-        What it holds; None where it holds nothing yet, not even all of its first line.
+        The contents; None where it holds nothing yet, not even all of its first line.
 
     Raises:
         InvalidArgumentError: It is no journal, or a line is not what it should be; the text says which.

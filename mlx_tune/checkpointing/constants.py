@@ -55,7 +55,7 @@ class Refusals:
             gradients: Takes the gradients of some of them, or gives the error.
 
         Returns:
-            What `gradients` gave, and the indices that it was not asked for.
+            The result of `gradients`, and the indices that it was not asked for.
         """
         ignored: set[int] = set()
         if self._known and (known := self._known.get(_like(arrays))):

@@ -1,7 +1,7 @@
 """The cost of checkpointing a block: the seconds of one more forward pass, measured once for each kind of block.
 
 Blocks of one class, with parameters of the same shapes, that are called with the same shapes, are one kind: they
-do the same work. What they are called with is learnt while a step is traced, when nothing is computed.
+do the same work. The arguments of their calls are learnt while a step is traced, when nothing is computed.
 """
 
 from __future__ import annotations

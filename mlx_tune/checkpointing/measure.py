@@ -78,7 +78,7 @@ class Measurements:
             floor_bytes: Its estimated floor.
 
         Returns:
-            What was measured; from an earlier call where there was one.
+            The measurement; from an earlier call where there was one.
         """
         if choice in self.made:
             return self.made[choice]

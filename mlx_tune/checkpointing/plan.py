@@ -43,8 +43,8 @@ def plan_checkpoints(
 ) -> CheckpointPlan:
     """Choose the blocks to checkpoint so that a training step fits a memory budget and runs as fast as it can.
 
-    What a block saves is read from the step's graph with `estimate_memory`, where nothing is computed; what it costs
-    is one more forward pass, timed once for each kind of block. A dynamic programme turns both into the choices
+    The savings of a block are read from the step's graph with `estimate_memory`, where nothing is computed; what it
+    costs is one more forward pass, timed once for each kind of block. A dynamic programme turns both into the choices
     worth making, whole-step estimates tell which of them fit, and the best few are run for real under the highest
     memory limit that keeps their peak within the budget. If the step fits as it is and is fastest so, the plan
     is to checkpoint nothing.
@@ -124,7 +124,7 @@ def does_not_fit(survey: Survey, budget_bytes: int) -> BudgetError:
         budget_bytes: The limit of its peak.
 
     Returns:
-        The error. Nothing is run to find the batch.
+        The error. The batch is found without a run.
     """
     floor, low, high = survey.floor(survey.all), 0, survey.batch_size
     while high - low > 1:

@@ -32,8 +32,8 @@ _MISSING = object()
 def is_recomputing() -> bool:
     """Tell whether a checkpointed block is being run again for its gradient, on this thread.
 
-    Use it to leave out what must happen once a step, such as counting calls or writing a log line. What a block
-    writes into its own attributes, its arguments and the containers it can reach needs no such care: that is undone.
+    Use it to leave out what must happen once a step, such as counting calls or writing a log line. Values that a block
+    writes into its own attributes, its arguments and the containers it can reach need no such care: that is undone.
 
     Returns:
         True in a run for the gradient; false in the first run and anywhere else.
@@ -100,7 +100,7 @@ def call_checkpointed(
         refusals: The findings of earlier calls.
 
     Returns:
-        What the body returns.
+        The value that the body returns.
     """
     if getattr(_thread, "plain", False):
         return body(*args, **kwargs)

@@ -1,6 +1,6 @@
 """Which blocks to checkpoint for how much memory: an exact dynamic programme over numbers.
 
-Nothing here knows of MLX. A step runs its blocks forward, then backward from the last to the first. A plain block
+This file does not know MLX. A step runs its blocks forward, then backward from the last to the first. A plain block
 holds what its gradient needs from its forward pass on until its own backward pass; a checkpointed one computes it
 again. So memory is a running sum that has two places to be largest:
 

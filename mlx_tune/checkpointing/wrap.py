@@ -1,7 +1,7 @@
 """Checkpointing one block: a module in place, or a function.
 
 Python looks `__call__` up on the class, so a wrapped module is given a subclass of its own class: one for each
-class, made when it is first needed. Nothing else about the module changes, so its parameters keep their names, and
+class, made when it is first needed. The rest of the module stays, so its parameters keep their names, and
 other instances of its class do not notice.
 """
 

@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "estimate",
         "predict the memory of a fine-tuning step, and what it is spent on, without running it",
         description="Predict the memory that one step of mlx-lm's trainer needs at the least, and what it is spent on. "
-        "Nothing is evaluated: the model may be larger than this machine. With --memory-budget the exit code is 1 "
+        "No array is evaluated: the model may be larger than this machine. With --memory-budget the exit code is 1 "
         "where the step does not fit.",
         examples=_EXAMPLES,
     )

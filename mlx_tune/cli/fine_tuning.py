@@ -80,7 +80,7 @@ def prepare_run(arguments: argparse.Namespace, *, lazy: bool = False) -> Any:
         lazy: Leave the weights on disk.
 
     Returns:
-        What `mlx_tune.lm.prepare` returns.
+        The result of `mlx_tune.lm.prepare`.
     """
     from mlx_tune.lm.preparation import names_data, prepare, read_settings
     from mlx_tune.memory import resolve_budget

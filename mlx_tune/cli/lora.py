@@ -68,7 +68,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "lora",
         "fine-tune as mlx_lm.lora does, with batch, checkpoints and limit chosen by measurement",
         description="Fine-tune with mlx-lm's own trainer. Every option and configuration file of mlx_lm.lora works "
-        "here; the options below take `auto` besides. What was chosen is printed before the training starts, with "
+        "here; the options below take `auto` besides. The choice is printed before the training starts, with "
         "the plain mlx_lm.lora command that comes nearest to it. The exit code is 1 where not even one row fits.",
         examples=_EXAMPLES,
     )

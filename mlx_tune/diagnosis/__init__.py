@@ -1,6 +1,6 @@
 """The doctor: `diagnose` finds what is wrong with an installation or a machine, `explain` says what an error means.
 
-Nothing here imports MLX at module level, so that it works where `import mlx.core` does not.
+No file here imports MLX at module level, so that it works where `import mlx.core` does not.
 """
 
 from mlx_tune.diagnosis.doctor import diagnose

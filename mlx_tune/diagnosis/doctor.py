@@ -31,7 +31,7 @@ def diagnose(
     """Look for what is wrong with this installation and this machine.
 
     Works where `import mlx.core` dies: everything that needs MLX runs in a process of its own, and a check that
-    crashes is a failed check. Nothing is changed.
+    crashes is a failed check. The machine is left as it is.
 
     Args:
         only: The checks to make, by name; all of them by default.

@@ -28,8 +28,8 @@ GB = 10**9
 def memory(total: int | None = None, available: int | None = None) -> Finding:
     """Enough memory is free to work with.
 
-    Weights, activations and the system share one memory on a Mac. What others hold is missing; an MLX process that
-    needs more makes the whole machine swap, which looks like a very slow model.
+    Weights, activations and the system share one memory on a Mac. Memory that others hold is missing; an MLX process
+    that needs more makes the whole machine swap, which looks like a very slow model.
     """
     total = devices.ram_bytes() if total is None else total
     available = readings.available_bytes() if available is None else available

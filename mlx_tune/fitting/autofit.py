@@ -51,8 +51,8 @@ def autofit(
 ) -> Fit:
     """Choose checkpoints, batch size, accumulation and memory limit together, for the most tokens a second.
 
-    They hang together: checkpointing frees memory for a larger batch, which may or may not be faster. What a batch
-    and a choice of blocks need is read from the step's graph; what a step takes is predicted from measured ones and
+    They hang together: checkpointing frees memory for a larger batch, which may or may not be faster. The needs of a
+    batch and a choice of blocks are read from the step's graph; what a step takes is predicted from measured ones and
     the blocks' forward passes. What anybody would try without this function is run in any case, unless it is
     predicted to be hopeless: the largest batch without checkpoints, the largest with every block checkpointed, and
     mlx-lm's default of four rows. Other settings are run where they promise more. Those that come out close are timed

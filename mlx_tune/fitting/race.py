@@ -40,7 +40,7 @@ class Standing:
 def race(ways: Sequence[Callable[[], float]], *, tolerance: float, most_turns: int) -> list[Standing]:
     """Run several ways in turns until it is clear which of them are as fast as the fastest.
 
-    What slows a machine down for a while slows down all ways of a turn, so that ratios within turns say more than times
+    A machine that is slow for a while slows down all ways of a turn, so that ratios within turns say more than times
     do, and medians more than means. The order alternates from turn to turn. A way that is clearly slower leaves; where
     all others are clearly slower, or clearly no slower than by twice the tolerance, the race ends.
 

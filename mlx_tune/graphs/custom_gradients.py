@@ -1,8 +1,8 @@
 """Functions with a gradient of their own, in a form that a trace can hold.
 
 `mx.custom_function` makes a primitive that MLX cannot export, and its gradient is only called when the step is
-differentiated. While a step is traced it is called at once instead, with placeholders for the cotangents. What MLX's
-differentiation goes through is a sum that leads to the same places. Numbers that occur nowhere else mark both ends of
+differentiated. While a step is traced it is called at once instead, with placeholders for the cotangents. MLX's
+differentiation goes through a sum that leads to the same places. Numbers that occur nowhere else mark both ends of
 it, so that the cotangents and the gradients can be put where they belong afterwards.
 """
 
@@ -72,7 +72,7 @@ def called_with_gradient(
         marks: Where to note the marks.
 
     Returns:
-        What the function returns. It has its gradient after `fold_custom_gradients` and `fold_checkpoints`.
+        The value that the function returns. It has its gradient after `fold_custom_gradients` and `fold_checkpoints`.
     """
     primals = arrays_of((args, kwargs))
     made = function(*args, **kwargs)

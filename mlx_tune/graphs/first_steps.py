@@ -2,7 +2,7 @@
 
 An optimizer that has not run yet makes its state in the first step, and gradients in float32 make float32 of weights or
 of an optimizer's state in float16. Then the first step peaks lower than all others, and nobody who asks what training
-needs means that one. What the state will hold is seen by tracing the first step; nothing of it is made.
+needs means that one. The contents of the state are seen by tracing the first step; nothing of it is made.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The layout of an array in its buffer: strides, contiguity, and what views make of them.
 
-Whether an operation copies, reuses or merely looks at its input depends on these, so they follow
+Copying, reusing or merely looking at an input depends on these, so they follow
 mlx/backend/common (common.cpp, slicing.cpp, broadcasting.cpp, utils.h).
 """
 

@@ -36,7 +36,7 @@ def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -
     """Describe one call of `step(*args)` as a graph, without evaluating anything.
 
     Args:
-        step: The training step. What it returns may be any nesting that holds at least one array.
+        step: The training step. Its result may be any nesting that holds at least one array.
         args: Its arguments; arrays may be `ArraySpec`s.
         state: Objects that the step changes: models, optimizers, dictionaries and lists.
 

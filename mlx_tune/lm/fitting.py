@@ -58,7 +58,7 @@ def autobatch(
         **options: Whatever else `mlx_tune.autobatch` takes, such as `target_batch` or `prefer`.
 
     Returns:
-        What `mlx_tune.autobatch` returns. Hand it to `lm.train(..., fit=result)`, or set `TrainingArgs.batch_size`
+        The result of `mlx_tune.autobatch`. Hand it to `lm.train(..., fit=result)`, or set `TrainingArgs.batch_size`
         and train under `result.applied()`.
 
     Raises:
@@ -115,7 +115,7 @@ def estimate_memory(
         loss: As mlx-lm's trainer takes it.
 
     Returns:
-        What `mlx_tune.estimate_memory` returns, for the longest batch.
+        The result of `mlx_tune.estimate_memory`, for the longest batch.
 
     Examples:
         ```python
@@ -174,7 +174,7 @@ def autofit(
         **options: Whatever else `mlx_tune.autofit` takes.
 
     Returns:
-        What `mlx_tune.autofit` returns. Hand it to `lm.train(..., fit=fit)`.
+        The result of `mlx_tune.autofit`. Hand it to `lm.train(..., fit=fit)`.
 
     Examples:
         ```python
@@ -231,7 +231,7 @@ def plan_checkpoints(
         **options: Whatever else `mlx_tune.plan_checkpoints` takes.
 
     Returns:
-        What `mlx_tune.plan_checkpoints` returns: train in `with plan.applied():`.
+        The result of `mlx_tune.plan_checkpoints`: train in `with plan.applied():`.
 
     Raises:
         InvalidArgumentError: There are several ranks; `lm.autofit` is what agrees across them.
@@ -277,7 +277,7 @@ def verify_checkpoint(model: nn.Module, dataset: Any, args: Any = None, *, loss:
         loss: As mlx-lm's trainer takes it.
 
     Returns:
-        What `mlx_tune.verify_checkpoint` returns; `.ok` is the verdict.
+        The result of `mlx_tune.verify_checkpoint`; `.ok` is the verdict.
 
     Examples:
         ```python

@@ -100,7 +100,7 @@ def prepare(
         adapters: Add adapters, or unfreeze what is to be trained.
 
     Returns:
-        What a run needs.
+        The needs of a run.
 
     Raises:
         MlxTuneError: The model or the data cannot be loaded; the text says why.

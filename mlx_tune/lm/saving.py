@@ -50,7 +50,7 @@ def save_quantized(
         InvalidArgumentError: Neither a configuration nor a folder to read it from, nothing quantized in the
             model, a folder that is not empty, or layers of which some quantize their inputs and others do not.
         MlxTuneError: mlx-lm cannot load what was written: adapters that are not fused, or another model's
-            configuration. Nothing is left behind.
+            configuration. No file is left behind.
         DiskError: The disk has too little room, or the system refuses to write. Nothing is left behind.
 
     Examples:

@@ -29,7 +29,7 @@ def token_batches(
 ) -> list[mx.array]:
     """Cut text into token arrays of one shape.
 
-    Documents are joined with the end-of-text token between them and cut into rows of `length`. What is left over
+    Documents are joined with the end-of-text token between them and cut into rows of `length`. The rest
     at the end is dropped, so that every row is full and no padding has to be masked.
 
     Args:

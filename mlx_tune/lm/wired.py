@@ -45,7 +45,7 @@ def wired_for_training(model: nn.Module) -> Iterator[Wired]:
         model: The model.
 
     Yields:
-        What is wired, and the way to hold it against mlx-lm.
+        The wired memory, and the way to hold it against mlx-lm.
     """
     capacity = read_capacity()
     if capacity.reason:

@@ -5,7 +5,7 @@ and only then rounds scale and bias to the weight's dtype. Here every scale and 
 codes worked out against it. The error of a group as a function of (scale, bias) is full of local minima: a grid
 that happens to lie well under the group's 64 weights beats its neighbours by a tenth. So many pairs are tried,
 the best is refined by alternating least squares (codes given the pair, then the pair given the codes: Lloyd's
-algorithm with evenly spaced levels), and the pairs around it are tried again. What `mx.quantize` stores is the
+algorithm with evenly spaced levels), and the pairs around it are tried again. The pair that `mx.quantize` stores is the
 pair to beat, so no group is ever worse.
 """
 

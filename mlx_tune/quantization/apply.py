@@ -58,7 +58,7 @@ def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
         effort: "fast" or "best".
 
     Returns:
-        What it lost.
+        The loss of the layer.
     """
     assert layer.format is not None
     weight = read_array(dense_twin(layer.module)["weight"])

@@ -132,7 +132,7 @@ def in_parts(batches: Sequence[Batch], tokens: int) -> list[Batch]:
 
     Args:
         batches: The batches.
-        tokens: Predicted tokens of a part; a sequence that has more is a part of its own. What would be one part only
+        tokens: Predicted tokens of a part; a sequence that has more is a part of its own. A single part
             is cut into its sequences, so that one can be kept aside.
 
     Examples:

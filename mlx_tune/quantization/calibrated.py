@@ -85,7 +85,7 @@ def gptq_model(
         progress: Show a progress line.
 
     Returns:
-        What became of each layer, in the plan's order.
+        The outcome of each layer, in the plan's order.
 
     Raises:
         QuantizationError: There are no batches, or inputs are not finite.

@@ -1,7 +1,7 @@
 """Making up, in one layer, for what quantizing the layers before it did to its inputs.
 
 By the time that a layer is quantized, its inputs come from quantized layers and have moved away from what they were.
-What should stay is the output *on the inputs as they were*: `W x` for the unquantized model's x, out of the x that
+The output should stay *on the inputs as they were*: `W x` for the unquantized model's x, out of the x that
 there is now. The weight that does so best is a least-squares solution, and it takes the place of W as what is to be
 quantized (Arai and Ichikawa, Quantization Error Propagation, 2025, https://arxiv.org/abs/2504.09629; Li et al., GPTAQ,
 2025, https://arxiv.org/abs/2504.02692).

@@ -34,7 +34,7 @@ def carry_out(
         progress: Show progress lines.
 
     Returns:
-        What became of each layer by its path, and notes for the report.
+        The outcome of each layer by its path, and notes for the report.
     """
     if plan.method in ("nearest", "optimal"):
         return _each(plan.layers, plan, progress), []

@@ -98,7 +98,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class QuantizationPlan(Tabular):
-    """The table of what would happen. Nothing was changed to make it.
+    """The table of what would happen. The model was not changed to make it.
 
     Attributes:
         layers: Those to be quantized, in the model's order.

@@ -86,7 +86,7 @@ class wired_limit:  # noqa: N801 - used as a function
     """
 
     def __init__(self, model: Any = None, headroom: float | str = "20%", streams: Iterable[Any] = ()) -> None:
-        """Check the arguments. What a model holds is read when the block is entered."""
+        """Check the arguments. The parameters of a model are read when the block is entered."""
         limits.check_wanted(model)
         self._model = model
         self._headroom = parse_fraction(headroom)

@@ -1,4 +1,4 @@
-"""Who wants how much wired, and the one limit that follows from it. Nothing here knows MLX."""
+"""Who wants how much wired, and the one limit that follows from it. This file does not know MLX."""
 
 from __future__ import annotations
 

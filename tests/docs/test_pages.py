@@ -73,6 +73,27 @@ def test_a_wrong_block_fails_and_pages_leave_nothing_to_each_other(tmp_path):
     )
 
 
+def indirect(page):
+    """Sentences of a page's prose, code, tables and headings left out, that begin with What, Whether or Nothing."""
+    page = re.sub(r"^ *```.*?^ *```", "", page, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^\s*(#|\||!\[|<).*$", "", page, flags=re.MULTILINE)
+    begins = r"(?:\A|\n\n|[.!?:)]\s+|\n- |\n\d+\. |\*\*)"
+    sentences = re.findall(rf"{begins}\s*((?:What|Whether|Nothing)\b[^.?]*[.?]?)", prose)
+    return [sentence for sentence in sentences if not sentence.endswith("?")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_sentences_begin_with_a_noun_or_a_verb(page):
+    assert indirect(page.read_text()) == []
+
+
+def test_a_sentence_that_begins_otherwise_is_found():
+    page = (
+        "# What a heading says\n\nIt works. What it does\nis this. What is left?\n\n- Nothing of it.\n\n| Whether |\n"
+    )
+    assert indirect(page) == ["What it does\nis this.", "Nothing of it."]
+
+
 @pytest.fixture(scope="module")
 def parse():
     return runpy.run_path(str(ROOT / "conftest.py"))["pages"].parse

@@ -79,8 +79,8 @@ ENTRIES: tuple[Entry, ...] = (
         r"|kIOGPUCommandBufferCallbackErrorHang",
         "[METAL] Command buffer execution failed: Ignored (for causing prior/excessive GPU errors) "
         "(00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored).",
-        "An earlier piece of work failed, of this process or of a neighbour, and the driver refuses more. What counts "
-        "is the first error, which may have been printed long before.",
+        "An earlier piece of work failed, of this process or of a neighbour, and the driver refuses more. The first "
+        "error counts, which may have been printed long before.",
         (
             "Start the process again, and look for the first error of the run.",
             "If it returns at once, restart the Mac.",
