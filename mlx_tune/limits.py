@@ -103,15 +103,16 @@ class TightestLimit(Tabular):
             for t in sorted(self.trials, key=lambda t: t.limit_bytes)
         ]
         rows.append(["none", format_bytes(self.free_peak_bytes), format_seconds(self.free_seconds), "", ""])
-        saved = self.free_peak_bytes - self.peak_bytes
+        saved = max(0, self.free_peak_bytes - self.peak_bytes)
         return Table(
             ["limit", "peak", "step", "slowdown", ""],
             rows,
-            title=f"Tightest memory limit within {format_percent(self.slowdown)} of free running: "
+            title=f"Tightest memory limit under which steps take at most {format_percent(self.slowdown)} longer: "
             f"{format_bytes(self.limit_bytes)}",
             notes=[
-                f"Saves {format_bytes(saved)} of peak ({format_percent(saved / max(1, self.free_peak_bytes))}); "
-                f"{format_bytes(self.resident_bytes)} are held before the step starts.",
+                f"Saves {format_bytes(saved)} of the peak without a limit "
+                f"({format_percent(saved / max(1, self.free_peak_bytes))}); {format_bytes(self.resident_bytes)} are "
+                f"held before the step starts.",
                 *self.notes,
             ],
         )
@@ -213,9 +214,9 @@ def tightest_limit(
     best = min((t for t in trials if t.fits), key=lambda t: t.limit_bytes, default=None)
     free_peak, free_seconds = max(t.peak_bytes for t in free), min(t.seconds for t in free)
     if best is None:
-        notes.append("Every limit below the free peak was too slow: the limit is the free peak itself.")
+        notes.append("Each lower limit that was tried was too slow: this one is the peak without a limit.")
     elif free_peak - best.peak_bytes < 0.02 * free_peak:
-        notes.append("A limit saves this step next to nothing: it holds at every time what it needs.")
+        notes.append("A limit saves this step next to nothing: what it holds at its peak, it needs.")
     return TightestLimit(
         limit_bytes=best.limit_bytes if best else free_peak,
         peak_bytes=best.peak_bytes if best else free_peak,

@@ -92,14 +92,14 @@ def test_a_machine_on_which_every_limit_is_too_slow(monkeypatch):
     monkeypatch.setattr(limits, "run_step", Machine(10**7).run_step)
     best = tightest_limit(lambda: None, slowdown=0.5, progress=False)
     assert best.limit_bytes == best.free_peak_bytes == 10**6
-    assert "Every limit below the free peak was too slow" in str(best)
+    assert "Each lower limit that was tried was too slow" in str(best)
 
 
 def test_the_table_and_the_dictionary_hold_every_trial(monkeypatch):
     monkeypatch.setattr(limits, "run_step", Machine(800_000).run_step)
     best = tightest_limit(lambda: None, slowdown=0.5, progress=False)
     lines = str(best).splitlines()
-    assert lines[0].startswith("Tightest memory limit within 50.0 % of free running: ")
+    assert lines[0].startswith("Tightest memory limit under which steps take at most 50.0 % longer: ")
     assert sum("too slow" in line for line in lines) == sum(not t.fits for t in best.trials) > 0
     assert [line for line in lines if line.endswith("chosen")]
     as_dict = best.to_dict()

@@ -50,7 +50,7 @@ def too_large(session: Session, budget: MemoryBudget, *, estimated: tuple[Any, A
         return BudgetError(f"Batch size {size} does not fit the budget of {budget}: {why}.", budget_bytes=int(budget))
     return BudgetError(
         f"Batch size {size} does not fit: a step {'is predicted to take' if untried else 'takes'} "
-        f"{format_bytes(needed)} with dispatch held back, {format_bytes(needed - session.budget_bytes)} more than the "
+        f"at least {format_bytes(needed)}, {format_bytes(needed - session.budget_bytes)} more than the "
         f"budget of {budget}.{_advice(size, session.budget_bytes, estimated)}",
         needed_bytes=needed,
         budget_bytes=int(budget),

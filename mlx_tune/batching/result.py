@@ -162,7 +162,7 @@ class AutobatchResult(Tabular):
                 _bytes(trial.predicted_bytes),
                 _bytes(trial.floor_bytes),
                 _bytes(trial.peak_bytes),
-                format_bytes(trial.limit_bytes),
+                _limit(trial.limit_bytes),
                 None if trial.seconds is None else format_seconds(trial.seconds),
                 None if trial.items_per_second is None else f"{trial.items_per_second:,.0f}",
                 _verdict(trial, self.batch_size),
@@ -179,38 +179,45 @@ class AutobatchResult(Tabular):
 
     def _reasons(self) -> list[str]:
         """Remarks on what the table leaves open."""
-        lines = [f"budget: {self.budget_source}; hold the limit with result.applied()"]
+        lines = [f"budget: {self.budget_source}", "floor: the least that a step of that size needs"]
+        if any(trial.limit_bytes <= 1 for trial in self.trials):
+            lines.append("limit lowest: MLX waits after each operation, the slowest way to need the least")
+        limit = f"a memory limit of {_limit(self.limit_bytes)}" if self.limit_bytes > 1 else "the lowest memory limit"
+        lines.append(f"the peak holds under {limit}: in Python, train inside result.applied()")
         if self.next_size is not None and not self.next_measured:
             lines.append(
-                f"batch {self.next_size}: predicted to need {_bytes(self.next_bytes)}, not tried"
+                f"batch {self.next_size} was not tried: it is predicted to need {_bytes(self.next_bytes)}"
                 if self.next_bytes is not None
-                else f"batch {self.next_size}: not tried"
+                else f"batch {self.next_size} was not tried"
             )
         lines.extend(self._speed())
         footprints = [trial.footprint_bytes for trial in self.trials if trial.footprint_bytes is not None]
         if footprints:
-            lines.append(f"the system charged the process with {format_bytes(max(footprints))} at the most")
+            lines.append(
+                f"the whole process took up to {format_bytes(max(footprints))}: a peak counts MLX's arrays, not "
+                f"Python, libraries and buffers kept for reuse"
+            )
         return lines
 
     def _speed(self) -> list[str]:
         """The cost of the limit, and the way to ask for less of it."""
         slowdown, free = self.slowdown, self._largest_free
         if free is None:
-            return ["no size that was tried ran without being held back by its limit"]
+            return ["at each size that was tried the limit made MLX wait, so what waiting costs is not known"]
         if slowdown is None or slowdown == 0.0:
             return []
         unit = self.unit.removesuffix("s")
-        change = f"{format_percent(slowdown, 0)} more time" if slowdown > 0 else "no more time"
+        costs = round(slowdown, 2) > 0
+        change = f"takes {format_percent(slowdown, 0)} longer" if costs else "takes no longer"
         lines = [
-            f"batch {self.batch_size} is held back by its limit: {change} a {unit} than batch {free.batch_size}, "
-            f"the largest tried that runs free"
+            f"the limit makes batch {self.batch_size} wait, {'and' if costs else 'but'} a {unit} {change} than at "
+            f"batch {free.batch_size}, the largest tried that never waits"
         ]
         advice = []
         if self.unhindered_size is not None and self.unhindered_size > free.batch_size:
-            advice.append(f"batch {self.unhindered_size} is predicted to run free as well")
+            advice.append(f"batch {self.unhindered_size} is predicted never to wait either")
         if slowdown > _SLOW:
-            near = format_percent(_SLOW, 0)
-            advice.append(f"slowdown={_SLOW} asks for the largest batch within {near} of that speed")
+            advice.append(f"slowdown={_SLOW} asks for the largest batch that loses {format_percent(_SLOW, 0)} at most")
         return [*lines, "; ".join(advice)] if advice else lines
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, dark: bool = False) -> Figure:
@@ -250,6 +257,11 @@ class AutobatchResult(Tabular):
 
 def _bytes(size: int | None) -> str | None:
     return None if size is None else format_bytes(size)
+
+
+def _limit(size: int) -> str:
+    """A memory limit; that of one byte stands for holding each operation back."""
+    return format_bytes(size) if size > 1 else "lowest"
 
 
 def _verdict(trial: Trial, answer: int) -> str:

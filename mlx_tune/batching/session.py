@@ -78,7 +78,9 @@ class Session:
         try:
             forecast = read()
         except TraceError as error:
-            self.notes.append(f"two small trials took the place of an estimate: {str(error).splitlines()[0]}")
+            self.notes.append(
+                f"small trials took the place of an estimate from the step's graph: {str(error).splitlines()[0]}"
+            )
             _log.warning("%s", self.notes[-1])
             return
         smallest = self.sizes[0]
@@ -132,7 +134,10 @@ class Session:
         """
         free = self._largest_free()
         if free is None:
-            self.notes.append("slowdown: no size ran unhindered within the budget, so there is nothing to compare with")
+            self.notes.append(
+                f"slowdown={slowdown:g} could not be held to: at each size the limit made MLX wait, so there was "
+                f"nothing to compare with"
+            )
             return answer
         if free.batch_size == answer:
             return answer
@@ -144,8 +149,8 @@ class Session:
         size = self._largest_fast(free.batch_size, answer, fast)
         if size < answer:
             self.notes.append(
-                f"largest batch at any speed: {answer}; the answer is the largest within "
-                f"{format_percent(slowdown)} of the unhindered rate"
+                f"batch {answer} fits as well, but is slower; the answer is the largest found whose rows take at most "
+                f"{format_percent(slowdown)} longer than at batches that never wait"
             )
         return size
 
@@ -196,7 +201,10 @@ class Session:
         rates = {n: t.items_per_second or 0.0 for n, t in self.known.items() if t.fits and t.steps >= self.steps}
         size = min(n for n, rate in rates.items() if rate >= (1 - _AS_FAST) * max(rates.values()))
         if size < answer:
-            self.notes.append(f"largest batch that fits: {answer}; the answer is the smallest that is as fast")
+            self.notes.append(
+                f"batch {answer} fits as well; the answer is the smallest within {format_percent(_AS_FAST, 0)} of the "
+                f"best rate"
+            )
         return size
 
     def _largest_fast(self, low: int, high: int, fast: Callable[[int], bool]) -> int:

@@ -137,7 +137,8 @@ class CheckpointPlan(Tabular):
         notes = [
             f"Peak: at least {format_bytes(self.predicted_peak_bytes)} predicted, "
             f"{format_bytes(self.measured_peak_bytes)} measured under a memory limit of "
-            f"{format_bytes(self.limit_bytes)}; the budget is {format_bytes(self.budget_bytes)}.",
+            f"{format_bytes(self.limit_bytes)}; the budget is {format_bytes(self.budget_bytes)}. In Python, train "
+            f"inside plan.applied().",
             (
                 "Step: "
                 if self.predicted_seconds is None
@@ -147,14 +148,14 @@ class CheckpointPlan(Tabular):
         ]
         for choice in self.choices:
             outcome = (
-                f"{format_seconds(choice.seconds)} a step" if choice.fits else "no limit held it within the budget"
+                f"{format_seconds(choice.seconds)} a step" if choice.fits else "over the budget under each limit tried"
             )
             notes.append(
                 f"Tried {choice.checkpointed} of {len(self.blocks)} checkpointed: {outcome}, "
-                f"peak {format_bytes(choice.peak_bytes)}."
+                f"peak {format_bytes(choice.peak_bytes)} under a limit of {format_bytes(choice.limit_bytes)}."
             )
         return Table(
-            ["block", "plan", "saves", "costs"],
+            ["block", "plan", "saves", "costs a step"],
             rows,
             title=f"Checkpoint plan at batch size {self.batch_size}: {count} of {len(self.blocks)} blocks",
             notes=[*notes, *self.notes],

@@ -120,7 +120,8 @@ def autofit(
     blocks, notes = _with_blocks(model, checkpoint, select)
     may_throttle = devices.backend() != "metal" if throttle is None else throttle
     if not may_throttle:
-        notes.append("The memory limit was not set below the budget (throttle=False).")
+        because = "throttle=False" if throttle is not None else "nobody has measured lower ones on Metal yet"
+        notes.append(f"No memory limit below the budget was tried: {because}.")
     whole = (model, state)
     with (
         uninterrupted(),
@@ -217,6 +218,8 @@ def _setting(candidate: Candidate, search: Search, chosen: bool, undominated: bo
         return known
     if standing is not None and not standing.turns:
         standing = None  # there was nothing to time it against
+    if candidate.died:
+        return replace(known, limit_bytes=measured.limit_bytes, fits=False)
     return replace(
         known,
         limit_bytes=measured.limit_bytes,

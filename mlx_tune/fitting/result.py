@@ -28,10 +28,10 @@ class Setting:
         floor_bytes: The least that the step needs, from its graph.
         predicted_rate: Tokens or rows a second, predicted.
         limit_bytes: The memory limit it was run under; None where it was not run.
-        peak_bytes: Its measured peak.
-        seconds: Its fastest step.
-        rate: Tokens or rows a second, measured.
-        fits: True where its measured peak is within the budget.
+        peak_bytes: Its measured peak; None where it was not run, or ran out of memory.
+        seconds: Its fastest step; None likewise.
+        rate: Tokens or rows a second, measured; None likewise.
+        fits: True where its measured peak is within the budget; None where it was not run.
         unbeaten: True where no other setting needs less memory and is predicted to be faster.
         known_as: Why anybody would try it without a search, such as "mlx-lm's default batch"; else empty.
         behind: The extra time of a row over that under the fastest setting, the median over turns of both: 0.02 is two
@@ -135,26 +135,49 @@ class Fit(Tabular):
                 _remark(s),
             ]
             for s in self.settings
-            if s.unbeaten or s.known_as or s.rate is not None
+            if s.unbeaten or s.known_as or s.fits is not None
         ]
         batch = f"batch size {self.batch_size}"
         if self.accumulation_steps > 1:
             total = self.batch_size * self.accumulation_steps
             batch += f" x {self.accumulation_steps} accumulation steps = {total}"
-        unit, rate = f"{self.unit}/s", f"{self.measured_rate:,.0f}"
+        unit, one, rate = f"{self.unit}/s", self.unit.removesuffix("s"), f"{self.measured_rate:,.0f}"
         blocks = f"{len(self.paths)} of {self.found} blocks checkpointed, " if self.found else ""
         return Table(
-            ["batch", "checkpointed", "floor", f"predicted {unit}", "peak", "step", f"measured {unit}", "in turns", ""],
+            [
+                "batch",
+                "checkpointed",
+                "floor",
+                f"predicted {unit}",
+                "peak",
+                "step",
+                f"measured {unit}",
+                f"time a {one}",
+                "",
+            ],
             rows,
-            title=f"Fastest within {format_bytes(self.budget_bytes)}: {batch}, {blocks}{rate} {unit}",
+            title=f"Chosen within {format_bytes(self.budget_bytes)}: {batch}, {blocks}{rate} {unit}",
             notes=[
                 f"Budget: {self.budget_source}.",
+                f"Floor: the least memory that a step needs, from its graph. Time a {one}: how much longer than under "
+                f"the fastest setting, with the standard error, where both ran in turns.",
+                *self._reason(),
                 f"Peak: at least {format_bytes(self.predicted_peak_bytes)} predicted, "
                 f"{format_bytes(self.measured_peak_bytes)} measured under a memory limit of "
-                f"{format_bytes(self.limit_bytes)}; hold it with fit.applied().",
+                f"{format_bytes(self.limit_bytes)}: in Python, train inside fit.applied().",
                 *self.notes,
             ],
         )
+
+    def _reason(self) -> list[str]:
+        """Why another setting than the fastest was chosen."""
+        chosen = next((s for s in self.settings if s.chosen), None)
+        fastest = next((s for s in self.settings if s.behind == 0), None)
+        if chosen is None or fastest is None or not chosen.behind or not chosen.behind > 0:
+            return []
+        lower = (chosen.peak_bytes or 0) < (fastest.peak_bytes or 0)
+        why = "its peak is lower" if lower else "smaller batches are chosen only where they are clearly faster"
+        return [f"Not the fastest was chosen, but one that counts as equally fast ({chosen.behind:+.1%}): {why}."]
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
@@ -221,5 +244,7 @@ def _in_turns(setting: Setting) -> str:
 
 
 def _remark(setting: Setting) -> str:
-    remarks = ["chosen"] if setting.chosen else ["over the budget"] if setting.fits is False else []
+    remarks = ["chosen"] if setting.chosen else []
+    if setting.fits is False:
+        remarks = ["over the budget" if setting.peak_bytes is not None else "ran out of memory"]
     return ", ".join([*remarks, *([setting.known_as] if setting.known_as else [])])

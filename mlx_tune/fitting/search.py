@@ -11,7 +11,6 @@ from mlx_tune.checkpointing.choose import ESTIMATE_MARGIN, OVERSHOOT, Choice, ch
 from mlx_tune.checkpointing.plan import does_not_fit
 from mlx_tune.checkpointing.survey import Survey
 from mlx_tune.fitting.predict import Pace, largest_fitting, pace_through, thinned
-from mlx_tune.fitting.together import Together
 from mlx_tune.fitting.trials import Candidate, Trials
 from mlx_tune.interrupts import interruptible
 from mlx_tune.progress import Bar
@@ -212,7 +211,7 @@ class Search:
         if len(self.points) > 1:
             candidate.foreseen = self.predicted(candidate)
         self.trials.measure(candidate)
-        if candidate.measured is not None and candidate.measured.seconds < Together.OUT_OF_MEMORY_SECONDS:
+        if candidate.measured is not None and not candidate.died:
             self.learn(candidate, candidate.measured.seconds)
             if candidate.fits:
                 self.rate = max(self.rate, candidate.rows_per_second)

@@ -58,6 +58,11 @@ class Candidate:
         return self.measured is not None and self.measured.fits
 
     @property
+    def died(self) -> bool:
+        """Whether it ran out of memory, so that nothing was measured."""
+        return self.measured is not None and self.measured.seconds >= Together.OUT_OF_MEMORY_SECONDS
+
+    @property
     def held_back(self) -> bool:
         """True where it fits, and only because the limit made it wait."""
         return self.fits and self.measured is not None and self.measured.peak_bytes >= self.measured.limit_bytes
@@ -172,12 +177,14 @@ class Trials:
     def nothing_fits(self, least: Candidate) -> BudgetError:
         """The estimate said that it fits, and the measurement that it does not."""
         count = len(least.choice)
+        outcome = f"peaked at {format_bytes(least.peak_bytes)}. Take a budget a few per cent larger."
+        if least.died:
+            outcome = "ran out of memory. Shorten the rows: the machine has less free than the budget allows."
         blocks = f"with {sum(least.choice)} of {count} blocks checkpointed " if count else ""
         return BudgetError(
             f"Batch size {least.batch_size} does not fit {format_bytes(self.budget)}: {blocks}it was predicted to need "
-            f"at least {format_bytes(least.floor_bytes)}, and its peak was {format_bytes(least.peak_bytes)}. Take a "
-            "budget a few per cent larger.",
-            needed_bytes=least.peak_bytes,
+            f"at least {format_bytes(least.floor_bytes)}, and it {outcome}",
+            needed_bytes=None if least.died else least.peak_bytes,
             budget_bytes=self.budget,
         )
 

@@ -180,7 +180,7 @@ def test_without_a_graph_two_small_trials_do():
 
     result = autobatch(evaluating, make_batch, budget="10MB", max_batch=8, state=state, **OPTIONS)
     assert [trial.batch_size for trial in result.trials][:2] == [1, 2]
-    assert any("two small trials took the place of an estimate" in note for note in result.notes)
+    assert any("small trials took the place of an estimate" in note for note in result.notes)
 
 
 def test_a_journal_spares_a_second_search_its_trials(tmp_path):
@@ -231,7 +231,7 @@ def test_a_batch_that_cannot_fit_is_not_tried_and_the_error_says_by_how_much():
         return step(x)
 
     pattern = (
-        r"Batch size 50 does not fit: a step is predicted to take [\d.]+ MB with dispatch held back, "
+        r"Batch size 50 does not fit: a step is predicted to take at least [\d.]+ MB, "
         r"[\d.]+ MB more than the budget of 2\.00 MB \(given\)\. [\d.]+ MB of it are activations.*checkpoint_blocks"
     )
     with mt.track_memory() as memory, pytest.raises(BudgetError, match=pattern) as caught:

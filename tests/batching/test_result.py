@@ -42,11 +42,13 @@ batch  predicted    floor     peak    limit     step  tokens/s  fits
    12     960 kB   955 kB  1.01 MB   950 kB   100 ms     7,680  no
    12     960 kB   955 kB   970 kB   900 kB   100 ms     7,680  yes, chosen
    24                               1.00 MB                     no: its process was ended by SIGKILL
-budget: 1.00 MB (given); hold the limit with result.applied()
-batch 24: predicted to need 1.90 MB, not tried
-batch 12 is held back by its limit: 67 % more time a token than batch 1, the largest tried that runs free
-batch 3 is predicted to run free as well; slowdown=0.05 asks for the largest batch within 5 % of that speed
-the system charged the process with 5.00 MB at the most
+budget: 1.00 MB (given)
+floor: the least that a step of that size needs
+the peak holds under a memory limit of 900 kB: in Python, train inside result.applied()
+batch 24 was not tried: it is predicted to need 1.90 MB
+the limit makes batch 12 wait, and a token takes 67 % longer than at batch 1, the largest tried that never waits
+batch 3 is predicted never to wait either; slowdown=0.05 asks for the largest batch that loses 5 % at most
+the whole process took up to 5.00 MB: a peak counts MLX's arrays, not Python, libraries and buffers kept for reuse
 a note"""
 
 
@@ -61,21 +63,35 @@ def with_trials(*trials):
 def test_an_answer_that_runs_free_says_nothing_of_speed():
     result = with_trials(FREE, dataclasses.replace(FREE, batch_size=12, seconds=0.1, items=768))
     assert result.slowdown == 0
-    assert "free" not in str(result)
+    assert "wait" not in str(result)
 
 
 def test_an_answer_that_loses_nothing_to_its_limit_asks_for_nothing():
     held = dataclasses.replace(RESULT.trials[2], seconds=0.06)
     result = with_trials(dataclasses.replace(FREE, seconds=0.006), held)
     assert result.slowdown < 0
-    assert "batch 12 is held back by its limit: no more time a token than batch 1" in str(result)
+    assert "the limit makes batch 12 wait, but a token takes no longer than at batch 1, the" in str(result)
     assert "slowdown=" not in str(result)
 
 
 def test_where_nothing_runs_free_there_is_no_slowdown_to_tell():
     result = with_trials(RESULT.trials[2])
     assert result.slowdown is None
-    assert "no size that was tried ran without being held back by its limit" in str(result)
+    assert "at each size that was tried the limit made MLX wait, so what waiting costs is not known" in str(result)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.0602, "takes no longer"), (0.0607, "takes 1 % longer")])
+def test_what_rounds_to_no_loss_is_none(seconds, said):
+    held = dataclasses.replace(RESULT.trials[2], seconds=seconds)
+    assert said in str(with_trials(dataclasses.replace(FREE, seconds=0.005), held))
+
+
+def test_a_limit_of_one_byte_is_said_in_words():
+    lowest = dataclasses.replace(RESULT.trials[2], limit_bytes=1)
+    text = str(dataclasses.replace(with_trials(FREE, lowest), limit_bytes=1))
+    assert "1 B" not in text
+    assert "limit lowest: MLX waits after each operation" in text
+    assert "under the memory limit of lowest" not in text
 
 
 def test_the_dictionary_survives_json():

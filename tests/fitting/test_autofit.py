@@ -205,7 +205,7 @@ def test_a_real_fit_changes_nothing_and_applies(tmp_path):
     assert training.everything() == before
     assert json.loads(json.dumps(fit.to_dict(), allow_nan=False))["batch_size"] == fit.batch_size
     assert fit.search_seconds > 0
-    assert str(fit).startswith("Fastest within ")
+    assert str(fit).startswith("Chosen within ")
     fit.plot(tmp_path / "fit.svg")
     assert (tmp_path / "fit.svg").stat().st_size > 1000
 

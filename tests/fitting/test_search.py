@@ -11,6 +11,7 @@ import pytest
 import mlx_tune.checkpointing.measure as measuring
 from mlx_tune import BudgetError, is_checkpointed
 from mlx_tune.batching.ranks import Ranks
+from mlx_tune.fitting.autofit import _setting
 from mlx_tune.fitting.search import EVERY, PLAIN, USUAL, Search
 from mlx_tune.fitting.together import Together
 from mlx_tune.fitting.trials import Trials
@@ -268,7 +269,9 @@ def test_a_setting_that_no_limit_holds_any_more_is_left_out_with_its_figures(mon
 def test_where_every_setting_breaks_the_budget_that_is_an_error(monkeypatch):
     machine = Machine(monkeypatch, 1.0, 0.01, 0.0001, ahead=1.5)
     machine.overshoot = lambda: 10.0
-    with pytest.raises(BudgetError, match=r"Batch size 1 does not fit .* 4 of 4 blocks checkpointed .* its peak was"):
+    with pytest.raises(
+        BudgetError, match=r"Batch size 1 does not fit .* 4 of 4 blocks checkpointed .* and it peaked at"
+    ):
         machine.search(MODEL + 600)
 
 
@@ -287,6 +290,12 @@ def test_running_out_of_memory_is_not_fitting(monkeypatch):
     assert 4 <= best.batch_size <= 20
     assert recovered
     assert not any(c.fits for c in search.candidates if c.batch_size > 20)
+    died = [c for c in search.candidates if c.died]
+    assert died
+    for candidate in died:  # its figures are no measurements
+        setting = _setting(candidate, search, False, True)
+        assert (setting.fits, setting.peak_bytes, setting.seconds, setting.rate) == (False, None, None, None)
+    assert "and it ran out of memory. " in str(search.trials.nothing_fits(died[0]))
 
 
 def test_other_errors_of_a_step_are_the_users_to_see(monkeypatch):
