@@ -170,7 +170,7 @@ class Fit(Tabular):
         )
 
     def _reason(self) -> list[str]:
-        """Why another setting than the fastest was chosen."""
+        """The reason for choosing another setting than the fastest."""
         chosen = next((s for s in self.settings if s.chosen), None)
         fastest = next((s for s in self.settings if s.behind == 0), None)
         if chosen is None or fastest is None or not chosen.behind or not chosen.behind > 0:

@@ -59,7 +59,7 @@ class Candidate:
 
     @property
     def died(self) -> bool:
-        """Whether it ran out of memory, so that nothing was measured."""
+        """True where it ran out of memory, so that nothing was measured."""
         return self.measured is not None and self.measured.seconds >= Together.OUT_OF_MEMORY_SECONDS
 
     @property
