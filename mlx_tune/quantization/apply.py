@@ -39,6 +39,7 @@ class LayerOutcome:
         output_error: Squared error of its outputs over their squares, measured on calibration; None if it was not.
         optimal_output_error: The same had it been quantized by "optimal".
         note: Further remarks, such as a fallback with its reason.
+        input_snr_db: As `snr_db`, each input counted by its energy; None where that is not known.
     """
 
     path: str
@@ -47,6 +48,7 @@ class LayerOutcome:
     output_error: float | None = None
     optimal_output_error: float | None = None
     note: str | None = None
+    input_snr_db: float | None = None
 
 
 def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
@@ -62,15 +64,18 @@ def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
     """
     assert layer.format is not None
     weight = read_array(dense_twin(layer.module)["weight"])
-    packed, used = pack(weight, layer.format, method, effort)
+    packed, used = pack(weight, layer.format, method, effort, layer.energy)
     mx.eval(packed)
     snr = signal_to_noise_db(weight, packed, layer.format)
+    weighted = None if layer.energy is None else signal_to_noise_db(weight, packed, layer.format, layer.energy)
     del weight
     install(layer, packed)
-    return LayerOutcome(layer.path, used, snr)
+    return LayerOutcome(layer.path, used, snr, input_snr_db=weighted)
 
 
-def pack(weight: mx.array, wanted: Format, method: str, effort: Effort = "fast") -> tuple[PackedArrays, str]:
+def pack(
+    weight: mx.array, wanted: Format, method: str, effort: Effort = "fast", energy: mx.array | None = None
+) -> tuple[PackedArrays, str]:
     """Packed weights, and the method that was used.
 
     Args:
@@ -78,14 +83,16 @@ def pack(weight: mx.array, wanted: Format, method: str, effort: Effort = "fast")
         wanted: The format.
         method: "nearest" or "optimal".
         effort: "fast" or "best".
+        energy: What "optimal" counts a squared error in each column with, `[inputs]`; all alike by default.
     """
     scale_dtype = getattr(mx, wanted.scale_dtype) if wanted.scale_dtype else weight.dtype
     if method == "optimal" and wanted.mode == "affine":
         from mlx_tune.quantization.affine import quantize_affine
 
-        return quantize_affine(
-            weight, wanted.bits, wanted.group_size, effort=effort, scale_dtype=scale_dtype
-        ), "optimal"
+        found = quantize_affine(
+            weight, wanted.bits, wanted.group_size, effort=effort, importance=energy, scale_dtype=scale_dtype
+        )
+        return found, "optimal"
     if method == "optimal":
         from mlx_tune.quantization.floats import quantize_float
 
@@ -146,13 +153,14 @@ def quantized_module(module: nn.Module, wanted: Format, arrays: PackedArrays) ->
     return made
 
 
-def signal_to_noise_db(weight: mx.array, arrays: PackedArrays, wanted: Format) -> float:
+def signal_to_noise_db(weight: mx.array, arrays: PackedArrays, wanted: Format, energy: mx.array | None = None) -> float:
     """10 log10 of the weights' power over that of their error, reconstructed in float32.
 
     Args:
         weight: The weights before.
         arrays: The packed ones.
         wanted: Their format.
+        energy: What a square in each column counts, `[inputs]`; all alike by default.
 
     Returns:
         Decibels; `inf` where the error is zero.
@@ -169,7 +177,7 @@ def signal_to_noise_db(weight: mx.array, arrays: PackedArrays, wanted: Format) -
             mode=wanted.mode,
         )
 
-    return _decibels(weight, after)
+    return _decibels(weight, after, energy)
 
 
 def signal_to_noise_db_between(weight: mx.array, changed: mx.array) -> float:
@@ -177,13 +185,15 @@ def signal_to_noise_db_between(weight: mx.array, changed: mx.array) -> float:
     return _decibels(weight, lambda rows: _rows(changed, rows).astype(mx.float32))
 
 
-def _decibels(weight: mx.array, after: Callable[[slice], mx.array]) -> float:
+def _decibels(weight: mx.array, after: Callable[[slice], mx.array], energy: mx.array | None = None) -> float:
     signal = noise = 0.0
+    share: mx.array | float = 1.0 if energy is None else mx.sqrt(energy / mx.maximum(energy.max(), 1e-30))
     for rows in _row_chunks(weight):
         before = _rows(weight, rows).astype(mx.float32)
         largest = mx.abs(before).max()
         unit = mx.where(largest > 0, largest, 1)  # squares of very large or small weights leave float32's range
-        power, error = mx.square(before / unit).sum(), mx.square((before - after(rows)) / unit).sum()
+        power, error = mx.square(before / unit * share), mx.square((before - after(rows)) / unit * share)
+        power, error = power.sum(), error.sum()
         mx.eval(power, error, unit)
         signal += number(power) * number(unit) ** 2
         noise += number(error) * number(unit) ** 2

@@ -43,7 +43,7 @@ class CalibratedLayer:
 
     Attributes:
         path: Where it stands first.
-        method: "gptq", or "optimal" where that was no worse.
+        method: "gptq", or "optimal" or "nearest" where that was no worse.
         output_error: Squared error of its outputs over their squares, on calibration that it did not learn from where
             there is more than one batch; None where it was given no inputs. Where the blocks follow one another, its
             outputs are held against those of the unquantized model, so that what its inputs lost before it counts.
@@ -204,13 +204,14 @@ class _Run:
             )
         weight, unit = in_range(read_array(dense_twin(layer.module)["weight"]))
         bits, size = layer.format.bits, layer.format.group_size
-        optimal = self._optimal_arrays(weight, layer)
         drift = learned.drift_of(layer.path)
         metric = learned if judged is None or judged.of(layer.path) is None else judged
         test, test_drift = metric.of(layer.path), metric.drift_of(layer.path)
         if isinstance(layer.module, nn.Embedding):
             # It is looked up as well, which takes each weight as it is: both relative errors count.
             moments, test = _with_lookups(weight, moments), _with_lookups(weight, test)
+        energy = mx.diagonal(moments, axis1=-2, axis2=-1)
+        optimal, nearest = (self._packed(weight, layer, how, energy) for how in ("optimal", "nearest"))
         stacked = weight.ndim == 3
         experts = weight.shape[0] if stacked else 1
         shrinkage = shrinkage_for(weight.shape[-1], learned.tokens[layer.path] // experts)
@@ -224,14 +225,19 @@ class _Run:
             )
         columns: Any = list(zip(*parts, strict=True))[:3]
         found: Arrays = tuple(mx.stack(list(a)) if stacked else a[0] for a in columns)  # type: ignore[assignment]
-        errors = [_error(weight, arrays, test, test_drift, bits, size) for arrays in (found, optimal)]
-        better = errors[0] < errors[1] and not overflows(found, layer.format, weight.dtype)
+        made = {"optimal": optimal, "nearest": nearest, "gptq": found}
+        for name in ("nearest", "gptq"):
+            if overflows(made[name], layer.format, weight.dtype):
+                del made[name]
+        errors = {name: _error(weight, arrays, test, test_drift, bits, size) for name, arrays in made.items()}
+        best = min(made, key=lambda name: errors[name])  # of equals the first
         self._bar.advance()
         note = None
-        if not better:
-            note = f"kept 'optimal': gptq's output error was {errors[0]:.3g} against {errors[1]:.3g}"
-        outcome = CalibratedLayer(layer.path, "gptq" if better else "optimal", min(errors), errors[1], note)
-        packed, scales, biases = found if better else optimal
+        if best != "gptq":
+            lost = f"{errors['gptq']:.3g}" if "gptq" in errors else "infinite"
+            note = f"kept {best!r}: gptq's output error was {lost} against {errors[best]:.3g}"
+        outcome = CalibratedLayer(layer.path, best, errors[best], errors["optimal"], note)
+        packed, scales, biases = made[best]
         unit = unit.astype(scales.dtype)
         return outcome, (packed, scales * unit, biases * unit)
 
@@ -241,13 +247,13 @@ class _Run:
         return outcome
 
     def _optimal(self, layer: LayerPlan, why: str) -> tuple[CalibratedLayer, Arrays]:
-        arrays = self._optimal_arrays(read_array(dense_twin(layer.module)["weight"]), layer)
+        arrays = self._packed(read_array(dense_twin(layer.module)["weight"]), layer, "optimal", layer.energy)
         self._bar.advance()
         return CalibratedLayer(layer.path, "optimal", None, None, f"kept 'optimal': {why}"), arrays
 
-    def _optimal_arrays(self, weight: mx.array, layer: LayerPlan) -> Arrays:
+    def _packed(self, weight: mx.array, layer: LayerPlan, method: str, energy: mx.array | None) -> Arrays:
         assert layer.format is not None
-        (packed, scales, biases), _ = pack(weight, layer.format, "optimal", self._effort)
+        (packed, scales, biases), _ = pack(weight, layer.format, method, self._effort, energy)
         assert biases is not None
         return packed, scales, biases
 

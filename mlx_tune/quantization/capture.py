@@ -99,7 +99,7 @@ def forward_steps(model: nn.Module, batch: Batch, layers: Sequence[tuple[str, nn
     Returns:
         The steps in the order of their first calls. A layer that is not called is in none.
     """
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     inside = tuple(f"{path}." for path, _ in blocks)
     units = [*blocks, *((p, m) for p, m in layers if not p.startswith(inside) and p not in dict(blocks))]
     names = {id(module): path for path, module in units}
@@ -170,7 +170,7 @@ def run_until(model: nn.Module, batch: Batch, module: nn.Module, calls: int, hoo
             return
 
 
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     from mlx_tune.checkpointing.blocks import find_blocks
 
     try:

@@ -65,7 +65,7 @@ def formats_that_fit(
     if largest_magnitude(weight) <= _NEAR * least:
         return formats
     how = "nearest" if method == "nearest" else "optimal"
-    return [f for f in formats if not overflows(pack(weight, f, how, effort)[0], f, weight.dtype)]
+    return [f for f in formats if not overflows(pack(weight, f, how, effort, layer.energy)[0], f, weight.dtype)]
 
 
 def check_overflow(plan: QuantizationPlan, largest: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.quantization.modes import ITEM_BYTES, Format
@@ -34,6 +35,7 @@ class LayerPlan:
         fixed: True where an override, `skip` or the model itself decided, so that an allocation leaves it alone.
         order: Its place among all layers of the model, left alone or not.
         model: The model that it is a layer of.
+        energy: The mean square of each of its inputs, `[inputs]`, once the model has been run; None where it was not.
     """
 
     path: str
@@ -49,6 +51,7 @@ class LayerPlan:
     fixed: bool = False
     order: int = 0
     model: nn.Module = field(repr=False, compare=False, kw_only=True)
+    energy: mx.array | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     @property
     def module(self) -> nn.Module:

@@ -21,6 +21,7 @@ from mlx_tune.quantization.apply import (
 )
 from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.batches import Batch, read_batches, token_rows
+from mlx_tune.quantization.energies import with_energies
 from mlx_tune.quantization.evaluation import Comparison, Loss, prepare
 from mlx_tune.quantization.layout import check_request, lay_out
 from mlx_tune.quantization.methods import carry_out
@@ -76,8 +77,9 @@ def quantize_model(
         model: Any model.
         bits: Bits of a code: 1, 2, 3, 4, 5, 6 or 8 in mode "affine".
         group_size: Weights of a row that share a scale: 32, 64 or 128 in mode "affine".
-        method: "nearest" is `mx.quantize`; "optimal" searches for the least squared error of each group, without
-            data; "gptq" and "dwq" need `calibration`.
+        method: "nearest" is `mx.quantize`; "optimal" searches for the least squared error of each group, each input
+            counted by its energy, which running the model on 256 random tokens tells, or on `calibration`; "gptq" and
+            "dwq" need `calibration`.
         mode: "affine", or "mxfp4", "mxfp8", "nvfp4", which fix bits and group size.
         effort: "fast", or "best" for a longer search.
         overrides: Pattern to what matching layers get instead: a dict of bits, group_size and mode, False for being
@@ -130,13 +132,17 @@ def quantize_model(
         stack.enter_context(same_random_stream())
         learn, judge = rehearse(plan, learn, judge, loss)
         largest = check_finite(plan)
+        notes = list[str]()
+        if method == "optimal" or (method != "nearest" and not (target_bpw is None and target_bytes is None)):
+            plan, unknown = with_energies(plan, learn)
+            notes += unknown
         if target_bpw is not None or target_bytes is not None:
             plan = _to_target(plan, target_bpw, target_bytes, learn, judge, progress)
         check_overflow(plan, largest)
         store = stack.enter_context(OutputStore())
-        comparison, before, notes = None, None, list[str]()
-        if learn and method in ("nearest", "optimal") and target_bpw is None and target_bytes is None:
-            notes.append(f"The calibration was not used: method={method!r} looks at the weights alone.")
+        comparison, before = None, None
+        if learn and method == "nearest" and target_bpw is None and target_bytes is None:
+            notes.append("The calibration was not used: method='nearest' looks at the weights alone.")
         if judge:
             comparison = prepare(model, judge, loss, warnings=warnings)
             comparison.record(model, store, progress=progress)
@@ -239,13 +245,16 @@ def _report(
         speed=speed,
         seconds=memory.seconds,
         peak_bytes=memory.peak_bytes,
-        notes=(*plan.notes, *_little_left(layers), *notes),
+        notes=(*plan.notes, *_little_left(outcomes.values()), *notes),
     )
 
 
-def _little_left(layers: list[LayerReport]) -> tuple[str, ...]:
-    """A warning where quantization left less than half of a layer's power, as where a mode's range ends before it."""
-    lost = [layer for layer in layers if layer.snr_db is not None and layer.snr_db < _LOST_DB]
+def _little_left(outcomes: Iterable[LayerOutcome]) -> tuple[str, ...]:
+    """A warning where quantization left less than half of a layer's power, as where a mode's range ends before it.
+
+    Weights that meet next to no input may well be lost.
+    """
+    lost = [x for x in outcomes if (x.snr_db if x.input_snr_db is None else x.input_snr_db) < _LOST_DB]
     if not lost:
         return ()
     named = ", ".join(f"{layer.path} ({layer.snr_db:.1f} dB)" for layer in lost[:3])

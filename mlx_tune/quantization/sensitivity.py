@@ -29,6 +29,8 @@ _SAMPLE_WEIGHTS = 1 << 16
 def weight_errors(layer: LayerPlan, formats: Sequence[Format], method: str) -> dict[Format, float]:
     """Squared error over squared weights, for each format, on an even sample of a layer's rows.
 
+    Where the energy of the layer's inputs is known, squares count in proportion to it.
+
     Args:
         layer: A layer of a plan.
         formats: Formats to try.
@@ -38,20 +40,20 @@ def weight_errors(layer: LayerPlan, formats: Sequence[Format], method: str) -> d
     rows = weight.reshape(-1, weight.shape[-1])
     step = max(1, rows.shape[0] * rows.shape[1] // _SAMPLE_WEIGHTS)
     sample = mx.contiguous(rows[::step])
-    nearest = {wanted: _sample_error(sample, wanted, "nearest") for wanted in formats}
+    nearest = {wanted: _sample_error(sample, wanted, "nearest", layer.energy) for wanted in formats}
     if method == "nearest":
         return nearest
     # The search is tried for one group size of each width; what it gains hardly depends on it.
     gains: dict[tuple[int, str], float] = {}
     for wanted in formats:
         if (wanted.bits, wanted.mode) not in gains and nearest[wanted] > 0:
-            gains[wanted.bits, wanted.mode] = _sample_error(sample, wanted, "optimal") / nearest[wanted]
+            gains[wanted.bits, wanted.mode] = _sample_error(sample, wanted, "optimal", layer.energy) / nearest[wanted]
     return {f: nearest[f] * gains.get((f.bits, f.mode), 1.0) for f in formats}
 
 
-def _sample_error(sample: mx.array, wanted: Format, method: str) -> float:
-    arrays, _ = pack(sample, wanted, method)
-    return _relative_error(sample, arrays, wanted)
+def _sample_error(sample: mx.array, wanted: Format, method: str, energy: mx.array | None) -> float:
+    arrays, _ = pack(sample, wanted, method, energy=energy)
+    return _relative_error(sample, arrays, wanted, energy)
 
 
 def measure_divergences(
@@ -87,8 +89,8 @@ def measure_divergences(
             bar.update(text=layer.path)
             wanted = probe(layer)
             weight = read_array(dense_twin(layer.module)["weight"])
-            arrays, _ = pack(weight, wanted, "nearest" if method == "nearest" else "optimal", effort)
-            error = _relative_error(weight, arrays, wanted)
+            arrays, _ = pack(weight, wanted, "nearest" if method == "nearest" else "optimal", effort, layer.energy)
+            error = _relative_error(weight, arrays, wanted, layer.energy)
             del weight
             with _in_place(model, layer, wanted, arrays):
                 moved = divergence_of(comparison.judge(model, store))
@@ -106,8 +108,8 @@ def divergence_of(accuracy: Accuracy) -> float:
     return accuracy.relative_error**2
 
 
-def _relative_error(weight: mx.array, arrays: PackedArrays, wanted: Format) -> float:
-    return 10 ** (-signal_to_noise_db(weight, arrays, wanted) / 10)
+def _relative_error(weight: mx.array, arrays: PackedArrays, wanted: Format, energy: mx.array | None) -> float:
+    return 10 ** (-signal_to_noise_db(weight, arrays, wanted, energy) / 10)
 
 
 @contextmanager
