@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.progress import Bar
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of
 
 _HALVES = ("bfloat16", "float16")
 

@@ -16,7 +16,8 @@ from mlx_tune.memory import held_limits
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
 from mlx_tune.tabular import Table, Tabular
-from mlx_tune.timing import StepTrial, arrays_of, compare, run_step
+from mlx_tune.timing import StepTrial, compare, run_step
+from mlx_tune.trees import arrays_of
 from mlx_tune.units import format_bytes, format_percent, format_seconds, whole_number
 
 #: Limits closer to each other than this share of the free peak are not told apart.

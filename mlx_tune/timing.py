@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from mlx_tune.errors import TrialError
 from mlx_tune.interrupts import interruptible
 from mlx_tune.memory import memory_limit, track_memory
+from mlx_tune.trees import arrays_of
 
 
 @dataclass(frozen=True)
@@ -68,28 +69,6 @@ def run_step(
         mx.eval(outputs, list(arrays_of(state)))
         del outputs
     return StepTrial(limit_bytes, memory.peak_bytes, memory.seconds)
-
-
-def arrays_of(tree: Any) -> Iterator[Any]:
-    """Every array in a nesting of modules, optimizers, dictionaries, lists and tuples.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> len(list(arrays_of({"a": [mx.zeros(2), 3], "b": (mx.zeros(1), None)})))
-        2
-    """
-    import mlx.core as mx
-
-    if isinstance(tree, mx.array):
-        yield tree
-    elif isinstance(tree, dict):
-        for child in tree.values():
-            yield from arrays_of(child)
-    elif isinstance(tree, (list, tuple)):
-        for child in tree:
-            yield from arrays_of(child)
-    elif isinstance(getattr(tree, "state", None), dict):  # an optimizer
-        yield from arrays_of(tree.state)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import mlx.optimizers as optim
 import pytest
 
 from mlx_tune.errors import TrialError
-from mlx_tune.timing import arrays_of, compare, run_step
+from mlx_tune.timing import compare, run_step
+from mlx_tune.trees import arrays_of
 
 
 def test_a_step_is_evaluated_with_what_it_changes():

@@ -10,7 +10,7 @@ from mlx_tune.batching.probe import MakeBatch, Step
 from mlx_tune.errors import TrialError
 from mlx_tune.interrupts import interruptible
 from mlx_tune.memory import memory_limit
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of, walk
 
 #: Losses of the same rows may differ by this share: sums are taken in another order, and half precision rounds.
 _SAME = 0.02
@@ -97,13 +97,7 @@ def _repeat(row: Any, size: int) -> Any:
 def _modules(state: Any) -> list[Any]:
     import mlx.nn as nn
 
-    if isinstance(state, nn.Module):
-        return list(state.modules())
-    if isinstance(state, dict):
-        return [module for value in state.values() for module in _modules(value)]
-    if isinstance(state, (list, tuple)):
-        return [module for value in state for module in _modules(value)]
-    return []
+    return [node for node in walk(state) if isinstance(node, nn.Module)]
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def floor_of(step: Callable[..., Any], make_batch: Callable[[int], Any], state: 
         import mlx.core as mx
 
         from mlx_tune.graphs.estimate import follow_step
-        from mlx_tune.timing import arrays_of
+        from mlx_tune.trees import arrays_of
 
         gc.collect()
         held = mx.get_active_memory()

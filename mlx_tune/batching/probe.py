@@ -14,7 +14,7 @@ from mlx_tune.batching.throttle import HOLDING, SHARES, Throttle
 from mlx_tune.errors import MlxTuneError, TrialError
 from mlx_tune.interrupts import interruptible
 from mlx_tune.memory import cache_room, held_limits, track_memory
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of
 from mlx_tune.units import format_bytes
 
 Step = Callable[..., Any]

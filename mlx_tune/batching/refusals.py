@@ -9,7 +9,7 @@ from mlx_tune.batching.forecast import floor_of
 from mlx_tune.batching.session import Session
 from mlx_tune.errors import BudgetError, CheckpointError, TraceError
 from mlx_tune.memory import MemoryBudget
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of, children, walk
 from mlx_tune.units import format_bytes
 
 
@@ -101,7 +101,5 @@ def _models(state: Any) -> list[Any]:
     """The outermost modules of a state."""
     import mlx.nn as nn
 
-    if isinstance(state, nn.Module):
-        return [state]
-    children = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return [model for child in children for model in _models(child)]
+    found = walk(state, lambda node: iter(()) if isinstance(node, nn.Module) else children(node))
+    return [node for node in found if isinstance(node, nn.Module)]

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_tune.errors import CheckpointError
 from mlx_tune.graphs.graph import ArraySpec
 from mlx_tune.interrupts import interruptible
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of
 
 #: How often a block's forward pass is timed at most; the fastest counts.
 RUNS = 5

@@ -21,7 +21,7 @@ from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.memory import cache_room, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of
 from mlx_tune.units import format_bytes, whole_number
 
 #: How far below the budget the floors of the measured choices lie. Nearer, a limit has to throttle hard; further

@@ -22,7 +22,7 @@ from mlx_tune.errors import CheckpointError
 from mlx_tune.graphs.calls import taking
 from mlx_tune.interrupts import interruptible
 from mlx_tune.progress import Bar
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of, walk
 
 
 class Survey:
@@ -196,15 +196,6 @@ def initialize_optimizers(state: Any, model: nn.Module) -> None:
         model: Whose trainable parameters they update. Of several new optimizers it cannot be told which updates
             what: then they are left as they are.
     """
-    waiting, new = [state], []
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, Optimizer):
-            if not node._initialized:
-                new.append(node)
-        elif isinstance(node, dict) and not isinstance(node, nn.Module):
-            waiting.extend(node.values())
-        elif isinstance(node, (list, tuple)):
-            waiting.extend(node)
+    new = [node for node in walk(state) if isinstance(node, Optimizer) and not node._initialized]
     if len(new) == 1:
         new[0].init(model.trainable_parameters())

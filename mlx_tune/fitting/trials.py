@@ -18,7 +18,7 @@ from mlx_tune.fitting.race import Standing, race
 from mlx_tune.fitting.together import Together
 from mlx_tune.interrupts import interruptible
 from mlx_tune.progress import Bar
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of
 from mlx_tune.units import format_bytes
 
 #: How often a limit is lowered for a setting whose peak went over the budget after all.

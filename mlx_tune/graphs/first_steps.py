@@ -7,6 +7,7 @@ needs means that one. The contents of the state are seen by tracing the first st
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from mlx.utils import tree_map
 
 from mlx_tune.graphs.graph import ArraySpec, dtype_name
 from mlx_tune.graphs.slots import slots_of
+from mlx_tune.trees import children, walk
 
 
 class FirstStep:
@@ -74,19 +76,9 @@ class FirstStep:
 
 
 def _optimizers(state: Any) -> list[Optimizer]:
-    found: list[Optimizer] = []
-    waiting, seen = [state], set()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, MultiOptimizer):
-            waiting.extend(node.optimizers)
-        elif isinstance(node, Optimizer):
-            found.append(node)
-        elif isinstance(node, dict):
-            waiting.extend(node.values())
-        elif isinstance(node, (list, tuple)):
-            waiting.extend(node)
-    return found
+    """The optimizers of a state that make arrays themselves."""
+
+    def below(node: Any) -> Iterator[Any]:
+        return iter(node.optimizers) if isinstance(node, MultiOptimizer) else children(node)
+
+    return [n for n in walk(state, below) if isinstance(n, Optimizer) and not isinstance(n, MultiOptimizer)]

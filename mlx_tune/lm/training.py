@@ -18,7 +18,7 @@ from mlx_tune.lm.steps import as_rows, check_trainable, largest_batch, set_train
 from mlx_tune.lm.wired import wired_for_training
 from mlx_tune.memory import open_limit_bytes, track_memory
 from mlx_tune.scratch import writing
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of
 from mlx_tune.unfinished import beside
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_tune import devices
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.trees import children, walk
 from mlx_tune.units import format_bytes, parse_bytes
 from mlx_tune.wiring.registry import Request
 
@@ -123,19 +124,11 @@ def _arrays(tree: Any) -> Iterator[Any]:
     """Every array of a model, an optimizer or a tree of them and of arrays, as often as it occurs."""
     import mlx.core as mx
 
-    pending = [tree]
-    while pending:
-        one = pending.pop()
-        if isinstance(one, mx.array):
-            yield one
-        elif callable(parameters := getattr(one, "parameters", None)):
-            pending.append(parameters())
-        elif isinstance(one, dict):
-            pending.extend(one.values())
-        elif isinstance(one, list | tuple):
-            pending.extend(one)
-        elif isinstance(state := getattr(one, "state", None), dict):  # an optimizer
-            pending.append(state)
+    def below(node: Any) -> Iterator[Any]:
+        parameters = getattr(node, "parameters", None)
+        return iter([parameters()]) if callable(parameters) else children(node)
+
+    return (node for node in walk(tree, below) if isinstance(node, mx.array))
 
 
 def closeness_warning(model_bytes: int, capacity: Capacity) -> str | None:

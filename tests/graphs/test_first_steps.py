@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_reduce
 
 from mlx_tune.graphs import estimate_memory
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of
 
 SCALE = 1024.0
 

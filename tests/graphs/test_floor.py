@@ -20,7 +20,7 @@ from keeping_up import keep_up, throttled_peak
 
 from mlx_tune.graphs import estimate_memory
 from mlx_tune.graphs.primitives import CPU
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of
 
 pytestmark = pytest.mark.cpu_only
 

@@ -17,7 +17,7 @@ from mlx_tune.graphs import estimate_memory
 from mlx_tune.graphs.built import BuiltGraph
 from mlx_tune.graphs.order import evaluation_order
 from mlx_tune.graphs.tracing import trace_step
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of
 
 
 def operations(nodes: Any) -> Counter[tuple[bool, int, int]]:

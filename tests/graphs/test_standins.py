@@ -17,7 +17,7 @@ from mlx_tune.graphs.custom_gradients import Marks
 from mlx_tune.graphs.interception import Interception, intercepted
 from mlx_tune.graphs.recomputation import tracing
 from mlx_tune.graphs.standins import STAND_INS
-from mlx_tune.timing import arrays_of
+from mlx_tune.trees import arrays_of
 
 EXPERTS, WIDTH, HIDDEN = 4, 32, 48
 
