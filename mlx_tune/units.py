@@ -129,6 +129,16 @@ def format_bytes(n: float) -> str:
     return f"{sign}{_three_digits(n)} {unit}"
 
 
+def format_limit(limit_bytes: int) -> str:
+    """Write a memory limit; one byte stands for holding each operation back, and is said so.
+
+    Examples:
+        >>> format_limit(1), format_limit(20_000_000_000)
+        ('the least possible', '20.0 GB')
+    """
+    return format_bytes(limit_bytes) if limit_bytes > 1 else "the least possible"
+
+
 def parse_fraction(value: str | float) -> float:
     """Read a share of a whole: 0.2 or `"20%"`.
 

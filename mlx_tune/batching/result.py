@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_tune.memory import held_limits
 from mlx_tune.tabular import Table, Tabular
-from mlx_tune.units import format_bytes, format_percent, format_seconds
+from mlx_tune.units import format_bytes, format_limit, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,7 +162,7 @@ class AutobatchResult(Tabular):
                 _bytes(trial.predicted_bytes),
                 _bytes(trial.floor_bytes),
                 _bytes(trial.peak_bytes),
-                _limit(trial.limit_bytes),
+                format_limit(trial.limit_bytes),
                 None if trial.seconds is None else format_seconds(trial.seconds),
                 None if trial.items_per_second is None else f"{trial.items_per_second:,.0f}",
                 _verdict(trial, self.batch_size),
@@ -181,9 +181,11 @@ class AutobatchResult(Tabular):
         """Remarks on what the table leaves open."""
         lines = [f"budget: {self.budget_source}", "floor: the least that a step of that size needs"]
         if any(trial.limit_bytes <= 1 for trial in self.trials):
-            lines.append("limit lowest: MLX waits after each operation, the slowest way to need the least")
-        limit = f"a memory limit of {_limit(self.limit_bytes)}" if self.limit_bytes > 1 else "the lowest memory limit"
-        lines.append(f"the peak holds under {limit}: in Python, train inside result.applied()")
+            lines.append(
+                "under the least possible limit MLX waits after each operation, the slowest way to need the least"
+            )
+        limit = format_limit(self.limit_bytes)
+        lines.append(f"the peak holds under a memory limit of {limit}: in Python, train inside result.applied()")
         if self.next_size is not None and not self.next_measured:
             lines.append(
                 f"batch {self.next_size} was not tried: it is predicted to need {_bytes(self.next_bytes)}"
@@ -257,11 +259,6 @@ class AutobatchResult(Tabular):
 
 def _bytes(size: int | None) -> str | None:
     return None if size is None else format_bytes(size)
-
-
-def _limit(size: int) -> str:
-    """A memory limit; that of one byte stands for holding each operation back."""
-    return format_bytes(size) if size > 1 else "lowest"
 
 
 def _verdict(trial: Trial, answer: int) -> str:

@@ -13,7 +13,7 @@ from mlx_tune.batching.result import Trial
 from mlx_tune.batching.search import Found, Measured, search
 from mlx_tune.errors import TraceError, TrialError
 from mlx_tune.progress import Bar
-from mlx_tune.units import format_bytes, format_percent, format_seconds
+from mlx_tune.units import format_bytes, format_limit, format_percent, format_seconds
 
 _log = logging.getLogger(__name__)
 
@@ -285,4 +285,4 @@ def _outcome(trial: Trial) -> str:
         return f"does not fit, {trial.reason or 'which its first steps showed'}"
     verdict = "fits" if trial.fits else f"does not fit{', ' + trial.reason if trial.reason else ''}"
     taken = "" if trial.seconds is None else f", {format_seconds(trial.seconds)} a step"
-    return f"{verdict}, peak {format_bytes(trial.peak_bytes)} under {format_bytes(trial.limit_bytes)}{taken}"
+    return f"{verdict}, peak {format_bytes(trial.peak_bytes)} under {format_limit(trial.limit_bytes)}{taken}"

@@ -22,7 +22,7 @@ from mlx_tune.cli.output import (
 )
 from mlx_tune.errors import BudgetError, InvalidArgumentError
 from mlx_tune.progress import progress_bar
-from mlx_tune.units import format_bytes
+from mlx_tune.units import format_limit
 
 _EXAMPLES = """\
   mlx-tune lora --model models/mine --data data/ --train --batch-size auto
@@ -259,7 +259,7 @@ def _equivalent(final: dict[str, Any], fit: Any, settings: dict[str, Any], typed
         lines.append("  (take grad_checkpoint out of the configuration file: it would read auto as yes)")
     limit = getattr(fit, "limit_bytes", None)
     if limit is not None:
-        lines.append(f"  (it sets no memory limit; here it is {format_bytes(limit)}, without which the peak is higher)")
+        lines.append(f"  (it sets no memory limit; here it is {format_limit(limit)}, without which the peak is higher)")
     return "\n".join(lines)
 
 

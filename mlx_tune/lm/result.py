@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_tune.tabular import Table, Tabular
-from mlx_tune.units import format_bytes, format_seconds
+from mlx_tune.units import format_bytes, format_limit, format_seconds
 
 #: More lines of losses than this say no more; the table then shows some of them, the first and the last included.
 _MOST_LINES = 12
@@ -90,7 +90,7 @@ class TrainingResult(Tabular):
             batch += f" x {self.accumulation_steps} = {self.batch_size * self.accumulation_steps} an update"
         if self.ranks > 1:
             batch += f", over {self.ranks} ranks"
-        limit = "" if self.limit_bytes is None else f", under a limit of {format_bytes(self.limit_bytes)}"
+        limit = "" if self.limit_bytes is None else f", under a limit of {format_limit(self.limit_bytes)}"
         lines = [
             f"{self.iterations} iterations of {batch}: {self.tokens:,} tokens in {format_seconds(self.seconds)}, "
             f"{self.tokens_per_second:,.0f} tokens/s",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.memory import open_limit_bytes
-from mlx_tune.units import format_bytes
+from mlx_tune.units import format_bytes, format_limit
 from mlx_tune.wiring import wired_limit
 from mlx_tune.wiring.context import SLACK, registry
 from mlx_tune.wiring.limits import read_capacity
@@ -60,7 +60,7 @@ def wired_for_training(model: nn.Module) -> Iterator[Wired]:
         limit, wanted = open_limit_bytes(), max(before, int((1 + _HEADROOM) * _bytes_of(model)))
         if limit is not None and limit < SLACK * wanted:
             text = (
-                f"not wired: the memory limit of {format_bytes(limit)} leaves less than a quarter above the "
+                f"not wired: the memory limit of {format_limit(limit)} leaves less than a quarter above the "
                 f"{format_bytes(wanted)} that would be"
             )
             yield Wired(text, registry.hold)

@@ -90,8 +90,8 @@ def test_a_limit_of_one_byte_is_said_in_words():
     lowest = dataclasses.replace(RESULT.trials[2], limit_bytes=1)
     text = str(dataclasses.replace(with_trials(FREE, lowest), limit_bytes=1))
     assert "1 B" not in text
-    assert "limit lowest: MLX waits after each operation" in text
-    assert "under the memory limit of lowest" not in text
+    assert "under the least possible limit MLX waits after each operation" in text
+    assert "the peak holds under a memory limit of the least possible:" in text
 
 
 def test_the_dictionary_survives_json():
