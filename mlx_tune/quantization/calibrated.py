@@ -26,6 +26,7 @@ from mlx_tune.quantization.moments import InputMoments
 from mlx_tune.quantization.overflow import overflows
 from mlx_tune.quantization.plan import LayerPlan
 from mlx_tune.quantization.propagation import Propagation, running
+from mlx_tune.quantization.reach import note_of_experts
 from mlx_tune.quantization.search import Effort
 
 Arrays = tuple[mx.array, mx.array, mx.array]
@@ -213,11 +214,11 @@ class _Run:
         energy = mx.diagonal(moments, axis1=-2, axis2=-1)
         optimal, nearest = (self._packed(weight, layer, how, energy) for how in ("optimal", "nearest"))
         stacked = weight.ndim == 3
-        experts = weight.shape[0] if stacked else 1
-        shrinkage = shrinkage_for(weight.shape[-1], learned.tokens[layer.path] // experts)
+        counts = learned.experts_of(layer.path) or [learned.tokens[layer.path]]
         parts = []
-        for e in range(experts):
+        for e, count in enumerate(counts):
             at: Any = e if stacked else slice(None)
+            shrinkage = shrinkage_for(weight.shape[-1], count)
             start: Any = tuple(a[at] for a in optimal)
             wanted = weight[at] if drift is None else corrected(weight, moments, drift, shrinkage)
             parts.append(
@@ -232,11 +233,13 @@ class _Run:
         errors = {name: _error(weight, arrays, test, test_drift, bits, size) for name, arrays in made.items()}
         best = min(made, key=lambda name: errors[name])  # of equals the first
         self._bar.advance()
-        note = None
+        notes = []
         if best != "gptq":
             lost = f"{errors['gptq']:.3g}" if "gptq" in errors else "infinite"
-            note = f"kept {best!r}: gptq's output error was {lost} against {errors[best]:.3g}"
-        outcome = CalibratedLayer(layer.path, best, errors[best], errors["optimal"], note)
+            notes.append(f"kept {best!r}: gptq's output error was {lost} against {errors[best]:.3g}")
+        if stacked and (unseen := note_of_experts(counts)):
+            notes.append(unseen)
+        outcome = CalibratedLayer(layer.path, best, errors[best], errors["optimal"], "; ".join(notes) or None)
         packed, scales, biases = made[best]
         unit = unit.astype(scales.dtype)
         return outcome, (packed, scales * unit, biases * unit)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from mlx_tune.quantization.capture import Hook
 from mlx_tune.quantization.drift import Drift
+from mlx_tune.quantization.reach import count_experts
 
 #: One call of a layer: its path, its inputs and, of a stack of experts, which of them each input went to.
 Call = tuple[str, mx.array, "mx.array | None"]
@@ -39,6 +40,7 @@ class InputMoments:
         self._drifts: dict[str, Drift] = {}
         self._without_drift: set[str] = set()
         self.tokens: dict[str, int] = dict.fromkeys(modules, 0)
+        self._experts: dict[str, list[int]] = {}
 
     def hook(self) -> Hook:
         """The function to intercept the layers with."""
@@ -82,13 +84,23 @@ class InputMoments:
                 flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)
                 added = flat.T @ flat
             else:
-                added = self._by_expert(self._modules[path]["weight"].shape[0], x, indices)
+                experts = self._modules[path]["weight"].shape[0]
+                counts = count_experts(
+                    mx.broadcast_to(indices, mx.broadcast_shapes(x.shape[:-2], indices.shape)), experts
+                )
+                before_them = self._experts.get(path, [0] * experts)
+                self._experts[path] = [a + b for a, b in zip(before_them, counts, strict=True)]
+                added = self._by_expert(counts, x, indices)
             self._sums[path] = added if path not in self._sums else self._sums[path] + added
         mx.eval(self._sums, self._drifts)
 
     def of(self, path: str) -> mx.array | None:
         """The moments of one layer, or None where it was given nothing."""
         return self._sums.get(self._owner.get(path, path))
+
+    def experts_of(self, path: str) -> list[int] | None:
+        """How many inputs each expert of a stack was given; None for other layers."""
+        return self._experts.get(self._owner.get(path, path))
 
     def drift_of(self, path: str) -> Drift | None:
         """The drift of one layer's inputs, or None where not all its calls could be compared."""
@@ -121,13 +133,12 @@ class InputMoments:
             self._owner[path] = first.setdefault(tuple(seen[path]), path) if path in seen else path
 
     @staticmethod
-    def _by_expert(experts: int, x: mx.array, indices: mx.array) -> mx.array:
+    def _by_expert(counts: list[int], x: mx.array, indices: mx.array) -> mx.array:
         """Sums for each expert. `x` is `[..., rows, columns]`, as `mx.gather_mm` takes it."""
         lead = mx.broadcast_shapes(x.shape[:-2], indices.shape)
         x = mx.broadcast_to(x, (*lead, *x.shape[-2:])).reshape(-1, *x.shape[-2:]).astype(mx.float32)
         chosen: Any = mx.broadcast_to(indices, lead).reshape(-1)
         order = mx.argsort(chosen)
-        counts: Any = (chosen[:, None] == mx.arange(experts)[None]).sum(0).tolist()
         sums, start = [], 0
         for count in counts:
             rows = x[order[start : start + count]].reshape(-1, x.shape[-1])

@@ -158,6 +158,21 @@ class QuantizationPlan(Tabular):
                 )
         return replace(self, layers=tuple(layers), skipped=tuple(skipped))
 
+    def with_remarks(self, remarks: Mapping[str, str]) -> QuantizationPlan:
+        """The same plan with something else to know of some layers.
+
+        Args:
+            remarks: Path of a layer to the text.
+        """
+
+        def of(layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
+            return tuple(
+                replace(x, reason="; ".join(t for t in (x.reason, remarks[x.path]) if t)) if x.path in remarks else x
+                for x in layers
+            )
+
+        return replace(self, layers=of(self.layers), skipped=of(self.skipped))
+
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
         return {

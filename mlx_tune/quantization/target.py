@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from mlx_tune.quantization.modes import AFFINE_GROUP_SIZES, FIXED_MODES, ITEM_BY
 from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.overflow import formats_that_fit
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan, bytes_in, notes_of
+from mlx_tune.quantization.reach import measure_reach, note_of_unreached
 from mlx_tune.quantization.sensitivity import divergence_of, measure_divergences, weight_errors
 from mlx_tune.quantization.sites import why_not_quantizable
 from mlx_tune.quantization.transaction import Transaction
@@ -29,8 +32,8 @@ _BITS = (2, 3, 4, 5, 6, 8)
 #: Tokens that sensitivities are measured on, and that both candidates are judged on.
 _SENSITIVITY_TOKENS, _CHECK_TOKENS = 2048, 8192
 
-#: What leaving a layer alone costs: nothing. Its key among the formats.
-_ALONE = None
+#: What leaving a layer alone costs: nothing. Its key among the formats, and what it counts as in bits.
+_ALONE, _ALONE_BITS = None, 16
 
 Formats = dict[str, "Format | None"]
 
@@ -97,8 +100,9 @@ def allocate_to_target(
             bar.advance()
 
     sense, check = _split(learn)
+    unseen: dict[str, str] = {}
     if sense:
-        weights = _measured_weights(plan, free, errors, sense, target_bytes, progress)
+        weights, unseen = _measured_weights(plan, free, errors, sense, target_bytes, progress)
         basis = f"each layer's effect on the model's answers, measured on {_amount(sense)} of the calibration"
     else:
         weights = {layer.path: 1.0 for layer in free}
@@ -116,7 +120,7 @@ def allocate_to_target(
                 for f in formats
             ]
         )
-    picked = allocate(options, target_bytes - spent)
+    picked = _allocate_seen_and_unseen(free, choices, options, errors, target_bytes - spent, unseen)
     if picked is None:
         least = spent + sum(min(size for size, _ in layer) for layer in options)
         raise QuantizationError(
@@ -138,6 +142,8 @@ def allocate_to_target(
     else:
         mixed, verdict = _checked(mixed, uniform, check or (evaluation or []), bool(check), progress)
         notes.append(verdict)
+    notes += note_of_unreached(unseen)
+    mixed = mixed.with_remarks(unseen)
     return Allocation(replace(mixed, notes=(*notes_of(mixed.layers, mixed.skipped), *notes)), costs)
 
 
@@ -177,8 +183,12 @@ def _measured_weights(
     batches: list[Batch],
     target_bytes: int,
     progress: bool,
-) -> dict[str, float]:
-    """Divergence of the model for each unit of a layer's weight error, measured near the size that is wanted."""
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Divergence of the model for each unit of a layer's weight error, measured near the size that is wanted.
+
+    And why it could not be measured, by path, for layers that get that of others like them.
+    """
+    measurable = [layer for layer in free if errors[layer.path]]
     bits_each = 8 * target_bytes / plan.parameters
 
     def probe(layer: LayerPlan) -> Format:
@@ -186,10 +196,75 @@ def _measured_weights(
         # Just below the target: errors large enough to measure, small enough to add up.
         return min(affine, key=lambda f: (abs(f.bits + 0.5 - bits_each), abs(f.group_size - 64)))
 
+    if not measurable:
+        return dict.fromkeys(errors, 1.0), {}
+    model = measurable[0].model
+    reach = measure_reach(model, measurable, batches)
+    most = max(found.inputs for found in reach.values())
+    reached = [layer for layer in measurable if reach[layer.path].enough(most)]
     measured = measure_divergences(
-        free[0].model, free, probe, batches, method=plan.method, effort=plan.effort, progress=progress
+        model, reached, probe, batches, method=plan.method, effort=plan.effort, progress=progress
     )
-    return {path: moved / error if error > 0 else 0.0 for path, (moved, error) in measured.items()}
+    seen = {
+        path: moved / error
+        for path, (moved, error) in measured.items()
+        if error > 0 and 0 < moved < math.inf  # also false where the model's answers are no numbers
+    }
+    unseen = {
+        x.path: "its sensitivity could not be measured"
+        if x.path in measured
+        else "no calibration reached it"
+        if not reach[x.path].inputs
+        else "too little calibration reached it"
+        for x in measurable
+        # What lost nothing in its probe moved nothing, either.
+        if x.path not in seen and not (x.path in measured and measured[x.path][1] == 0)
+    }
+    like = {layer.path: _like(layer, measurable, seen) for layer in free if layer.path not in seen}
+    return seen | like, unseen
+
+
+def _like(layer: LayerPlan, layers: list[LayerPlan], seen: Mapping[str, float]) -> float:
+    """The sensitivity of layers like one: the median of those with its name, or of all."""
+
+    def name(path: str) -> str:
+        return path.rpartition(".")[2]
+
+    known = [x for x in layers if x.path in seen]
+    alike = [x for x in known if name(x.path) == name(layer.path) and x.kind == layer.kind] or known
+    return statistics.median(seen[x.path] for x in alike) if alike else 1.0
+
+
+def _allocate_seen_and_unseen(
+    free: list[LayerPlan],
+    choices: list[list[Format | None]],
+    options: list[list[tuple[int, float]]],
+    errors: dict[str, dict[Format, float]],
+    budget: int,
+    unseen: Mapping[str, str],
+) -> list[int] | None:
+    """The places of the best formats, none of an unseen layer with fewer bits than most of the others get."""
+    best = allocate(options, budget)
+    if best is None or not unseen or len(unseen) == len(free):
+        return best
+
+    def allowed(i: int, least: int) -> list[int]:
+        """Places in a layer's formats that are wide enough, or lose nothing."""
+        found = errors[free[i].path]
+        wide = [k for k, f in enumerate(choices[i]) if f is None or f.bits >= least or found[f] == 0]
+        return wide if free[i].path in unseen else list(range(len(choices[i])))
+
+    for least in _BITS:
+        places = [allowed(i, least) for i in range(len(free))]
+        picked = allocate([[options[i][k] for k in some] for i, some in enumerate(places)], budget)
+        if picked is None:
+            break  # as wide as there is room for
+        best = [places[i][k] for i, k in enumerate(picked)]
+        chosen = [choices[i][k] for i, k in enumerate(best) if free[i].path not in unseen]
+        widths = Counter(_ALONE_BITS if f is None else f.bits for f in chosen)
+        if max(widths, key=lambda bits: (widths[bits], bits)) <= least:
+            break
+    return best
 
 
 def _best_uniform(
