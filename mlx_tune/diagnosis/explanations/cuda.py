@@ -24,15 +24,16 @@ ENTRIES: tuple[Entry, ...] = (
         r"No implementation for problem shape|has no CUDA implementation|\[QMM\] NYI",
         "RuntimeError: [quantized_matmul] No implementation for problem shape: 2480x4096x128x1 activation: "
         'bfloat16, bits: 4, group size: 64, mode: "affine".',
-        "The CUDA backend has no kernel for this product. The numbers are rows, outputs, inputs and batch. Its "
-        "kernels need an input width that is a multiple of 64 and of the group size, and the fast ones bfloat16"
-        " or float16 activations; small layers and float32 fall through. Metal and the processor take every "
-        "shape.",
+        "The CUDA backend has no kernel for this product. The numbers are rows, outputs, inputs and batch. Its kernels "
+        "need an input width that is a multiple of 64 and of the group size, which narrow layers do not have, and "
+        "packed weights and scales that lie in order, which a transposed view does not. Metal and the processor take "
+        "every shape.",
         (
             "uv pip install -U 'mlx[cuda13]'   # later versions take more shapes and modes",
             "Leave the narrow layers in full precision: `mt.quantize_model(model, 4, skip=['*embedder*'])`.",
-            "Compute in bfloat16: `model.set_dtype(mx.bfloat16)`.",
             "A model that is quantized already: dequantize those layers when it is loaded.",
+            "If the width is a multiple of 64, put the arrays in order: `layer.weight = mx.contiguous(layer.weight)`, "
+            "and its scales and biases alike.",
         ),
         (
             "https://github.com/mflux-community/mflux/issues/563",

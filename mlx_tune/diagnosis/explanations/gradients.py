@@ -31,8 +31,7 @@ ENTRIES: tuple[Entry, ...] = (
         "gradient runs into them. The forward pass and validation work; the first backward pass fails, with and"
         " without checkpointing.",
         (
-            "uv pip install -U mlx-lm   # stopped for one architecture after the other; which is yours is in "
-            "the traceback",
+            "uv pip install -U mlx-lm   # mended architecture by architecture; the traceback names yours",
             "In your own router: `inds = mx.stop_gradient(mx.argpartition(-gates, kth=k - 1, axis=-1)[..., :k])`. The "
             "gradient still reaches the router through the scores.",
         ),

@@ -95,7 +95,7 @@ ENTRIES: tuple[Entry, ...] = (
         "Metal gives a kernel 31 buffers, and the compiler joined operations that need more. Derivatives of "
         "derivatives make such graphs.",
         (
-            "uv pip install -U mlx   # since 0.23.2 the compiler stops before",
+            "uv pip install -U mlx   # later versions of the compiler stop before",
             "Compile smaller functions, or none: `mx.disable_compile()`.",
         ),
         (MLX + "issues/1880", MLX + "pull/1887"),
