@@ -83,7 +83,7 @@ def pack(
         wanted: The format.
         method: "nearest" or "optimal".
         effort: "fast" or "best".
-        energy: What "optimal" counts a squared error in each column with, `[inputs]`; all alike by default.
+        energy: The weight of a squared error in each column for "optimal", `[inputs]`; all alike by default.
     """
     scale_dtype = getattr(mx, wanted.scale_dtype) if wanted.scale_dtype else weight.dtype
     if method == "optimal" and wanted.mode == "affine":
@@ -160,7 +160,7 @@ def signal_to_noise_db(weight: mx.array, arrays: PackedArrays, wanted: Format, e
         weight: The weights before.
         arrays: The packed ones.
         wanted: Their format.
-        energy: What a square in each column counts, `[inputs]`; all alike by default.
+        energy: The weight of a square in each column, `[inputs]`; all alike by default.
 
     Returns:
         Decibels; `inf` where the error is zero.

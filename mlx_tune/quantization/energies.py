@@ -40,7 +40,7 @@ class _NoTokensError(Exception):
 
 @dataclass
 class _Seen:
-    """What one layer has been given so far."""
+    """The inputs of one layer so far."""
 
     total: Any = 0.0
     rows: int = 0
@@ -87,7 +87,7 @@ def with_energies(plan: QuantizationPlan, calibration: Sequence[Batch]) -> tuple
 
     Args:
         plan: The plan; its model is as it was when this returns.
-        calibration: What to run the model on; where it is empty, random tokens.
+        calibration: The batches to run the model on; where it is empty, random tokens.
 
     Returns:
         The plan, and what a report should say of it: why there are none, or which layers have none.
@@ -165,14 +165,14 @@ def _energies(
 
 
 def _with_lookups(layer: LayerPlan, energy: mx.array) -> mx.array:
-    """What columns of a tied embedding count: the relative errors of its logits and of the rows looked up, added."""
+    """The weights of a tied embedding's columns: the relative errors of its logits and of the rows looked up, added."""
     weight = read_array(layer.module["weight"])
     squares = mx.square(weight.astype(mx.float32)).mean(0)
     return energy / mx.maximum((squares * energy).sum(), 1e-30) + 1 / mx.maximum(squares.sum(), 1e-30)
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """How many tokens the model's first embedding knows."""
+    """The number of tokens that the model's first embedding knows."""
     for site in walk(model):
         if isinstance(site.module, (nn.Embedding, nn.QuantizedEmbedding)):
             size: int = site.module["weight"].shape[0]

@@ -99,7 +99,7 @@ class InputMoments:
         return self._sums.get(self._owner.get(path, path))
 
     def experts_of(self, path: str) -> list[int] | None:
-        """How many inputs each expert of a stack was given; None for other layers."""
+        """The number of inputs of each expert of a stack; None for other layers."""
         return self._experts.get(self._owner.get(path, path))
 
     def drift_of(self, path: str) -> Drift | None:

@@ -1,4 +1,4 @@
-"""How much of a calibration reaches each layer, and each expert: what was not seen has nothing to say."""
+"""The part of a calibration that reaches each layer, and each expert: what was not seen has nothing to say."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NAMED = 8
 
 @dataclass(frozen=True)
 class Reach:
-    """What one layer was given.
+    """The inputs of one layer.
 
     Attributes:
-        inputs: How many, over all experts.
-        experts: How many each expert of a stack was given; None for other layers.
+        inputs: Their number, over all experts.
+        experts: Their number for each expert of a stack; None for other layers.
     """
 
     inputs: int
@@ -52,7 +52,7 @@ def measure_reach(model: nn.Module, layers: Sequence[LayerPlan], batches: Sequen
     Args:
         model: The model.
         layers: Layers of its plan.
-        batches: What to call it with.
+        batches: Its arguments.
 
     Returns:
         By path, all layers.
@@ -89,7 +89,7 @@ def measure_reach(model: nn.Module, layers: Sequence[LayerPlan], batches: Sequen
 
 
 def count_experts(indices: mx.array, experts: int) -> list[int]:
-    """How often each expert is chosen.
+    """The number of times that each expert is chosen.
 
     Examples:
         >>> count_experts(mx.array([[0, 2], [2, 1]]), 4)
