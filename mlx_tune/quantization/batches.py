@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
@@ -22,10 +22,38 @@ class Batch:
     Attributes:
         arguments: The positional arguments.
         tokens: The token array [batch, length] where that is all there is, else None.
+        keywords: The arguments by name: a batch that is a dictionary.
     """
 
     arguments: tuple[Any, ...]
     tokens: mx.array | None
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> Batch:
+        """What the model is called with: all but the last token of token batches, else the batch itself."""
+        return self if self.tokens is None else Batch((self.shifted[0],), None)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The arrays among its arguments."""
+        return [value for value in (*self.arguments, *self.keywords.values()) if isinstance(value, mx.array)]
+
+    def call(
+        self, function: Callable[..., Any], *first: Any, through: Callable[[Any], Any] = lambda values: values
+    ) -> Any:
+        """Call a model, or a loss, with the batch.
+
+        Args:
+            function: Called with the positional arguments and those by name.
+            *first: What comes before them, such as the model for a loss.
+            through: What positional arguments, as a tuple, and those by name, as a dictionary, go through before.
+
+        Examples:
+            >>> Batch((1,), None, {"scale": 2}).call(lambda x, scale: x * scale)
+            2
+        """
+        return function(*first, *through(self.arguments), **through(dict(self.keywords)))
 
     @property
     def shifted(self) -> tuple[mx.array, mx.array]:
@@ -39,7 +67,7 @@ def read_batches(batches: Iterable[Any] | None, name: str) -> list[Batch]:
 
     Args:
         batches: Token arrays [batch, length] or [length] of MLX or NumPy, or lists of tokens; or what a model is
-            called with, a tuple being several arguments. None for none.
+            called with, a tuple being several arguments and a dictionary arguments by name. None for none.
         name: The argument that they came in, for errors.
 
     Raises:
@@ -89,6 +117,10 @@ def _read(batch: Any, where: str) -> Batch:
         )
     if isinstance(batch, list) and batch and all(isinstance(a, Integral) and not isinstance(a, bool) for a in batch):
         batch = mx.array(batch)  # as tokenizers give them
+    if isinstance(batch, dict) and batch and all(isinstance(name, str) for name in batch):
+        return Batch((), None, {name: _array(value) for name, value in batch.items()})
+    if isinstance(batch, dict):
+        raise QuantizationError(f"{where} is a dictionary of no arguments by name: {sorted(map(repr, batch))}.")
     if isinstance(batch, (tuple, list)):
         arguments = tuple(_array(a) for a in batch)
         if not arguments:

@@ -111,7 +111,7 @@ def forward_steps(model: nn.Module, batch: Batch, layers: Sequence[tuple[str, nn
         return output
 
     with intercepted((module for _, module in units), note):
-        model(*model_arguments(batch))
+        batch.inputs.call(model)
     modules, paths = dict(units), [name for name, *_ in order]
     block_paths = {path for path, _ in blocks}
     steps: dict[str, Step] = {}
@@ -138,11 +138,6 @@ def forward_steps(model: nn.Module, batch: Batch, layers: Sequence[tuple[str, nn
     return list(steps.values())
 
 
-def model_arguments(batch: Batch) -> tuple[Any, ...]:
-    """The arguments of the model: all but the last token of token batches, else the batch itself."""
-    return (batch.shifted[0],) if batch.tokens is not None else batch.arguments
-
-
 def run_until(model: nn.Module, batch: Batch, module: nn.Module, calls: int, hook: Hook) -> None:
     """Call the model up to the last call of one module, whose calls go through a hook.
 
@@ -165,7 +160,7 @@ def run_until(model: nn.Module, batch: Batch, module: nn.Module, calls: int, hoo
 
     with intercepted([module], counting):
         try:
-            model(*model_arguments(batch))
+            batch.inputs.call(model)
         except _Enough:
             return
 

@@ -24,7 +24,6 @@ from mlx_tune.memory import memory_budget, track_memory
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, widen
 from mlx_tune.quantization.batches import Batch, count_tokens, in_parts
-from mlx_tune.quantization.capture import model_arguments
 from mlx_tune.quantization.evaluation import OutputStore
 from mlx_tune.quantization.figures import logits_of, mean_loss, output_arrays
 from mlx_tune.quantization.lazy import number
@@ -311,7 +310,7 @@ class _Training:
         if id(batch) in self._places:
             return self._store.get(self._places[id(batch)])
         assert self._reference is not None
-        output = self._reference(*self._arguments(batch))
+        output = batch.inputs.call(self._reference, through=widen)
         logits = logits_of(output)
         # Targets are constants: evaluated now, so that their graph is not held with that of the model.
         arrays = [logits] if batch.tokens is not None and logits.ndim == 3 else output_arrays(output)
@@ -323,15 +322,11 @@ class _Training:
             self._stored_bytes += size
         return arrays
 
-    def _arguments(self, batch: Batch) -> tuple[Any, ...]:
-        arguments: tuple[Any, ...] = widen(model_arguments(batch))
-        return arguments
-
     def _loss_of(self, parameters: Parameters, batch: Batch, targets: list[mx.array]) -> mx.array:
         self.put(parameters)
         if self._loss is not None:
-            return mean_loss(self._loss(self._model, *batch.arguments))
-        output = self._model(*self._arguments(batch))
+            return mean_loss(batch.call(self._loss, self._model))
+        output = batch.inputs.call(self._model, through=widen)
         if batch.tokens is not None and len(targets) == 1 and targets[0].ndim == 3:
             return _divergence(targets[0], logits_of(output))
         pairs = list(zip(targets, output_arrays(output), strict=True))

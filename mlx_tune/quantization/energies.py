@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.batches import Batch
-from mlx_tune.quantization.capture import blocks_of, intercepted, model_arguments
+from mlx_tune.quantization.capture import blocks_of, intercepted
 from mlx_tune.quantization.lazy import is_unevaluated, number, read_array
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.propagation import running
@@ -145,7 +145,7 @@ def _energies(
                 intercepted(inner, probe.layer),
                 intercepted(outer, probe.outside),
             ):
-                model(*model_arguments(batch))
+                batch.inputs.call(model)
             mx.eval([seen.total for seen in probe.seen.values()])
     if tokens_only and not probe.looked_up:
         raise _NoTokensError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -79,7 +79,7 @@ class Comparison:
         Raises:
             DiskError: The disk has too little room for what the reference gives, or it cannot be written.
         """
-        numbers = [sum(a.size for a in part.arguments if isinstance(a, mx.array)) for part in self.parts]
+        numbers = [sum(a.size for a in part.arrays) for part in self.parts]
         with _measuring(reference, "reference", len(self.parts), progress) as bar:
             for i, part in enumerate(self.parts):
                 arrays = self._run(reference, part)
@@ -107,9 +107,9 @@ class Comparison:
     def _run(self, model: nn.Module, part: Batch) -> list[mx.array]:
         if self.kind == "loss":
             assert self.loss is not None
-            arrays = [mean_loss(self.loss(model, *widen(part.arguments)))]
+            arrays = [mean_loss(part.call(self.loss, model, through=widen))]
         else:
-            output = model(part.shifted[0]) if self.kind == "tokens" else model(*widen(part.arguments))
+            output = part.inputs.call(model, through=widen)
             self.narrow = self.narrow or narrow_dtype(output)
             arrays = [logits_of(output)] if self.kind == "tokens" else output_arrays(output)
         mx.eval(arrays)
@@ -214,10 +214,10 @@ def resolve(model: nn.Module, batches: list[Batch], where: str, loss: Loss | Non
     fault = outline(model, first, loss)
     if not isinstance(fault, Exception):
         return batches
-    plain = [Batch(batch.arguments, None) for batch in batches]
+    plain = [replace(batch, tokens=None) for batch in batches]
     if loss is None and first.tokens is not None and not isinstance(outline(model, plain[0]), Exception):
         return plain
-    raise _uncallable(first.arguments, where, fault, "loss" if loss is not None else "model") from fault
+    raise _uncallable(first, where, fault, "loss" if loss is not None else "model") from fault
 
 
 def outline(model: nn.Module, batch: Batch, loss: Loss | None = None) -> list[tuple[int, ...]] | Exception:
@@ -234,21 +234,22 @@ def outline(model: nn.Module, batch: Batch, loss: Loss | None = None) -> list[tu
     with _exactly(model):
         try:
             if loss is not None:
-                return [mean_loss(loss(model, *widen(batch.arguments))).shape]
-            arguments = widen(batch.arguments) if batch.tokens is None else (mx.zeros_like(batch.tokens[:1, :-1]),)
-            return [array.shape for array in output_arrays(model(*arguments))]
+                return [mean_loss(batch.call(loss, model, through=widen)).shape]
+            given = batch if batch.tokens is None else Batch((mx.zeros_like(batch.tokens[:1, :-1]),), None)
+            return [array.shape for array in output_arrays(given.call(model, through=widen))]
         except QuantizationError:
             raise
         except _FAULTS as error:
             return error
 
 
-def _uncallable(arguments: tuple[Any, ...], where: str, fault: Exception, what: str = "model") -> QuantizationError:
-    shapes = ", ".join(str(list(a.shape)) if isinstance(a, mx.array) else type(a).__name__ for a in arguments)
+def _uncallable(batch: Batch, where: str, fault: Exception, what: str = "model") -> QuantizationError:
+    named = [("", value) for value in batch.arguments] + [(f"{name}=", value) for name, value in batch.keywords.items()]
+    shapes = ", ".join(f"{n}{list(v.shape) if isinstance(v, mx.array) else type(v).__name__}" for n, v in named)
     return QuantizationError(
         f"The {what} cannot be called with {where}[0] ({shapes}): {type(fault).__name__}: {str(fault).rstrip('.')}. "
-        "Batches are what the model is called with: token arrays [batch, length], which are shifted here, or tuples of "
-        "arguments."
+        "Batches are what the model is called with: token arrays [batch, length], which are shifted here, tuples of "
+        "arguments, or dictionaries of arguments by name."
     )
 
 
@@ -275,7 +276,7 @@ def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnin
         # MLX reads past the end of a table without a word, so the call is tried with tokens that are in it.
         probe = first.tokens[:1, :-1] if rows is None else mx.clip(first.tokens[:1, :-1], 0, rows - 1)
         with _exactly(model):
-            logits = logits_of(_call(model, (probe,)))
+            logits = logits_of(_call(model, Batch((probe,), None)))
         if logits.ndim == 3 and logits.shape[:2] == probe.shape:
             vocabulary = logits.shape[2]
             if highest >= vocabulary and rows is not None and highest >= rows:
@@ -296,7 +297,7 @@ def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnin
                 parts = [part for batch in batches for part in rows_at_most(batch, at_once)]
                 return Comparison("tokens", parts, warnings=warnings)
     with _exactly(model):
-        found = output_arrays(_call(model, widen(first.arguments)))
+        found = output_arrays(_call(model, first))
     if not found:
         raise QuantizationError(
             "The model's output for evaluation[0] holds no floating point array to compare. "
@@ -329,14 +330,14 @@ def perplexity(model: nn.Module, batches: list[Batch]) -> float:
     return math.exp(total / count)
 
 
-def _call(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
+def _call(model: nn.Module, batch: Batch) -> Any:
     try:
-        output = model(*arguments)
+        output = batch.call(model, through=widen)
         mx.eval(
             [leaf for leaf in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(leaf, mx.array)]
         )
     except _FAULTS as error:
-        raise _uncallable(arguments, "evaluation", error) from error
+        raise _uncallable(batch, "evaluation", error) from error
     return output
 
 

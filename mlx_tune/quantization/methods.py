@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.apply import LayerOutcome, apply_layer, install, outcome_of
 from mlx_tune.quantization.batches import Batch
@@ -14,6 +16,9 @@ from mlx_tune.quantization.sites import is_quantized, module_at
 from mlx_tune.quantization.transaction import Transaction, swap
 
 _log = logging.getLogger(__name__)
+
+#: Layers that a note names one by one.
+_NAMED = 8
 
 
 def carry_out(
@@ -106,11 +111,34 @@ def _dwq(
 
     model = plan.layers[0].model
     reference = None if loss is not None else transaction.reference()
+    before = {layer.path: _scales(layer.module) for layer in layers}
     result = train_dwq(model, reference, calibration, loss=loss, progress=progress)
     del reference
     if result.note is not None:
         _log.warning("%s", result.summary)
-    if result.loss_after < result.loss_before:
-        trained = {layer.path: outcome_of(layer, "dwq", note=outcomes[layer.path].note) for layer in layers}
-        outcomes = {**outcomes, **trained}
-    return outcomes, [result.summary]
+    trained = [layer for layer in layers if not _same_scales(layer.module, before[layer.path])]
+    kept = [layer.path for layer in plan.layers if layer.path not in {x.path for x in trained}]
+    outcomes = {**outcomes, **{x.path: outcome_of(x, "dwq", note=outcomes[x.path].note) for x in trained}}
+    return outcomes, [result.summary, *_note_of_kept(kept, outcomes)]
+
+
+def _scales(module: Any) -> tuple[mx.array, mx.array]:
+    return module["scales"], module["biases"]
+
+
+def _same_scales(module: Any, before: tuple[mx.array, mx.array]) -> bool:
+    return all(mx.array_equal(a, b).item() for a, b in zip(_scales(module), before, strict=True))
+
+
+def _note_of_kept(paths: list[str], outcomes: dict[str, LayerOutcome]) -> list[str]:
+    """A sentence on the layers that dwq left with the scales of another method."""
+    if not paths:
+        return []
+    by_method: dict[str, list[str]] = {}
+    for path in paths:
+        by_method.setdefault(outcomes[path].method, []).append(path)
+    texts = []
+    for method, those in by_method.items():
+        more = f" and {len(those) - _NAMED} more" if len(those) > _NAMED else ""
+        texts.append(f"{method}'s in {', '.join(those[:_NAMED])}{more}")
+    return [f"dwq kept another method's scales in {len(paths)} of {len(outcomes)} layers: {'; '.join(texts)}."]

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, widen
 from mlx_tune.quantization.batches import Batch
-from mlx_tune.quantization.capture import Step, intercepted, model_arguments, run_until
+from mlx_tune.quantization.capture import Step, intercepted, run_until
 from mlx_tune.quantization.moments import Call, InputMoments
 
 Extras = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -119,7 +119,7 @@ class Propagation:
                 if self._now is not None:
                     self._call(step, self._now, self._extras, i)
                 else:
-                    self._model(*widen(model_arguments(batch)))
+                    batch.inputs.call(self._model, through=widen)
                 into.collect(before)
         if last and self._before_at == step.path:
             self._before_at = None  # until `leave` says of what these are the inputs

@@ -95,9 +95,9 @@ def quantize_model(
             default, which for a float32 model means 64 bits for each group.
         calibration: Batches to learn from, as in `evaluation`, and other ones.
         evaluation: Batches to judge on: token arrays [batch, length], which are shifted here, or whatever the model
-            is called with, a tuple being several arguments.
+            is called with, a tuple being several arguments and a dictionary arguments by name.
         progress: Show progress lines.
-        loss: `loss(model, *batch)`, a number, for models that do not predict tokens.
+        loss: `loss(model, *batch)`, or `loss(model, **batch)`, a number, for models that do not predict tokens.
 
     Returns:
         Sizes, every layer's bits and error, every skipped layer's reason, and, with `evaluation`, accuracy and speed.

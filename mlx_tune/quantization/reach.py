@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from mlx_tune.quantization.arithmetic import evaluation_mode
 from mlx_tune.quantization.batches import Batch
-from mlx_tune.quantization.capture import intercepted, model_arguments
+from mlx_tune.quantization.capture import intercepted
 from mlx_tune.quantization.plan import LayerPlan
 from mlx_tune.quantization.sites import module_at
 
@@ -77,7 +77,7 @@ def measure_reach(model: nn.Module, layers: Sequence[LayerPlan], batches: Sequen
     modules = [module_at(layer.model, path) for layer in layers for path in layer.paths]
     with evaluation_mode(model), intercepted(modules, see):
         for batch in batches:
-            model(*model_arguments(batch))
+            batch.inputs.call(model)
             for path, indices in routes:
                 counts = count_experts(indices, stacks[path])
                 before = found[path].experts or ()

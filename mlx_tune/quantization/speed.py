@@ -101,9 +101,9 @@ def measure_before(
     """
     with evaluation_mode(model):
         if loss is not None:
-            return [Speed(None, _median_seconds(lambda: loss(model, *batch.arguments)), None)]
+            return [Speed(None, _median_seconds(lambda: batch.call(loss, model)), None)]
         if not tokens_in:
-            return [Speed(None, _median_seconds(lambda: model(*batch.arguments)), None)]
+            return [Speed(None, _median_seconds(lambda: batch.call(model)), None)]
         assert batch.tokens is not None
         lengths = sorted({min(n, batch.tokens.shape[1]) for n in _PROMPT_TOKENS}, reverse=True)
         return _with_prompts(model, batch.tokens, lengths, every=True)
@@ -128,7 +128,7 @@ def measure_after(
             assert batch.tokens is not None
             after = _with_prompts(model, batch.tokens, lengths, every=False)[0]
         else:
-            run = (lambda: model(*batch.arguments)) if loss is None else (lambda: loss(model, *batch.arguments))
+            run = (lambda: batch.call(model)) if loss is None else (lambda: batch.call(loss, model))
             after = Speed(None, _median_seconds(run), None)
     same = next(speed for speed in before if speed.prefill_tokens == after.prefill_tokens)
     return SpeedComparison(same, after, devices.machine().name)

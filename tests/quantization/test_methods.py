@@ -69,3 +69,71 @@ def test_requantizing_by_gptq() -> None:
     report = mt.quantize_model(model, 3, 64, method="gptq", requantize=True, calibration=batches(), progress=False)
     assert {x.bits for x in report.layers} == {3}
     assert "gptq" in {x.method for x in report.layers}
+
+
+class Named(nn.Module):
+    """Called by name, with an argument that is no array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.unused = nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(64, 64)
+
+    def __call__(self, *, x: mx.array, scale: float) -> mx.array:
+        return self.down(nn.relu(self.up(scale * x)))
+
+
+def named() -> Named:
+    mx.random.seed(0)
+    model = Named()
+    mx.eval(model.parameters())
+    return model
+
+
+def dictionaries(first: int = 0) -> list[dict[str, object]]:
+    return [{"x": mx.random.normal((16, 64), key=mx.random.key(first + i)), "scale": 2.0} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"method": "optimal"}, {"method": "gptq"}, {"method": "dwq"}, {"target_bpw": 6.0}],
+    ids=lambda arguments: str(*arguments.values()),
+)
+@pytest.mark.parametrize("by_loss", [False, True])
+def test_batches_may_be_dictionaries(arguments: dict, by_loss: bool) -> None:
+    def loss(model: nn.Module, *, x: mx.array, scale: float) -> mx.array:
+        return mx.square(model(x=x, scale=scale)).mean()
+
+    report = mt.quantize_model(
+        named(), 3, 64, **arguments, calibration=dictionaries(), evaluation=dictionaries(9), progress=False,
+        **({"loss": loss} if by_loss else {}),
+    )  # fmt: skip
+    assert report.accuracy is not None
+    assert mt.plan_quantization(named(), 3, 64, calibration=dictionaries()).layers
+
+
+def test_a_dictionary_is_judged_as_the_same_arguments_in_order_are() -> None:
+    by_name = mt.quantize_model(named(), 3, 64, evaluation=dictionaries(), progress=False)
+    in_order = nn.Sequential(lambda x: 2.0 * x, named().up, nn.ReLU(), named().down)
+    report = mt.quantize_model(in_order, 3, 64, evaluation=[batch["x"] for batch in dictionaries()], progress=False)
+    assert by_name.accuracy.relative_error == pytest.approx(report.accuracy.relative_error, rel=1e-5)
+
+
+def test_dictionaries_that_do_not_fit_are_named() -> None:
+    with pytest.raises(mt.QuantizationError, match=r"cannot be called with evaluation\[0\] \(y=\[2, 64\]\)"):
+        mt.quantize_model(named(), evaluation=[{"y": mx.zeros((2, 64))}], progress=False)
+    for empty in ({}, {1: mx.zeros((2, 64))}):
+        with pytest.raises(mt.QuantizationError, match=r"evaluation\[0\] is a dictionary of no arguments by name"):
+            mt.quantize_model(named(), evaluation=[empty], progress=False)
+
+
+def test_dwq_names_the_layers_that_kept_another_methods_scales() -> None:
+    mx.random.seed(1)
+    model = named()
+    report = mt.quantize_model(model, 2, 64, method="dwq", calibration=dictionaries(), progress=False)
+    methods = {layer.path: layer.method for layer in report.layers}
+    kept = [path for path, method in methods.items() if method != "dwq"]
+    assert "unused" in kept
+    assert "dwq" in methods.values()
+    note = next(note for note in report.notes if note.startswith("dwq kept another method's scales"))
+    assert f"in {len(kept)} of 3 layers" in note
+    assert all(path in note for path in kept)
