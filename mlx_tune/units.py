@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
@@ -187,6 +188,17 @@ def format_count(n: int, one: str, many: str | None = None) -> str:
         ('1 layer', '1,200 batches')
     """
     return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def format_names(names: Sequence[str], most: int = 8) -> str:
+    """Write names one after the other, and how many there are beyond the first few.
+
+    Examples:
+        >>> format_names(["a", "b", "c"], most=2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def format_seconds(seconds: float) -> str:

@@ -14,11 +14,9 @@ from mlx_tune.quantization.dense import dense_twin
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.sites import is_quantized, module_at
 from mlx_tune.quantization.transaction import Transaction, swap
+from mlx_tune.units import format_names
 
 _log = logging.getLogger(__name__)
-
-#: Layers that a note names one by one.
-_NAMED = 8
 
 
 def carry_out(
@@ -137,8 +135,5 @@ def _note_of_kept(paths: list[str], outcomes: dict[str, LayerOutcome]) -> list[s
     by_method: dict[str, list[str]] = {}
     for path in paths:
         by_method.setdefault(outcomes[path].method, []).append(path)
-    texts = []
-    for method, those in by_method.items():
-        more = f" and {len(those) - _NAMED} more" if len(those) > _NAMED else ""
-        texts.append(f"{method}'s in {', '.join(those[:_NAMED])}{more}")
+    texts = [f"{method}'s in {format_names(those)}" for method, those in by_method.items()]
     return [f"dwq kept another method's scales in {len(paths)} of {len(outcomes)} layers: {'; '.join(texts)}."]

@@ -14,6 +14,7 @@ from mlx_tune.quantization.magnitudes import largest_magnitude
 from mlx_tune.quantization.modes import Format
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.search import Effort
+from mlx_tune.units import format_names
 
 #: Weights below this share of the largest number cannot overflow: a group's span is twice its largest weight at most,
 #: and no scale spans twice that.
@@ -88,11 +89,10 @@ def check_overflow(plan: QuantizationPlan, largest: Mapping[str, float]) -> None
     first = broken[0]
     assert first.format is not None
     dtype = first.dtype if first.mode != "affine" else first.format.scale_dtype or first.dtype
-    named = ", ".join(layer.path for layer in broken[:3])
-    more = f" and {len(broken) - 3} layers more" if len(broken) > 3 else ""
+    named = format_names([layer.path for layer in broken], most=3)
     wider = "store scales in bfloat16 with mode='affine' and scale_dtype='bfloat16', or " if dtype == "float16" else ""
     raise QuantizationError(
-        f"{named}{more} would overflow in {first.format}: {dtype} ends at {mx.finfo(getattr(mx, dtype)).max:,.6g}, and "
+        f"{named} would overflow in {first.format}: {dtype} ends at {mx.finfo(getattr(mx, dtype)).max:,.6g}, and "
         f"unpacking passes that, so that the layer's outputs would be infinite. Nothing was changed: {wider}leave "
         f"the layer alone with skip={[layer.path for layer in broken[:3]]}."
     )

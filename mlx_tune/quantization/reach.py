@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,10 @@ from mlx_tune.quantization.batches import Batch
 from mlx_tune.quantization.capture import intercepted
 from mlx_tune.quantization.plan import LayerPlan
 from mlx_tune.quantization.sites import module_at
+from mlx_tune.units import format_names
 
 #: Inputs from which on a layer or an expert counts as reached, where the layer that got most has four times as many.
 FEW_INPUTS = 32
-
-#: Experts that are named one by one.
-_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -118,20 +116,14 @@ def note_of_experts(counts: Sequence[int]) -> str | None:
 
 
 def _named(experts: Sequence[str]) -> str:
-    more = f" and {len(experts) - _NAMED} more" if len(experts) > _NAMED else ""
-    return f"expert{'s' if len(experts) > 1 else ''} {', '.join(experts[:_NAMED])}{more}"
+    return f"expert{'s' if len(experts) > 1 else ''} {format_names(experts)}"
 
 
-def note_of_unreached(paths: Mapping[str, str]) -> tuple[str, ...]:
-    """A sentence on layers that sensitivities could not be measured of.
-
-    Args:
-        paths: Why, by path.
-    """
+def note_of_unreached(paths: Sequence[str]) -> tuple[str, ...]:
+    """A sentence on layers that sensitivities could not be measured of."""
     if not paths:
         return ()
-    named = ", ".join(list(paths)[:_NAMED]) + (f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else "")
     return (
-        f"Calibration says nothing of {named}: the error of their weights counts as much as that of layers like them, "
-        "and they get no fewer bits than most layers (see remarks).",
+        f"Calibration says nothing of {format_names(paths)}: the error of their weights counts as much as that of "
+        "layers like them, and they get no fewer bits than most layers (see remarks).",
     )

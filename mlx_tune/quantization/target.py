@@ -142,7 +142,7 @@ def allocate_to_target(
     else:
         mixed, verdict = _checked(mixed, uniform, check or (evaluation or []), bool(check), progress)
         notes.append(verdict)
-    notes += note_of_unreached(unseen)
+    notes += note_of_unreached(list(unseen))
     mixed = mixed.with_remarks(unseen)
     return Allocation(replace(mixed, notes=(*notes_of(mixed.layers, mixed.skipped), *notes)), costs)
 
