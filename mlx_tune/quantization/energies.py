@@ -90,7 +90,7 @@ def with_energies(plan: QuantizationPlan, calibration: Sequence[Batch]) -> tuple
         calibration: The batches to run the model on; where it is empty, random tokens.
 
     Returns:
-        The plan, and what a report should say of it: why there are none, or which layers have none.
+        The plan, and remarks for the report: why there are no energies, or which layers have none.
     """
     model = plan.layers[0].model
     affine = [layer for layer in plan.layers if layer.mode == "affine"]
