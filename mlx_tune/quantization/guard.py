@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.quantization.batches import Batch, rows_at_most
+from mlx_tune.quantization.batches import Batch, count_tokens, rows_at_most
 from mlx_tune.quantization.capture import intercepted
 from mlx_tune.quantization.dense import dequantize_arrays
 from mlx_tune.quantization.evaluation import Loss, prepare
@@ -15,7 +15,7 @@ from mlx_tune.quantization.modes import Format
 from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.plan import QuantizationPlan
 from mlx_tune.quantization.sensitivity import divergence_of
-from mlx_tune.quantization.sites import is_quantized
+from mlx_tune.quantization.sites import is_quantized, module_at
 
 #: Tokens that both are judged on.
 _TOKENS = 1024
@@ -28,38 +28,37 @@ class Guard:
         plan: The plan for the model, which is unquantized still.
         judge: The evaluation.
         loss: The caller's loss.
+        store: An empty one, open until `verdict` has been asked for.
+
+    Attributes:
+        nearest: Its divergence from the model as it is.
     """
 
-    def __init__(self, plan: QuantizationPlan, judge: list[Batch], loss: Loss | None) -> None:
+    def __init__(self, plan: QuantizationPlan, judge: list[Batch], loss: Loss | None, store: OutputStore) -> None:
         """Run the model on a part of the evaluation, as it is and rounded."""
         model = plan.layers[0].model
-        self._comparison = prepare(model, _part(judge), loss)
-        self._store = OutputStore()
-        self._nearest = 0.0
-        try:
-            self._comparison.record(model, self._store, floor=False)
-            formats = {id(layer.module): layer.format for layer in plan.layers if layer.format is not None}
+        self._comparison, self._store = prepare(model, _part(judge), loss), store
+        self._comparison.record(model, store, floor=False)
+        modules = {id(module_at(model, path)): layer for layer in plan.layers for path in layer.paths}
 
-            def rounded(module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
-                return _rounded(module, formats[id(module)], method, run, arguments, keywords)
+        def rounded(module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
+            return _rounded(module, modules[id(module)].format, method, run, arguments, keywords)
 
-            with intercepted([layer.module for layer in plan.layers], rounded):
-                self._nearest = divergence_of(self._comparison.judge(model, self._store))
-        except BaseException:
-            self._store.close()
-            raise
+        everywhere = [module_at(model, path) for layer in plan.layers for path in layer.paths]
+        with intercepted(everywhere, rounded):
+            self.nearest = divergence_of(self._comparison.judge(model, store))
 
     def verdict(self, model: nn.Module) -> str | None:
         """A warning where the model, quantized by now, is worse; None where it is not."""
-        with self._store:
-            ours = divergence_of(self._comparison.judge(model, self._store))
-        if ours <= self._nearest:
+        ours = divergence_of(self._comparison.judge(model, self._store))
+        if ours <= self.nearest:
             return None
-        tokens = sum(part.tokens.size for part in self._comparison.parts if part.tokens is not None)
+        tokens = count_tokens(self._comparison.parts)
         where = f"{tokens:,} tokens" if tokens else "one batch"
-        measure = {"tokens": "mean KL divergence", "loss": "loss"}.get(self._comparison.kind, "squared error of outputs")
+        kinds = {"tokens": "mean KL divergence", "loss": "loss", "outputs": "squared error of outputs"}
+        measure = kinds[self._comparison.kind]
         return (
-            f"Worse than method='nearest' in the same formats: {measure} {ours:.4g} against {self._nearest:.4g} on "
+            f"Worse than method='nearest' in the same formats: {measure} {ours:.4g} against {self.nearest:.4g} on "
             f"{where} of the evaluation"
         )
 

@@ -23,6 +23,7 @@ from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.batches import Batch, read_batches, token_rows
 from mlx_tune.quantization.energies import with_energies
 from mlx_tune.quantization.evaluation import Comparison, Loss, prepare
+from mlx_tune.quantization.guard import Guard, watched
 from mlx_tune.quantization.layout import check_request, lay_out
 from mlx_tune.quantization.methods import carry_out
 from mlx_tune.quantization.outputs import OutputStore
@@ -147,14 +148,17 @@ def quantize_model(
             comparison = prepare(model, judge, loss, warnings=warnings)
             comparison.record(model, store, progress=progress)
             before = _measured(partial(_time_before, model, comparison), notes)
+        guard = Guard(plan, judge, loss, stack.enter_context(OutputStore())) if judge and watched(plan) else None
         transaction = stack.enter_context(Transaction(model))
         with track_memory() as memory:
             outcomes, remarks = carry_out(plan, transaction, learn, loss=loss, progress=progress)
         accuracy = speed = None
+        warning = None if guard is None else guard.verdict(model)
         if comparison is not None:
             accuracy = comparison.judge(model, store, progress=progress)
             speed = _measured(partial(_time_after, model, comparison, before), notes) if before else None
-        return _report(plan, outcomes, memory, accuracy, speed, (*remarks, *transaction.notes, *notes))
+        report = _report(plan, outcomes, memory, accuracy, speed, (*remarks, *transaction.notes, *notes))
+        return replace(report, warning=warning)
 
 
 def quantization_report(

@@ -96,6 +96,8 @@ class QuantizationReport(Tabular):
         seconds: The time of quantizing, evaluation left out.
         peak_bytes: The most that MLX held meanwhile, evaluation left out; None where nothing was quantized.
         notes: Further remarks.
+        warning: A sentence where the model is worse than rounding to nearest would have made it, measured on a part of
+            the evaluation; None where it is not, or nothing was measured.
     """
 
     method: str
@@ -110,6 +112,7 @@ class QuantizationReport(Tabular):
     seconds: float = 0.0
     peak_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    warning: str | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -142,6 +145,7 @@ class QuantizationReport(Tabular):
             "seconds": self.seconds,
             "peak_bytes": self.peak_bytes,
             "notes": list(self.notes),
+            "warning": self.warning,
         }
 
     def summary(self) -> str:
@@ -152,6 +156,8 @@ class QuantizationReport(Tabular):
             f"({format_percent(share)}), {self._bits()}, {format_count(len(self.layers), 'layer')} "
             f"{'quantized' if self.method == COMPARED else f'by {self.method}'}, {len(self.skipped)} left as they are"
         ]
+        if self.warning is not None:
+            lines.insert(0, f"{self.warning}.")
         if self.accuracy is not None:
             lines.append(self.accuracy.summary())
         return "\n".join(lines)
@@ -205,10 +211,11 @@ class QuantizationReport(Tabular):
         if self.seconds:
             peak = f", at most {format_bytes(self.peak_bytes)} in use" if self.peak_bytes else ""
             notes.append(f"Quantized in {format_seconds(self.seconds)}{peak}.")
+        title = f"Quantization report ({self.method}, measured)"
         return Table(
             ("layer", "shape", "bits", "group", "before", "after", "SNR dB", "remark"),
             rows,
-            title=f"Quantization report ({self.method}, measured)",
+            title=f"{self.warning}. {title}" if self.warning else title,
             notes=notes,
         )
 

@@ -16,8 +16,10 @@ from mlx_tune.quantization import energies as energies_of
 from mlx_tune.quantization import quantize as quantize_of
 from mlx_tune.quantization.batches import read_batches
 from mlx_tune.quantization.energies import with_energies
+from mlx_tune.quantization.guard import Guard
 from mlx_tune.quantization.layout import plan_quantization
 from mlx_tune.quantization.lazy import is_unevaluated
+from mlx_tune.quantization.outputs import OutputStore
 
 WIDTH, VOCABULARY = 128, 200
 LARGE = (3, 70)
@@ -167,3 +169,27 @@ def test_layers_that_nothing_reaches_are_named() -> None:
 def test_calibration_is_preferred_to_random_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energies_of, "_random_tokens", lambda _: pytest.fail("there is calibration"))
     assert divergence(3, "optimal", calibration=[tokens(9)]) < 0.8 * divergence(3, "nearest")
+
+
+def test_a_result_worse_than_nearest_says_so_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {"method": "optimal", "skip": "embed", "evaluation": [tokens(5)], "progress": False}
+    assert mt.quantize_model(Outliers(), 3, 64, **made).warning is None  # type: ignore[arg-type]
+    monkeypatch.setattr(quantize_of, "with_energies", lambda plan, learn: (plan, ()))
+    report = mt.quantize_model(Outliers(), 3, 64, **made)  # type: ignore[arg-type]
+    nearest = divergence(3, "nearest")
+    assert f"divergence {report.accuracy.mean_kl:.4g} against {nearest:.4g} on 256 tokens" in report.warning  # type: ignore[union-attr, operator]
+    assert str(report).startswith("Worse than method='nearest'")
+    assert report.summary().startswith("Worse than method='nearest'")
+
+
+@pytest.mark.parametrize("make", [toys.llama, toys.qwen3_moe, toys.gemma2, toys.lfm2])
+def test_the_guard_measures_what_nearest_gives(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    judge = read_batches([toys.tokens(4, 17)], "evaluation")
+    before = toys.arrays_of(model)
+    plan = plan_quantization(model, 3, 32)
+    with OutputStore() as store:
+        found = Guard(plan, judge, None, store)
+    assert toys.same_arrays(before, toys.arrays_of(model))
+    report = mt.quantize_model(make(), 3, 32, method="nearest", evaluation=[toys.tokens(4, 17)], progress=False)
+    assert found.nearest == pytest.approx(report.accuracy.mean_kl, rel=1e-3)  # type: ignore[union-attr]
