@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from mlx_tune import __version__
+from mlx_tune.cli.arguments import Subcommand
 from mlx_tune.errors import MlxTuneError
 
 #: The subcommands in the order in which help lists them; each is a module here with `add_parser` and `run`.
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="mlx-tune COMMAND --help shows the options of one command, with examples.",
     )
     parser.add_argument("--version", action="version", version=f"mlx-tune {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Subcommand)
     for name in SUBCOMMANDS:
         importlib.import_module(f"mlx_tune.cli.{name}").add_parser(subparsers)
     return parser

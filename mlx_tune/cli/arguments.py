@@ -5,6 +5,26 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mlx_tune.tables import fold
+
+
+class Subcommand(argparse.ArgumentParser):
+    """A subcommand's parser: what it does not know, it refuses with its own usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+        """Parse all of it, or end with an error."""
+        known, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return known, rest
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps sentences, and leaves examples as they are written."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(line if line.startswith(" ") else fold(line, width) for line in text.splitlines())
+
 
 def make_parser(
     subparsers: Any, name: str, help_text: str, *, description: str | None = None, examples: str = ""
@@ -23,7 +43,7 @@ def make_parser(
         help=help_text,
         description=description or help_text,
         epilog=f"examples:\n{examples}" if examples else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
     )
 
 

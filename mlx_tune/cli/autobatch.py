@@ -6,14 +6,15 @@ import argparse
 from typing import Any
 
 from mlx_tune.cli.arguments import make_parser
-from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
-from mlx_tune.cli.output import is_first_rank, print_result, print_too_large, quiet_output, save_plot
-from mlx_tune.errors import BudgetError
+from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning
+from mlx_tune.cli.search import search_and_print
 
 _EXAMPLES = """\
   mlx-tune autobatch --model models/mine --data data/
-  mlx-tune autobatch --model models/mine --data data/ --memory-budget 24GB --grad-checkpoint
-  mlx-tune autobatch --model models/mine --max-seq-length 1024 --target-batch 64 --json"""
+  mlx-tune autobatch --model models/mine --data data/ \\
+      --memory-budget 24GB --grad-checkpoint
+  mlx-tune autobatch --model models/mine --max-seq-length 1024 \\
+      --target-batch 64 --json"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -52,25 +53,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Search and print the answer. Returns 1 where nothing fits, else 0."""
     from mlx_tune import lm
 
-    try:
-        with quiet_output():
-            ready = prepare_run(arguments)
-            result = lm.autobatch(
-                ready.model,
-                ready.train_set,
-                ready.args,
-                optimizer=ready.optimizer,
-                valid_set=ready.valid_set,
-                budget=arguments.memory_budget,
-                max_batch=arguments.max_batch,
-                target_batch=arguments.target_batch,
-                prefer=arguments.prefer,
-                slowdown=arguments.slowdown,
-            )
-            save_plot(result, arguments.plot)
-    except BudgetError as error:
-        print_too_large(error, arguments)
-        return 1
-    if is_first_rank():
-        print_result(result, as_json=arguments.json)
-    return 0
+    def find(ready: Any) -> Any:
+        return lm.autobatch(
+            ready.model,
+            ready.train_set,
+            ready.args,
+            optimizer=ready.optimizer,
+            valid_set=ready.valid_set,
+            budget=arguments.memory_budget,
+            max_batch=arguments.max_batch,
+            target_batch=arguments.target_batch,
+            prefer=arguments.prefer,
+            slowdown=arguments.slowdown,
+        )
+
+    trains_with = ["--batch-size", "largest" if arguments.prefer == "largest" else "auto"]
+    return search_and_print(arguments, find, trains_with=trains_with)

@@ -6,13 +6,14 @@ import argparse
 from typing import Any
 
 from mlx_tune.cli.arguments import make_parser
-from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
-from mlx_tune.cli.output import is_first_rank, print_result, print_too_large, quiet_output
-from mlx_tune.errors import BudgetError
+from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning
+from mlx_tune.cli.search import search_and_print
 
 _EXAMPLES = """\
-  mlx-tune checkpoint --model models/mine --data data/ --batch-size 16 --memory-budget 24GB
-  mlx-tune checkpoint --model models/mine --verify --batch-size 1 --max-seq-length 256"""
+  mlx-tune checkpoint --model models/mine --data data/ --batch-size 16 \\
+      --memory-budget 24GB
+  mlx-tune checkpoint --model models/mine --verify --batch-size 1 \\
+      --max-seq-length 256"""
 
 _EXIT_CODES = {"equal": 0, "different": 1, "not tested": 3}
 
@@ -39,22 +40,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan or verify, and print it. Returns 1 for bad news, 3 where no gradient was tested, else 0."""
     from mlx_tune import lm
 
-    try:
-        with quiet_output():
-            ready = prepare_run(arguments)
-            if arguments.verify:
-                result: Any = lm.verify_checkpoint(ready.model, ready.train_set, ready.args)
-            else:
-                result = lm.plan_checkpoints(
-                    ready.model,
-                    ready.train_set,
-                    ready.args,
-                    optimizer=ready.optimizer,
-                    budget=arguments.memory_budget,
-                )
-    except BudgetError as error:
-        print_too_large(error, arguments)
-        return 1
-    if is_first_rank():
-        print_result(result, as_json=arguments.json)
-    return _EXIT_CODES[result.verdict] if arguments.verify else 0
+    if arguments.verify:
+        return search_and_print(
+            arguments,
+            lambda ready: lm.verify_checkpoint(ready.model, ready.train_set, ready.args),
+            code=lambda report: _EXIT_CODES[report.verdict],
+        )
+
+    def find(ready: Any) -> Any:
+        return lm.plan_checkpoints(
+            ready.model, ready.train_set, ready.args, optimizer=ready.optimizer, budget=arguments.memory_budget
+        )
+
+    size = [] if arguments.batch_size is None else ["--batch-size", str(arguments.batch_size)]
+    return search_and_print(arguments, find, trains_with=[*size, "--grad-checkpoint", "auto"])

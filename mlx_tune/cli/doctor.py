@@ -11,14 +11,15 @@ from mlx_tune.cli.arguments import add_json, make_parser
 from mlx_tune.cli.output import columns, print_result
 
 EXAMPLES = """\
-  mlx-tune doctor                         every check, a few seconds
-  mlx-tune doctor --only blas disk        some of them
-  mlx-tune doctor --bench                 also the measurements: lazy evaluation, unified memory, matmul, ...
-  mlx-tune doctor --bench wired           whether wiring memory gains anything on this machine
-  mlx-tune doctor --issue                 what to paste into a bug report
+  mlx-tune doctor                   every check, a few seconds
+  mlx-tune doctor --only blas disk  some of them
+  mlx-tune doctor --bench           also measure: lazy evaluation, matmul, ...
+  mlx-tune doctor --bench wired     does wiring memory gain anything here?
+  mlx-tune doctor --issue           a text to paste into a bug report
   mlx-tune doctor --explain "There is no Stream(gpu, 0) in current thread."
 
-exit codes: 0 nothing failed (warnings are no failures); 1 a check failed; 2 not a check's name"""
+exit codes: 0 no check failed (warnings are no failures), or the error is known; 1 a check failed, or the error to
+explain is not known; 2 not a check's name"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.explain is not None:
         explanation = explain(sys.stdin.read() if arguments.explain == "-" else arguments.explain)
         print_result(explanation, as_json=arguments.json)
-        return 0
+        return 0 if explanation.known else 1
     if arguments.list:
         print(_list(arguments.json))
         return 0

@@ -14,8 +14,10 @@ from mlx_tune.units import format_bytes
 
 _EXAMPLES = """\
   mlx-tune estimate --model models/mine --batch-size 8 --max-seq-length 4096
-  mlx-tune estimate --model models/mine --data data/ --fine-tune-type full --plot memory.svg
-  mlx-tune estimate --model models/mine --batch-size 32 --memory-budget 24GB && echo it fits"""
+  mlx-tune estimate --model models/mine --data data/ --fine-tune-type full \\
+      --plot memory.svg
+  mlx-tune estimate --model models/mine --batch-size 32 \\
+      --memory-budget 24GB && echo it fits"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

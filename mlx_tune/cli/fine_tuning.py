@@ -9,21 +9,22 @@ from mlx_tune.cli.arguments import add_json, add_model
 from mlx_tune.cli.output import check_picture
 from mlx_tune.progress import progress_bar
 
-#: Options of the shared set that are settings of mlx-lm by the same name.
-_SETTINGS = (
-    "model",
-    "data",
+#: Options that name no model, data or batch, but say how to train: `mlx-tune lora` takes them as they are.
+PASSED_ON = (
     "fine_tune_type",
     "num_layers",
     "optimizer",
-    "batch_size",
     "max_seq_length",
     "grad_accumulation_steps",
     "grad_checkpoint",
     "mask_prompt",
     "seed",
     "trust_remote_code",
+    "config",
 )
+
+#: Options of the shared set that are settings of mlx-lm by the same name.
+_SETTINGS = ("model", "data", "batch_size", *(name for name in PASSED_ON if name != "config"))
 
 #: More stand-in rows than any batch will have.
 _STAND_IN_ROWS = 1 << 20

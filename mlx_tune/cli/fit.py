@@ -6,13 +6,13 @@ import argparse
 from typing import Any
 
 from mlx_tune.cli.arguments import make_parser
-from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
-from mlx_tune.cli.output import is_first_rank, print_result, print_too_large, quiet_output, save_plot
-from mlx_tune.errors import BudgetError
+from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning
+from mlx_tune.cli.search import search_and_print
 
 _EXAMPLES = """\
   mlx-tune fit --model models/mine --data data/
-  mlx-tune fit --model models/mine --data data/ --memory-budget 24GB --target-batch 64
+  mlx-tune fit --model models/mine --data data/ --memory-budget 24GB \\
+      --target-batch 64
   mlx-tune fit --model models/mine --max-seq-length 4096 --json > fit.json"""
 
 
@@ -52,25 +52,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Search and print the choice. Returns 1 where nothing fits, else 0."""
     from mlx_tune import lm
 
-    try:
-        with quiet_output():
-            ready = prepare_run(arguments)
-            fit = lm.autofit(
-                ready.model,
-                ready.train_set,
-                ready.args,
-                optimizer=ready.optimizer,
-                valid_set=ready.valid_set,
-                budget=arguments.memory_budget,
-                target_batch=arguments.target_batch,
-                max_batch=arguments.max_batch,
-                tolerance=arguments.tolerance,
-                throttle=arguments.throttle,
-            )
-            save_plot(fit, arguments.plot)
-    except BudgetError as error:
-        print_too_large(error, arguments)
-        return 1
-    if is_first_rank():
-        print_result(fit, as_json=arguments.json)
-    return 0
+    def find(ready: Any) -> Any:
+        return lm.autofit(
+            ready.model,
+            ready.train_set,
+            ready.args,
+            optimizer=ready.optimizer,
+            valid_set=ready.valid_set,
+            budget=arguments.memory_budget,
+            target_batch=arguments.target_batch,
+            max_batch=arguments.max_batch,
+            tolerance=arguments.tolerance,
+            throttle=arguments.throttle,
+        )
+
+    return search_and_print(arguments, find, trains_with=["--batch-size", "auto", "--grad-checkpoint", "auto"])

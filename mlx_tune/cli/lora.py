@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_tune.cli.arguments import make_parser
+from mlx_tune.cli.arguments import Subcommand, make_parser
 from mlx_tune.cli.output import (
     check_place,
+    command_lines,
     is_first_rank,
     print_too_large,
     quiet_output,
@@ -26,16 +26,18 @@ from mlx_tune.units import format_limit
 
 _EXAMPLES = """\
   mlx-tune lora --model models/mine --data data/ --train --batch-size auto
-  mlx-tune lora --model models/mine --data data/ --train --batch-size auto --grad-checkpoint auto --memory-budget 24GB
+  mlx-tune lora --model models/mine --data data/ --train --batch-size auto \\
+      --grad-checkpoint auto --memory-budget 24GB
   mlx-tune lora --config lora.yaml --batch-size auto --target-batch 64
-  mlx.launch -n 2 mlx-tune lora --model models/mine --data data/ --train --batch-size auto"""
+  mlx.launch -n 2 mlx-tune lora --model models/mine --data data/ --train \\
+      --batch-size auto"""
 
 
 #: What may stand in place of a batch size.
 _SEARCHES = ("auto", "largest")
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Subcommand):
     """Takes what is ours, and leaves the rest to mlx-lm's own parser.
 
     mlx-lm is imported when the command is used and not before: that takes seconds, and other commands have to work
@@ -46,16 +48,22 @@ class _Parser(argparse.ArgumentParser):
         """Parse both sets of options into one namespace."""
         from mlx_tune.lm.lora import lora_parser
 
-        own, rest = super().parse_known_args(args, namespace)
-        lora_parser(self.prog).parse_args(rest, own)
+        own, rest = argparse.ArgumentParser.parse_known_args(self, args, namespace)
+        theirs = lora_parser(self.prog)
+        theirs.error = self.error  # type: ignore[method-assign]  # with this command's usage, which has both
+        theirs.parse_args(rest, own)
         own.passed_on = rest
         return own, []
+
+    def format_usage(self) -> str:
+        """Our usage, and where the rest is listed."""
+        return f"{super().format_usage()}  with every option of mlx_lm.lora; {self.prog} --help lists them\n"
 
     def format_help(self) -> str:
         """Our help, then mlx-lm's options."""
         from mlx_tune.lm.lora import lora_parser
 
-        theirs = lora_parser(self.prog).format_help()
+        theirs = lora_parser(self.prog, without=self._option_string_actions).format_help()
         options = theirs[theirs.index("options:") :].replace("options:", "mlx_lm.lora's own options:", 1)
         head, _, examples = super().format_help().partition("examples:\n")
         return f"{head}{options}\nexamples:\n{examples}"
@@ -252,7 +260,7 @@ def _equivalent(final: dict[str, Any], fit: Any, settings: dict[str, Any], typed
     paths = checkpointed_paths(fit)
     if settings["grad_checkpoint"] is True or paths:
         words.append("--grad-checkpoint")
-    lines = ["The plain command that comes nearest:", f"  {shlex.join(words)}"]
+    lines = ["The plain command that comes nearest:", command_lines(words)]
     if paths:
         lines.append(f"  (it checkpoints every block; here {len(paths)} are: {', '.join(paths)})")
     elif settings["grad_checkpoint"] == "auto" and {"-c", "--config"} & set(typed):

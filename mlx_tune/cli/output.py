@@ -6,9 +6,10 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,18 @@ def print_result(result: Any, *, as_json: bool) -> None:
 def print_text(text: str) -> None:
     """Print text with no line wider than the terminal, where its words allow that."""
     print(fold(text, columns()))
+
+
+def command_lines(words: Sequence[str], indent: str = "  ") -> str:
+    """A command to copy, continued with backslashes where it is wider than the terminal."""
+    lines = [indent]
+    for word in map(shlex.quote, words):
+        last = lines[-1]
+        if last.strip() and len(last) + len(word) + 3 > columns():
+            lines[-1] = f"{last.rstrip()} \\"
+            lines.append(f"{indent}    ")
+        lines[-1] += f"{word} "
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def columns() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from mlx_tune.cli.arguments import add_json, add_model, make_parser
 from mlx_tune.cli.output import (
     check_picture,
     check_place,
+    command_lines,
     is_first_rank,
     print_result,
     print_text,
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   mlx-tune quantize --model models/mine --mlx-path models/mine-4bit
-  mlx-tune quantize --model models/mine --mlx-path models/mine-3bit --bits 3 --method gptq --calibration text/
-  mlx-tune quantize --model models/mine --mlx-path models/small --target-bpw 3.5 --calibration text/ \\
+  mlx-tune quantize --model models/mine --mlx-path models/mine-3bit --bits 3 \\
+      --method gptq --calibration text/
+  mlx-tune quantize --model models/mine --mlx-path models/small \\
+      --target-bpw 3.5 --calibration text/ \\
       --evaluation held-out.txt --report report.json
-  mlx-tune quantize --model models/mine --bits 4 --override 'lm_head=bits:8' --skip '*.layers.0.*' --plan"""
+  mlx-tune quantize --model models/mine --bits 4 \\
+      --override '*.down_proj=bits:8' --skip '*.layers.0.*' --plan"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -56,6 +59,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--mode", "--q-mode", choices=["affine", "mxfp4", "mxfp8", "nvfp4"], default="affine", help="default: affine"
     )
     formats.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        help="cast the model to this first, as mlx_lm.convert does; scales are kept in it too (default: as it is)",
+    )
+    formats.add_argument(
         "--target-bpw", type=float, metavar="X", help="choose widths layer by layer, at most X bits per weight in all"
     )
     formats.add_argument("--target-bytes", metavar="SIZE", help="the same, at most this many bytes in all, such as 4GB")
@@ -64,7 +72,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATTERN=FORMAT",
-        help="another format for layers by pattern, such as '*.lm_head=bits:8,group_size:32', or =true, =false",
+        help="another format for layers by pattern, such as '*.down_proj=bits:8,group_size:32', or =true, =false",
     )
     formats.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="layers to leave alone")
     formats.add_argument("--activations", action="store_true", help="quantize layers' inputs too, where MLX can")
@@ -100,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     import mlx_tune
     from mlx_tune import lm
     from mlx_tune.batching.ranks import Ranks
+    from mlx_tune.lm.loading import cast
 
     overrides = dict(parse_override(text) for text in arguments.override)
     target = None if arguments.mlx_path is None else Path(arguments.mlx_path)
@@ -112,6 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
             model, tokenizer, config, folder = lm.load(
                 arguments.model, lazy=True, trust_remote_code=bool(arguments.trust_remote_code)
             )
+        if arguments.dtype is not None:
+            cast(model, arguments.dtype)
         shared: dict[str, Any] = {
             "mode": arguments.mode,
             "overrides": overrides or None,
@@ -146,7 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
             print_result(result, as_json=arguments.json)
         if not (arguments.plan or arguments.json):
             print_text(ending(result, str(target), verbose=arguments.verbose))
-            print(f"  mlx_lm.generate --model {shlex.quote(str(target))} --prompt TEXT")
+            print(command_lines(["mlx_lm.generate", "--model", str(target), "--prompt", "TEXT"]))
     return 0
 
 

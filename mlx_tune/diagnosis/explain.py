@@ -10,7 +10,7 @@ from mlx_tune.diagnosis import explanations
 from mlx_tune.diagnosis.explanations import Entry
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 
-_WIDTH = 100
+_WIDTH = 80
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,9 @@ def _with_blocks(model: nn.Module, checkpoint: bool, select: Select | None) -> t
     if not checkpoint:
         if select is not None:
             raise InvalidArgumentError("select says which blocks may be checkpointed, and checkpoint=False that none.")
-        return False, ["Checkpoints were left as they are (checkpoint=False)."]
+        return False, [
+            "No block was considered for checkpointing (checkpoint=False; in mlx-tune lora, --grad-checkpoint auto does)."
+        ]
     try:
         find_blocks(model, select)
     except CheckpointError as error:

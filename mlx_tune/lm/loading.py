@@ -55,6 +55,25 @@ def load(
     return loaded, tokenizer, config, folder
 
 
+def cast(model: nn.Module, dtype: str) -> None:
+    """Turn a model's floating-point parameters into another dtype, as `mlx_lm.convert --dtype` does.
+
+    Args:
+        model: A model of mlx-lm; parameters that its `cast_predicate` names stay as they are.
+        dtype: "float16", "bfloat16" or "float32".
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_map_with_path
+
+    may_cast = getattr(model, "cast_predicate", lambda path: True)
+
+    def changed(path: str, value: mx.array) -> mx.array:
+        floating = mx.issubdtype(value.dtype, mx.floating)
+        return value.astype(getattr(mx, dtype)) if floating and may_cast(path) else value
+
+    model.update(tree_map_with_path(changed, model.parameters()))
+
+
 def _folder(model: str | os.PathLike[str]) -> Path:
     place = Path(model)
     if place.is_dir():

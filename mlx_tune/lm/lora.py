@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,17 +11,20 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm.preparation import FineTuning
 
 
-def lora_parser(prog: str) -> argparse.ArgumentParser:
+def lora_parser(prog: str, *, without: Container[str] = ()) -> argparse.ArgumentParser:
     """The parser of `mlx_lm.lora`.
 
     Args:
         prog: The name of the command in its usage and errors.
+        without: Options to leave out, because the command has its own by that name.
     """
     from mlx_lm.lora import build_parser
 
     parser: argparse.ArgumentParser = build_parser()
     parser.prog = prog
     parser.allow_abbrev = False
+    for action in [action for action in parser._actions if any(name in without for name in action.option_strings)]:
+        parser._handle_conflict_resolve(None, [(name, action) for name in action.option_strings])  # type: ignore[arg-type]
     return parser
 
 

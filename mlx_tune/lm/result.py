@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_tune.tabular import Table, Tabular
-from mlx_tune.units import format_bytes, format_limit, format_seconds
+from mlx_tune.units import format_bytes, format_count, format_limit, format_seconds
 
 #: More lines of losses than this say no more; the table then shows some of them, the first and the last included.
 _MOST_LINES = 12
@@ -94,9 +94,10 @@ class TrainingResult(Tabular):
         lines = [
             f"{self.iterations} iterations of {batch}: {self.tokens:,} tokens in {format_seconds(self.seconds)}, "
             f"{self.tokens_per_second:,.0f} tokens/s",
-            f"peak {format_bytes(self.peak_bytes)}{limit}; cache {format_bytes(self.cache_bytes)}, "
-            f"process {format_bytes(self.footprint_bytes)}",
-            f"{len(self.checkpointed)} blocks checkpointed; {self.wired}",
+            f"peak of MLX's arrays {format_bytes(self.peak_bytes)}{limit}; at the end MLX kept "
+            f"{format_bytes(self.cache_bytes)} for reuse, and the whole process, Python and libraries included, took "
+            f"{format_bytes(self.footprint_bytes)}",
+            f"{format_count(len(self.checkpointed), 'block')} checkpointed; {self.wired}",
             f"weights in {self.adapter_file}",
         ]
         rows = [(*_cells(line), "") for line in _thinned(self.losses)]

@@ -63,6 +63,20 @@ def test_it_ends_with_what_was_made_and_what_to_do_next(model_folder, tmp_path: 
     assert picture.is_file()
 
 
+def test_a_dtype_is_the_weights_and_the_scales(model_folder, tmp_path: Path, capsys) -> None:
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        target = tmp_path / dtype
+        assert quantize("--model", model_folder("tied"), "--mlx-path", target, "--dtype", dtype, "--json") == 0
+        sizes[dtype] = json.loads(capsys.readouterr().out)["size_after_bytes"]
+        loaded, _ = mlx_lm.load(str(target))
+        flat = dict(tree_flatten(loaded.parameters()))
+        assert {str(value.dtype) for path, value in flat.items() if not path.endswith(".weight") or "norm" in path} == {
+            f"mlx.core.{dtype}"
+        }
+    assert sizes["bfloat16"] < sizes["float32"]
+
+
 def test_verbose_prints_every_layer_before_the_end(model_folder, tmp_path: Path, capsys) -> None:
     assert quantize("--model", model_folder("tied"), "--mlx-path", tmp_path / "out", "--verbose") == 0
     table, _, end = capsys.readouterr().out.partition("\nMade ")

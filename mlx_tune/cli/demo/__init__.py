@@ -8,9 +8,9 @@ from typing import Any
 from mlx_tune.cli.arguments import add_json, make_parser
 
 _EXAMPLES = """\
-  mlx-tune demo                            train on the Python standard library's own source
+  mlx-tune demo                            train on Python's own source
   mlx-tune demo --text notes/ --steps 200  on your own text, longer
-  mlx-tune demo --budget 1GB --out model/  with more memory, into a folder of your choice"""
+  mlx-tune demo --budget 1GB --out model/  with more memory, into a named folder"""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
