@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from mlx_tune.cli.arguments import add_json, make_parser
-from mlx_tune.cli.output import columns, print_result
+from mlx_tune.cli.output import folded, print_result
 
 EXAMPLES = """\
   mlx-tune doctor                   every check, a few seconds
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _list(as_json: bool) -> str:
     from mlx_tune.diagnosis.checks import all_checks
-    from mlx_tune.tables import fit_to, render_table
+    from mlx_tune.tabular import Table
 
     if as_json:
         listed = [
@@ -75,5 +75,4 @@ def _list(as_json: bool) -> str:
         ]
         return json.dumps(listed, indent=2)
     rows = [[one.name, one.theme, one.title] for one in all_checks()]
-    with fit_to(columns()):
-        return render_table(["check", "theme", "what it looks at"], rows)
+    return folded(Table(["check", "theme", "what it looks at"], rows))

@@ -15,6 +15,7 @@ from mlx_tune.cli.arguments import Subcommand, make_parser
 from mlx_tune.cli.output import (
     check_place,
     command_lines,
+    folded,
     is_first_rank,
     print_too_large,
     quiet_output,
@@ -148,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
             figures = {} if result is None else result.to_dict()
             print(json.dumps(figures | ({} if loss is None else {"test_loss": loss}), indent=2))
         elif result is not None:
-            print(f"\n{result}")
+            print(f"\n{folded(result)}")
     return 0
 
 
@@ -206,7 +207,7 @@ def _train(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace, 
         final["grad_accumulation_steps"] = getattr(fit, "accumulation_steps", settings["grad_accumulation_steps"])
     if is_first_rank():
         if fit is not None:
-            say(f"{fit}\n")
+            say(f"{folded(fit)}\n")
         say(_equivalent(final, fit, settings, arguments.passed_on) + "\n")
         folder = Path(settings["adapter_path"])
         write_whole(folder / "adapter_config.json", json.dumps(_plain(final), indent=4, sort_keys=True) + "\n")
@@ -260,7 +261,7 @@ def _equivalent(final: dict[str, Any], fit: Any, settings: dict[str, Any], typed
     paths = checkpointed_paths(fit)
     if settings["grad_checkpoint"] is True or paths:
         words.append("--grad-checkpoint")
-    lines = ["The plain command that comes nearest:", command_lines(words)]
+    command, lines = command_lines(words), []
     if paths:
         lines.append(f"  (it checkpoints every block; here {len(paths)} are: {', '.join(paths)})")
     elif settings["grad_checkpoint"] == "auto" and {"-c", "--config"} & set(typed):
@@ -268,7 +269,7 @@ def _equivalent(final: dict[str, Any], fit: Any, settings: dict[str, Any], typed
     limit = getattr(fit, "limit_bytes", None)
     if limit is not None:
         lines.append(f"  (it sets no memory limit; here it is {format_limit(limit)}, without which the peak is higher)")
-    return "\n".join(lines)
+    return "\n".join(["The plain command that comes nearest:", command, *map(folded, lines)])
 
 
 def checkpointed_paths(fit: Any) -> tuple[str, ...]:

@@ -41,14 +41,14 @@ def print_result(result: Any, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return
+    print(folded(result))
+
+
+def folded(result: Any) -> str:
+    """The text of a result, tables and all, with no line wider than the terminal, where its words allow that."""
     with fit_to(columns()):
         text = str(result)
-    print_text(text)
-
-
-def print_text(text: str) -> None:
-    """Print text with no line wider than the terminal, where its words allow that."""
-    print(fold(text, columns()))
+    return fold(text, columns())
 
 
 def command_lines(words: Sequence[str], indent: str = "  ") -> str:

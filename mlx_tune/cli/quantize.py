@@ -12,9 +12,9 @@ from mlx_tune.cli.output import (
     check_picture,
     check_place,
     command_lines,
+    folded,
     is_first_rank,
     print_result,
-    print_text,
     quiet_output,
     save_plot,
     write_whole,
@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.plan or arguments.verbose or arguments.json:
             print_result(result, as_json=arguments.json)
         if not (arguments.plan or arguments.json):
-            print_text(ending(result, str(target), verbose=arguments.verbose))
+            print(folded(ending(result, str(target), verbose=arguments.verbose)))
             print(command_lines(["mlx_lm.generate", "--model", str(target), "--prompt", "TEXT"]))
     return 0
 

@@ -9,9 +9,9 @@ from typing import Any
 from mlx_tune.cli.fine_tuning import PASSED_ON, prepare_run
 from mlx_tune.cli.output import (
     command_lines,
+    folded,
     is_first_rank,
     print_result,
-    print_text,
     print_too_large,
     quiet_output,
     save_plot,
@@ -50,7 +50,7 @@ def search_and_print(
     if is_first_rank():
         print_result(result, as_json=arguments.json)
         if trains_with and not arguments.json:
-            print_text("\nTo train so on the command line (it searches again, and sets the limit itself):")
+            print(folded("\nTo train so on the command line (it searches again, and sets the limit itself):"))
             print(command_lines(_lora_command(arguments, trains_with)))
     return code(result)
 

@@ -152,9 +152,8 @@ def _with_blocks(model: nn.Module, checkpoint: bool, select: Select | None) -> t
     if not checkpoint:
         if select is not None:
             raise InvalidArgumentError("select says which blocks may be checkpointed, and checkpoint=False that none.")
-        return False, [
-            "No block was considered for checkpointing (checkpoint=False; in mlx-tune lora, --grad-checkpoint auto does)."
-        ]
+        why = "Blocks are as they were: checkpoint=False, or mlx-tune lora without --grad-checkpoint auto."
+        return False, [why]
     try:
         find_blocks(model, select)
     except CheckpointError as error:

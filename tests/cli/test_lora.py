@@ -94,7 +94,8 @@ def test_without_auto_it_trains_what_mlx_lm_trains(lora, model_folder, data_fold
 
 def plain_command(out: str) -> list[str]:
     """The words of the plain command that is printed."""
-    return next(line for line in out.splitlines() if line.strip().startswith("mlx_lm.lora ")).split()
+    lines = out.replace("\\\n", " ").splitlines()
+    return next(line for line in lines if line.strip().startswith("mlx_lm.lora ")).split()
 
 
 def test_the_fastest_batch_is_chosen_said_and_trained_with(lora, tmp_path) -> None:
