@@ -98,8 +98,8 @@ def test_the_folder_has_the_model_card_that_mlx_lm_writes(model_folder, tmp_path
 @pytest.mark.parametrize(
     ("words", "methods", "heard"),
     [
-        (["--method", "gptq"], {"gptq", "optimal"}, "gptq"),
-        (["--method", "dwq"], {"dwq", "gptq", "optimal"}, "dwq"),
+        (["--method", "gptq"], {"gptq", "optimal", "nearest"}, "gptq"),
+        (["--method", "dwq"], {"dwq", "gptq", "optimal", "nearest"}, "dwq"),
         (["--method", "nearest", "--target-bpw", 5], {"nearest"}, "sensitivity"),
     ],
     ids=["gptq", "dwq", "target"],
