@@ -385,3 +385,23 @@ def test_experts_are_solved_one_by_one():
 def test_no_batches_are_an_error():
     with pytest.raises(QuantizationError, match="calibration is empty"):
         gptq_model(make(), [], [], install=install)
+
+
+def test_a_layer_keeps_nearest_where_its_outputs_lose_least_with_it(monkeypatch):
+    real = calibrated.pack
+
+    def coarse(weight, wanted, method, *more):
+        """Stand in for a search that went wrong."""
+        (packed, scales, biases), used = real(weight, wanted, method, *more)
+        return (packed, scales * (1.5 if method == "optimal" else 1), biases), used
+
+    monkeypatch.setattr(calibrated, "pack", coarse)
+    monkeypatch.setattr(calibrated, "quantize_gptq", lambda *_, start, **__: (*start, 0.0, 0.0))
+    model = nn.Sequential(nn.Linear(64, 32))
+    before = model.layers[0].weight
+    batches = read_batches([correlated_inputs(32, 64, seed) for seed in range(4)], "calibration")
+    layers = plan_quantization(model, 3, 64).layers
+    (done,) = gptq_model(model, layers, batches, install=install)
+    assert done.method == "nearest"
+    assert "kept 'nearest': gptq's output error was" in done.note
+    assert mx.array_equal(model.layers[0].weight, mx.quantize(before, 64, 3)[0]).item()
