@@ -13,6 +13,8 @@ from pathlib import Path
 #: How the names begin of folders in which something is made that is not whole yet.
 UNFINISHED = ".unfinished-"
 
+_LOCK, _CONTENTS = "in-use.lock", "contents"
+
 
 @contextmanager
 def beside(target: Path, *, instead: Path | None = None) -> Iterator[Path]:
@@ -48,46 +50,50 @@ def beside(target: Path, *, instead: Path | None = None) -> Iterator[Path]:
 def own_folder(place: Path, prefix: str) -> Iterator[Path]:
     """Make a folder that only this process uses, and clear away those of processes that have died.
 
-    The folder is locked for as long as the block runs. The system takes the lock back when the process ends, however it
-    ends, so that a folder that can be locked belongs to nobody, and one that cannot is in use.
+    It lies in an outer folder beside a file that is locked for as long as the block runs. The system takes the lock
+    back when the process ends, however it ends, so that a file that can be locked belongs to nobody, and one that
+    cannot is in use. A folder without that file is somebody else's, whatever its name.
 
     Args:
         place: Where to make it.
-        prefix: The beginning of its name, and of those of the folders that may be cleared.
+        prefix: The beginning of the outer folder's name, and of those of the folders that may be cleared.
 
     Yields:
-        The folder. It is deleted afterwards, if it is still there.
+        The inner folder, which is empty. Both are deleted afterwards, if they are still there.
     """
     for left in place.glob(f"{prefix}*"):
-        with suppress(OSError):  # of another user, or already gone
+        with suppress(OSError):  # not one of ours, of another user, or already gone
             _delete_if_free(left)
-    folder, lock = _made_and_locked(place, prefix)
+    outer, lock = _made_and_locked(place, prefix)
     try:
+        folder = outer / _CONTENTS
+        folder.mkdir()
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(outer, ignore_errors=True)
         os.close(lock)
 
 
 def _made_and_locked(place: Path, prefix: str) -> tuple[Path, int]:
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+        outer = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
         try:
-            lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        with suppress(OSError):  # a disk without locks: then nobody else can lock it either
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            return folder, lock
+            lock = os.open(outer / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            with suppress(OSError):  # a disk without locks: then nobody else can lock it either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            shutil.rmtree(outer, ignore_errors=True)
+            raise
+        if (outer / _LOCK).exists():
+            return outer, lock
         os.close(lock)  # another process took it for a dead one's before it was locked
 
 
-def _delete_if_free(folder: Path) -> None:
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def _delete_if_free(outer: Path) -> None:
+    lock = os.open(outer / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(outer, ignore_errors=True)
     finally:
         os.close(lock)
 

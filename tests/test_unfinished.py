@@ -78,7 +78,7 @@ def test_a_later_run_clears_what_killed_ones_left_and_not_what_living_ones_use(n
     write(tmp_path)
     assert not dead.exists()
     assert (alive / "half").read_text() == "half of it"
-    assert [folder.name for folder in tmp_path.glob(f"{prefix}*")] == [alive.name]
+    assert [folder.name for folder in tmp_path.glob(f"{prefix}*")] == [alive.parent.name]
 
 
 def test_a_folder_of_this_process_is_in_use_too(tmp_path: Path) -> None:
@@ -86,6 +86,16 @@ def test_a_folder_of_this_process_is_in_use_too(tmp_path: Path) -> None:
         assert first.is_dir()
         assert second.is_dir()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_others_are_left_alone_whatever_their_name(tmp_path: Path) -> None:
+    (tmp_path / "a-project").mkdir()
+    (tmp_path / "a-project" / "mine").touch()
+    (tmp_path / "a-empty").mkdir()
+    with own_folder(tmp_path, "a-"):
+        pass
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a-project", "a-empty"}
+    assert (tmp_path / "a-project" / "mine").exists()
 
 
 def test_other_names_files_and_links_are_left_alone(tmp_path: Path) -> None:
