@@ -31,7 +31,7 @@ class Batch:
 
     @property
     def inputs(self) -> Batch:
-        """What the model is called with: all but the last token of token batches, else the batch itself."""
+        """The model's inputs: all but the last token of token batches, else the batch itself."""
         return self if self.tokens is None else Batch((self.shifted[0],), None)
 
     @property
@@ -46,8 +46,8 @@ class Batch:
 
         Args:
             function: Called with the positional arguments and those by name.
-            *first: What comes before them, such as the model for a loss.
-            through: What positional arguments, as a tuple, and those by name, as a dictionary, go through before.
+            *first: Arguments before them, such as the model for a loss.
+            through: Applied first to the positional arguments, as a tuple, and to those by name, as a dictionary.
 
         Examples:
             >>> Batch((1,), None, {"scale": 2}).call(lambda x, scale: x * scale)
