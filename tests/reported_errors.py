@@ -93,6 +93,11 @@ UNDERSTOOD = (
         "A quantized product that CUDA lacks",
     ),
     reported(
+        "qmv.cu",
+        "ValueError: [quantized_matmul] 1-bit quantization is not supported.",
+        "A quantized product that CUDA lacks",
+    ),
+    reported(
         "mlx#2536", "RuntimeError: QuantizedMatmul has no CUDA implementation.", "A quantized product that CUDA lacks"
     ),
     reported("mlx#3122", "RuntimeError: [QMM] NYI: seq > 1", "A quantized product that CUDA lacks"),

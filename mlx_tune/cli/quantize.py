@@ -77,6 +77,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     formats.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="layers to leave alone")
     formats.add_argument("--activations", action="store_true", help="quantize layers' inputs too, where MLX can")
     formats.add_argument("--requantize", action="store_true", help="quantize layers that are quantized already anew")
+    formats.add_argument(
+        "--no-verify-kernels",
+        dest="verify_kernels",
+        action="store_false",
+        help="pack layers without trying whether MLX computes them right on this machine, for use on another",
+    )
     how = parser.add_argument_group("method")
     how.add_argument(
         "--method",
@@ -119,7 +125,10 @@ def run(arguments: argparse.Namespace) -> int:
     with quiet_output():
         with progress_bar(f"loading {arguments.model}"):
             model, tokenizer, config, folder = lm.load(
-                arguments.model, lazy=True, trust_remote_code=bool(arguments.trust_remote_code)
+                arguments.model,
+                lazy=True,
+                trust_remote_code=bool(arguments.trust_remote_code),
+                verify_kernels=arguments.verify_kernels,
             )
         if arguments.dtype is not None:
             cast(model, arguments.dtype)
@@ -131,6 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
             "effort": arguments.effort,
             "activations": arguments.activations,
             "requantize": arguments.requantize,
+            "verify_kernels": arguments.verify_kernels,
             "target_bpw": arguments.target_bpw,
             "target_bytes": arguments.target_bytes,
             "calibration": _batches(tokenizer, arguments.calibration, arguments.num_samples, arguments),

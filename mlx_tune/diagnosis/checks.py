@@ -11,7 +11,7 @@ from mlx_tune.diagnosis import installer
 from mlx_tune.diagnosis.report import CheckResult, Status
 
 #: The modules that hold checks, in the order in which the report shows them.
-_MODULES = ("installation", "machine", "gpu", "compute", "bench")
+_MODULES = ("installation", "machine", "gpu", "compute", "kernels", "bench")
 
 
 @dataclass(frozen=True)

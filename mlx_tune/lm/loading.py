@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +15,31 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str | os.PathLike[str], *, lazy: bool = False, trust_remote_code: bool = False
+    model: str | os.PathLike[str],
+    *,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    adapter_path: str | os.PathLike[str] | None = None,
+    lazy: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    verify_kernels: bool = True,
 ) -> tuple[nn.Module, Any, dict[str, Any], Path]:
-    """Load what `mlx_lm.load` loads: a folder in mlx-lm's format, or a name on the hub.
+    """Load what `mlx_lm.load` loads, and unpack quantized layers that MLX would compute wrong on this machine.
+
+    Arguments are those of `mlx_lm.load`; what it returns with `return_config=True` comes back, and the folder.
 
     Args:
         model: A folder, or a name such as "mlx-community/Qwen3-0.6B-4bit", which needs a network or a filled cache.
+        tokenizer_config: Further arguments for the tokenizer.
+        model_config: Entries that replace those of the model's configuration.
+        adapter_path: A folder with adapters to put on.
         lazy: Leave the weights on disk until they are used.
+        revision: The branch, tag or commit of a hub name.
         trust_remote_code: Run Python files that come with the model, as `mlx_lm.load` does.
+        verify_kernels: Multiply once with each distinct kind of packed weights that the model has. Layers that come
+            out wrong, or for which this backend has no kernel, are unpacked and take more memory; a warning says
+            which and why.
 
     Returns:
         The model, its tokenizer, its configuration and the folder that it was read from.
@@ -37,7 +56,7 @@ def load(
     """
     import mlx_lm
 
-    folder = _folder(model)
+    folder = _folder(model, revision)
     if not (folder / "config.json").is_file():
         raise InvalidArgumentError(f"{str(folder)!r} holds no config.json: it is not a model's folder.")
     if not any(folder.glob("model*.safetensors")):
@@ -47,11 +66,18 @@ def load(
             str(folder),
             lazy=lazy,
             return_config=True,
-            tokenizer_config={"trust_remote_code": trust_remote_code},
+            tokenizer_config={"trust_remote_code": trust_remote_code, **(tokenizer_config or {})},
+            model_config=dict(model_config or {}),
+            adapter_path=None if adapter_path is None else str(adapter_path),
             trust_remote_code=trust_remote_code,
         )
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise MlxTuneError(f"mlx-lm cannot load {str(folder)!r}: {type(error).__name__}: {error}") from error
+    if verify_kernels:
+        from mlx_tune.quantization.trusted import unpack_faulty
+
+        for note in unpack_faulty(loaded, evaluate=not lazy):
+            warnings.warn(note, stacklevel=2)
     return loaded, tokenizer, config, folder
 
 
@@ -74,7 +100,7 @@ def cast(model: nn.Module, dtype: str) -> None:
     model.update(tree_map_with_path(changed, model.parameters()))
 
 
-def _folder(model: str | os.PathLike[str]) -> Path:
+def _folder(model: str | os.PathLike[str], revision: str | None) -> Path:
     place = Path(model)
     if place.is_dir():
         return place
@@ -88,7 +114,7 @@ def _folder(model: str | os.PathLike[str]) -> Path:
     from mlx_lm.utils import _download
 
     try:
-        return Path(_download(name))
+        return Path(_download(name, revision=revision))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise MlxTuneError(
             f"There is no folder {name!r} here, and the hub could not be asked for a model of that name "

@@ -46,6 +46,7 @@ def plan_quantization(
     activations: bool = False,
     requantize: bool = False,
     scale_dtype: mx.Dtype | str | None = None,
+    verify_kernels: bool = True,
     calibration: Iterable[Any] | None = None,
     evaluation: Iterable[Any] | None = None,
     progress: bool = False,
@@ -69,6 +70,8 @@ def plan_quantization(
         activations: True where layers quantize their inputs too.
         requantize: True where layers that are quantized already are quantized anew.
         scale_dtype: Of affine scales and biases, instead of that of the weights.
+        verify_kernels: Multiply with each distinct kind of packed weights once, and leave layers unpacked that MLX
+            computes wrong on this device.
         calibration: Batches to measure layers' sensitivity on, where a target is given.
         evaluation: Batches to check such a choice on, where there is no calibration.
         progress: Show progress lines, where a target is given.
@@ -78,6 +81,7 @@ def plan_quantization(
 
     Raises:
         QuantizationError: The same as `quantize_model` raises before it changes anything.
+        BackendError: MLX computes every layer wrong in the formats that were asked for.
 
     Examples:
         >>> plan = plan_quantization(nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 80)), 4, 64)
@@ -86,7 +90,15 @@ def plan_quantization(
     """
     base = check_request(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
     plan = lay_out(model, base, method, effort, overrides, skip, requantize, scale_dtype)
-    if target_bpw is None and target_bytes is None:
+    targeted = target_bpw is not None or target_bytes is not None
+    fault_of = None
+    if verify_kernels:
+        from mlx_tune.quantization.trusted import fault_finder, keep_unpacked
+
+        fault_of = fault_finder(model)
+        # Whether inputs can be quantized here quantize_model finds out, and refuses; a plan for it can still be read.
+        plan = keep_unpacked(plan, fault_of, among=lambda layer: (layer.fixed or not targeted) and not _both(layer))
+    if not targeted:
         plan = replace(plan, notes=(*plan.notes, *note_of_range(plan)))
         if calibration is None and evaluation is None:
             return plan
@@ -94,10 +106,16 @@ def plan_quantization(
     from mlx_tune.quantization.target import allocate_to_target, parse_target
 
     learn, judge = rehearse(plan, read_batches(calibration, "calibration"), read_batches(evaluation, "evaluation"))
-    if target_bpw is None and target_bytes is None:
+    if not targeted:
         return plan
     target = parse_target(plan, target_bpw, target_bytes)
-    return allocate_to_target(plan, target, calibration=learn, evaluation=judge, progress=progress).plan
+    return allocate_to_target(
+        plan, target, calibration=learn, evaluation=judge, progress=progress, fault_of=fault_of
+    ).plan
+
+
+def _both(layer: LayerPlan) -> bool:
+    return layer.format is not None and layer.format.quantize_input
 
 
 def check_request(

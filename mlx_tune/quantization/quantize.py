@@ -24,6 +24,7 @@ from mlx_tune.quantization.batches import Batch, read_batches, token_rows
 from mlx_tune.quantization.energies import with_energies
 from mlx_tune.quantization.evaluation import Comparison, Loss, prepare
 from mlx_tune.quantization.guard import Guard, watched
+from mlx_tune.quantization.kernels import FaultOf
 from mlx_tune.quantization.layout import check_request, lay_out
 from mlx_tune.quantization.methods import carry_out
 from mlx_tune.quantization.outputs import OutputStore
@@ -35,6 +36,7 @@ from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.speed import Speed, SpeedComparison, measure_after, measure_before
 from mlx_tune.quantization.statistics import overlap
 from mlx_tune.quantization.transaction import Transaction
+from mlx_tune.quantization.trusted import fault_finder, keep_unpacked
 from mlx_tune.units import format_percent
 
 T = TypeVar("T")
@@ -62,6 +64,7 @@ def quantize_model(
     activations: bool = False,
     requantize: bool = False,
     scale_dtype: mx.Dtype | str | None = None,
+    verify_kernels: bool = True,
     calibration: Iterable[Any] | None = None,
     evaluation: Iterable[Any] | None = None,
     progress: bool = True,
@@ -94,6 +97,9 @@ def quantize_model(
         requantize: Quantize layers anew that are quantized already.
         scale_dtype: Of scales and biases in mode "affine", such as `mx.bfloat16` or "bfloat16"; that of the weights by
             default, which for a float32 model means 64 bits for each group.
+        verify_kernels: Multiply with each distinct kind of packed weights once before, and leave a layer unpacked, or
+            give it another format where a size is to be met, if MLX computes it wrong on this device or cannot. False
+            is for models that will run on another machine.
         calibration: Batches to learn from, as in `evaluation`, and other ones.
         evaluation: Batches to judge on: token arrays [batch, length], which are shifted here, or whatever the model
             is called with, a tuple being several arguments and a dictionary arguments by name.
@@ -105,7 +111,7 @@ def quantize_model(
 
     Raises:
         QuantizationError: An argument or a layer stands in the way; nothing was changed.
-        BackendError: MLX cannot do the mode on this backend.
+        BackendError: MLX cannot do the mode on this backend, or computes every layer wrong in it.
         DiskError: Too little free disk for what the evaluation compares with.
 
     Examples:
@@ -129,6 +135,10 @@ def quantize_model(
         raise QuantizationError("loss=... is what the evaluation is judged by: pass evaluation=[batches] as well.")
     warnings = _overlap_warning(judge, learn)
     check_backend(plan)
+    targeted = target_bpw is not None or target_bytes is not None
+    fault_of = fault_finder(model) if verify_kernels else None
+    if fault_of is not None:
+        plan = keep_unpacked(plan, fault_of, among=lambda layer: layer.fixed or not targeted)
     with ExitStack() as stack:
         stack.enter_context(same_random_stream())
         learn, judge = rehearse(plan, learn, judge, loss)
@@ -137,12 +147,12 @@ def quantize_model(
         if method == "optimal" or (method != "nearest" and not (target_bpw is None and target_bytes is None)):
             plan, unknown = with_energies(plan, learn)
             notes += unknown
-        if target_bpw is not None or target_bytes is not None:
-            plan = _to_target(plan, target_bpw, target_bytes, learn, judge, progress)
+        if targeted:
+            plan = _to_target(plan, target_bpw, target_bytes, learn, judge, progress, fault_of)
         check_overflow(plan, largest)
         store = stack.enter_context(OutputStore())
         comparison, before = None, None
-        if learn and method == "nearest" and target_bpw is None and target_bytes is None:
+        if learn and method == "nearest" and not targeted:
             notes.append("The calibration was not used: method='nearest' looks at the weights alone.")
         if judge:
             comparison = prepare(model, judge, loss, warnings=warnings)
@@ -276,11 +286,14 @@ def _to_target(
     learn: list[Batch],
     judge: list[Batch],
     progress: bool,
+    fault_of: FaultOf | None,
 ) -> QuantizationPlan:
     from mlx_tune.quantization.target import allocate_to_target, parse_target
 
     target = parse_target(plan, target_bpw, target_bytes)
-    return allocate_to_target(plan, target, calibration=learn, evaluation=judge, progress=progress).plan
+    return allocate_to_target(
+        plan, target, calibration=learn, evaluation=judge, progress=progress, fault_of=fault_of
+    ).plan
 
 
 def _overlap_warning(judge: list[Batch], learn: list[Batch]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from mlx_tune.quantization.allocate import allocate
 from mlx_tune.quantization.apply import apply_layer
 from mlx_tune.quantization.batches import Batch, read_batches, rows_at_most
 from mlx_tune.quantization.evaluation import Comparison, prepare
+from mlx_tune.quantization.kernels import FaultOf, Sieve
 from mlx_tune.quantization.modes import AFFINE_GROUP_SIZES, FIXED_MODES, ITEM_BYTES, Format
 from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.overflow import formats_that_fit
@@ -75,6 +76,7 @@ def allocate_to_target(
     calibration: Iterable[Any] | None = None,
     evaluation: list[Batch] | None = None,
     progress: bool = False,
+    fault_of: FaultOf | None = None,
 ) -> Allocation:
     """Choose a format for every layer of a plan that nothing else decides on.
 
@@ -84,6 +86,7 @@ def allocate_to_target(
         calibration: Batches to measure sensitivity on, and to check the choice; without, the weights' error counts.
         evaluation: The batches to check on where there is no calibration.
         progress: Show progress lines.
+        fault_of: Finds what MLX computes wrong here, so that no layer gets such a format; None for not looking.
 
     Raises:
         QuantizationError: Not even the smallest formats fit.
@@ -99,27 +102,53 @@ def allocate_to_target(
             errors[layer.path] = weight_errors(layer, fitting, plan.method)
             bar.advance()
 
+    sieve = Sieve(errors, fault_of)
     sense, check = _split(learn)
     unseen: dict[str, str] = {}
     if sense:
-        weights, unseen = _measured_weights(plan, free, errors, sense, target_bytes, progress)
+        weights, unseen = _measured_weights(plan, free, errors, sense, target_bytes, progress, sieve)
         basis = f"each layer's effect on the model's answers, measured on {_amount(sense)} of the calibration"
     else:
         weights = {layer.path: 1.0 for layer in free}
         basis = "the weights' error, each layer counted alike, as there is no calibration"
-    options: list[list[tuple[int, float]]] = []
-    choices: list[list[Format | None]] = []
-    for layer in free:
-        formats: list[Format | None] = [*errors[layer.path], _ALONE]
-        choices.append(formats)
-        options.append(
-            [
-                (layer.bytes_before, 0.0)
-                if f is None
-                else (bytes_in(layer, f), weights[layer.path] * errors[layer.path][f])
-                for f in formats
-            ]
-        )
+    while True:
+        chosen, costs = _picked(plan, free, errors, weights, unseen, target_bytes, spent, sieve)
+        uniform = _best_uniform(plan, free, errors, weights, target_bytes - spent)
+        both = [chosen, {} if uniform is None else {layer.path: layer.format for layer in uniform.layers}]
+        if not sieve.take_out((layer, formats.get(layer.path)) for formats in both for layer in free):
+            break
+    mixed = plan.with_formats(chosen, "left alone by the allocation")
+    notes = [
+        f"Mixed formats for at most {format_bytes(target_bytes)} "
+        f"({8 * target_bytes / plan.parameters:.3f} bits per weight), chosen by {basis}: {_spread(mixed)}."
+    ]
+    if uniform is None:
+        notes.append("No single format for all layers meets the target, so there was none to compare with.")
+    else:
+        mixed, verdict = _checked(mixed, uniform, check or (evaluation or []), bool(check), progress)
+        notes.append(verdict)
+    kept = [note for note in plan.notes if note not in notes_of(plan.layers, plan.skipped)]  # on layers left unpacked
+    notes += (*note_of_unreached(list(unseen)), *sieve.notes, *kept)
+    mixed = mixed.with_remarks(unseen)
+    return Allocation(replace(mixed, notes=(*notes_of(mixed.layers, mixed.skipped), *notes)), costs)
+
+
+def _picked(
+    plan: QuantizationPlan,
+    free: list[LayerPlan],
+    errors: dict[str, dict[Format, float]],
+    weights: dict[str, float],
+    unseen: dict[str, str],
+    target_bytes: int,
+    spent: int,
+    sieve: Sieve,
+) -> tuple[Formats, dict[str, float]]:
+    """A format for each layer within the target, and its predicted cost."""
+    choices: list[list[Format | None]] = [[*errors[layer.path], _ALONE] for layer in free]
+    options = [
+        [(x.bytes_before, 0.0) if f is None else (bytes_in(x, f), weights[x.path] * errors[x.path][f]) for f in formats]
+        for x, formats in zip(free, choices, strict=True)
+    ]
     picked = _allocate_seen_and_unseen(free, choices, options, errors, target_bytes - spent, unseen)
     if picked is None:
         least = spent + sum(min(size for size, _ in layer) for layer in options)
@@ -128,23 +157,12 @@ def allocate_to_target(
             f"cannot be met: with every layer at its smallest the model takes {format_bytes(least)} "
             f"({8 * least / plan.parameters:.3f} bits per weight), {format_bytes(spent)} of it in what is not up for "
             "choice: layers with overrides, protected ones, those that cannot be quantized, and norms."
+            + "".join(f" {note}" for note in sieve.notes)
         )
-    chosen = {layer.path: choices[i][picked[i]] for i, layer in enumerate(free)}
-    costs = {layer.path: options[i][picked[i]][1] for i, layer in enumerate(free)}
-    mixed = plan.with_formats(chosen, "left alone by the allocation")
-    notes = [
-        f"Mixed formats for at most {format_bytes(target_bytes)} "
-        f"({8 * target_bytes / plan.parameters:.3f} bits per weight), chosen by {basis}: {_spread(mixed)}."
-    ]
-    uniform = _best_uniform(plan, free, errors, weights, target_bytes - spent)
-    if uniform is None:
-        notes.append("No single format for all layers meets the target, so there was none to compare with.")
-    else:
-        mixed, verdict = _checked(mixed, uniform, check or (evaluation or []), bool(check), progress)
-        notes.append(verdict)
-    notes += note_of_unreached(list(unseen))
-    mixed = mixed.with_remarks(unseen)
-    return Allocation(replace(mixed, notes=(*notes_of(mixed.layers, mixed.skipped), *notes)), costs)
+    return (
+        {layer.path: choices[i][picked[i]] for i, layer in enumerate(free)},
+        {layer.path: options[i][picked[i]][1] for i, layer in enumerate(free)},
+    )
 
 
 def _is_free(layer: LayerPlan, plan: QuantizationPlan) -> bool:
@@ -183,12 +201,12 @@ def _measured_weights(
     batches: list[Batch],
     target_bytes: int,
     progress: bool,
+    sieve: Sieve,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Divergence of the model for each unit of a layer's weight error, measured near the size that is wanted.
 
     And why it could not be measured, by path, for layers that get that of others like them.
     """
-    measurable = [layer for layer in free if errors[layer.path]]
     bits_each = 8 * target_bytes / plan.parameters
 
     def probe(layer: LayerPlan) -> Format:
@@ -196,6 +214,10 @@ def _measured_weights(
         # Just below the target: errors large enough to measure, small enough to add up.
         return min(affine, key=lambda f: (abs(f.bits + 0.5 - bits_each), abs(f.group_size - 64)))
 
+    for layer in free:
+        while errors[layer.path] and sieve.drops(layer, probe(layer)):
+            pass
+    measurable = [layer for layer in free if errors[layer.path]]
     if not measurable:
         return dict.fromkeys(errors, 1.0), {}
     model = measurable[0].model

@@ -193,3 +193,16 @@ def test_quantizing_again_is_refused_unless_asked_for(model_folder, tmp_path: Pa
     assert quantize("--model", tmp_path / "a", "--mlx-path", tmp_path / "b", "--requantize") == 0
     loaded, *_ = lm.load(tmp_path / "b")
     assert loaded.layers[0].mlp.up_proj.bits == 4
+
+
+def test_kernels_are_tried_unless_told_not_to(model_folder, tmp_path: Path, capsys, monkeypatch) -> None:
+    from mlx_tune.quantization import kernel_trials
+
+    def multiply(*arrays, **parts):
+        raise RuntimeError("[quantized_matmul] No implementation for problem shape")
+
+    monkeypatch.setattr(kernel_trials, "MLX", kernel_trials.Kernels(multiply=multiply))
+    words = ["--model", model_folder("tied"), "--mlx-path", tmp_path / "out"]
+    assert quantize(*words) != 0
+    assert "No layer can be packed as asked" in capsys.readouterr().err
+    assert quantize(*words, "--no-verify-kernels") == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import mlx.core as mx
@@ -190,3 +191,40 @@ def test_folders_that_hold_no_model_are_named(model_folder, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(mt.MlxTuneError, match="mlx-lm cannot load"):
         lm.load(tmp_path)
+
+
+@pytest.fixture
+def wrong_kernel(monkeypatch):
+    """MLX's product with packed weights, spoilt from two rows on."""
+    from mlx_tune.quantization import kernel_trials
+
+    def multiply(inputs, *arrays, **parts):
+        right = mx.quantized_matmul(inputs, *arrays, **parts)
+        return right if inputs.shape[-2] == 1 else right * math.nan
+
+    monkeypatch.setattr(kernel_trials, "MLX", kernel_trials.Kernels(multiply=multiply))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_mlx_computes_wrong_is_unpacked_when_loaded(model_folder, tmp_path: Path, wrong_kernel, lazy) -> None:
+    model, tokenizer, config, folder = lm.load(model_folder("tied"))
+    mt.quantize_model(model, 8, verify_kernels=False, progress=False)
+    saved = lm.save_quantized(tmp_path / "out", model, tokenizer, config, source=folder)
+    with pytest.warns(UserWarning, match=r"8 rows is wrong on this backend.*layers were unpacked for it"):
+        loaded, *_ = lm.load(saved, lazy=lazy)
+    assert not [path for path, module in loaded.named_modules() if isinstance(module, nn.QuantizedLinear)]
+    ours, theirs = (m(TOKENS).astype(mx.float32) for m in (loaded, model))
+    assert mx.abs(ours - theirs).max() < 0.05 * mx.abs(theirs).max()
+
+
+def test_it_stays_packed_where_that_was_asked_for(model_folder, tmp_path: Path, wrong_kernel) -> None:
+    model, tokenizer, config, folder = lm.load(model_folder("tied"))
+    mt.quantize_model(model, 8, verify_kernels=False, progress=False)
+    saved = lm.save_quantized(tmp_path / "out", model, tokenizer, config, source=folder)
+    loaded, *_ = lm.load(saved, verify_kernels=False)
+    assert arrays(loaded).keys() == arrays(model).keys()
+
+
+def test_arguments_of_mlx_lms_loader_reach_it(model_folder) -> None:
+    model, _, config, _ = lm.load(model_folder("tied"), model_config={"rope_theta": 123.0})
+    assert config["rope_theta"] == model.args.rope_theta == 123.0

@@ -21,7 +21,8 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "A quantized product that CUDA lacks",
-        r"No implementation for problem shape|has no CUDA implementation|\[QMM\] NYI",
+        r"No implementation for problem shape|has no CUDA implementation|\[QMM\] NYI"
+        r"|\d-bit quantization is not supported",
         "RuntimeError: [quantized_matmul] No implementation for problem shape: 2480x4096x128x1 activation: "
         'bfloat16, bits: 4, group size: 64, mode: "affine".',
         "The CUDA backend has no kernel for this product. The numbers are rows, outputs, inputs and batch. Its kernels "
@@ -30,10 +31,12 @@ ENTRIES: tuple[Entry, ...] = (
         "every shape.",
         (
             "uv pip install -U 'mlx[cuda13]'   # later versions take more shapes and modes",
-            "Leave the narrow layers in full precision: `mt.quantize_model(model, 4, skip=['*embedder*'])`.",
-            "A model that is quantized already: dequantize those layers when it is loaded.",
+            "Quantize with `mt.quantize_model`: it multiplies once with each kind of layer first, and leaves those "
+            "unpacked that have no kernel here, or a wrong one.",
+            "A model that is quantized already: `model, *_ = mlx_tune.lm.load(path)` unpacks such layers.",
             "If the width is a multiple of 64, put the arrays in order: `layer.weight = mx.contiguous(layer.weight)`, "
             "and its scales and biases alike.",
+            "mlx-tune doctor --only quantized-kernels   # the shapes of common models, here",
         ),
         (
             "https://github.com/mflux-community/mflux/issues/563",
