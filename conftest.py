@@ -8,6 +8,7 @@ import io
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,8 @@ def _no_garbage_of_others() -> None:
     Collecting takes longer than most tests: only where memory has grown since it was last done.
     """
     global settled
+    for name in ("last_exc", "last_value", "last_traceback"):  # of a failed test, with all that its frames hold
+        vars(sys).pop(name, None)
     if mx.get_active_memory() > settled + 4096:
         gc.collect()
     settled = mx.get_active_memory()

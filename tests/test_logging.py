@@ -39,7 +39,7 @@ def training():
 
 def test_commands_and_trials_are_at_info_whether_or_not_progress_is_shown(heard):
     _, step, options = training()
-    result = mt.autobatch(step, lambda n: mx.ones((n, 64)), budget="5MB", max_batch=4, **options)
+    result = mt.autobatch(step, lambda n: mx.ones((n, 64)), budget="50MB", max_batch=4, **options)
     lines = heard()
     assert lines[0] == "autobatch: begun"
     assert re.fullmatch(r"autobatch: ended after .*", lines[-1])
@@ -68,9 +68,9 @@ def test_layers_are_at_debug(heard):
 def test_every_search_logs_its_trials(heard):
     model, step, options = training()
     make_batch = lambda n: mx.ones((n, 64))  # noqa: E731
-    mt.plan_checkpoints(model, step, make_batch, batch_size=2, budget="5MB", steps=1, **options)
+    mt.plan_checkpoints(model, step, make_batch, batch_size=2, budget="50MB", steps=1, **options)
     mt.tightest_limit(step, make_batch(2), repeats=1, **options)
-    mt.autofit(model, step, make_batch, max_batch=2, budget="5MB", steps=1, **options)
+    mt.autofit(model, step, make_batch, max_batch=2, budget="50MB", steps=1, **options)
     lines = "\n".join(heard())
     assert re.search(r"plan checkpoints: \d of 2 blocks: fits, peak .* a step", lines)
     assert re.search(r"tightest limit: limit .*: [+-]\d+\.\d% in time", lines)
@@ -85,7 +85,7 @@ def test_fallbacks_are_warnings(heard):
         mx.eval(loss)
         return loss
 
-    mt.autobatch(evaluating, lambda n: mx.ones((n, 64)), budget="5MB", max_batch=2, **options)
+    mt.autobatch(evaluating, lambda n: mx.ones((n, 64)), budget="50MB", max_batch=2, **options)
     (line,) = heard("WARNING")
     assert line.startswith("small trials took the place of an estimate")
 
