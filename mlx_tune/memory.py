@@ -308,8 +308,10 @@ class MemoryBudget(int):
         """The size and where it comes from."""
         if not self.rooms:
             return f"{format_bytes(int(self))} ({self.source})"
-        rooms = "; ".join(f"{room.source}: {format_bytes(room.bytes)}" for room in self.rooms)
-        return f"{format_bytes(int(self))} ({self.fraction:.0%} of {self.source}; {rooms})"
+        smallest, *others = sorted(self.rooms, key=lambda room: (room.source != self.source, room.bytes))
+        more = "".join(f"; {room.source}: {format_bytes(room.bytes)}" for room in others)
+        took = f"{self.fraction:.0%} of {format_bytes(smallest.bytes)}"
+        return f"{format_bytes(int(self))} ({took}, which is {smallest.source}{more})"
 
     def __format__(self, spec: str) -> str:
         """As text without a format, as the number with one."""
@@ -358,7 +360,7 @@ def memory_budget(fraction: float | str = 0.9) -> MemoryBudget:
 def _budget_from(share: float, free: tuple[devices.Room, ...], working_set: int | None, held: _Held) -> MemoryBudget:
     """The rule of `memory_budget`, over numbers alone."""
     own = held.active_bytes + held.cache_bytes
-    rooms = [devices.Room(room.bytes + own, f"{room.source}, with what MLX holds") for room in free]
+    rooms = [devices.Room(room.bytes + own, f"{room.source} and what MLX holds") for room in free]
     if working_set is not None:
         rooms.append(devices.Room(working_set, "Metal's recommended working set"))
     smallest = min(rooms, key=lambda room: room.bytes)

@@ -26,9 +26,9 @@ def used_up(budget: MemoryBudget, state: Any) -> None:
         return
     own = sum(array.nbytes for array in {id(array): array for array in arrays_of(state)}.values())
     raise BudgetError(
-        f"The budget of {budget} is used up before the first step: MLX's arrays hold {format_bytes(held)}, of which "
-        f"{format_bytes(own)} are the model and optimizer in state=. Give a larger budget, or make the model smaller "
-        f"first, such as with mlx_tune.quantize_model.",
+        f"The budget of {budget} is used up before the first step: MLX's arrays hold {format_bytes(held)}, and the "
+        f"model and optimizer in state= take {format_bytes(own)} once all of them are there. Give a larger budget, or "
+        f"quantize the model first (quantize_model, or mlx-tune quantize).",
         needed_bytes=held,
         budget_bytes=int(budget),
     )

@@ -151,7 +151,8 @@ class VerifyReport(Tabular):
         if self.idle:
             yield (
                 f"{len(self.idle)} of {len(self.blocks)} blocks did not run again, so nothing was tested there: "
-                f"{_listed(self.idle)}. They are in evaluation mode, or the loss does not call them."
+                f"{_listed(self.idle)}. They are in evaluation mode, the loss does not call them, "
+                "or no parameter in them or before them is trained."
             )
         if any(p.became_zero for p in self.parameters):
             yield (

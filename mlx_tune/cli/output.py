@@ -53,8 +53,14 @@ def folded(result: Any) -> str:
 
 def command_lines(words: Sequence[str], indent: str = "  ") -> str:
     """A command to copy, continued with backslashes where it is wider than the terminal."""
-    lines = [indent]
+    parts: list[str] = []
     for word in map(shlex.quote, words):
+        if parts and parts[-1].startswith("-") and " " not in parts[-1] and not word.startswith("-"):
+            parts[-1] += f" {word}"  # an option stays with its value
+        else:
+            parts.append(word)
+    lines = [indent]
+    for word in parts:
         last = lines[-1]
         if last.strip() and len(last) + len(word) + 3 > columns():
             lines[-1] = f"{last.rstrip()} \\"

@@ -83,7 +83,7 @@ def measure_divergences(
     """
     comparison = prepare(model, batches, None)
     found = {}
-    with OutputStore() as store, progress_bar("sensitivity", len(layers), enabled=progress) as bar:
+    with OutputStore() as store, progress_bar("measuring sensitivity", len(layers), enabled=progress) as bar:
         comparison.record(model, store, floor=False)
         for layer in layers:
             bar.update(text=layer.path)

@@ -96,7 +96,7 @@ def allocate_to_target(
     free = [layer for layer in (*plan.layers, *plan.skipped) if _is_free(layer, plan)]
     spent = plan.size_after_bytes - sum(layer.bytes_after for layer in free)
     errors: dict[str, dict[Format, float]] = {}
-    with progress_bar("weight errors", len(free), enabled=progress) as bar:
+    with progress_bar("measuring weight errors", len(free), enabled=progress) as bar:
         for layer in free:
             fitting = formats_that_fit(layer, _formats_for(layer, plan), plan.method, plan.effort)
             errors[layer.path] = weight_errors(layer, fitting, plan.method)
@@ -343,7 +343,7 @@ def _trial(plan: QuantizationPlan, comparison: Comparison, store: OutputStore, p
     """The divergence of a plan, carried out and undone."""
     model = plan.layers[0].model
     method = "nearest" if plan.method == "nearest" else "optimal"
-    with Transaction(model) as transaction, progress_bar("candidate", len(plan.layers), enabled=progress) as bar:
+    with Transaction(model) as transaction, progress_bar("trying formats", len(plan.layers), enabled=progress) as bar:
         for layer in plan.layers:
             apply_layer(layer, method, plan.effort)
             bar.advance()

@@ -287,7 +287,8 @@ def test_the_error_says_what_checkpointing_would_save(budget):
 def test_a_budget_below_the_model_says_the_sizes():
     step, make_batch, state = small_steps.build()
     with pytest.raises(
-        BudgetError, match=r"budget of 100 kB \(given\) is used up before the first step: .* hold .*B, of which 136 kB"
+        BudgetError,
+        match=r"budget of 100 kB \(given\) is used up before the first step: .* hold .*B, and .* take 136 kB",
     ):
         autobatch(step, make_batch, budget="100kB", state=state, **OPTIONS)
 

@@ -114,7 +114,8 @@ def test_an_error_that_is_not_known_ends_with_1_and_the_way_to_report_it(capsys)
 
 
 def test_long_commands_are_continued_with_backslashes() -> None:
-    words = ["mlx-tune", "lora", "--model", "my models/mine", *[f"--option-{i}" for i in range(9)]]
+    words = ["mlx-tune", "lora", "--model", "my models/mine", *[w for i in range(9) for w in (f"--option-{i}", str(i))]]
     text = command_lines(words)
     assert all(len(line) <= 80 for line in text.splitlines())
+    assert not any(re.search(r"--\S+ \\$", line) for line in text.splitlines())
     assert shlex.split(text.replace("\\\n", " ")) == words

@@ -100,7 +100,7 @@ def test_the_folder_has_the_model_card_that_mlx_lm_writes(model_folder, tmp_path
     [
         (["--method", "gptq"], {"gptq", "optimal", "nearest"}, "gptq"),
         (["--method", "dwq"], {"dwq", "gptq", "optimal", "nearest"}, "dwq"),
-        (["--method", "nearest", "--target-bpw", 5], {"nearest"}, "sensitivity"),
+        (["--method", "nearest", "--target-bpw", 5], {"nearest"}, "measuring sensitivity"),
     ],
     ids=["gptq", "dwq", "target"],
 )

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -70,6 +73,22 @@ def test_it_trains_what_mlx_lm_trains(toy, rows, arguments, tmp_path, checkpoint
     for name in names:
         a, b = (mx.load(str(tmp_path / folder / name)) for folder in ("adapters", "theirs"))
         assert same(a, b)
+
+
+def test_what_a_killed_run_left_in_the_adapter_folder_is_cleared(toy, rows, arguments, tmp_path) -> None:
+    place = tmp_path / "adapters"
+    killed = f"""
+import os, signal
+from pathlib import Path
+from mlx_tune.unfinished import beside
+with beside(Path({str(place / "adapters.safetensors")!r})) as folder:
+    (folder / "adapters.safetensors").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
+    assert len(list(place.glob(".unfinished-*"))) == 1
+    lm.train(toy(lora=True), optim.SGD(1e-2), rows, rows[:8], arguments(iters=1))
+    assert [file.name for file in place.iterdir()] == ["adapters.safetensors"]
 
 
 def test_the_result_says_what_the_run_did(toy, rows, arguments) -> None:
