@@ -288,7 +288,7 @@ def test_a_budget_below_the_model_says_the_sizes():
     step, make_batch, state = small_steps.build()
     with pytest.raises(
         BudgetError,
-        match=r"budget of 100 kB \(given\) is used up before the first step: .* hold .*B, and .* take 136 kB",
+        match=r"budget of 100 kB \(given\) is used up before the first step: .* hold .*, and .* take 136 kB",
     ):
         autobatch(step, make_batch, budget="100kB", state=state, **OPTIONS)
 
