@@ -110,11 +110,11 @@ def writing(
         DiskError: Too little room, or the system refused to write there. Other errors pass.
 
     Examples:
-        >>> with writing("/tmp", "A large file", needed_bytes=10**18):
+        >>> with writing("/tmp", "A large file", needed_bytes=10**18):  # doctest: +ELLIPSIS
         ...     pass
         Traceback (most recent call last):
             ...
-        mlx_tune.errors.DiskError: A large file takes 1,000,000 TB on disk, and /tmp has ... free. Set TMPDIR to a ...
+        mlx_tune.errors.DiskError: A large file takes 1000 PB on disk, and /tmp has ... free. Set TMPDIR to a ...
     """
     free = free_bytes(folder)
     if needed_bytes is not None and needed_bytes + SPARE_BYTES > free:

@@ -48,8 +48,11 @@ def taking(step: Callable[..., Any], args: Sequence[Any], state: Any = (), *, fi
     Examples:
         >>> step = lambda x, y: (x * y).sum()
         >>> batch = (mx.ones(3), mx.full(3, 2.0))
-        >>> taking(step, [batch])(batch).item(), taking(mx.compile(step), [{"x": 1, "y": 1}])({"x": 2, "y": 3}).item()
-        (6.0, 6)
+        >>> taking(step, [batch])(batch).item()
+        6.0
+        >>> named = dict(zip("yx", batch))
+        >>> taking(mx.compile(step), [named])(named).item()
+        6.0
     """
     ways = _ways(args, [()] if first is None else [(), (first,)])
     if len(ways) == 1 or not callable(step) or getattr(step, _SETTLED, False):

@@ -82,7 +82,7 @@ def check_format(bits: object, group_size: object, mode: object, *, where: str =
 
     Examples:
         >>> check_format(4, 64, "mxfp4")
-        Format(bits=4, group_size=32, mode='mxfp4', quantize_input=False)
+        Format(bits=4, group_size=32, mode='mxfp4', quantize_input=False, scale_dtype=None)
     """
     if mode not in MODES:
         raise QuantizationError(f"{where}mode={mode!r} is unknown. MLX has {_listed(map(repr, MODES))}.")
