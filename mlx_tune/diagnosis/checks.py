@@ -46,6 +46,7 @@ class Check:
             `uv pip` becomes the command that reaches this environment.
         in_child: True where it imports MLX, and so runs in a process of its own.
         bench: True where it measures, and so runs only when asked to.
+        compiles: True where MLX may have to compile kernels for it first, which takes minutes on CUDA.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Check:
     remedies: dict[str, str]
     in_child: bool = False
     bench: bool = False
+    compiles: bool = False
 
     @property
     def title(self) -> str:
@@ -103,11 +105,12 @@ def check(
     remedies: dict[str, str] | None = None,
     in_child: bool = False,
     bench: bool = False,
+    compiles: bool = False,
 ) -> Callable[[Callable[..., Finding]], Check]:
     """Make a function the check of this name. See `Check` for the arguments."""
 
     def register(function: Callable[..., Finding]) -> Check:
-        _registered[name] = Check(name, theme, function, dict(remedies or {}), in_child, bench)
+        _registered[name] = Check(name, theme, function, dict(remedies or {}), in_child, bench, compiles)
         return _registered[name]
 
     return register

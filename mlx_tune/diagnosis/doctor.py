@@ -109,7 +109,7 @@ def run_in_child(one: Check, python: str | None = None, environment: dict[str, s
         python: The interpreter; this one by default.
         environment: Its environment; this one by default, with this library on the path.
     """
-    seconds = BENCH_SECONDS if one.bench else CHECK_SECONDS
+    seconds = BENCH_SECONDS if one.bench or one.compiles else CHECK_SECONDS
     try:
         ended = subprocess.run(
             [python or sys.executable, "-m", "mlx_tune.diagnosis.child", one.name],

@@ -138,7 +138,7 @@ def quantize_model(
     targeted = target_bpw is not None or target_bytes is not None
     fault_of = fault_finder(model) if verify_kernels else None
     if fault_of is not None:
-        plan = keep_unpacked(plan, fault_of, among=lambda layer: layer.fixed or not targeted)
+        plan = keep_unpacked(plan, fault_of, among=lambda layer: layer.fixed or not targeted, progress=progress)
     with ExitStack() as stack:
         stack.enter_context(same_random_stream())
         learn, judge = rehearse(plan, learn, judge, loss)

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import BackendError
+from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.dense import dense_twin, has_dense_class
 from mlx_tune.quantization.kernel_trials import backend, fault_in
 from mlx_tune.quantization.kernels import Fault, FaultOf, Use, combinations, note_of
@@ -53,7 +54,11 @@ def fault_finder(model: nn.Module) -> FaultOf:
 
 
 def keep_unpacked(
-    plan: QuantizationPlan, fault_of: FaultOf, *, among: Callable[[LayerPlan], bool] = lambda layer: True
+    plan: QuantizationPlan,
+    fault_of: FaultOf,
+    *,
+    among: Callable[[LayerPlan], bool] = lambda layer: True,
+    progress: bool = False,
 ) -> QuantizationPlan:
     """The plan without the layers that MLX would compute wrong, each with its reason.
 
@@ -61,16 +66,20 @@ def keep_unpacked(
         plan: A plan.
         fault_of: Finds the fault of a layer in a format.
         among: The layers to look at.
+        progress: Show a progress line: CUDA compiles each kernel at its first use.
 
     Raises:
         BackendError: No layer is left.
     """
     faults: dict[str, Fault] = {}
-    for layer in plan.layers:
-        assert layer.format is not None
-        fault = fault_of(layer, layer.format) if among(layer) else None
-        if fault is not None:
-            faults[layer.path] = fault
+    with progress_bar("trying kernels", len(plan.layers), enabled=progress) as bar:
+        for layer in plan.layers:
+            assert layer.format is not None
+            bar.update(text=layer.path)
+            fault = fault_of(layer, layer.format) if among(layer) else None
+            if fault is not None:
+                faults[layer.path] = fault
+            bar.advance()
     if not faults:
         return plan
     saved = {layer.path: layer.bytes_before - layer.bytes_after for layer in plan.layers}

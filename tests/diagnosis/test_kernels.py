@@ -1,3 +1,5 @@
+import math
+
 import mlx.core as mx
 
 from mlx_tune.diagnosis import kernels
@@ -20,9 +22,16 @@ def test_a_wrong_one_is_named_with_the_way_out(monkeypatch):
     result = kernels.quantized_kernels.run()
     assert result.status == "warn"
     assert "product of 64 inputs in 4 bits, group 64, bfloat16 at 8 rows is wrong" in result.summary
-    assert result.summary.endswith(f"and 1 more of {len(kernels.SHAPES)}")
     assert "lm.load" in result.fix
-    assert len(result.figures["faults"]) == 2
+    assert len(result.figures["faults"]) == 1
+
+
+def test_several_wrong_ones_are_counted(monkeypatch):
+    monkeypatch.setattr(kernel_trials, "MLX", kernel_trials.Kernels(multiply=lambda x, *arrays, **parts: x * math.nan))
+    products = sum(use == "product" for use, *_ in kernels.SHAPES)
+    result = kernels.quantized_kernels.run()
+    assert result.summary.endswith(f"and {products - 1} more of {len(kernels.SHAPES)}")
+    assert len(result.figures["faults"]) == products
 
 
 def test_a_missing_one_is_named_in_mlxs_words(monkeypatch):
