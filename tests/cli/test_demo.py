@@ -23,7 +23,8 @@ def text(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_whole_path(text, tmp_path, capsys):
+def test_the_whole_path(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "out"
     code = main(["demo", "--text", str(text), "--steps", "4", "--budget", "40MB", "--out", str(out), "--json"])
     printed = capsys.readouterr()
@@ -40,7 +41,8 @@ def test_the_whole_path(text, tmp_path, capsys):
     saved = figures["saved"]["perplexity_after_loading"]
     assert saved == pytest.approx(reports["4-bit"]["accuracy"]["perplexity_after"], rel=1e-4)
     assert figures["saved"]["text"]
-    assert "Machine" in printed.err
+    told = printed.err[printed.err.index("Machine") :].partition("It writes:")[0]
+    assert [line for line in told.splitlines() if len(line) > 80 and "/" not in line] == []
     assert {p.name for p in (out / "model-4bit").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx_tune as mt
 from mlx_tune.cli.demo.corpus import Corpus, read_corpus
+from mlx_tune.cli.output import folded
 from mlx_tune.devices import machine
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm import load, save_quantized, small, token_batches
@@ -20,7 +21,7 @@ from mlx_tune.memory import resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization import LanguageAccuracy, QuantizationReport
 from mlx_tune.scratch import writing
-from mlx_tune.tables import render_table
+from mlx_tune.tabular import Table
 from mlx_tune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _BITS = (8, 4, 3)
 class _Run:
     """The values that the steps hand on, and the figures that end up in the JSON."""
 
-    say: Callable[[str], None]
+    say: Callable[[object], None]
     out: Path
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -63,7 +64,8 @@ def run_demo(arguments: argparse.Namespace) -> int:
         raise InvalidArgumentError(f"--out {str(out)!r} is there already and not empty: name a new folder.")
     budget = resolve_budget(arguments.budget)
     mx.random.seed(arguments.seed)
-    run = _Run(say=partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True), out=out)
+    where = sys.stderr if arguments.json else sys.stdout
+    run = _Run(say=lambda result: print(folded(result), file=where, flush=True), out=out)
 
     run.say(f"Machine   {machine()}")
     run.say(f"          may use {mt.memory_budget()}")
@@ -137,7 +139,7 @@ def _train(
     blocks = mt.checkpoint_blocks(model)
     saving = find()
     run.say(f"\nBatch     in {format_bytes(budget)}: {plain.batch_size} rows plain, {saving.batch_size} checkpointed")
-    run.say(str(saving))
+    run.say(saving)
     best, n = (saving, saving.batch_size) if saving.batch_size > plain.batch_size else (plain, plain.batch_size)
     if best is plain:
         blocks.undo()
@@ -193,7 +195,7 @@ def _quantize(
             ]
         )
     run.say("")
-    run.say(render_table(["weights", "size", "bits per weight", "KL (nats)", "perplexity"], table))
+    run.say(Table(["weights", "size", "bits per weight", "KL (nats)", "perplexity"], table))
     assert saved is not None
     loaded, loaded_tokenizer, _, _ = load(saved)  # stock mlx_lm.load underneath
     check = _accuracy(mt.quantization_report(loaded, model, held_out))
