@@ -277,6 +277,7 @@ def measured(name: str) -> int:
 def floors() -> dict[str, int]:
     """Measured where nothing else runs: see keeping_up.py."""
     folders = [str(Path(__file__).parents[1]), str(Path(keeping_up.__file__).parent)]
+    folders += filter(None, [os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run([sys.executable, __file__], check=True, capture_output=True, text=True, env=environment)
     return json.loads(done.stdout)
