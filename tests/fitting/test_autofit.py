@@ -163,7 +163,7 @@ def test_checkpoints_can_be_left_as_they_are(monkeypatch):
         assert uncheckpoint(machine.training.model) == BLOCKS
     assert {blocks for _, blocks, _ in machine.runs} == {BLOCKS}
     assert (fit.batch_size, fit.paths, fit.found) == (8, (), 0)
-    assert "(checkpoint=False)" in str(fit)
+    assert "checkpoint=False" in str(fit)
     assert "blocks checkpointed" not in str(fit)
 
 
