@@ -60,11 +60,12 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
     """
     unpack = mx.default_device() == mx.Device(mx.cpu)
     changed = []
+    stand_in = functools.cache(_stand_in)  # for this block: one that stays would keep the classes' models alive
     with uninterrupted():
         try:
             for site in walk(model):
                 module = site.module
-                replacement = _stand_in(type(module), unpack and _unpackable(module))
+                replacement = stand_in(type(module), unpack and _unpackable(module))
                 if replacement is not None:
                     changed.append((module, type(module)))
                     object.__setattr__(module, "__class__", replacement)
@@ -106,7 +107,6 @@ def _unpackable(module: nn.Module) -> bool:
     return is_quantized(module) and not isinstance(module, nn.QQLinear) and has_dense_class(type(module))
 
 
-@functools.cache
 def _stand_in(kind: type, unpack: bool) -> type | None:
     """A subclass that computes the same in float32, or None where the class itself will do."""
     body: dict[str, Any] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,3 +195,15 @@ def test_the_guard_measures_what_nearest_gives(make: Callable[[], nn.Module]) ->
     assert toys.same_arrays(before, toys.arrays_of(model))
     report = mt.quantize_model(make(), 3, 32, method="nearest", evaluation=[toys.tokens(4, 17)], progress=False)
     assert found.nearest == pytest.approx(report.accuracy.mean_kl, rel=1e-3)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", ["nearest", "optimal", "gptq", "dwq"])
+def test_a_quantized_model_is_gone_when_it_is_let_go(method: str) -> None:
+    model = Outliers()
+    gone = weakref.ref(model)
+    mt.quantize_model(
+        model, 4, 64, method=method, calibration=[tokens(6, rows=2)], evaluation=[tokens(5, rows=2)], progress=False
+    )
+    del model
+    gc.collect()
+    assert gone() is None
