@@ -32,10 +32,10 @@ def beside(target: Path, *, instead: Path | None = None) -> Iterator[Path]:
         OSError: The folder cannot be made.
 
     Examples:
-        >>> with beside(Path("/tmp/report.txt")) as folder:
+        >>> with beside(Path("report.txt")) as folder:
         ...     _ = (folder / "report.txt").write_text("all of it")
-        ...     (folder / "report.txt").rename("/tmp/report.txt")
-        PosixPath('/tmp/report.txt')
+        ...     (folder / "report.txt").rename("report.txt")
+        PosixPath('report.txt')
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with own_folder(target.parent, UNFINISHED) as folder:

@@ -29,16 +29,19 @@ def make_batch(n):
 
 STATE = (MODEL, OPTIMIZER)
 ONE, FOUR = np.int64(1), np.int32(4)  # whole numbers are NumPy's as well as Python's
+SEARCHED = {
+    "budget": np.int64(4_000_000),
+    "min_batch": ONE,
+    "max_batch": FOUR,
+    "multiple_of": ONE,
+    "target_batch": FOUR,
+    "steps": ONE,
+}
 RESULTS = {
     "autobatch": lambda: mt.autobatch(
         step,
         make_batch,
-        budget=np.int64(4_000_000),
-        min_batch=ONE,
-        max_batch=FOUR,
-        multiple_of=ONE,
-        target_batch=FOUR,
-        steps=ONE,
+        **SEARCHED,
         state=STATE,
         progress=False,
     ),
@@ -55,12 +58,7 @@ RESULTS = {
         MODEL,
         step,
         make_batch,
-        budget=np.int64(4_000_000),
-        min_batch=ONE,
-        max_batch=FOUR,
-        multiple_of=ONE,
-        target_batch=FOUR,
-        steps=ONE,
+        **SEARCHED,
         state=OPTIMIZER,
         progress=False,
     ),
