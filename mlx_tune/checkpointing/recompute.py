@@ -277,20 +277,13 @@ class _Call:
         an operation and raise ("_Map_base::at"), where the plain model has no such operations at all.
         """
         ends = len(self.shapes) - self.marks
-        return [self._watched(i, array) for i, array in enumerate(outputs[:ends])] if ends > 1 else outputs
-
-    def _watched(self, index: int, output: mx.array) -> mx.array:
-        def reached(cotangent: mx.array) -> mx.array:
-            self.reached.add(index)
-            return cotangent
-
-        return with_gradient(reached)(output)
+        return [_watched(array, i, self.reached) for i, array in enumerate(outputs[:ends])] if ends > 1 else outputs
 
     def gradients(self, arrays: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
         """The gradient of every input, zero for those that have none."""
         ends = len(self.shapes) - self.marks
         reached = sorted(self.reached) if ends > 1 else list(range(ends))
-        self.reached = set()
+        self.reached.clear()
         wanted = [c for c in cotangents[ends : len(self.shapes)] if is_differentiable(c)]
         wanted += [cotangents[i] for i in reached]
         if not wanted or not self.differentiable:
@@ -365,6 +358,20 @@ def _recomputed(call: _Call) -> list[mx.array]:
     forward: Any = mx.custom_function(lambda held: call(*held))
     forward.vjp(call.gradients)
     return call.watched(forward(arrays))
+
+
+def _watched(output: mx.array, index: int, reached: set[int]) -> mx.array:
+    """The output, adding its index to `reached` when its gradient comes.
+
+    It must not hold the call: that holds the containers that the block writes to, one of which holds this output
+    until somebody evaluates it, and Python's garbage collector does not see into MLX's graph.
+    """
+
+    def note(cotangent: mx.array) -> mx.array:
+        reached.add(index)
+        return cotangent
+
+    return with_gradient(note)(output)
 
 
 def _tied(arrays: list[mx.array], ends: list[mx.array]) -> list[mx.array]:

@@ -1,5 +1,6 @@
 """What a block writes is written once; what it logs and counts is there for both runs."""
 
+import gc
 import sys
 from collections import Counter, defaultdict
 from types import SimpleNamespace
@@ -203,6 +204,49 @@ def test_nothing_is_held_when_the_gradients_are_dropped():
     plain, ours = held_bytes(lambda layer: layer), held_bytes(mt.checkpoint)
     assert ours <= plain + 1024
     assert held_bytes(bare_checkpoint) > ours + 512 * 256 * 4
+
+
+class Remembering(nn.Module):
+    """A block that writes into what it is given, as attention writes into a key/value cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(256, 256)
+
+    def __call__(self, x, memory):
+        y = mx.tanh(self.inner(x))
+        if isinstance(memory, list):
+            memory.append(y + 1)
+        elif isinstance(memory, dict):
+            memory["last"] = y + 1
+        else:
+            memory.last = y + 1
+        return y * 2
+
+
+@pytest.mark.parametrize("memory", [list, dict, SimpleNamespace])
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_what_a_block_wrote_goes_with_the_model_though_nobody_evaluated_it(memory, differentiated):
+    """The graph of what was written holds the call, and the call must not hold what holds the graph."""
+
+    def held_bytes(wrap):
+        gc.collect()
+        before = mx.get_active_memory()
+        model = wrap(Remembering())
+        mx.eval(model.parameters())
+        written, x = memory(), mx.ones((4, 256))
+        if differentiated:
+            loss, gradients = nn.value_and_grad(model, lambda x: model(x, written).sum())(x)
+            mx.eval(loss, gradients)
+            del loss, gradients
+        else:
+            mx.eval(model(x, written))
+        del model, written, x
+        gc.collect()
+        return mx.get_active_memory() - before
+
+    plain = held_bytes(lambda block: block)
+    assert held_bytes(mt.checkpoint) <= plain + 1024
 
 
 NUMBER = 0

@@ -11,9 +11,6 @@ from workload_models import FAMILIES, VOCABULARY, language_model
 
 import mlx_tune as mt
 
-# In processes of their own: some of these models' arrays outlive them, which tests with small budgets would count.
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("family", FAMILIES)
