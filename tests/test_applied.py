@@ -28,6 +28,7 @@ def make_batch(n):
 
 
 STATE = (MODEL, OPTIMIZER)
+mx.eval(MODEL.parameters(), mx.random.state)
 ONE, FOUR = np.int64(1), np.int32(4)  # whole numbers are NumPy's as well as Python's
 SEARCHED = {
     "budget": np.int64(4_000_000),
@@ -63,7 +64,14 @@ RESULTS = {
         progress=False,
     ),
     "plan_checkpoints": lambda: mt.plan_checkpoints(
-        MODEL, step, make_batch, batch_size=FOUR, steps=ONE, budget=np.int64(900_000), state=OPTIMIZER, progress=False
+        MODEL,
+        step,
+        make_batch,
+        batch_size=FOUR,
+        steps=ONE,
+        budget=np.int64(mx.get_active_memory() + 800_000),
+        state=OPTIMIZER,
+        progress=False,
     ),
     "tightest_limit": lambda: mt.tightest_limit(step, make_batch(4), state=STATE, repeats=ONE, progress=False),
 }
