@@ -51,28 +51,6 @@ class LayerOutcome:
     input_snr_db: float | None = None
 
 
-def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
-    """Quantize one planned layer on its own, by "nearest" or "optimal", and put it in its places.
-
-    Args:
-        layer: A layer of a plan, with a format.
-        method: "nearest" or "optimal".
-        effort: "fast" or "best".
-
-    Returns:
-        The loss of the layer.
-    """
-    assert layer.format is not None
-    weight = read_array(dense_twin(layer.module)["weight"])
-    packed, used = pack(weight, layer.format, method, effort, layer.energy)
-    mx.eval(packed)
-    snr = signal_to_noise_db(weight, packed, layer.format)
-    weighted = None if layer.energy is None else signal_to_noise_db(weight, packed, layer.format, layer.energy)
-    del weight
-    install(layer, packed)
-    return LayerOutcome(layer.path, used, snr, input_snr_db=weighted)
-
-
 def pack(
     weight: mx.array, wanted: Format, method: str, effort: Effort = "fast", energy: mx.array | None = None
 ) -> tuple[PackedArrays, str]:
@@ -165,6 +143,11 @@ def signal_to_noise_db(weight: mx.array, arrays: PackedArrays, wanted: Format, e
     Returns:
         Decibels; `inf` where the error is zero.
     """
+    return _decibels(weight, unpacked(arrays, wanted), energy)
+
+
+def unpacked(arrays: PackedArrays, wanted: Format) -> Callable[[slice], mx.array]:
+    """A function from rows, over all leading axes together, to the weights that packed arrays stand for, in float32."""
     packed, scales, biases = arrays
 
     def after(rows: slice) -> mx.array:
@@ -177,7 +160,7 @@ def signal_to_noise_db(weight: mx.array, arrays: PackedArrays, wanted: Format, e
             mode=wanted.mode,
         )
 
-    return _decibels(weight, after, energy)
+    return after
 
 
 def signal_to_noise_db_between(weight: mx.array, changed: mx.array) -> float:

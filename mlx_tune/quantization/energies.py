@@ -21,6 +21,7 @@ from mlx_tune.quantization.capture import blocks_of, intercepted
 from mlx_tune.quantization.lazy import is_unevaluated, number, read_array
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.propagation import running
+from mlx_tune.quantization.samples import InputSamples
 from mlx_tune.quantization.sites import walk
 
 #: Random tokens that a model without calibration is run on: rows and their length.
@@ -52,6 +53,7 @@ class _Probe:
 
     names: dict[int, str]
     vocabulary: int | None
+    samples: InputSamples | None
     seen: dict[str, _Seen] = field(default_factory=dict)
     looked_up: bool = False
 
@@ -67,10 +69,13 @@ class _Probe:
         if lookup:
             self.looked_up = True
         elif isinstance(x, mx.array) and id(module) in self.names and x.ndim:
-            seen = self.seen.setdefault(self.names[id(module)], _Seen())
+            path, rows = self.names[id(module)], x.reshape(-1, x.shape[-1])
+            seen = self.seen.setdefault(path, _Seen())
             # In float16 squares would overflow.
-            seen.total = seen.total + mx.square(x.reshape(-1, x.shape[-1]).astype(mx.float32)).sum(0)
-            seen.rows += x.size // x.shape[-1]
+            seen.total = seen.total + mx.square(rows.astype(mx.float32)).sum(0)
+            seen.rows += rows.shape[0]
+            if self.samples is not None and module["weight"].ndim == 2:
+                self.samples.add(path, rows)
         return run(*arguments, **keywords)
 
     def outside(self, module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
@@ -82,12 +87,15 @@ class _Probe:
         return output
 
 
-def with_energies(plan: QuantizationPlan, calibration: Sequence[Batch]) -> tuple[QuantizationPlan, tuple[str, ...]]:
+def with_energies(
+    plan: QuantizationPlan, calibration: Sequence[Batch], samples: InputSamples | None = None
+) -> tuple[QuantizationPlan, tuple[str, ...]]:
     """A plan whose layers know the energies of their inputs.
 
     Args:
         plan: The plan; its model is as it was when this returns.
         calibration: The batches to run the model on; where it is empty, random tokens.
+        samples: Where to keep rows of what layers are given, for layers to hold outputs against.
 
     Returns:
         The plan, and remarks for the report: why there are no energies, or which layers have none.
@@ -98,18 +106,20 @@ def with_energies(plan: QuantizationPlan, calibration: Sequence[Batch]) -> tuple
         return plan, ()
     every = [layer for layer in (*plan.layers, *plan.skipped) if not layer.fixed or layer.format is not None]
     vocabulary = _vocabulary(model)
-    batches = _few(calibration) if calibration else _random_tokens(vocabulary)
+    batches = few_of(calibration) if calibration else _random_tokens(vocabulary)
     try:
-        found = _energies(model, every, batches, vocabulary, tokens_only=not calibration)
+        found = _energies(model, every, batches, vocabulary, samples, tokens_only=not calibration)
     except _NoTokensError:
         return plan, (_ALIKE.format("it looks no tokens up, so that there is nothing to run it on"),)
     except Exception as error:  # any model may refuse what it was not made for
         if calibration:
             raise
         return plan, (_ALIKE.format(f"running it on random tokens failed ({type(error).__name__}: {error})"),)
-    layers, skipped = (
-        tuple(replace(layer, energy=found.get(layer.path)) for layer in part) for part in (plan.layers, plan.skipped)
-    )
+
+    def informed(layer: LayerPlan) -> LayerPlan:
+        return replace(layer, energy=found.get(layer.path), inputs=samples.reader(layer.path) if samples else None)
+
+    layers, skipped = (tuple(map(informed, part)) for part in (plan.layers, plan.skipped))
     lookups = [layer.path for layer in affine if isinstance(layer.module, nn.Embedding)]
     missing = [layer.path for layer in affine if layer.path not in found and layer.path not in lookups]
     notes: tuple[str, ...] = ()
@@ -126,13 +136,19 @@ _ALIKE = (
 
 
 def _energies(
-    model: nn.Module, layers: Sequence[LayerPlan], batches: list[Batch], vocabulary: int | None, *, tokens_only: bool
+    model: nn.Module,
+    layers: Sequence[LayerPlan],
+    batches: list[Batch],
+    vocabulary: int | None,
+    samples: InputSamples | None,
+    *,
+    tokens_only: bool,
 ) -> dict[str, mx.array]:
     """The mean square of each input `[columns]` by path, without layers that were given none or none that is finite."""
     if not batches:
         raise _NoTokensError
     modules = {layer.path: layer.module for layer in layers}
-    probe = _Probe({id(module): path for path, module in modules.items()}, vocabulary)
+    probe = _Probe({id(module): path for path, module in modules.items()}, vocabulary, samples)
     blocks = blocks_of(model)
     inside = {id(site.module) for _, block in blocks for site in walk(block)}
     lookups = [site.module for site in walk(model) if isinstance(site.module, nn.Embedding)]
@@ -188,7 +204,7 @@ def _random_tokens(vocabulary: int | None) -> list[Batch]:
     return [Batch((tokens,), tokens)]
 
 
-def _few(batches: Sequence[Batch]) -> list[Batch]:
+def few_of(batches: Sequence[Batch]) -> list[Batch]:
     """Batches of about so many tokens, spread over all of them."""
     sizes = [batch.tokens.size if batch.tokens is not None else _TOKENS // 8 for batch in batches]
     step = max(1, round(sum(sizes) / _TOKENS))

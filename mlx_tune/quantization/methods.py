@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.progress import progress_bar
-from mlx_tune.quantization.apply import LayerOutcome, apply_layer, install, outcome_of
+from mlx_tune.quantization.alone import apply_layer
+from mlx_tune.quantization.apply import LayerOutcome, install, outcome_of
 from mlx_tune.quantization.batches import Batch
 from mlx_tune.quantization.dense import dense_twin
 from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ class LayerPlan:
         order: Its place among all layers of the model, left alone or not.
         model: The model that it is a layer of.
         energy: The mean square of each of its inputs, `[inputs]`, once the model has been run; None where it was not.
+        inputs: Reads rows of what it is given on calibration, `[rows, inputs]`; None where there is none.
     """
 
     path: str
@@ -52,6 +53,7 @@ class LayerPlan:
     order: int = 0
     model: nn.Module = field(repr=False, compare=False, kw_only=True)
     energy: mx.array | None = field(default=None, repr=False, compare=False, kw_only=True)
+    inputs: Callable[[], mx.array | None] | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     @property
     def module(self) -> nn.Module:

@@ -21,7 +21,7 @@ from mlx_tune.quantization.apply import (
 )
 from mlx_tune.quantization.arithmetic import same_random_stream
 from mlx_tune.quantization.batches import Batch, read_batches, token_rows
-from mlx_tune.quantization.energies import with_energies
+from mlx_tune.quantization.energies import few_of, with_energies
 from mlx_tune.quantization.evaluation import Comparison, Loss, prepare
 from mlx_tune.quantization.guard import Guard, watched
 from mlx_tune.quantization.kernels import FaultOf
@@ -32,6 +32,7 @@ from mlx_tune.quantization.overflow import check_overflow
 from mlx_tune.quantization.plan import QuantizationPlan
 from mlx_tune.quantization.rehearsal import rehearse
 from mlx_tune.quantization.report import LayerReport, QuantizationReport, layer_report
+from mlx_tune.quantization.samples import InputSamples
 from mlx_tune.quantization.search import Effort
 from mlx_tune.quantization.speed import Speed, SpeedComparison, measure_after, measure_before
 from mlx_tune.quantization.statistics import overlap
@@ -82,8 +83,8 @@ def quantize_model(
         bits: Bits of a code: 1, 2, 3, 4, 5, 6 or 8 in mode "affine".
         group_size: Weights of a row that share a scale: 32, 64 or 128 in mode "affine".
         method: "nearest" is `mx.quantize`; "optimal" searches for the least squared error of each group, each input
-            counted by its energy, which running the model on 256 random tokens tells, or on `calibration`; "gptq" and
-            "dwq" need `calibration`.
+            counted by its energy, which running the model on 256 random tokens tells, or on `calibration`, and then
+            keeps "nearest" in layers whose outputs it would make worse; "gptq" and "dwq" need `calibration`.
         mode: "affine", or "mxfp4", "mxfp8", "nvfp4", which fix bits and group size.
         effort: "fast", or "best" for a longer search.
         overrides: Pattern to what matching layers get instead: a dict of bits, group_size and mode, False for being
@@ -145,7 +146,10 @@ def quantize_model(
         largest = check_finite(plan)
         notes = list[str]()
         if method == "optimal" or (method != "nearest" and not (target_bpw is None and target_bytes is None)):
-            plan, unknown = with_energies(plan, learn)
+            samples = None
+            if method == "optimal" and learn:
+                samples = stack.enter_context(InputSamples(len(few_of(learn))))
+            plan, unknown = with_energies(plan, learn, samples)
             notes += unknown
         if targeted:
             plan = _to_target(plan, target_bpw, target_bytes, learn, judge, progress, fault_of)

@@ -41,7 +41,7 @@ class LayerReport:
             where it is left as it is or was not measured.
         reason: Why it is left as it is, or what else there is to know.
         cost_bytes: The cost of leaving it, against the format of the rest.
-        output_error: Squared error of its outputs over their squares, measured on calibration by "gptq"; else None.
+        output_error: Squared error of its outputs over their squares, measured on calibration; None where it was not.
         optimal_output_error: The same had it been quantized by "optimal".
     """
 

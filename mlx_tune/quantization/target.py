@@ -13,7 +13,7 @@ from typing import Any
 from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.allocate import allocate
-from mlx_tune.quantization.apply import apply_layer
+from mlx_tune.quantization.alone import apply_layer
 from mlx_tune.quantization.batches import Batch, read_batches, rows_at_most
 from mlx_tune.quantization.evaluation import Comparison, prepare
 from mlx_tune.quantization.kernels import FaultOf, Sieve
