@@ -21,7 +21,7 @@ CHILD = """
 import json, resource, sys
 import mlx.core as mx, mlx.nn as nn
 import mlx_tune as mt
-import mlx_tune.quantization.apply as apply
+import mlx_tune.quantization.alone as alone
 import mlx_tune.quantization.evaluation as evaluation_of
 
 evaluation_of.ROOM_BYTES = 16 << 20  # so that a model of this size is held back
@@ -40,13 +40,13 @@ model.load_weights(file)
 if way in ("loaded", "failing"):
     mx.eval(model.parameters())
 if way == "failing":
-    real, done = apply.install, []
+    real, done = alone.install, []
     def install(*arguments):
         done.append(1)
         if len(done) == layers:
             raise MemoryError
         real(*arguments)
-    apply.install = install
+    alone.install = install
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

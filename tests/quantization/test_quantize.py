@@ -194,7 +194,7 @@ def test_a_requantized_model_of_experts_keeps_its_classes() -> None:
 
 @pytest.mark.parametrize("fail_at", [0, 7, 14])
 def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at: int) -> None:
-    import mlx_tune.quantization.apply as apply
+    import mlx_tune.quantization.alone as alone
 
     model = toys.llama()
     before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
@@ -206,8 +206,8 @@ def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at:
             raise MemoryError("no more")
         return real(*arguments, **options)
 
-    real = apply.pack
-    monkeypatch.setattr(apply, "pack", pack)
+    real = alone.pack
+    monkeypatch.setattr(alone, "pack", pack)
     mx.random.seed(1)
     expected = mx.random.uniform().item()
     mx.random.seed(1)

@@ -14,7 +14,7 @@ import pytest
 import quantization_toys as toys
 
 import mlx_tune as mt
-import mlx_tune.quantization.apply as apply
+import mlx_tune.quantization.alone as alone
 import mlx_tune.quantization.transaction as transaction_module
 from mlx_tune.quantization.evaluation import Comparison
 from mlx_tune.quantization.lazy import is_unevaluated
@@ -77,8 +77,8 @@ def interrupting(monkeypatch, owner: Any, name: str, at: int) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [
-        (apply, "pack", 3),
-        (apply, "signal_to_noise_db", 15),
+        (alone, "pack", 3),
+        (alone, "signal_to_noise_db", 15),
         (transaction_module, "put_module", 1),
         (transaction_module, "put_module", 15),
         (mx, "save_safetensors", 4),
