@@ -26,7 +26,8 @@ __all__ = ["Effort", "dequantize_float32", "group_errors", "quantize_affine", "q
 #: Groups worked on at once: on a CPU as many as its cache holds, on a GPU enough to fill it.
 _CPU_GROUPS, _GPU_GROUPS = 4096, 65536
 
-#: Groups looked at to learn whether a weight lies on a grid already.
+#: Groups looked at to learn whether a weight lies on a grid already. Where there are hardly more, looking takes longer
+#: than searching every group for one.
 _PROBED_GROUPS = 512
 
 
@@ -82,9 +83,9 @@ def quantize_affine(
     streams = _streams() if cpu else [mx.default_stream(mx.default_device())]
 
     chunks = [(e, r) for e in range(experts) for r in range(0, rows, per_chunk)]
-    probe = _probe(stack, group_size)
     finite: list[mx.array] = []
-    on_grid = effort == "best" or solve.lies_on_grid(probe)
+    few = weight.size <= 2 * _PROBED_GROUPS * group_size
+    on_grid = effort == "best" or few or solve.lies_on_grid(_probe(stack, group_size))
     done: list[tuple[mx.array, mx.array, mx.array]] = []
     for i in range(0, len(chunks), len(streams)):
         batch = []
