@@ -23,6 +23,8 @@ from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.sybil import SybilCollection
 
+from mlx_tune.garbage import quick_collections
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 
 # No generated test may depend on how busy the machine is.
@@ -58,6 +60,16 @@ def _no_garbage_of_others() -> None:
     if mx.get_active_memory() > settled + 4096:
         gc.collect()
     settled = mx.get_active_memory()
+
+
+@pytest.fixture(scope="module")
+def quick_garbage() -> Iterator[None]:
+    """Let collections look only at what the tests of a module made.
+
+    A search begins with one of everything that was ever imported, which takes longer than the whole of a small search.
+    """
+    with quick_collections():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ import pytest
 import mlx_tune as mt
 from mlx_tune.graphs.calls import taking
 
+pytestmark = pytest.mark.usefixtures("quick_garbage")
+
 Pair = namedtuple("Pair", "x y")
 
 

@@ -9,6 +9,8 @@ import small_steps
 from mlx_tune.batching.probe import Probe, count_items, is_out_of_memory
 from mlx_tune.errors import TrialError
 
+pytestmark = pytest.mark.usefixtures("quick_garbage")
+
 BUDGET = 16_000_000
 
 

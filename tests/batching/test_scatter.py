@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from mlx_tune.batching.probe import Probe, _Reading
 from mlx_tune.batching.session import Session
-from mlx_tune.garbage import quick_collections
 from mlx_tune.progress import Bar
+
+pytestmark = pytest.mark.usefixtures("quick_garbage")
 
 BASE, ROW = 100_000, 1000
 #: What is held apart from the machine's own rows, such as arrays of other tests.
@@ -45,9 +46,8 @@ class Machine(Probe):
 
 def searched(machine, estimate=lambda n: BASE + n * ROW, steps=2):
     session = Session(machine, range(1, 10**6), machine.budget_bytes, steps, Bar())
-    with quick_collections():  # as in every search
-        session.look_ahead(estimate, lambda n: False)
-        found = session.largest()
+    session.look_ahead(estimate, lambda n: False)
+    found = session.largest()
     return session, None if found.size is None else session.known[found.size]
 
 
