@@ -18,6 +18,8 @@ from mlx_tune import BudgetError, MlxTuneError, checkpoint, estimate_memory, is_
 from mlx_tune import autofit as autofit_with_progress
 from mlx_tune.timing import StepTrial
 
+pytestmark = pytest.mark.usefixtures("quick_garbage")
+
 autofit = partial(autofit_with_progress, progress=False)
 WIDTH, BLOCKS = 16, 3
 

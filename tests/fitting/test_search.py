@@ -18,6 +18,8 @@ from mlx_tune.fitting.trials import Trials
 from mlx_tune.progress import Bar
 from mlx_tune.timing import StepTrial
 
+pytestmark = pytest.mark.usefixtures("quick_garbage")
+
 BLOCKS = 4
 #: Bytes: the model, what a row always needs, and what a plain block holds for each row.
 MODEL, ROW, HELD = 10_000, 200, 100
