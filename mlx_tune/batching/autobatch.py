@@ -20,7 +20,7 @@ from mlx_tune.batching.session import Session
 from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.garbage import quick_collections
-from mlx_tune.graphs.calls import step_of_batches
+from mlx_tune.graphs.calls import require_functions, step_of_batches
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import MemoryBudget, resolve_budget
@@ -303,5 +303,5 @@ def _check(
         )
     if canary and isolate:
         raise InvalidArgumentError("canary=True runs in this process: leave it out with isolate=True.")
-    if not isolate and not (callable(step) and callable(make_batch)):
-        raise InvalidArgumentError(f"step={step!r}, make_batch={make_batch!r}: both must be functions.")
+    if not isolate:
+        require_functions(step, make_batch)

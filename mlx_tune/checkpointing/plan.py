@@ -9,13 +9,14 @@ from typing import Any, SupportsIndex
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.checkpointing.blocks import Select
+from mlx_tune.checkpointing.blocks import Select, find_blocks
 from mlx_tune.checkpointing.choose import ESTIMATE_MARGIN, OVERSHOOT, Choice, cheapest_fitting, relaxed
 from mlx_tune.checkpointing.measure import Measured, Measurements
 from mlx_tune.checkpointing.planned import CheckpointPlan, MeasuredChoice, PlannedBlock
 from mlx_tune.checkpointing.survey import Survey
-from mlx_tune.errors import BudgetError, InvalidArgumentError
+from mlx_tune.errors import BudgetError
 from mlx_tune.garbage import quick_collections
+from mlx_tune.graphs.calls import require_functions
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.memory import cache_room, resolve_budget
@@ -74,8 +75,8 @@ def plan_checkpoints(
             smaller batch that would fit, found without running anything.
         CheckpointError: A block is checkpointed already, the model is in evaluation mode, or a block cannot be timed.
         TraceError: The step cannot be traced; the text says why.
-        InvalidArgumentError: `batch_size` or `steps` below 1, a budget that is none, a `make_batch` that is no
-            function, or a batch that the step does not take.
+        InvalidArgumentError: `batch_size` or `steps` below 1, a budget that is none, a `model` that is no module, a
+            `step` or `make_batch` that is no function, or a batch that the step does not take.
         DiskError: Too little free disk for what waits there meanwhile.
 
     Examples:
@@ -92,10 +93,10 @@ def plan_checkpoints(
         >>> plan.measured_peak_bytes <= plan.budget_bytes
         True
     """
-    if not callable(make_batch):
-        raise InvalidArgumentError(f"make_batch={make_batch!r}: give a function that returns the longest batch of n.")
+    require_functions(step, make_batch)
     batch_size, steps = whole_number(batch_size, "batch_size", least=1), whole_number(steps, "steps", least=1)
     allowed = resolve_budget(budget)
+    find_blocks(model, select)  # what cannot be planned for is refused before anything is collected or put aside
     whole = (model, state)
     with (
         uninterrupted(),

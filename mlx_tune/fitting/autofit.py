@@ -22,6 +22,7 @@ from mlx_tune.fitting.search import Search
 from mlx_tune.fitting.together import Together
 from mlx_tune.fitting.trials import Candidate, Trials
 from mlx_tune.garbage import quick_collections
+from mlx_tune.graphs.calls import require_functions
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.memory import MemoryBudget, cache_room, resolve_budget
@@ -111,6 +112,7 @@ def autofit(
     """
     started = time.perf_counter()
     ranks = Ranks(group)
+    ranks.agree(lambda: require_functions(step, make_batch))
     sizes = agreed_sizes(ranks, min_batch, max_batch, multiple_of, target_batch)
     steps = ranks.agree(lambda: whole_number(steps, "steps", least=1))
     if not 0 <= tolerance < 1:

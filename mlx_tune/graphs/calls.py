@@ -75,6 +75,23 @@ def step_of_batches(
         return taking(step, (make_batch(size),), state)
 
 
+def require_functions(step: Any, make_batch: Any) -> None:
+    """Refuse a step or a maker of batches that cannot be called, before any work is done with them.
+
+    Args:
+        step: The function that should run one training step.
+        make_batch: The function that should return the longest batch of n.
+
+    Raises:
+        InvalidArgumentError: One of them is no function; the text has both.
+    """
+    if not (callable(step) and callable(make_batch)):
+        raise InvalidArgumentError(
+            f"step={step!r}, make_batch={make_batch!r}: both must be functions, the step of a batch and the other of "
+            "the number of rows in it."
+        )
+
+
 @dataclass(frozen=True)
 class _Way:
     """One way of calling the step.

@@ -5,6 +5,7 @@ import mlx.nn as nn
 import pytest
 
 import mlx_tune as mt
+import mlx_tune.checkpointing.plan as planning
 from mlx_tune.checkpointing import find_blocks
 
 NUMBERS = [3, 0, -1, 2.5, float("nan"), True, None]
@@ -79,6 +80,17 @@ def test_wrong_arguments(name):
             call(model, value)
         assert str(caught.value).endswith((".", "]")), caught.value
         assert not any(map(mt.is_checkpointed, model.modules())), value
+
+
+@pytest.mark.parametrize("argument", ["model", "step", "make_batch", "batch_size", "budget", "select", "steps"])
+def test_a_plan_refuses_before_it_sets_out(monkeypatch, argument):
+    """With large models, putting the state aside takes long."""
+    for name in ("Snapshot", "quick_collections", "Survey"):
+        monkeypatch.setattr(planning, name, lambda *args, name=name, **options: pytest.fail(f"came to {name}"))
+    call, values = CALLS[f"plan_checkpoints({argument})"]
+    for value in values:
+        with pytest.raises(mt.InvalidArgumentError):
+            call(make_model(), value)
 
 
 class Unmade(nn.Module):

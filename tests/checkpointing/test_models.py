@@ -275,7 +275,7 @@ TOKENS = mx.random.randint(0, 53, (2, 9), key=mx.random.key(2))
     [
         *((name, False, False) for name in ARGUMENTS),
         *((name, False, True) for name in ARGUMENTS),
-        ("llama", True, False),
+        pytest.param("llama", True, False, marks=pytest.mark.slow),  # eighteen kernels for the C++ compiler
     ],
 )
 def test_mlx_lm_models(name, compiled, flat):

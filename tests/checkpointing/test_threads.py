@@ -9,7 +9,7 @@ import pytest
 
 import mlx_tune as mt
 
-RUNS = 10  # without care for the end of a thread, 6 to 9 of 10 abort
+RUNS = 4  # of each script: without care for the end of a thread, 6 to 9 of 10 abort
 
 SCRIPT = """
 import threading

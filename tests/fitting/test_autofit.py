@@ -14,7 +14,15 @@ from mlx.utils import tree_flatten
 
 import mlx_tune.checkpointing.measure as measuring
 import mlx_tune.checkpointing.survey as surveying
-from mlx_tune import BudgetError, MlxTuneError, checkpoint, estimate_memory, is_checkpointed, uncheckpoint
+from mlx_tune import (
+    BudgetError,
+    InvalidArgumentError,
+    MlxTuneError,
+    checkpoint,
+    estimate_memory,
+    is_checkpointed,
+    uncheckpoint,
+)
 from mlx_tune import autofit as autofit_with_progress
 from mlx_tune.timing import StepTrial
 
@@ -275,3 +283,9 @@ def test_without_blocks_the_error_speaks_of_none(monkeypatch):
 def test_contradictions_are_refused(options, text):
     with pytest.raises(MlxTuneError, match=text):
         Training().fit(10**9, **options)
+
+
+@pytest.mark.parametrize(("step", "make_batch"), [(None, len), (abs, "batches")])
+def test_what_is_no_function_is_refused(step, make_batch):
+    with pytest.raises(InvalidArgumentError, match=r"step=.*make_batch=.*: both must be functions"):
+        autofit(Training().model, step, make_batch, budget="1GB")
