@@ -110,22 +110,32 @@ def test_the_parts_add_up_to_the_floor_and_the_state_is_told_apart() -> None:
     assert sum(owner.nbytes for owner in estimate.peak_owners) == estimate.floor_bytes
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+#: New ones. SGD keeps an array for each parameter even without momentum.
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    "SGD": lambda: optim.SGD(1e-3),
+    "AdamW": lambda: optim.AdamW(1e-3),
+    "Adafactor": lambda: optim.Adafactor(1e-3),
+    "several": lambda: optim.MultiOptimizer([optim.Muon(1e-3), optim.Lion(1e-3)], [lambda name, w: w.ndim == 2]),
+}
+
+
 @pytest.mark.parametrize(
-    "make",
+    ("name", "compiled"),
     [
-        lambda: optim.SGD(1e-3),  # it keeps an array for each parameter even without momentum
-        lambda: optim.AdamW(1e-3),
-        lambda: optim.Adafactor(1e-3),
-        lambda: optim.MultiOptimizer([optim.Muon(1e-3), optim.Lion(1e-3)], [lambda name, w: w.ndim == 2]),
+        *((name, False) for name in OPTIMIZERS),
+        ("SGD", True),
+        ("AdamW", True),
+        # Compiled, they have many kernels for the C++ compiler.
+        pytest.param("Adafactor", True, marks=pytest.mark.slow),
+        pytest.param("several", True, marks=pytest.mark.slow),
     ],
 )
-def test_an_optimizer_that_has_not_run_is_taken_with_its_state(make: Callable[[], Any], compiled: bool) -> None:
+def test_an_optimizer_that_has_not_run_is_taken_with_its_state(name: str, compiled: bool) -> None:
     model, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)), mx.zeros((2, 64))
     mx.eval(model.parameters())
     estimates = []
     for ready in (True, False):
-        optimizer = make()
+        optimizer = OPTIMIZERS[name]()
         if ready:
             optimizer.init(model.trainable_parameters())
         before = flat(optimizer.state)

@@ -233,6 +233,8 @@ COMPILED = [
     "SGD",
 ]
 CASES = [f"eager {name}" for name in (*FUNCTIONS, *OPTIMIZERS, *MODELS)] + [f"compiled {name}" for name in COMPILED]
+#: Each has many kernels of its own for the C++ compiler.
+LONG = ["compiled value and gradient, custom gradient", "compiled SGD"]
 
 
 def case(name: str) -> tuple[Callable[[mx.array], Any], mx.array, Any]:
@@ -274,17 +276,23 @@ def measured(name: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def floors() -> dict[str, int]:
-    """Measured where nothing else runs: see keeping_up.py."""
+def floors(request: pytest.FixtureRequest) -> dict[str, int]:
+    """Those of the cases that are going to run, measured where nothing else runs: see keeping_up.py."""
+    chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    names = [name for name in CASES if {"name": name} in chosen]
     folders = [str(Path(__file__).parents[1]), str(Path(keeping_up.__file__).parent)]
     folders += filter(None, [os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    done = subprocess.run([sys.executable, __file__], check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, __file__, *names], check=True, capture_output=True, text=True, env=environment
+    )
     return json.loads(done.stdout)
 
 
 @pytest.mark.skipif(not keeping_up.CAN_KEEP_UP, reason="threads cannot choose their core here")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in CASES]
+)
 def test_memory_peaks_where_it_is_said_to(name: str, floors: dict[str, int]) -> None:
     function, x, state = case(name)
     estimate = estimate_memory(function, x, state=state)
@@ -301,4 +309,4 @@ def test_every_known_primitive_names_the_source_it_follows() -> None:
 if __name__ == "__main__":
     keep_up()
     mx.set_cache_limit(0)  # a cached buffer may be two pages larger than what it is used for: much, at these sizes
-    print(json.dumps({name: measured(name) for name in CASES}))
+    print(json.dumps({name: measured(name) for name in sys.argv[1:]}))
