@@ -23,8 +23,8 @@ from mlx_tune.quantization.layout import plan_quantization
 from mlx_tune.quantization.lazy import is_unevaluated
 from mlx_tune.quantization.outputs import OutputStore
 
-WIDTH, VOCABULARY = 128, 200
-LARGE = (3, 70)
+WIDTH, VOCABULARY = 64, 200
+LARGE = (3, 40)
 
 
 class Block(nn.Module):
@@ -214,9 +214,9 @@ class Averaging(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.embed = nn.Embedding(VOCABULARY, 128)
         self.embed.weight = 1 + 0.01 * self.embed.weight
-        self.layers = [nn.Linear(WIDTH, 2, bias=False) for _ in range(16)]
+        self.layers = [nn.Linear(128, 2, bias=False) for _ in range(16)]
 
     def __call__(self, tokens: mx.array) -> mx.array:
         x = self.embed(tokens)

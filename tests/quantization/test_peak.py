@@ -23,8 +23,10 @@ import mlx.core as mx, mlx.nn as nn
 import mlx_tune as mt
 import mlx_tune.quantization.alone as alone
 import mlx_tune.quantization.evaluation as evaluation_of
+import mlx_tune.quantization.speed as speed
 
 evaluation_of.ROOM_BYTES = 16 << 20  # so that a model of this size is held back
+speed._SECONDS = 0.0  # it is timed once: this is about memory
 file, layers, width, way = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 
 class Block(nn.Module):
