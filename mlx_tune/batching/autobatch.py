@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any, Literal, SupportsIndex
 
 from mlx_tune.batching import canary as canary_check
-from mlx_tune.batching.forecast import Forecast, floor_of
+from mlx_tune.batching.floors import StepFloor
+from mlx_tune.batching.forecast import Forecast
 from mlx_tune.batching.isolation import IsolatedProbe
 from mlx_tune.batching.journal import Journal, Runner
 from mlx_tune.batching.probe import MakeBatch, Probe, Step
@@ -143,8 +144,10 @@ def autobatch(
                     probe.agree, probe.largest = ranks.agree, lambda value: -ranks.smallest(-value)
                 session = Session(_through(probe, note, ranks), sizes, int(allowed), steps, bar)
                 session.notes += slow_half_precision(state, bar)
-                estimate = floor_of(step, make_batch, state)
-                session.look_ahead(ranks.largest_estimate(estimate), lambda n: ranks.any(lambda: probe.warm(n)))
+                floor = StepFloor(step, make_batch, state)
+                session.look_ahead(
+                    ranks.largest_floor(floor), lambda n, least: ranks.any(lambda: probe.warm(n, least) and floor.stale)
+                )
                 accept = _canary(step, make_batch, state, before, ranks) if canary else None
                 found = session.largest(accept)
                 if found.size is None:

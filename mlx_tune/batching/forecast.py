@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import gc
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from mlx_tune.batching.floors import Floor, pieces
 
 #: A look at the graph goes at most so many times as far as the one before. The floor of small batches may stand still
 #: (the optimizer's update needs more than they do), and a line through it would cross the budget at a size whose batch
@@ -17,16 +18,18 @@ _LOOKS = 8
 _CLOSE = 0.03
 #: Knots this close to the line from the first to the last, as a share of them, need no more between them.
 _STRAIGHT = 0.003
+#: A reading that was foreseen vouches for sizes up to so many times its own.
+_VOUCHED = 1.125
 
 
 class Forecast:
-    """The floor that the graph gives at a few sizes, and straight lines between and beyond.
+    """The floor that the graph gives at a few sizes, and straight pieces between and beyond.
 
     Attributes:
-        knots: Size to bytes, where the graph was looked at.
+        knots: Size to bytes, where the graph was looked at, and where two looks say that the floor bends.
 
     Examples:
-        >>> forecast = Forecast(lambda n: 1000 + 10 * n, range(1, 500), 3000)
+        >>> forecast = Forecast(lambda n: Floor(1000 + 10 * n), range(1, 500), 3000)
         >>> forecast(200), sorted(forecast.knots)
         (3000.0, [1, 8, 64, 200])
         >>> forecast.look(77)  # it is straight already
@@ -35,18 +38,21 @@ class Forecast:
 
     def __init__(
         self,
-        estimate: Callable[[int], int],
+        estimate: Callable[[int], Floor],
         sizes: Sequence[int],
         budget_bytes: float,
-        known: dict[int, int] | None = None,
+        known: dict[int, Floor] | None = None,
     ) -> None:
-        """Look at the smallest size, and at ever larger ones up to where the budget is crossed."""
-        self.knots: dict[int, int] = dict(known or {})
-        self._estimate: Callable[[int], int] | None = estimate
-        self.look(sizes[0])
+        """Look at the smallest size, unless one is known, and at ever larger ones up to where the budget is crossed."""
+        self._looked = dict(known or {})
+        self._estimate: Callable[[int], Floor] | None = estimate
+        self._sizes, self._drawn, self._sure_to, self._wrong = sizes, False, 0, False
+        self._draw()
+        if not self._looked:
+            self.look(sizes[0])
         for _ in range(_LOOKS):
-            largest = max(self.knots)
-            if self.knots[largest] > budget_bytes:
+            largest = max(self._looked)
+            if self._looked[largest].bytes > budget_bytes:
                 crossing = bisect_right(sizes, budget_bytes, key=self) - 1
                 if crossing < 0 or self._near(sizes[crossing], budget_bytes) or not self.look(sizes[crossing]):
                     return
@@ -54,22 +60,25 @@ class Forecast:
             if self._near(largest, budget_bytes) or largest == sizes[-1]:
                 return
             position = bisect_left(sizes, largest)
-            reach = bisect_right(sizes, _STRIDE * largest) - 1
-            goal = bisect_right(sizes, budget_bytes, hi=reach + 1, key=self) - 1 if len(self.knots) > 1 else reach
-            self.look(sizes[max(goal, position + 1)])
-            if self.flat:
+            reach = len(sizes) - 1
+            if not self._drawn or self._wrong:
+                reach = bisect_right(sizes, _STRIDE * largest) - 1
+            goal = bisect_right(sizes, budget_bytes, hi=reach + 1, key=self) - 1 if len(self._looked) > 1 else reach
+            if not self.look(sizes[max(goal, position + 1)]) or self.flat:
                 return
 
     @classmethod
     def of_knots(cls, knots: dict[int, int]) -> Forecast:
         """A forecast of what was read elsewhere, which cannot look at more."""
         self = cls.__new__(cls)
-        self.knots, self._estimate = dict(knots), None
+        self._looked = {size: Floor(needed) for size, needed in knots.items()}
+        self._estimate, self._sizes, self._drawn, self._sure_to, self._wrong = None, sorted(knots), False, 0, False
+        self._draw()
         return self
 
     def __call__(self, size: int) -> float:
         """Bytes expected at a size."""
-        sizes = sorted(self.knots)
+        sizes = self._order
         if len(sizes) == 1:
             return float(self.knots[sizes[0]])
         right = min(max(bisect_left(sizes, size), 1), len(sizes) - 1)
@@ -78,22 +87,40 @@ class Forecast:
 
     def look(self, size: int) -> bool:
         """Look at the graph of one more size; False where that would say nothing new, or the graph is out of reach."""
-        if size in self.knots or self._estimate is None:
+        if size in self._looked or self._estimate is None or size <= self._sure_to:
             return False
-        if min(self.knots, default=size) < size < max(self.knots, default=size) and self._straight:
+        if min(self._looked, default=size) < size < max(self._looked, default=size) and self._straight:
             return False
-        self.knots[size] = self._estimate(size)
+        foreseen = self(size) if self._drawn else None
+        seen = self._looked[size] = self._estimate(size)
+        if foreseen is not None and abs(seen.bytes - foreseen) > _STRAIGHT * seen.bytes:
+            self._sure_to, self._wrong = 0, True  # other operations run at some sizes: from now on each is looked at
+        elif foreseen is not None and not self._wrong:
+            following = min(bisect_right(self._sizes, size), len(self._sizes) - 1)
+            self._sure_to = max(int(_VOUCHED * size), self._sizes[following], max(self._looked))
+        self._draw()
         return True
+
+    def _draw(self) -> None:
+        """Put the knots where the floor was read, and where it bends between two readings and beyond the last two."""
+        sizes = sorted(self._looked)
+        self.knots = {size: self._looked[size].bytes for size in sizes}
+        for a, b in itertools.pairwise(sizes):
+            beyond = b == sizes[-1]
+            found = pieces((a, self._looked[a]), (b, self._looked[b]), self._sizes[-1] if beyond else b)
+            self._drawn = found is not None
+            self.knots |= {size: needed for size, needed in (found or {}).items() if size not in self._looked}
+        self._order = sorted(self.knots)
 
     @property
     def flat(self) -> bool:
-        """True where the largest knots are all the same, so that not even the batch grows any more."""
-        return len(self.knots) > 2 and len({self.knots[n] for n in sorted(self.knots)[-3:]}) == 1
+        """True where the largest readings are all the same, so that not even the batch grows any more."""
+        return len(self._looked) > 2 and len({self._looked[n].bytes for n in sorted(self._looked)[-3:]}) == 1
 
     @property
     def _straight(self) -> bool:
-        """True where three knots or more, the middle ones well apart from the ends, lie on one line."""
-        sizes = sorted(self.knots)
+        """True where three readings or more, the middle ones well apart from the ends, lie on one line."""
+        sizes = sorted(self._looked)
         if len(sizes) < 3:
             return False
         a, b = sizes[0], sizes[-1]
@@ -103,47 +130,31 @@ class Forecast:
         return bool(inner) and max(off) <= _STRAIGHT * self.knots[a]
 
     def _near(self, size: int, budget_bytes: float) -> bool:
-        return size in self.knots and abs(self.knots[size] - budget_bytes) <= _CLOSE * budget_bytes
+        return size in self._looked and abs(self._looked[size].bytes - budget_bytes) <= _CLOSE * budget_bytes
 
 
 def read_ahead(
-    estimate: Callable[[int], int], warm: Callable[[int], bool], sizes: Sequence[int], budget_bytes: int
+    estimate: Callable[[int], Floor], warm: Callable[[int, int], bool], sizes: Sequence[int], budget_bytes: int
 ) -> Forecast:
     """The forecast, after the first step of all; or only the smallest size's floor, if that is above the budget.
 
     Args:
         estimate: The floor of a step at a size, from its graph.
-        warm: Takes the first step at a size; whether that made the optimizer's state, so that steps now need more.
+        warm: Takes the first step at a size, of which it is told the most bytes at its floor; whether that made state
+            which the estimate had not foreseen.
         sizes: Possible answers, ascending.
         budget_bytes: The limit of a peak.
     """
-    known = {sizes[0]: estimate(sizes[0])}
-    if known[sizes[0]] > budget_bytes:
-        return Forecast.of_knots(known)
-    made = warm(sizes[0])
-    return Forecast(estimate, sizes, budget_bytes, None if made else known)
-
-
-def floor_of(step: Callable[..., Any], make_batch: Callable[[int], Any], state: Any) -> Callable[[int], int]:
-    """The estimate of one step's floor as a function of the batch size.
-
-    Memory that the process holds besides counts, too: a trial's peak includes it.
-
-    Raises:
-        TraceError: From the returned function, for a step that cannot be described without running it.
-    """
-
-    def estimate(size: int) -> int:
-        import mlx.core as mx
-
-        from mlx_tune.graphs.estimate import follow_step
-        from mlx_tune.trees import arrays_of
-
-        gc.collect()
-        held = mx.get_active_memory()
-        batch = make_batch(size)
-        own = sum(array.nbytes for array in {id(array): array for array in arrays_of(batch)}.values())
-        _, course = follow_step(step, (batch,), state)
-        return course.peak_bytes + max(0, held - (course.start_bytes - own))
-
-    return estimate
+    # Steps of a single row often run other operations than those of several, and so say less of them.
+    first = sizes[bisect_right(sizes, _STRIDE * sizes[0]) - 1]
+    known = {first: estimate(first)}
+    if known[first].bytes > budget_bytes and first > sizes[0]:
+        first = sizes[0]
+        known[first] = estimate(first)
+    if known[first].bytes > budget_bytes:
+        return Forecast.of_knots({first: known[first].bytes})
+    if warm(sizes[0], known[first].bytes):
+        known = {first: estimate(first)}
+    if known[first].bytes > budget_bytes / _STRIDE and sizes[0] not in known:  # another stride would go far beyond it
+        known[sizes[0]] = estimate(sizes[0])
+    return Forecast(estimate, sizes, budget_bytes, known)

@@ -194,18 +194,20 @@ def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) 
 
 
 def _knots(request: dict[str, Any], step: Any, make_batch: Any, state: Any) -> dict[str, Any]:
-    from mlx_tune.batching.forecast import floor_of, read_ahead
+    from mlx_tune.batching.floors import StepFloor
+    from mlx_tune.batching.forecast import read_ahead
     from mlx_tune.batching.probe import Probe
     from mlx_tune.graphs.calls import step_of_batches
 
     sizes: Sequence[int] = range(*request["range"]) if request["range"] else request["sizes"]
     step = step_of_batches(step, make_batch, sizes[0], state)
     probe = Probe(step, make_batch, state, request["budget_bytes"])
+    floor = StepFloor(step, make_batch, state)
     try:
-        knots = read_ahead(floor_of(step, make_batch, state), probe.warm, sizes, probe.budget_bytes).knots
+        forecast = read_ahead(floor, lambda n, least: probe.warm(n, least) and floor.stale, sizes, probe.budget_bytes)
     except TraceError as error:
         return {"knots": [], "untraceable": str(error)}
-    return {"knots": list(knots.items()), "untraceable": None}
+    return {"knots": list(forecast.knots.items()), "untraceable": None}
 
 
 if __name__ == "__main__":

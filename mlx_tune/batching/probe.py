@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_tune import devices
+from mlx_tune.batching.outcomes import count_items, fault_of, first_line, is_out_of_memory
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.throttle import HOLDING, SHARES, Throttle
-from mlx_tune.errors import MlxTuneError, TrialError
+from mlx_tune.errors import TrialError
 from mlx_tune.interrupts import interruptible
 from mlx_tune.memory import cache_room, held_limits, track_memory
 from mlx_tune.trees import arrays_of
@@ -20,14 +21,14 @@ from mlx_tune.units import format_bytes
 Step = Callable[..., Any]
 MakeBatch = Callable[[int], Any]
 
-#: Texts of the errors by which MLX's allocators refuse; anything else that a step raises is the user's to see.
-_OUT_OF_MEMORY = ("out of memory", "unable to allocate", "maximum allowed buffer size", "insufficient memory")
 #: How many readings a floor is taken from at the most; single ones spread upwards.
 _FLOOR_READINGS = 3
 #: A reading this much above the budget needs no second one.
 _HOPELESS = 1.2
 #: A reading this much above the prediction is taken again.
 _SPREAD = 1.02
+#: The first step of all is held back only as far as its floor where that is below this share of the budget.
+_ROOMY = 0.5
 #: Trials below this share of the budget cost little enough to look at how peaks follow the memory limit.
 _SMALL = 0.25
 #: How far the peaks of other sizes may lie above what one reading said of a share.
@@ -81,10 +82,17 @@ class Probe:
     _shapes: dict[tuple[Any, ...], int] = field(default_factory=dict)
     _rows: set[tuple[int, int]] | None = None  # axes that were as long as the size, every time
 
-    def warm(self, size: int) -> bool:
-        """Take the first step of all, with dispatch held back; whether that made the optimizer's state."""
+    def warm(self, size: int, floor_bytes: int | None = None) -> bool:
+        """Take the first step of all, with dispatch held back; whether that made the optimizer's state.
+
+        Args:
+            size: Rows in the batch.
+            floor_bytes: The most that the step needs at its floor, where that is known. With every operation held back
+                a step takes several times as long, so where there is room it is only held to that.
+        """
         before = sum(array.nbytes for array in arrays_of(self.state))
-        self._run(self.agree(lambda: self._batch(size)), 1, Trial(size, None, limit_bytes=1))
+        limit = 1 if floor_bytes is None or floor_bytes > _ROOMY * self.budget_bytes else floor_bytes
+        self._run(self.agree(lambda: self._batch(size)), limit, Trial(size, None, limit_bytes=limit))
         self._warm = True
         return sum(array.nbytes for array in arrays_of(self.state)) != before
 
@@ -140,7 +148,8 @@ class Probe:
         unknown = not self.throttle.worst or (small and SHARES[-1] not in self.throttle.worst)
         holding = None if unknown else self.throttle.holding_share
         readings = self._learn(batch, base, trial) if unknown else self._floor(batch, base, trial)
-        floor, held = self._needed(readings, base, None if unknown else trial.predicted_bytes)
+        held_back = [reading for reading in readings if reading.limit_bytes == 1] if unknown else readings
+        floor, held = self._needed(held_back, base, None if unknown else trial.predicted_bytes)
         trial = trials[0] = replace(
             trial, base_bytes=base, floor_bytes=floor, held_bytes=held, peak_bytes=held, limit_bytes=1
         )
@@ -151,7 +160,7 @@ class Probe:
             limit = self.throttle.limit_at(share, base, floor, self.budget_bytes)
             if share == holding and readings[0].limit_bytes <= self.budget_bytes:
                 limit = readings[0].limit_bytes  # the same share, of what was expected beforehand
-            taken = [reading for reading in readings if reading.limit_bytes == limit and not unknown]
+            taken = [reading for reading in readings if reading.limit_bytes == limit]
             if failed is not None:  # one step within the budget, after one that was not, may be a low one
                 taken, steps = [], max(steps, 2)
             trials[-1] = self._steps(replace(trial, limit_bytes=limit), batch, steps, taken)
@@ -216,33 +225,45 @@ class Probe:
 
     def _learn(self, batch: Any, base: int, trial: Trial) -> list[_Reading]:
         """Read the floor a few times, and see how peaks rise with the limit while there is room for that."""
-        readings = [self._run(batch, 1, trial)]
+        readings: list[_Reading] = []
+        others: list[_Reading] = []
         expected = 0 if trial.predicted_bytes is None else _SPREAD * trial.predicted_bytes
-        while len(readings) < _FLOOR_READINGS and readings[-1].peak_bytes <= _HOPELESS * self.budget_bytes:
-            if len(readings) > 1 and min(reading.peak_bytes for reading in readings) <= expected:
-                break
+
+        def floor() -> int:
+            return min(reading.peak_bytes for reading in readings)
+
+        def read_floor() -> None:
             readings.append(self._run(batch, 1, trial))
-        peaks = [reading.peak_bytes for reading in readings]
-        floor, added = min(peaks), max(1, min(peaks) - base)
-        self.throttle.note(SHARES[0], (max(peaks) - base) / added)
+            highest = max(reading.peak_bytes for reading in readings)
+            self.throttle.note(SHARES[0], (highest - base) / max(1, floor() - base))
 
         def read(share: float) -> bool:
             """Note the peak at a share; False where there is no room for that."""
+            added = max(1, floor() - base)
             if not self.throttle.may_try((self.budget_bytes - base) / added):
                 return False
-            limit = self.throttle.limit_at(share, base, floor, self.budget_bytes)
-            self.throttle.note(share, (self._run(batch, limit, trial).peak_bytes - base) / added)
+            limit = self.throttle.limit_at(share, base, floor(), self.budget_bytes)
+            others.append(self._run(batch, limit, trial))
+            self.throttle.note(share, (others[-1].peak_bytes - base) / added)
             return True
 
+        read_floor()
+        # With every operation held back a step takes several times as long. One such peak is enough where it is the one
+        # that was predicted, and the next share's is no higher.
+        settled = floor() <= expected and read(HOLDING) and self.throttle.holds(HOLDING)
+        while not settled and readings[-1].peak_bytes <= _HOPELESS * self.budget_bytes:
+            if len(readings) == _FLOOR_READINGS or (len(readings) > 1 and floor() <= expected):
+                break
+            read_floor()
         # Where a share holds, smaller ones do, too: those are read only where it does not.
-        if read(HOLDING) and not self.throttle.holds(HOLDING):
+        if (others or read(HOLDING)) and not self.throttle.holds(HOLDING):
             for share in [share for share in SHARES[1:] if share < HOLDING][::-1]:
                 if not read(share) or self.throttle.holds(share):
                     break
         for share in [share for share in SHARES if share > HOLDING]:
             if not read(share):
                 break
-        return readings
+        return readings + others
 
     def _floor(self, batch: Any, base: int, trial: Trial) -> list[_Reading]:
         """Peaks held to the floor: one, or a few where the first surprises."""
@@ -299,13 +320,13 @@ class Probe:
     def _run(self, batch: Any, limit: int, trial: Trial, cache: int | None = None) -> _Reading:
         """Take one step under a limit and read the counters; see that it computed a loss."""
         reading = self._together(batch, limit, trial.batch_size, cache)
-        if self.largest(_fault(reading.loss) is not None) and self.restore is not None:
+        if self.largest(fault_of(reading.loss) is not None) and self.restore is not None:
             # Many steps on the same rows may have driven the loss to zero, or off: look again from where it began.
             self.restore()
             reading = self._together(batch, limit, trial.batch_size, cache)
 
         def see() -> None:
-            fault = _fault(reading.loss)
+            fault = fault_of(reading.loss)
             if fault is not None:
                 raise TrialError(fault.format(size=trial.batch_size))
 
@@ -354,46 +375,5 @@ class Probe:
         return _Reading(limit, memory.peak_bytes, memory.seconds, arrays[0])
 
 
-def _fault(loss: Any) -> str | None:
-    """The fault of a loss, or None."""
-    import mlx.core as mx
-
-    values = loss.astype(mx.float32)
-    if not bool(mx.all(mx.isfinite(values))):
-        return (
-            "The loss at batch size {size} is not finite. Check that step returns the loss first, and that the first "
-            "steps do not diverge on this batch."
-        )
-    if not bool(mx.any(values != 0)):
-        return (
-            "The loss at batch size {size} is zero. A step that ran out of memory leaves zeros on some versions of "
-            "MLX (mlx#4134), so a zero proves nothing. Check that step returns the loss first."
-        )
-    return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True where an exception is one by which an allocator of MLX refuses."""
-    if isinstance(error, MlxTuneError):
-        return False  # ours, though its text may speak of memory
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(part in text for part in _OUT_OF_MEMORY)
-
-
-def count_items(batch: Any, size: int) -> tuple[int, str]:
-    """The work in a batch: its tokens where its first array is `[batch, length]` of integers, else its rows."""
-    import mlx.core as mx
-
-    arrays = list(arrays_of(batch))
-    if arrays and arrays[0].ndim == 2 and mx.issubdtype(arrays[0].dtype, mx.integer):
-        return int(arrays[0].size), "tokens"
-    return size, "rows"
-
-
 def _described(out: Any) -> str:
     return "None" if out is None else f"a {type(out).__name__} without arrays"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its name where it has no text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from mlx_tune.batching.floors import Floor
 from mlx_tune.batching.journal import Journal, Runner
 from mlx_tune.batching.result import Trial
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
@@ -78,27 +79,30 @@ class Ranks:
                     f"every rank."
                 )
 
-    def largest_estimate(self, estimate: Callable[[int], int]) -> Callable[[int], int]:
+    def largest_floor(self, estimate: Callable[[int], Floor]) -> Callable[[int], Floor]:
         """An estimate of which every rank sees the largest; one rank's `TraceError` is everybody's."""
         if self.size == 1:
             return estimate
 
-        def shared(size: int) -> int:
+        def shared(size: int) -> Floor:
             untraceable: TraceError | None = None
 
-            def own() -> int:
+            def own() -> Floor | None:
                 nonlocal untraceable
                 try:
                     return estimate(size)
                 except TraceError as error:
                     untraceable = error
-                    return -1
+                    return None
 
             value, error = self._attempt(own)
-            rows = self._share([-1 if value is None else value], error)
-            if any(row[0] < 0 for row in rows):
+            rows = self._share([-1, 0] if value is None else [value.bytes, len(value.live)], error)
+            if value is None or any(row[0] < 0 for row in rows):
                 raise untraceable or TraceError("another rank's step cannot be traced")
-            return max(row[0] for row in rows)
+            needed = max(row[0] for row in rows)
+            if any(row[1] != len(value.live) for row in rows):
+                return Floor(needed)  # the ranks' steps run other operations
+            return Floor(needed, tuple(max(alive) for alive in zip(*self._gather(value.live), strict=True)))
 
         return shared
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from mlx_tune.batching.forecast import floor_of
+from mlx_tune.batching.floors import StepFloor
 from mlx_tune.batching.session import Session
 from mlx_tune.errors import BudgetError, CheckpointError, TraceError
 from mlx_tune.memory import MemoryBudget
@@ -85,13 +85,13 @@ def _saved_by_checkpoints(size: int, estimated: tuple[Any, Any, Any]) -> tuple[i
     """The step's needs with every block checkpointed, and how much less that is; None where it is not less."""
     from mlx_tune.checkpointing import checkpoint_blocks
 
-    floor = floor_of(*estimated)
+    floor = StepFloor(*estimated)
     with ExitStack() as undone:
         try:
-            plain = floor(size)
+            plain = floor(size).bytes
             for model in _models(estimated[2]):
                 undone.enter_context(checkpoint_blocks(model))
-            needed = floor(size)
+            needed = floor(size).bytes
         except (TraceError, CheckpointError):
             return None
     return (needed, plain - needed) if needed < plain else None

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from mlx_tune.batching.floors import Floor
 from mlx_tune.batching.forecast import Forecast, read_ahead
 from mlx_tune.batching.journal import Runner
 from mlx_tune.batching.result import Trial
@@ -55,13 +56,14 @@ class Session:
     forecast: Forecast | None = None
     start: int = 0
 
-    def look_ahead(self, estimate: Callable[[int], int], warm: Callable[[int], bool]) -> None:
+    def look_ahead(self, estimate: Callable[[int], Floor], warm: Callable[[int, int], bool]) -> None:
         """Read the step's graph where that is possible, so that fewer sizes have to be tried.
 
         Args:
             estimate: The floor of a step at a size, from its graph.
-            warm: Takes the first step of all at a size, so that the optimizer's state is there to be counted, and
-                says whether that made any.
+            warm: Takes the first step of all at a size, of which it is told the most bytes at its floor, so that the
+                optimizer's state is there to be counted, and says whether that made any which the estimate had not
+                foreseen.
         """
         self.foresee(lambda: read_ahead(estimate, warm, self.sizes, self.budget_bytes))
 

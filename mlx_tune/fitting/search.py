@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
-from mlx_tune.batching.probe import count_items
+from mlx_tune.batching.outcomes import count_items
 from mlx_tune.checkpointing.choose import ESTIMATE_MARGIN, OVERSHOOT, Choice, cheapest_fitting, relaxed
 from mlx_tune.checkpointing.plan import does_not_fit
 from mlx_tune.checkpointing.survey import Survey

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from mlx_tune.batching.probe import is_out_of_memory
+from mlx_tune.batching.outcomes import is_out_of_memory
 from mlx_tune.batching.ranks import Ranks
 from mlx_tune.timing import StepTrial
 

@@ -5,7 +5,8 @@ import pytest
 import small_steps
 
 from mlx_tune import memory_limit, track_memory
-from mlx_tune.batching.forecast import Forecast, floor_of, read_ahead
+from mlx_tune.batching.floors import Floor, StepFloor
+from mlx_tune.batching.forecast import Forecast, read_ahead
 
 ENDLESS = range(1, 1 << 32)
 
@@ -18,7 +19,7 @@ class Asked:
 
     def __call__(self, size):
         self.sizes.append(size)
-        return self.curve(size)
+        return Floor(self.curve(size))
 
 
 def line(n):
@@ -75,17 +76,28 @@ def test_only_given_sizes_are_asked_for():
 
 def test_a_smallest_size_above_the_budget_ends_it_before_a_step_is_taken():
     asked, warmed = Asked(line), []
-    forecast = read_ahead(asked, warmed.append, ENDLESS, 1000)
-    assert asked.sizes == [1]
+    forecast = read_ahead(asked, lambda *of: warmed.append(of), ENDLESS, 1000)
+    assert asked.sizes == [8, 1]
     assert warmed == []
     assert forecast(1) == 1010
 
 
-@pytest.mark.parametrize(("made", "asked_twice"), [(True, True), (False, False)])
-def test_the_first_step_makes_the_first_look_stale_only_where_it_made_state(made, asked_twice):
+@pytest.mark.parametrize("budget", [1050, 1500, 50_000])
+def test_the_first_step_is_taken_at_the_smallest_size_and_told_what_it_needs_at_most(budget):
+    warmed = []
+    read_ahead(Asked(line), lambda *of: warmed.append(of), ENDLESS, budget)
+    ((size, told),) = warmed
+    assert size == 1
+    assert line(1) <= told <= budget
+
+
+@pytest.mark.parametrize(("stale", "asked_twice"), [(True, True), (False, False)])
+def test_the_first_step_makes_the_first_look_stale_only_where_it_made_state_of_which_that_knew_nothing(
+    stale, asked_twice
+):
     asked = Asked(line)
-    read_ahead(asked, lambda size: made, ENDLESS, 50_000)
-    assert (asked.sizes.count(1) == 2) is asked_twice
+    read_ahead(asked, lambda size, floor: stale, ENDLESS, 50_000)
+    assert (asked.sizes.count(8) == 2) is asked_twice
 
 
 @pytest.mark.cpu_only
@@ -93,7 +105,7 @@ def test_what_else_the_process_holds_counts():
     step, make_batch, state = small_steps.build()
     beside = mx.ones(5_000_000 // 4)
     mx.eval(beside, step(make_batch(1)), state[0].state, state[1].state)
-    predicted = floor_of(step, make_batch, state)(3)
+    predicted = StepFloor(step, make_batch, state)(3).bytes
     batch = make_batch(3)
     mx.eval(batch)
     peaks = []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_tune.batching.floors import Floor
 from mlx_tune.batching.journal import Journal
 from mlx_tune.batching.ranks import Ranks, SharedRunner
 from mlx_tune.batching.records import started
@@ -188,7 +189,7 @@ def test_an_error_in_a_trial_reaches_every_rank():
 
 
 def test_every_rank_goes_by_the_largest_estimate():
-    assert together(lambda ranks: ranks.largest_estimate(lambda n: n * (1 + ranks.rank))(10)) == [20, 20]
+    assert together(lambda ranks: ranks.largest_floor(lambda n: Floor(n * (1 + ranks.rank)))(10)) == [Floor(20)] * 2
 
 
 def test_one_rank_that_cannot_be_read_leaves_all_without_an_estimate():
@@ -196,9 +197,9 @@ def test_one_rank_that_cannot_be_read_leaves_all_without_an_estimate():
         def own(size):
             if ranks.rank:
                 raise TraceError("it evaluates")
-            return size
+            return Floor(size)
 
-        return ranks.largest_estimate(own)(10)
+        return ranks.largest_floor(own)(10)
 
     assert [str(error) for error in together(estimate)] == ["another rank's step cannot be traced", "it evaluates"]
 

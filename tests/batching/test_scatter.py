@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_tune.batching.floors import Floor
 from mlx_tune.batching.probe import Probe, _Reading
 from mlx_tune.batching.session import Session
 from mlx_tune.progress import Bar
@@ -46,7 +47,7 @@ class Machine(Probe):
 
 def searched(machine, estimate=lambda n: BASE + n * ROW, steps=2):
     session = Session(machine, range(1, 10**6), machine.budget_bytes, steps, Bar())
-    session.look_ahead(estimate, lambda n: False)
+    session.look_ahead(lambda n: Floor(estimate(n)), lambda n, least: False)
     found = session.largest()
     return session, None if found.size is None else session.known[found.size]
 

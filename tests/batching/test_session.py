@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from mlx_tune.batching.floors import Floor
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.session import Session
 from mlx_tune.errors import TraceError
@@ -52,7 +53,7 @@ class Machine:
 def session(machine, sizes=range(1, 10**6), estimate=floor, made=False):
     search = Session(machine, sizes, BUDGET, 2, Bar())
     if estimate is not None:
-        search.look_ahead(estimate, lambda n: made)
+        search.look_ahead(lambda n: Floor(estimate(n)), lambda n, least: made)
     return search
 
 
