@@ -15,6 +15,7 @@ import mlx_tune as mt
 import mlx_tune.devices
 from mlx_tune.batching import autobatch, autobatch_by_length
 from mlx_tune.errors import BudgetError, InvalidArgumentError
+from mlx_tune.garbage import quick_collections
 
 OPTIONS = {"progress": False}
 
@@ -41,14 +42,15 @@ def limits():
 def least_peak(step, state, n):
     """The smallest peak of a few fully throttled steps."""
     peaks = []
-    for _ in range(8):  # single ones spread upwards, more so on a busy machine
-        gc.collect()
-        batch = small_steps.make_batch(n)
-        mx.eval(batch)
-        mx.clear_cache()
-        with mt.memory_limit(1), mt.track_memory() as memory:
-            mx.eval(step(batch), state[0].state, state[1].state)
-        peaks.append(memory.peak_bytes)
+    with quick_collections():
+        for _ in range(8):  # single ones spread upwards, more so on a busy machine
+            gc.collect()
+            batch = small_steps.make_batch(n)
+            mx.eval(batch)
+            mx.clear_cache()
+            with mt.memory_limit(1), mt.track_memory() as memory:
+                mx.eval(step(batch), state[0].state, state[1].state)
+            peaks.append(memory.peak_bytes)
     return min(peaks)
 
 
