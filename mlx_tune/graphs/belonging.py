@@ -8,6 +8,7 @@ several modules come together it is the path that they share. A gradient belongs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from mlx_tune.graphs.graph import Graph, Node
 
@@ -46,11 +47,12 @@ def modules_of(graph: Graph, order: Sequence[int]) -> dict[int, str]:
         node = graph.nodes[index]
         read = [v for v in node.inputs if v in parameters]
         told = read or [v for v in node.inputs if v in module and graph.values[v].shape]
+        same = node.name in _SAME or node.name == "Depends"
         for out, sources in _sources(node, told):
             if paths := {module[v] for v in sources if v in module}:
-                module[out] = _shared(paths)
-            if node.name in _SAME or node.name == "Depends":
-                parameters.update([out] if parameters.issuperset(sources) and sources else [])
+                module[out] = _shared(frozenset(paths)) if len(paths) > 1 else paths.pop()
+            if same and sources and parameters.issuperset(sources):
+                parameters.add(out)
     return module | _gradients(graph)
 
 
@@ -64,7 +66,8 @@ def _sources(node: Node, told: list[int]) -> list[tuple[int, list[int]]]:
     return [(out, told) for out in node.outputs]
 
 
-def _shared(paths: set[str]) -> str:
+@lru_cache(4096)
+def _shared(paths: frozenset[str]) -> str:
     """The path that some paths begin with."""
     parts = [path.split(".") for path in sorted(paths)]
     same = 0
@@ -80,9 +83,12 @@ def _gradients(graph: Graph) -> dict[int, str]:
     found: dict[int, str] = {}
     for out, label in zip(graph.outputs[graph.results :], graph.updated, strict=True):
         shape, waiting = graph.values[out].shape, [out] if label in parameters else []
+        sizes = sorted(shape)
         while waiting:
             value = waiting.pop()
-            if value in found or value not in made_by or sorted(graph.values[value].shape) != sorted(shape):
+            if value in found or value not in made_by:
+                continue
+            if graph.values[value].shape != shape and sorted(graph.values[value].shape) != sizes:
                 continue
             found[value] = label.rpartition(".")[0]
             node = graph.nodes[made_by[value]]

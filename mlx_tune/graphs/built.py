@@ -7,27 +7,30 @@ most, so arrays are found another way: by an operation that reads them all, in t
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
 
 import mlx.core as mx
 
-#: What a line is about: an array that an operation reads, `"A" -> 123`, one that it makes, `123 -> "A"`, or the
-#: operation itself, `{ 123 [label ="Add", shape=rectangle]; }`.
-_LINE = re.compile(r'^"(\w+)" -> |^\d+ -> "(\w+)"|^{ \d+ \[label ="([^"]*)"', re.MULTILINE)
+#: The line of an array that no operation makes.
+_SOURCE = re.compile(r'{ rank=source; "\w+"; }\n')
+#: The place where the lines of one operation begin: `{ 123 [label ="Add", shape=rectangle]; }`. Then come the arrays
+#: that it reads, `"A" -> 123`, and for each that it makes `{ "B"; }` and `123 -> "B"`.
+_OPERATION = '[label ="'
 
 
-@dataclass(slots=True)
-class BuiltNode:
+class BuiltNode(NamedTuple):
     """One operation: its primitive's name, and the arrays it reads and makes."""
 
     name: str
-    inputs: list[str] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
 
 
 class BuiltGraph:
-    """Operations and the names of the arrays between them.
+    """Operations and the names of the arrays between them, which are numbers from 0 up.
 
     Args:
         inputs: Arrays where the graph begins.
@@ -39,6 +42,7 @@ class BuiltGraph:
         outputs: The same.
         others: The same, None for those that are not in the graph.
         nodes: The operations, each after those that it needs.
+        count: The number of names.
     """
 
     def __init__(
@@ -49,21 +53,26 @@ class BuiltGraph:
         last = mx.depends(wanted, list(others))
         text: list[str] = []
         mx.export_to_dot(_Writer(text), last)
-        nodes: list[BuiltNode] = []
-        for read, made, name in _LINE.findall("".join(text)):
-            if read:
-                nodes[-1].inputs.append(read)
-            elif made:
-                nodes[-1].outputs.append(made)
-            else:
-                nodes.append(BuiltNode(name))
+        numbers: defaultdict[str, int] = defaultdict(count().__next__)
+        number, nodes = numbers.__getitem__, list[BuiltNode]()
+        operations = _SOURCE.sub("", "".join(text)).split(_OPERATION)
+        del operations[0], text
+        for lines in operations:
+            quoted = lines.split('"')
+            made = 2 - 2 * lines.count("; }")  # from the end: each made array is quoted in two lines
+            names = quoted[2::2]
+            read = tuple(map(number, names[:made]))
+            nodes.append(BuiltNode(quoted[0], read, tuple(map(number, names[made::2]))))
+        self.count = len(numbers)
         # The walk is depth first: whatever comes after the operation on the wanted arrays, only the others need.
         beyond = nodes.pop()
         end = next(i for i, node in enumerate(nodes) if node.outputs == beyond.inputs[:1])
         self.nodes = nodes[:end]
-        names = nodes[end].inputs[1:]
-        self.inputs, self.outputs = names[: len(inputs)], names[len(inputs) :]
-        known = set(names).union(*(node.inputs for node in self.nodes), *(node.outputs for node in self.nodes))
+        ends = nodes[end].inputs[1:]
+        self.inputs, self.outputs = ends[: len(inputs)], ends[len(inputs) :]
+        known = set(ends)
+        if others:
+            known.update(*(node.inputs for node in self.nodes), *(node.outputs for node in self.nodes))
         self.others = [name if name in known else None for name in beyond.inputs[1:]]
 
 

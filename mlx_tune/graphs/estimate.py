@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_tune.garbage import no_collections
 from mlx_tune.graphs.belonging import modules_of
 from mlx_tune.graphs.calls import taking
 from mlx_tune.graphs.floor import PURPOSES, Buffer, Course, simulate
@@ -249,8 +250,9 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
         True
     """
     started = time.perf_counter()
-    graph, course = follow_step(taking(step, args, state), args, state)
-    return _estimate(graph, course, time.perf_counter() - started)
+    with no_collections():
+        graph, course = follow_step(taking(step, args, state), args, state)
+        return _estimate(graph, course, time.perf_counter() - started)
 
 
 def follow_step(step: Callable[..., Any], args: Sequence[Any], state: Any) -> tuple[Graph, Course]:
@@ -261,8 +263,9 @@ def follow_step(step: Callable[..., Any], args: Sequence[Any], state: Any) -> tu
         args: The step's arguments.
         state: Objects that the step changes.
     """
-    graph = trace_step(step, args, state)
-    return graph, simulate(graph, evaluation_order(graph))
+    with no_collections():
+        graph = trace_step(step, args, state)
+        return graph, simulate(graph, evaluation_order(graph))
 
 
 def _starred(path: str) -> str:
@@ -294,7 +297,7 @@ def _estimate(graph: Graph, course: Course, seconds: float) -> MemoryEstimate:
         by_purpose=split,
         peak_owners=tuple(owners),
         live_bytes=tuple(course.live),
-        live_by_purpose={name: tuple(split[i] for split in course.split) for i, name in enumerate(PURPOSES)},
+        live_by_purpose=_by_purpose(course),
         operations=tuple(graph.nodes[i].name for i in course.order),
         peak_operation=course.peak_step,
         compiled=graph.compiled,
@@ -303,6 +306,11 @@ def _estimate(graph: Graph, course: Course, seconds: float) -> MemoryEstimate:
         trace_seconds=seconds,
         notes=tuple(graph.notes),
     )
+
+
+def _by_purpose(course: Course) -> dict[str, tuple[int, ...]]:
+    columns = zip(*course.split, strict=True) if course.split else [()] * len(PURPOSES)
+    return dict(zip(PURPOSES, columns, strict=True))
 
 
 def _owner(graph: Graph, buffer: Buffer, modules: dict[int, str], updated: dict[int, str]) -> PeakOwner:

@@ -22,6 +22,7 @@ DONATION_SLACK = 16384
 PURPOSES = ("parameters", "optimizer", "batch", "other state", "activations", "updates", "temporaries")
 
 _PURPOSE_OF_ROLE = {"parameter": "parameters", "optimizer": "optimizer", "batch": "batch"}
+_PLACE = {purpose: place for place, purpose in enumerate(PURPOSES)}
 
 
 class Buffer(NamedTuple):
@@ -68,10 +69,10 @@ class Machine:
     buffers: list[Buffer] = field(default_factory=list)
     holders: list[int] = field(default_factory=list)
     followed_by: dict[int, int] = field(default_factory=dict)
-    references: Counter[int] = field(default_factory=Counter)
+    references: list[int] = field(default_factory=list)
     temporaries: list[int] = field(default_factory=list)
     updates: frozenset[int] = frozenset()
-    now: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PURPOSES, 0))
+    now: list[int] = field(default_factory=lambda: [0] * len(PURPOSES))
     high: int = 0
     high_split: list[int] = field(default_factory=list)
 
@@ -133,8 +134,9 @@ class Machine:
         """Let go of a buffer once."""
         self.holders[buffer] -= 1
         if self.holders[buffer] == 0:
-            self.live -= self.buffers[buffer].nbytes
-            self.now[self.buffers[buffer].purpose] -= self.buffers[buffer].nbytes
+            gone = self.buffers[buffer]
+            self.live -= gone.nbytes
+            self.now[_PLACE[gone.purpose]] -= gone.nbytes
             self.followed_by[buffer] = len(self.buffers)
 
     def owners(self) -> list[Buffer]:
@@ -145,19 +147,18 @@ class Machine:
 
     def _new(self, nbytes: int, value: int, temporary: bool = False) -> int:
         node = self.order[self.step] if self.step >= 0 else None
-        role = self.graph.values[value].role
         if temporary:
             purpose = "temporaries"
-        elif role == "made":
+        elif (role := self.graph.values[value].role) == "made":
             purpose = "updates" if value in self.updates else "activations"
         else:
             purpose = _PURPOSE_OF_ROLE.get(role, "other state")
         self.buffers.append(Buffer(nbytes, purpose, value, node))
         self.holders.append(1)
         self.live += nbytes
-        self.now[purpose] += nbytes
+        self.now[_PLACE[purpose]] += nbytes
         if self.live > self.high:
-            self.high, self.high_split = self.live, list(self.now.values())
+            self.high, self.high_split = self.live, self.now.copy()
         if self.live > self.peak:
             self.peak, self.peak_step, self.peak_buffer = self.live, self.step, len(self.buffers) - 1
         return len(self.buffers) - 1
@@ -175,18 +176,20 @@ def simulate(graph: Graph, order: list[int]) -> Course:
     """
     from mlx_tune.graphs.primitives import effect_of
 
-    machine = Machine(graph, order, updates=frozenset(graph.outputs[graph.results :]))
+    references = [0] * len(graph.values)
+    machine = Machine(graph, order, references=references, updates=frozenset(graph.outputs[graph.results :]))
     for index in order:
         node = graph.nodes[index]
         for value in node.inputs:
             # Each output of an operation holds its own references to the inputs (mlx/array.cpp).
-            machine.references[value] += len(node.outputs)
+            references[value] += len(node.outputs)
     for value in [*graph.outputs, *graph.held]:
-        machine.references[value] += 1
-    for value in graph.inputs():
+        references[value] += 1
+    inputs = list(graph.inputs())
+    for value in inputs:
         machine.allocate(value)
-    for value in graph.inputs():
-        if machine.references[value] == 0:
+    for value in inputs:
+        if references[value] == 0:
             machine.release(machine.buffer.pop(value))
     start, live, split, unknown = machine.live, [], [], Counter[str]()
     for machine.step, index in enumerate(order):
@@ -194,7 +197,7 @@ def simulate(graph: Graph, order: list[int]) -> Course:
         effect, known = effect_of(node.name)
         if not known:
             unknown[node.name] += 1
-        machine.high, machine.high_split = machine.live, list(machine.now.values())
+        machine.high, machine.high_split = machine.live, machine.now.copy()
         effect(machine, node)
         live.append(machine.high)
         split.append(machine.high_split)
@@ -206,8 +209,10 @@ def _finish(machine: Machine, node: Node) -> None:
     """Free the working memory, drop the operation's claims on its inputs, and outputs that nothing needs."""
     while machine.temporaries:
         machine.release(machine.temporaries.pop())
+    references, claims = machine.references, len(node.outputs)
     for value in node.inputs:
-        machine.references[value] -= len(node.outputs)
-    for value in {*node.inputs, *node.outputs}:
-        if machine.references[value] == 0 and value in machine.buffer:
-            machine.release(machine.buffer.pop(value))
+        references[value] -= claims
+    for values in (node.inputs, node.outputs):
+        for value in values:
+            if references[value] == 0 and value in machine.buffer:
+                machine.release(machine.buffer.pop(value))

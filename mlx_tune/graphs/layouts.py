@@ -7,6 +7,7 @@ mlx/backend/common (common.cpp, slicing.cpp, broadcasting.cpp, utils.h).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -23,6 +24,11 @@ class Layout(NamedTuple):
 
 def row_major(shape: Sequence[int]) -> Layout:
     """The layout of a freshly made array."""
+    return _row_major(tuple(shape))
+
+
+@lru_cache(4096)  # the arrays of a step have few shapes
+def _row_major(shape: tuple[int, ...]) -> Layout:
     size, strides = 1, []
     for n in reversed(shape):
         strides.append(size)

@@ -23,40 +23,40 @@ def evaluation_order(graph: Graph, width: int | None = None) -> list[int]:
     """
     if width is None:
         width = int(os.environ.get("MLX_BFS_MAX_WIDTH", "20"))
-    made_by = graph.producers()
+    made_by = [-1] * len(graph.values)
+    for i, operation in enumerate(graph.nodes):
+        for value in operation.outputs:
+            made_by[value] = i
     # The last entry is the synchronizer, an operation on all outputs that MLX evaluates last.
-    needs = [[made_by[v] for v in node.inputs if v in made_by] for node in graph.nodes]
-    needs.append([made_by[v] for v in graph.outputs if v in made_by])
+    reads = [*(operation.inputs for operation in graph.nodes), graph.outputs]
+    needs = [[made_by[v] for v in values if made_by[v] >= 0] for values in reads]
     root = len(graph.nodes)
 
-    uses: dict[int, int] = {}
-    stack = [(root, 0)]
-    while stack:
-        node, k = stack.pop()
-        if k == len(needs[node]):
-            continue
-        stack.append((node, k + 1))
-        needed = needs[node][k]
-        if needed not in uses:
-            stack.append((needed, 0))
-        uses[needed] = uses.get(needed, 0) + 1
+    uses, left, stack = [0] * root, 0, [root]
+    while stack:  # how often each is needed does not depend on the order of the walk
+        for needed in needs[stack.pop()]:
+            if not uses[needed]:
+                left += 1
+                stack.append(needed)
+            uses[needed] += 1
 
     tape, i = [root], 0
     waiting: list[tuple[int, int]] = []
-    while uses and (i < len(tape) or waiting):
+    while left and (i < len(tape) or waiting):
         if i < len(tape):
             node, k = tape[i], 0
             i += 1
         else:
             node, k = waiting.pop()
-        while k < len(needs[node]):
+        below = needs[node]
+        while k < len(below):
             if len(tape) - i >= width:
                 waiting.append((node, k))
                 break
-            needed = needs[node][k]
+            needed = below[k]
             uses[needed] -= 1
             if uses[needed] == 0:
-                del uses[needed]
+                left -= 1
                 tape.append(needed)
             k += 1
     return tape[:0:-1]

@@ -225,7 +225,12 @@ class _Recorder:
     def _see(self, event: dict[str, Any]) -> None:
         kind = event["type"]
         graph = self.graph
-        if kind == "inputs":
+        if kind == "primitive":
+            names, place = self._names, self._value
+            read = tuple([names[a[0]] if a[0] in names else place(a) for a in event["inputs"]])
+            made = tuple(map(place, event["outputs"]))
+            graph.nodes.append(Node(event["name"], read, made, tuple(event["arguments"])))
+        elif kind == "inputs":
             for (name, _, _), value in zip(event["inputs"], self._inputs, strict=True):
                 self._names[name] = len(graph.values)
                 graph.values.append(value)
@@ -238,15 +243,6 @@ class _Recorder:
                     graph.marks[index] = mark
                 graph.values[index] = Value(tuple(array.shape), array.dtype, "captured", "a captured array")
                 graph.held.add(index)
-        elif kind == "primitive":
-            graph.nodes.append(
-                Node(
-                    event["name"],
-                    tuple(self._value(a) for a in event["inputs"]),
-                    tuple(self._value(a) for a in event["outputs"]),
-                    tuple(event["arguments"]),
-                )
-            )
 
     def _value(self, described: tuple[str, Any, mx.Dtype]) -> int:
         name, shape, dtype = described

@@ -10,7 +10,7 @@ from __future__ import annotations
 from mlx_tune.graphs.built import BuiltGraph
 from mlx_tune.graphs.graph import NOOPS, Graph, Node, Part, Value
 
-Names = tuple[list[str | None], list[str | None]]
+Names = tuple[list[int | None], list[int | None]]
 
 
 def unmerge(simplified: Graph, built: BuiltGraph, parts: list[Names]) -> Graph | None:
@@ -24,55 +24,66 @@ def unmerge(simplified: Graph, built: BuiltGraph, parts: list[Names]) -> Graph |
     Returns:
         The graph with every operation that the step built, or None where the two do not match.
     """
-    made_by = {name: i for i, node in enumerate(built.nodes) for name in node.outputs}
-    producers = simplified.producers()
+    made_by, producers = [-1] * built.count, [-1] * len(simplified.values)
+    for i, operation in enumerate(built.nodes):
+        for name in operation.outputs:
+            made_by[name] = i
+    for i, reported in enumerate(simplified.nodes):
+        for value in reported.outputs:
+            producers[value] = i
     input_values = [i for i, value in enumerate(simplified.values) if value.role not in ("made", "captured")]
-    counterpart: dict[str, int] = dict(zip(built.inputs, input_values, strict=False))
-    partner: dict[int, int] = {}
+    counterpart, partner = [-1] * built.count, [-1] * len(built.nodes)
+    for name, value in zip(built.inputs, input_values, strict=False):
+        counterpart[name] = value
     waiting = list(zip(built.outputs, simplified.outputs, strict=True))
     while waiting:
         name, value = waiting.pop()
-        if name in counterpart:
+        if counterpart[name] >= 0:
             if counterpart[name] != value:
                 return None
             continue
         counterpart[name] = value
-        index = made_by.get(name)
-        if index is None:
+        index = made_by[name]
+        if index < 0:
             continue
         node = built.nodes[index]
         if node.name in NOOPS:
             waiting.append((node.inputs[0], value))
             continue
-        if value not in producers:
+        producer = producers[value]
+        if producer < 0:
             return None
-        if index in partner:
-            if partner[index] != producers[value]:
+        if partner[index] >= 0:
+            if partner[index] != producer:
                 return None
             continue
-        partner[index] = producers[value]
-        other = simplified.nodes[producers[value]]
+        partner[index] = producer
+        other = simplified.nodes[producer]
         if len(other.inputs) != len(node.inputs) or len(other.outputs) != len(node.outputs):
             return None
-        counterpart |= {o: v for o, v in zip(node.outputs, other.outputs, strict=True) if o != name}
+        if len(node.outputs) > 1:
+            for made, reported_made in zip(node.outputs, other.outputs, strict=True):
+                if made != name:
+                    counterpart[made] = reported_made
         waiting.extend(zip(node.inputs, other.inputs, strict=True))
     return _assemble(simplified, built, counterpart, partner, parts)
 
 
 def _assemble(
-    simplified: Graph, built: BuiltGraph, counterpart: dict[str, int], partner: dict[int, int], parts: list[Names]
+    simplified: Graph, built: BuiltGraph, counterpart: list[int], partner: list[int], parts: list[Names]
 ) -> Graph:
+    """The built operations with shapes and arguments; in both lists -1 stands for none."""
     graph = Graph(compiled=simplified.compiled, results=simplified.results, updated=simplified.updated)
     graph.stand_ins = simplified.stand_ins
-    index: dict[str, int] = {}
+    index = [-1] * built.count
     inputs = set(built.inputs)
     made = {name for node in built.nodes for name in node.outputs} - inputs
     constants: dict[int, int] = {}
 
-    def place(name: str) -> int:
-        if name not in index:
+    def place(name: int) -> int:
+        if index[name] < 0:
             value = simplified.values[counterpart[name]]
-            if name in made and value.role != "made":
+            if value.role != "made" and name in made:
                 value = Value(value.shape, value.dtype)  # a no-op on an input: another name for it
             index[name] = len(graph.values)
             graph.values.append(value)
@@ -86,17 +97,21 @@ def _assemble(
 
     for name in built.inputs:
         place(name)
-    for i, node in enumerate(built.nodes):
-        if node.outputs[0] in inputs or any(o not in counterpart for o in node.outputs):
+    for node, reported in zip(built.nodes, partner, strict=True):
+        if node.outputs[0] in inputs or -1 in map(counterpart.__getitem__, node.outputs):
             continue
-        if i in partner:
-            other = simplified.nodes[partner[i]]
-            name, arguments = other.name, other.arguments
+        if reported >= 0:
+            operation, arguments = simplified.nodes[reported].name, simplified.nodes[reported].arguments
         elif node.name in NOOPS:
-            name, arguments = node.name, ()
+            operation, arguments = node.name, ()
         else:
             continue
-        graph.nodes.append(Node(name, tuple(map(place, node.inputs)), tuple(map(place, node.outputs)), arguments))
+        read = tuple(map(index.__getitem__, node.inputs))
+        if -1 in read:
+            read = tuple(map(place, node.inputs))
+        graph.nodes.append(Node(operation, read, tuple(map(place, node.outputs)), arguments))
     graph.outputs = [place(name) for name in built.outputs]
-    graph.parts = [Part(*(tuple(index[n] for n in names if n in index) for names in part)) for part in parts]
+    graph.parts = [
+        Part(*(tuple(index[n] for n in names if n is not None and index[n] >= 0) for names in part)) for part in parts
+    ]
     return graph
