@@ -98,9 +98,9 @@ def pieces(low: tuple[int, Floor], high: tuple[int, Floor], last: int) -> dict[i
         between them are the floor. None where the two did not run the same operations, or nothing grows.
 
     Examples:
-        >>> small, large = Floor(100, [100, 20]), Floor(110, [110, 100])  # after 80 / 7 more rows the second is higher
+        >>> small, large = Floor(100, [100, 20]), Floor(110, [110, 100])  # after 64 / 7 rows more the second is higher
         >>> pieces((1, small), (9, large), 21)
-        {11: 113, 12: 130, 21: 220}
+        {10: 112, 11: 120, 21: 220}
     """
     (a, one), (b, two) = low, high
     if not one.live or len(one.live) != len(two.live):
