@@ -63,7 +63,7 @@ def test_nothing_to_confirm_where_nothing_fits():
 
 
 class Machine:
-    """Steps that hold 100 bytes free, 60 at least, and slow down below a knee."""
+    """Steps that hold 1 GB free, 600 MB at least, and slow down below a knee: far more than tests hold besides."""
 
     def __init__(self, knee, slow=3.0):
         self.knee, self.slow, self.steps = knee, slow, 0
@@ -72,31 +72,31 @@ class Machine:
         self.steps += 1
         drift = 1 + 0.3 * (self.steps % 7) / 7  # a busy machine: the same for the two steps of a turn, nearly
         if limit_bytes is None:
-            return StepTrial(None, 10**6, drift)
+            return StepTrial(None, 10**9, drift)
         slowed = self.slow if limit_bytes < self.knee else 1.0
-        return StepTrial(limit_bytes, max(600_000, min(10**6, int(1.05 * limit_bytes))), drift * slowed)
+        return StepTrial(limit_bytes, max(600_000_000, min(10**9, int(1.05 * limit_bytes))), drift * slowed)
 
 
-@pytest.mark.parametrize("knee", [650_000, 800_000, 985_000])
+@pytest.mark.parametrize("knee", [650_000_000, 800_000_000, 985_000_000])
 def test_finds_the_knee_of_a_made_up_machine(monkeypatch, knee):
     machine = Machine(knee)
     monkeypatch.setattr(limits, "run_step", machine.run_step)
     best = tightest_limit(lambda: None, slowdown=0.5, progress=False)
-    assert knee <= best.limit_bytes <= knee + 10_000
-    assert best.peak_bytes == min(10**6, int(1.05 * best.limit_bytes))
-    assert best.free_peak_bytes == 10**6
+    assert knee <= best.limit_bytes <= knee + 10_000_000
+    assert best.peak_bytes == min(10**9, int(1.05 * best.limit_bytes))
+    assert best.free_peak_bytes == 10**9
     assert all(t.fits == (t.limit_bytes >= knee) for t in best.trials)
 
 
 def test_a_machine_on_which_every_limit_is_too_slow(monkeypatch):
-    monkeypatch.setattr(limits, "run_step", Machine(10**7).run_step)
+    monkeypatch.setattr(limits, "run_step", Machine(10**10).run_step)
     best = tightest_limit(lambda: None, slowdown=0.5, progress=False)
-    assert best.limit_bytes == best.free_peak_bytes == 10**6
+    assert best.limit_bytes == best.free_peak_bytes == 10**9
     assert "Each lower limit that was tried was too slow" in str(best)
 
 
 def test_the_table_and_the_dictionary_hold_every_trial(monkeypatch):
-    monkeypatch.setattr(limits, "run_step", Machine(800_000).run_step)
+    monkeypatch.setattr(limits, "run_step", Machine(800_000_000).run_step)
     best = tightest_limit(lambda: None, slowdown=0.5, progress=False)
     lines = str(best).splitlines()
     assert lines[0].startswith("Tightest memory limit under which steps take at most 50.0 % longer: ")

@@ -207,7 +207,7 @@ def autobatch_by_length(
         >>> model = nn.Embedding(64, 64)
         >>> grad = nn.value_and_grad(model, lambda tokens: model(tokens).square().mean())
         >>> results = autobatch_by_length(grad, lambda n, length: mx.ones((n, length), mx.int32), [16, 32],
-        ...                               budget="1MB", state=model, max_batch=8, progress=False)
+        ...                               budget="20MB", state=model, max_batch=8, progress=False)
         >>> {length: result.batch_size for length, result in results.items()}
         {16: 8, 32: 8}
     """
