@@ -81,7 +81,8 @@ def test_a_size_is_chosen_on_the_highest_of_what_it_was_seen_to_take(seed, often
     held_to_the_rule(machine, chosen)
     assert chosen.steps >= steps
     assert chosen.batch_size >= 0.6 * rows - 1
-    assert len({trial.batch_size for trial in session.trials}) <= 25
+    # Every third look halves what is left of a million sizes, however peaks scatter.
+    assert len({trial.batch_size for trial in session.trials}) <= 3 * 20
 
 
 def test_trials_stay_few_and_answers_large_where_peaks_scatter_as_they_do():
