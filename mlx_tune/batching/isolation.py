@@ -153,7 +153,7 @@ def load_factory(factory: str) -> Callable[[], Any]:
     import importlib
 
     module, _, function = factory.partition(":")
-    found = getattr(importlib.import_module(module), function, None)
+    found: Callable[[], Any] | None = getattr(importlib.import_module(module), function, None)
     if not callable(found):
         raise InvalidArgumentError(f"factory={factory!r}: module {module!r} has no function {function!r}.")
     return found

@@ -94,7 +94,7 @@ class Probe:
         limit = 1 if floor_bytes is None or floor_bytes > _ROOMY * self.budget_bytes else floor_bytes
         self._run(self.agree(lambda: self._batch(size)), limit, Trial(size, None, limit_bytes=limit))
         self._warm = True
-        return sum(array.nbytes for array in arrays_of(self.state)) != before
+        return bool(sum(array.nbytes for array in arrays_of(self.state)) != before)
 
     def trial(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
         """Measure one batch size.
@@ -345,9 +345,10 @@ class Probe:
                     raise
                 return error
 
-        own = self.agree(step)
+        own: _Reading | Exception = self.agree(step)
         if self.largest(isinstance(own, Exception)):
             raise own if isinstance(own, Exception) else MemoryError("out of memory on another rank")
+        assert isinstance(own, _Reading)
         micros = self.largest(round(own.seconds * 1e6))
         return replace(own, peak_bytes=self.largest(own.peak_bytes), seconds=max(own.seconds, micros / 1e6))
 

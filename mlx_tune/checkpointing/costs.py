@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -95,8 +95,8 @@ def kind_of(block: nn.Module, calls: Calls) -> tuple[Any, ...]:
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    flat: Any = tree_flatten(tree)  # MLX's stubs know of the form that returns a dictionary too
-    return flat
+    # MLX's stubs know of the form that returns a dictionary too.
+    return cast(list[tuple[str, Any]], tree_flatten(tree))
 
 
 def _described(leaf: Any) -> str:

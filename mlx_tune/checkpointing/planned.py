@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -179,7 +179,7 @@ class AppliedPlan:
     def __init__(self, plan: CheckpointPlan) -> None:
         """Checkpoint them."""
         self.plan = plan
-        self._undo = apply_choice(plan._model, plan.paths)
+        self._undo: Callable[[], int] = apply_choice(plan._model, plan.paths)
 
     def undo(self) -> int:
         """Make the blocks what they were before; returns how many were undone. A second call does nothing."""

@@ -102,7 +102,7 @@ class Survey:
             estimate = graphs.estimate_memory(self.step, self._batch(size), state=self.state)
         finally:
             undo()
-        return estimate.floor_bytes + self.beside_bytes
+        return int(estimate.floor_bytes + self.beside_bytes)
 
     def _batch(self, size: int) -> Any:
         if size not in self._batches:

@@ -11,7 +11,7 @@ import copyreg
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from types import FunctionType
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, cast, overload
 from weakref import WeakSet, WeakValueDictionary
 
 import mlx.core as mx
@@ -176,12 +176,14 @@ def unwrap(module: nn.Module) -> bool:
 
 def kept_names(module: nn.Module) -> frozenset[str]:
     """The names that a checkpointed module saves."""
-    return vars(module).get(_NAMES, frozenset())
+    names: frozenset[str] = vars(module).get(_NAMES, frozenset())
+    return names
 
 
 def plain_class(kind: type) -> type:
     """The class of a module without checkpointing."""
-    return vars(kind).get(GENERATED, kind)
+    plain: type = vars(kind).get(GENERATED, kind)
+    return plain
 
 
 class _Checkpointed:
@@ -244,7 +246,7 @@ def _checkpointed_class(plain: type) -> type:
             "Checkpoint a module that calls it."
         ) from error
     _classes[plain] = kind
-    return kind
+    return cast(type, kind)
 
 
 def _new_checkpointed(plain: type, *args: Any) -> Any:
@@ -260,7 +262,7 @@ def _wrap_function(function: Callable[P, R], names: frozenset[str]) -> Callable[
 
     @wraps(function)
     def checkpointed(*args: P.args, **kwargs: P.kwargs) -> R:
-        return call_checkpointed(function, function, args, kwargs, names, refusals)
+        return cast(R, call_checkpointed(function, function, args, kwargs, names, refusals))
 
     _functions.add(checkpointed)
     return checkpointed

@@ -38,13 +38,14 @@ def make_parser(
         description: The first sentence of `--help`; the same line by default.
         examples: Commands to copy.
     """
-    return subparsers.add_parser(
+    parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
         help=help_text,
         description=description or help_text,
         epilog=f"examples:\n{examples}" if examples else None,
         formatter_class=_Formatter,
     )
+    return parser
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -41,7 +41,7 @@ def gather_mm(
     lhs = kwargs.get("lhs_indices", args[0] if args else None)
     rows = lhs is None and experts is not None and b.ndim == 3 and a.ndim == 3 and a.shape[0] == experts.size
     if not rows or not kwargs.get("sorted_indices", False):
-        return original(a, b, *args, **kwargs)
+        return original(a, b, *args, **kwargs)  # type: ignore[no-any-return]
 
     def gradient(before: Any, cotangent: mx.array, _: mx.array) -> list[mx.array]:
         a, b = before
@@ -51,7 +51,8 @@ def gather_mm(
         weight = original(*flat, lhs_indices=ends, rhs_indices=ends)
         return [original(cotangent, b.swapaxes(-1, -2), *args, **kwargs), weight.swapaxes(-1, -2)]
 
-    return called_with_gradient(lambda a, b: original(a, b, *args, **kwargs), gradient, (a, b), {}, marks)
+    y: mx.array = called_with_gradient(lambda a, b: original(a, b, *args, **kwargs), gradient, (a, b), {}, marks)
+    return y
 
 
 def cross_entropy(

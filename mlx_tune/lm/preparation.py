@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 from mlx_tune.lm.adapters import add_adapters, make_optimizer
@@ -78,7 +78,8 @@ def read_settings(given: Mapping[str, Any], config: str | Path | None = None) ->
         if not isinstance(written, dict):
             raise InvalidArgumentError(f"The configuration file {str(config)!r} holds no settings.")
         settings = written | settings
-    return copy.deepcopy(CONFIG_DEFAULTS) | {"num_layers": None} | settings
+    defaults: dict[str, Any] = copy.deepcopy(CONFIG_DEFAULTS)
+    return defaults | {"num_layers": None} | settings
 
 
 def names_data(settings: Mapping[str, Any]) -> bool:
@@ -201,7 +202,7 @@ def _data(settings: Mapping[str, Any], tokenizer: Any) -> tuple[Any, Any, Any]:
     from mlx_lm.tuner.datasets import load_dataset
 
     try:
-        return load_dataset(SimpleNamespace(**settings), tokenizer)
+        return cast(tuple[Any, Any, Any], load_dataset(SimpleNamespace(**settings), tokenizer))
     except json.JSONDecodeError as error:
         raise InvalidArgumentError(f"A file below {settings['data']!r} is not JSON lines: {error}.") from error
     except (ValueError, KeyError, TypeError, ImportError, OSError, ConnectionError) as error:

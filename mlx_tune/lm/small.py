@@ -109,4 +109,5 @@ def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int
     """Continue a prompt greedily with mlx-lm's own generator."""
     import mlx_lm
 
-    return mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=max_tokens, verbose=False)
+    text: str = mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=max_tokens, verbose=False)
+    return text

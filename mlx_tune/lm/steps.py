@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.graphs import is_tracing
@@ -169,7 +169,7 @@ def _compiled_step(
         tracing = is_tracing()
         if compiled.get(tracing, ((), None))[0] != kinds:
             compiled[tracing] = kinds, partial(mx.compile, inputs=state, outputs=state)(partial(update))
-        return compiled[tracing][1](batch, kept)
+        return cast(tuple[mx.array, mx.array], compiled[tracing][1](batch, kept))
 
     return step
 
@@ -187,7 +187,7 @@ def as_rows(dataset: Any) -> Sequence[tuple[Sequence[int], int]]:
 
     if len(dataset) == 0:
         raise InvalidArgumentError("The data set has no rows.")
-    rows: Any = (
+    rows: Sequence[tuple[Sequence[int], int]] = (
         dataset if isinstance(dataset, CacheDataset) or not hasattr(dataset, "process") else CacheDataset(dataset)
     )
     return rows
@@ -245,7 +245,8 @@ class longest_batches:  # noqa: N801 - used as a function
             )
         rows = [self._rows[i % len(self._rows)] for i in range(n)]
         # Longest last in mlx-lm's order as well: the sort there is stable and by length.
-        return next(iterate_batches(rows, n, self._max_length, comm_group=self._world))
+        batch: tuple[mx.array, mx.array] = next(iterate_batches(rows, n, self._max_length, comm_group=self._world))
+        return batch
 
 
 def row_of(row: Any) -> tuple[list[int], int]:

@@ -205,7 +205,7 @@ def _recorder(inner: Any) -> Any:
     """A callback that notes what mlx-lm reports, and hands it on to the user's own."""
     from mlx_lm.tuner.callbacks import TrainingCallback
 
-    class Recorder(TrainingCallback):
+    class Recorder(TrainingCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.losses: list[LossReport] = []
             self.validations: list[LossReport] = []

@@ -120,7 +120,7 @@ def quantized_module(module: nn.Module, wanted: Format, arrays: PackedArrays) ->
         hollow._training = False  # in training mode MLX's layer would keep, and use, unquantized weights
     # MLX's constructors draw random weights first: never evaluated, but the stream must not move.
     with same_random_stream():
-        made = hollow.to_quantized(**options)
+        made: nn.Module = hollow.to_quantized(**options)
     weight, scales, biases = arrays
     made["weight"], made["scales"] = weight, scales
     if biases is not None:

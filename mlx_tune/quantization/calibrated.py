@@ -208,6 +208,7 @@ class _Run:
         drift = learned.drift_of(layer.path)
         metric = learned if judged is None or judged.of(layer.path) is None else judged
         test, test_drift = metric.of(layer.path), metric.drift_of(layer.path)
+        assert test is not None
         if isinstance(layer.module, nn.Embedding):
             # It is looked up as well, which takes each weight as it is: both relative errors count.
             moments, test = _with_lookups(weight, moments), _with_lookups(weight, test)
@@ -274,7 +275,7 @@ def _error(weight: mx.array, arrays: Arrays, moments: Any, drift: Drift | None, 
     return sum(e * n for e, n in zip(errors, energies, strict=True)) / total if total > 0 else 0.0
 
 
-def _with_lookups(weight: mx.array, moments: Any, share: float = LOOKUP_SHARE) -> mx.array:
+def _with_lookups(weight: mx.array, moments: mx.array, share: float = LOOKUP_SHARE) -> mx.array:
     """The metric of a tied embedding: relative squared error of the logits plus that of the rows themselves."""
     w = weight.astype(mx.float32)
     rows = share / max(number(mx.square(w).sum()), 1e-30)

@@ -24,9 +24,9 @@ from mlx_tune.memory import memory_budget, track_memory
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.arithmetic import evaluation_mode, float32_arithmetic, widen
 from mlx_tune.quantization.batches import Batch, count_tokens, in_parts
-from mlx_tune.quantization.evaluation import OutputStore
 from mlx_tune.quantization.figures import logits_of, mean_loss, output_arrays
 from mlx_tune.quantization.lazy import number
+from mlx_tune.quantization.outputs import OutputStore
 from mlx_tune.quantization.shares import Shares
 from mlx_tune.quantization.trainable import NAMES, stays_in_range, stored_pair, trainable_sites, trained_in_place
 

@@ -7,7 +7,7 @@ import weakref
 from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -106,7 +106,7 @@ class Transaction:
         Weights that were set aside are read from their files when they are first used, and stay in memory from then
         on for as long as this model lives.
         """
-        return _clone(self.model, "", dict(self._log))
+        return cast(nn.Module, _clone(self.model, "", dict(self._log)))
 
     def roll_back(self) -> None:
         """Put every replaced module back; the last swap is undone first. A Ctrl-C meanwhile waits."""

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from mlx_tune import memory
 from mlx_tune.units import format_bytes, parse_fraction
@@ -219,7 +219,7 @@ class wired_limit:  # noqa: N801 - used as a function
                 with self._again():
                     return function(*args, **kwargs)
 
-        return wrapped
+        return cast(_Function, wrapped)
 
     def _again(self) -> wired_limit:
         block = wired_limit(self._model, self._headroom, self._streams)

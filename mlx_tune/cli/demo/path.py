@@ -126,6 +126,7 @@ def _train(
 
     # Not compiled: on a processor MLX calls a C++ compiler for every fused kernel, which takes longer than these steps.
     def step(tokens: mx.array) -> mx.array:
+        loss: mx.array
         loss, gradients = loss_and_gradients(model, tokens)
         optimizer.update(model, gradients)
         return loss
