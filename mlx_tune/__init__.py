@@ -28,8 +28,8 @@ _HOMES = {
     "estimate_memory": "graphs",
     "MemoryEstimate": "graphs",
     "ArraySpec": "graphs",
-    "tightest_limit": "limits",
-    "TightestLimit": "limits",
+    "tightest_limit": "measuring.tightest_limit",
+    "TightestLimit": "measuring.tightest_limit",
     # checkpointing
     "checkpoint": "checkpointing",
     "uncheckpoint": "checkpointing",
@@ -104,8 +104,8 @@ if TYPE_CHECKING:
     from mlx_tune.graphs import ArraySpec as ArraySpec
     from mlx_tune.graphs import MemoryEstimate as MemoryEstimate
     from mlx_tune.graphs import estimate_memory as estimate_memory
-    from mlx_tune.limits import TightestLimit as TightestLimit
-    from mlx_tune.limits import tightest_limit as tightest_limit
+    from mlx_tune.measuring.tightest_limit import TightestLimit as TightestLimit
+    from mlx_tune.measuring.tightest_limit import tightest_limit as tightest_limit
     from mlx_tune.memory import MemoryBudget as MemoryBudget
     from mlx_tune.memory import memory_budget as memory_budget
     from mlx_tune.memory import memory_limit as memory_limit

@@ -9,21 +9,22 @@ from functools import partial
 from typing import Any, Literal, SupportsIndex
 
 from mlx_tune.batching import canary as canary_check
-from mlx_tune.batching.floors import StepFloor
-from mlx_tune.batching.forecast import Forecast
 from mlx_tune.batching.isolation import IsolatedProbe
 from mlx_tune.batching.journal import Journal, Runner
 from mlx_tune.batching.probe import MakeBatch, Probe, Step
-from mlx_tune.batching.ranks import Ranks, SharedRunner
 from mlx_tune.batching.refusals import too_large, used_up
 from mlx_tune.batching.result import AutobatchResult, Trial
 from mlx_tune.batching.session import Session
+from mlx_tune.batching.shared_runner import SharedRunner
 from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.calls import require_functions, step_of_batches
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
+from mlx_tune.measuring.floors import StepFloor
+from mlx_tune.measuring.forecast import Forecast
+from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.memory import MemoryBudget, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot

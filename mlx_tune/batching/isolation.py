@@ -15,8 +15,8 @@ from typing import Any
 from mlx_tune.batching.journal import Journal
 from mlx_tune.batching.records import interrupted
 from mlx_tune.batching.result import Trial
-from mlx_tune.batching.throttle import Throttle
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
+from mlx_tune.measuring.throttle import Throttle
 from mlx_tune.scratch import writing
 from mlx_tune.unfinished import own_folder
 from mlx_tune.units import format_seconds
@@ -194,10 +194,10 @@ def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) 
 
 
 def _knots(request: dict[str, Any], step: Any, make_batch: Any, state: Any) -> dict[str, Any]:
-    from mlx_tune.batching.floors import StepFloor
-    from mlx_tune.batching.forecast import read_ahead
     from mlx_tune.batching.probe import Probe
     from mlx_tune.graphs.calls import step_of_batches
+    from mlx_tune.measuring.floors import StepFloor
+    from mlx_tune.measuring.forecast import read_ahead
 
     sizes: Sequence[int] = range(*request["range"]) if request["range"] else request["sizes"]
     step = step_of_batches(step, make_batch, sizes[0], state)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_tune import devices
-from mlx_tune.batching.outcomes import count_items, fault_of, first_line, is_out_of_memory
 from mlx_tune.batching.result import Trial
-from mlx_tune.batching.throttle import HOLDING, SHARES, Throttle
 from mlx_tune.errors import TrialError
 from mlx_tune.interrupts import interruptible
+from mlx_tune.measuring.outcomes import count_items, fault_of, first_line, is_out_of_memory
+from mlx_tune.measuring.throttle import HOLDING, SHARES, Throttle
 from mlx_tune.memory import cache_room, held_limits, track_memory
 from mlx_tune.trees import arrays_of
 from mlx_tune.units import format_bytes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from mlx_tune.batching.floors import StepFloor
 from mlx_tune.batching.session import Session
 from mlx_tune.errors import BudgetError, CheckpointError, TraceError
+from mlx_tune.measuring.floors import StepFloor
 from mlx_tune.memory import MemoryBudget
 from mlx_tune.trees import arrays_of, children, walk
 from mlx_tune.units import format_bytes

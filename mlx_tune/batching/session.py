@@ -7,12 +7,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from mlx_tune.batching.floors import Floor
-from mlx_tune.batching.forecast import Forecast, read_ahead
 from mlx_tune.batching.journal import Runner
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.search import Found, Measured, search
 from mlx_tune.errors import TraceError, TrialError
+from mlx_tune.measuring.floors import Floor
+from mlx_tune.measuring.forecast import Forecast, read_ahead
 from mlx_tune.progress import Bar
 from mlx_tune.units import format_bytes, format_limit, format_percent, format_seconds
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mlx_tune.batching.ranks import Ranks
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.units import whole_number
 
 #: Where neither a maximum nor a target is given, sizes end here.

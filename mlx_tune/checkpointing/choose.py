@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mlx_tune.checkpointing.schedule import BlockCost, Chain
-from mlx_tune.timing import StepTrial
+from mlx_tune.measuring.step import StepTrial
 
 Choice = tuple[bool, ...]
 

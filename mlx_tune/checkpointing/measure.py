@@ -11,9 +11,10 @@ import mlx.nn as nn
 
 from mlx_tune.checkpointing.choose import Choice, best_trial, limit_trials
 from mlx_tune.checkpointing.planned import apply_choice
+from mlx_tune.measuring.step import StepTrial, run_step
+from mlx_tune.measuring.turns import compare
 from mlx_tune.memory import cache_room, held_cache
 from mlx_tune.progress import Bar
-from mlx_tune.timing import StepTrial, compare, run_step
 from mlx_tune.units import format_bytes, format_seconds
 
 #: A choice whose fastest step took this much longer than another's is not timed against it once more.

@@ -113,8 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     import mlx_tune
     from mlx_tune import lm
-    from mlx_tune.batching.ranks import Ranks
     from mlx_tune.lm.loading import cast
+    from mlx_tune.measuring.ranks import Ranks
 
     overrides = dict(parse_override(text) for text in arguments.override)
     target = None if arguments.mlx_path is None else Path(arguments.mlx_path)

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mlx_tune import devices, timing
+from mlx_tune import devices
 from mlx_tune.diagnosis.checks import Finding, check, passed, skipped, warned
+from mlx_tune.measuring.step import StepTrial, run_step
+from mlx_tune.measuring.turns import compare
 from mlx_tune.memory import track_memory
 from mlx_tune.units import format_bytes, format_percent, format_seconds
 from mlx_tune.wiring import wired_limit
@@ -163,9 +165,9 @@ def checkpointed_step(blocks: int = 8, width: int | None = None, rows: int | Non
     mx.eval(model.parameters(), x)
     gradient = nn.value_and_grad(model, lambda inputs: mx.square(model(inputs)).mean())
 
-    def best() -> timing.StepTrial:
-        trials = [timing.run_step(gradient, [x], limit_bytes=1) for _ in range(3)]
-        return timing.StepTrial(1, min(t.peak_bytes for t in trials), min(t.seconds for t in trials))
+    def best() -> StepTrial:
+        trials = [run_step(gradient, [x], limit_bytes=1) for _ in range(3)]
+        return StepTrial(1, min(t.peak_bytes for t in trials), min(t.seconds for t in trials))
 
     plain = best()
     for layer in model.layers:
@@ -216,7 +218,7 @@ def wired(total_bytes: int | None = None, idle_seconds: float = 1.0, turns: int 
             return sweep()
 
     sweep()
-    compared = timing.compare(sweep_wired, sweep, threshold=1.02, most_turns=turns)
+    compared = compare(sweep_wired, sweep, threshold=1.02, most_turns=turns)
     gain = compared.ratio - 1
     held = sum(weight.nbytes for weight in weights)
     size = f"{format_bytes(held)} ({format_percent(held / capacity.cap_bytes, 0)} of what may be wired)"

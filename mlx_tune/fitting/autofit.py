@@ -11,7 +11,6 @@ from typing import Any, SupportsIndex
 import mlx.nn as nn
 
 from mlx_tune import devices
-from mlx_tune.batching.ranks import Ranks
 from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.checkpointing.blocks import Select, find_blocks
 from mlx_tune.checkpointing.survey import Survey
@@ -25,6 +24,7 @@ from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.calls import require_functions
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
+from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.memory import MemoryBudget, cache_room, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot

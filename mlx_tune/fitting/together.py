@@ -7,9 +7,9 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from mlx_tune.batching.outcomes import is_out_of_memory
-from mlx_tune.batching.ranks import Ranks
-from mlx_tune.timing import StepTrial
+from mlx_tune.measuring.outcomes import is_out_of_memory
+from mlx_tune.measuring.ranks import Ranks
+from mlx_tune.measuring.step import StepTrial
 
 T = TypeVar("T")
 

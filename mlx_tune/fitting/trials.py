@@ -14,9 +14,9 @@ from mlx_tune.checkpointing.choose import Choice
 from mlx_tune.checkpointing.measure import LEAST_RUNS, Measured, Measurements
 from mlx_tune.checkpointing.survey import Survey
 from mlx_tune.errors import BudgetError
-from mlx_tune.fitting.race import Standing, race
 from mlx_tune.fitting.together import Together
 from mlx_tune.interrupts import interruptible
+from mlx_tune.measuring.turns import Standing, race
 from mlx_tune.progress import Bar
 from mlx_tune.trees import arrays_of
 from mlx_tune.units import format_bytes

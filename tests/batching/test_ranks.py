@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_tune.batching.floors import Floor
 from mlx_tune.batching.journal import Journal
-from mlx_tune.batching.ranks import Ranks, SharedRunner
 from mlx_tune.batching.records import started
 from mlx_tune.batching.result import Trial
+from mlx_tune.batching.shared_runner import SharedRunner
 from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
+from mlx_tune.measuring.floors import Floor
+from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.memory import MemoryBudget
 
 SCRIPT = """

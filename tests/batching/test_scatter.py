@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tune.batching.floors import Floor
 from mlx_tune.batching.probe import Probe, _Reading
 from mlx_tune.batching.session import Session
+from mlx_tune.measuring.floors import Floor
 from mlx_tune.progress import Bar
 
 pytestmark = pytest.mark.usefixtures("quick_garbage")

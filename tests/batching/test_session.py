@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mlx_tune.batching.floors import Floor
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.session import Session
 from mlx_tune.errors import TraceError
+from mlx_tune.measuring.floors import Floor
 from mlx_tune.progress import Bar
 
 BUDGET = 10_000

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tune.batching.ranks import Ranks
 from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.measuring.ranks import Ranks
 
 _SMALL = st.integers(1, 400)
 

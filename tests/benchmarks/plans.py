@@ -27,10 +27,10 @@ from mlx_tune.checkpointing import find_blocks
 from mlx_tune.checkpointing.choose import best_trial, cheapest_fitting, limit_trials, relaxed
 from mlx_tune.checkpointing.planned import apply_choice
 from mlx_tune.checkpointing.survey import Survey
+from mlx_tune.measuring.step import StepTrial, run_step
 from mlx_tune.progress import Bar
 from mlx_tune.state import Snapshot
 from mlx_tune.tables import render_table
-from mlx_tune.timing import StepTrial, run_step
 
 
 class Stage(nn.Module):

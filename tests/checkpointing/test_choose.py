@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mlx_tune.checkpointing.choose import best_trial, calibrated, cheapest_fitting, limit_trials, relaxed
 from mlx_tune.checkpointing.schedule import frontier, price
-from mlx_tune.timing import StepTrial
+from mlx_tune.measuring.step import StepTrial
 
 
 @given(

@@ -6,8 +6,8 @@ import pytest
 import mlx_tune.checkpointing.measure as measuring
 from mlx_tune.checkpointing import is_checkpointed
 from mlx_tune.checkpointing.measure import Measured, Measurements
+from mlx_tune.measuring.step import StepTrial
 from mlx_tune.progress import Bar
-from mlx_tune.timing import StepTrial
 
 
 class Steps:

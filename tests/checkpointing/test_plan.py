@@ -21,7 +21,7 @@ import mlx_tune.checkpointing.survey as surveying
 from mlx_tune import BudgetError, CheckpointError, InvalidArgumentError, TraceError, checkpoint, is_checkpointed
 from mlx_tune import plan_checkpoints as plan_checkpoints_with_progress
 from mlx_tune.graphs import estimate_memory
-from mlx_tune.timing import StepTrial, run_step
+from mlx_tune.measuring.step import StepTrial, run_step
 
 plan_checkpoints = partial(plan_checkpoints_with_progress, progress=False)
 WIDTH = 32

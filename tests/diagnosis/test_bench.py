@@ -1,7 +1,7 @@
 import pytest
 
-from mlx_tune import timing
 from mlx_tune.diagnosis import bench
+from mlx_tune.measuring.turns import Comparison
 
 
 def test_lazy_evaluation_is_shown_with_both_times():
@@ -53,9 +53,9 @@ def test_without_metal_there_is_no_gain():
 @pytest.mark.parametrize(
     ("compared", "words"),
     [
-        (timing.Comparison(1.001, 0.0, 3), "no gain on this machine"),
-        (timing.Comparison(1.10, 0.2, 3), "no gain on this machine"),  # within what the turns scatter by
-        (timing.Comparison(1.5, 0.01, 3), "1.50 times as fast"),
+        (Comparison(1.001, 0.0, 3), "no gain on this machine"),
+        (Comparison(1.10, 0.2, 3), "no gain on this machine"),  # within what the turns scatter by
+        (Comparison(1.5, 0.01, 3), "1.50 times as fast"),
     ],
 )
 def test_the_sweep_is_run_wired_and_not(metal, monkeypatch, compared, words):
@@ -68,7 +68,7 @@ def test_the_sweep_is_run_wired_and_not(metal, monkeypatch, compared, words):
         assert metal.limit == 0
         return compared
 
-    monkeypatch.setattr(timing, "compare", compare)
+    monkeypatch.setattr(bench, "compare", compare)
     result = bench.wired.run(total_bytes=2**19, idle_seconds=0.0)
     assert result.status == "pass", result.summary
     assert words in result.summary

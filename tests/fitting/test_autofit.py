@@ -24,7 +24,7 @@ from mlx_tune import (
     uncheckpoint,
 )
 from mlx_tune import autofit as autofit_with_progress
-from mlx_tune.timing import StepTrial
+from mlx_tune.measuring.step import StepTrial
 
 pytestmark = pytest.mark.usefixtures("quick_garbage")
 

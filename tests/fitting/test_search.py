@@ -10,13 +10,13 @@ import pytest
 
 import mlx_tune.checkpointing.measure as measuring
 from mlx_tune import BudgetError, is_checkpointed
-from mlx_tune.batching.ranks import Ranks
 from mlx_tune.fitting.autofit import _setting
 from mlx_tune.fitting.search import EVERY, PLAIN, USUAL, Search
 from mlx_tune.fitting.together import Together
 from mlx_tune.fitting.trials import Trials
+from mlx_tune.measuring.ranks import Ranks
+from mlx_tune.measuring.step import StepTrial
 from mlx_tune.progress import Bar
-from mlx_tune.timing import StepTrial
 
 pytestmark = pytest.mark.usefixtures("quick_garbage")
 

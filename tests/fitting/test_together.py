@@ -9,7 +9,7 @@ import pytest
 
 from mlx_tune.errors import TrialError
 from mlx_tune.fitting.together import Together
-from mlx_tune.timing import StepTrial
+from mlx_tune.measuring.step import StepTrial
 
 
 class Other:

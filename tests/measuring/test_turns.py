@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from mlx_tune.fitting.race import race
+from mlx_tune.measuring.turns import compare, race
 
 
 class Machine:
@@ -98,3 +98,35 @@ def test_the_clearer_the_difference_the_fewer_the_turns():
 
 def test_times_of_nothing_do_not_break_it():
     assert [s.behind for s in race([lambda: 1e-9, lambda: 1e-9], tolerance=0.02, most_turns=3)] == [0.0, 0.0]
+
+
+def replay(values):
+    values = iter(values)
+    return lambda: next(values)
+
+
+def test_a_clear_difference_needs_few_turns_and_a_close_one_all():
+    clear = compare(replay([1.0, 1.1, 1.0] * 4), replay([2.0, 2.1, 2.0] * 4), threshold=1.02, most_turns=10)
+    assert clear.turns == 3
+    assert clear.ratio == pytest.approx(2.0, rel=0.1)
+    close = compare(replay([1.0, 1.1] * 5), replay([1.1, 1.0] * 5), threshold=1.02, most_turns=10)
+    assert close.turns == 10
+
+
+def test_the_order_alternates_within_the_turns():
+    order = []
+
+    def timed(name):
+        def run():
+            order.append(name)
+            return 1.0
+
+        return run
+
+    compare(timed("a"), timed("b"), threshold=1.0, most_turns=4)
+    assert "".join(order) == "abbaabba"
+
+
+def test_one_spoiled_turn_does_not_move_the_ratio():
+    found = compare(lambda: 1.0, replay([1.0, 1.0, 50.0, 1.0, 1.0]), threshold=1.0, most_turns=5)
+    assert found.ratio == 1.0

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mlx_tune.batching.throttle import SHARES, Throttle
+from mlx_tune.measuring.throttle import SHARES, Throttle
 
 
 def test_without_readings_everything_is_held_back():

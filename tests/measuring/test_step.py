@@ -8,7 +8,7 @@ import mlx.optimizers as optim
 import pytest
 
 from mlx_tune.errors import TrialError
-from mlx_tune.timing import compare, run_step
+from mlx_tune.measuring.step import run_step
 from mlx_tune.trees import arrays_of
 
 
@@ -58,35 +58,3 @@ def test_arrays_are_found_in_modules_and_optimizers():
     assert len(list(arrays_of((model, optimizer)))) == 3 + 2 * 3 + 2  # two moments each, the step and the rate
     assert len(list(arrays_of([model.layers[0], {"a": (mx.zeros(1), "text", 3)}]))) == 3
     assert list(arrays_of(None)) == []
-
-
-def replay(values):
-    values = iter(values)
-    return lambda: next(values)
-
-
-def test_a_clear_difference_needs_few_turns_and_a_close_one_all():
-    clear = compare(replay([1.0, 1.1, 1.0] * 4), replay([2.0, 2.1, 2.0] * 4), threshold=1.02, most_turns=10)
-    assert clear.turns == 3
-    assert clear.ratio == pytest.approx(2.0, rel=0.1)
-    close = compare(replay([1.0, 1.1] * 5), replay([1.1, 1.0] * 5), threshold=1.02, most_turns=10)
-    assert close.turns == 10
-
-
-def test_the_order_alternates_within_the_turns():
-    order = []
-
-    def timed(name):
-        def run():
-            order.append(name)
-            return 1.0
-
-        return run
-
-    compare(timed("a"), timed("b"), threshold=1.0, most_turns=4)
-    assert "".join(order) == "abbaabba"
-
-
-def test_one_spoiled_turn_does_not_move_the_ratio():
-    found = compare(lambda: 1.0, replay([1.0, 1.0, 50.0, 1.0, 1.0]), threshold=1.0, most_turns=5)
-    assert found.ratio == 1.0

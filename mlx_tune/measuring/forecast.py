@@ -6,7 +6,7 @@ import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 
-from mlx_tune.batching.floors import Floor, pieces
+from mlx_tune.measuring.floors import Floor, pieces
 
 #: A look at the graph goes at most so many times as far as the one before. The floor of small batches may stand still
 #: (the optimizer's update needs more than they do), and a line through it would cross the budget at a size whose batch

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-import mlx_tune.limits as limits
+import mlx_tune.measuring.tightest_limit as limits
 from mlx_tune.errors import InvalidArgumentError, TrialError
-from mlx_tune.limits import LimitTrial, confirmed, smallest_fitting, tightest_limit
-from mlx_tune.timing import StepTrial
+from mlx_tune.measuring.step import StepTrial
+from mlx_tune.measuring.tightest_limit import LimitTrial, confirmed, smallest_fitting, tightest_limit
 
 
 def trial(limit, fits=True):

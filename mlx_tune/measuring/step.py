@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
-import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -69,54 +67,3 @@ def run_step(
         mx.eval(outputs, list(arrays_of(state)))
         del outputs
     return StepTrial(limit_bytes, memory.peak_bytes, memory.seconds)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two ways of doing the same, timed in turns.
-
-    Attributes:
-        ratio: Time of the second over that of the first; the median over the turns.
-        uncertainty: The standard error of the ratio, relative; infinite after a single turn.
-        turns: The number that were run.
-    """
-
-    ratio: float
-    uncertainty: float
-    turns: int
-
-
-def compare(
-    first: Callable[[], float], second: Callable[[], float], *, threshold: float, most_turns: int = 6
-) -> Comparison:
-    """Time two ways in turns until it is clear on which side of a threshold their ratio lies.
-
-    Turns take away what changes slowly: other processes, the clock of a warm machine. The order within a turn
-    alternates, so that neither way always runs after the other.
-
-    Args:
-        first: Runs the one way once and returns its seconds.
-        second: The same for the other.
-        threshold: The ratio in question.
-        most_turns: After so many turns the median decides, however unclear.
-
-    Returns:
-        The ratio and how sure it is.
-
-    Examples:
-        >>> compare(lambda: 1.0, lambda: 1.5, threshold=1.02).ratio
-        1.5
-    """
-    logs: list[float] = []
-    while True:
-        if len(logs) % 2:
-            b, a = second(), first()
-        else:
-            a, b = first(), second()
-        logs.append(math.log(b / a))
-        middle = statistics.median(logs)
-        # 1.253 is how much wider the median of a normal sample scatters than its mean.
-        error = 1.253 * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
-        clear = len(logs) > 2 and abs(middle - math.log(threshold)) > 2 * error
-        if clear or len(logs) >= most_turns:
-            return Comparison(math.exp(middle), error, len(logs))

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_tune as mt
-from mlx_tune.batching.floors import Floor, StepFloor, pieces
-from mlx_tune.batching.forecast import Forecast
 from mlx_tune.batching.probe import Probe
 from mlx_tune.graphs import estimate as estimating
+from mlx_tune.measuring.floors import Floor, StepFloor, pieces
+from mlx_tune.measuring.forecast import Forecast
 
 
 def straight(knots, size):
