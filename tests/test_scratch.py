@@ -150,7 +150,7 @@ WRITERS = {
     "tightest_limit": "limit(4096); mt.tightest_limit(step, make_batch(2), state=(model, optimizer), progress=False)",
     "a journal": "limit(40); options['state'] = (); "
     "mt.autobatch(lambda x: (x @ x.T).sum(), make_batch, max_batch=2, journal=PLACE + '/search.jsonl', **options)",
-    "an evaluation": "from mlx_tune.quantization.outputs import OutputStore\nlimit(4096)\n"
+    "an evaluation": "from mlx_tune.quantization.models.stored_outputs import OutputStore\nlimit(4096)\n"
     "with OutputStore() as store: store.put([mx.zeros(10_000)])",
     "save_quantized": "nn.quantize(model, 64, 4); limit(4096)\nfrom mlx_tune import lm\n"
     "lm.save_quantized(PLACE + '/model', model, config={'model_type': 'toy'}, source=PLACE)",

@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 import pytest
 
 import mlx_tune as mt
-from mlx_tune.quantization.speed import SpeedComparison
+from mlx_tune.quantization.judging.speed import SpeedComparison
 from mlx_tune.tabular import Table, Tabular
 
 

@@ -8,7 +8,7 @@ from mlx_tune.diagnosis.checks import Finding, check, passed, warned
 from mlx_tune.diagnosis.compute import THEME
 
 if TYPE_CHECKING:
-    from mlx_tune.quantization.kernels import Use
+    from mlx_tune.quantization.planning.kernels import Use
 
 #: Use of the weights, their shape, and their format: (bits, group size, mode).
 Shape: TypeAlias = "tuple[Use, tuple[int, ...], tuple[int, int, str]]"
@@ -45,9 +45,9 @@ def quantized_kernels(shapes: tuple[Shape, ...] = SHAPES) -> Finding:
     implementation for problem shape" when the model is used. Known faults are on the page about faults upstream. On
     CUDA each kernel is compiled when it is first used, half a minute each; MLX keeps it on disk for the next time.
     """
-    from mlx_tune.quantization.kernel_trials import backend, fault_in
-    from mlx_tune.quantization.kernels import combinations
-    from mlx_tune.quantization.modes import Format
+    from mlx_tune.quantization.formats.modes import Format
+    from mlx_tune.quantization.planning.kernel_trials import backend, fault_in
+    from mlx_tune.quantization.planning.kernels import combinations
 
     found = [
         fault_in(tried)

@@ -74,7 +74,7 @@ def load(
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise MlxTuneError(f"mlx-lm cannot load {str(folder)!r}: {type(error).__name__}: {error}") from error
     if verify_kernels:
-        from mlx_tune.quantization.trusted import unpack_faulty
+        from mlx_tune.quantization.planning.trusted import unpack_faulty
 
         for note in unpack_faulty(loaded, evaluate=not lazy):
             warnings.warn(note, stacklevel=2)

@@ -8,13 +8,13 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.progress import progress_bar
-from mlx_tune.quantization.alone import apply_layer
-from mlx_tune.quantization.apply import LayerOutcome, install, outcome_of
-from mlx_tune.quantization.batches import Batch
-from mlx_tune.quantization.dense import dense_twin
-from mlx_tune.quantization.plan import LayerPlan, QuantizationPlan
-from mlx_tune.quantization.sites import is_quantized, module_at
-from mlx_tune.quantization.transaction import Transaction, swap
+from mlx_tune.quantization.learning.apply import LayerOutcome, install, outcome_of
+from mlx_tune.quantization.learning.one_layer import apply_layer
+from mlx_tune.quantization.models.batches import Batch
+from mlx_tune.quantization.models.dense import dense_twin
+from mlx_tune.quantization.models.sites import is_quantized, module_at
+from mlx_tune.quantization.models.transaction import Transaction, swap
+from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.units import format_names
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _unpack(layers: tuple[LayerPlan, ...]) -> None:
 def _gptq(
     layers: list[LayerPlan], plan: QuantizationPlan, calibration: list[Batch], progress: bool
 ) -> dict[str, LayerOutcome]:
-    from mlx_tune.quantization.calibrated import gptq_model
+    from mlx_tune.quantization.learning.gptq_model import gptq_model
 
     done = gptq_model(plan.layers[0].model, layers, calibration, install=install, effort=plan.effort, progress=progress)
     for found in done:
@@ -106,7 +106,7 @@ def _dwq(
     loss: Any,
     progress: bool,
 ) -> tuple[dict[str, LayerOutcome], list[str]]:
-    from mlx_tune.quantization.dwq import train_dwq
+    from mlx_tune.quantization.learning.dwq import train_dwq
 
     model = plan.layers[0].model
     reference = None if loss is not None else transaction.reference()

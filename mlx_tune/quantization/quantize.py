@@ -13,31 +13,31 @@ import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.memory import track_memory
-from mlx_tune.quantization.accuracy import Accuracy
-from mlx_tune.quantization.apply import (
+from mlx_tune.quantization.formats.scale_search import Effort
+from mlx_tune.quantization.judging.accuracy import Accuracy
+from mlx_tune.quantization.judging.evaluation import Comparison, Loss, prepare
+from mlx_tune.quantization.judging.guard import Guard, watched
+from mlx_tune.quantization.judging.report import LayerReport, QuantizationReport, layer_report
+from mlx_tune.quantization.judging.speed import Speed, SpeedComparison, measure_after, measure_before
+from mlx_tune.quantization.judging.statistics import overlap
+from mlx_tune.quantization.learning.apply import (
     LayerOutcome,
     check_backend,
     check_finite,
 )
-from mlx_tune.quantization.arithmetic import same_random_stream
-from mlx_tune.quantization.batches import Batch, read_batches, token_rows
-from mlx_tune.quantization.energies import few_of, with_energies
-from mlx_tune.quantization.evaluation import Comparison, Loss, prepare
-from mlx_tune.quantization.guard import Guard, watched
-from mlx_tune.quantization.kernels import FaultOf
-from mlx_tune.quantization.layout import check_request, lay_out
+from mlx_tune.quantization.learning.energies import few_of, with_energies
+from mlx_tune.quantization.learning.input_samples import InputSamples
 from mlx_tune.quantization.methods import carry_out
-from mlx_tune.quantization.outputs import OutputStore
-from mlx_tune.quantization.overflow import check_overflow
-from mlx_tune.quantization.plan import QuantizationPlan
-from mlx_tune.quantization.rehearsal import rehearse
-from mlx_tune.quantization.report import LayerReport, QuantizationReport, layer_report
-from mlx_tune.quantization.samples import InputSamples
-from mlx_tune.quantization.search import Effort
-from mlx_tune.quantization.speed import Speed, SpeedComparison, measure_after, measure_before
-from mlx_tune.quantization.statistics import overlap
-from mlx_tune.quantization.transaction import Transaction
-from mlx_tune.quantization.trusted import fault_finder, keep_unpacked
+from mlx_tune.quantization.models.arithmetic import same_random_stream
+from mlx_tune.quantization.models.batches import Batch, read_batches, token_rows
+from mlx_tune.quantization.models.stored_outputs import OutputStore
+from mlx_tune.quantization.models.transaction import Transaction
+from mlx_tune.quantization.planning.kernels import FaultOf
+from mlx_tune.quantization.planning.layout import check_request, lay_out
+from mlx_tune.quantization.planning.overflow import check_overflow
+from mlx_tune.quantization.planning.plan import QuantizationPlan
+from mlx_tune.quantization.planning.rehearsal import rehearse
+from mlx_tune.quantization.planning.trusted import fault_finder, keep_unpacked
 from mlx_tune.units import format_percent
 
 T = TypeVar("T")
@@ -208,7 +208,7 @@ def quantization_report(
         >>> report.layers[0].snr_db > 30, report.accuracy.relative_error < 0.02
         (True, True)
     """
-    from mlx_tune.quantization.compare import compare_layers
+    from mlx_tune.quantization.judging.compare_layers import compare_layers
 
     judge, learn = read_batches(evaluation, "evaluation"), read_batches(calibration, "calibration")
     if not judge:
@@ -292,7 +292,7 @@ def _to_target(
     progress: bool,
     fault_of: FaultOf | None,
 ) -> QuantizationPlan:
-    from mlx_tune.quantization.target import allocate_to_target, parse_target
+    from mlx_tune.quantization.sizing.target import allocate_to_target, parse_target
 
     target = parse_target(plan, target_bpw, target_bytes)
     return allocate_to_target(

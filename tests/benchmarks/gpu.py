@@ -41,7 +41,7 @@ def correctness(models: tuple[str, ...]) -> dict[str, Any]:
         report = mt.verify_checkpoint(checked.model, loss_of, batch)
         checks[f"checkpointed gradients equal {name}"] = report.ok
 
-    from mlx_tune.quantization.affine import dequantize_float32, quantize_affine
+    from mlx_tune.quantization.formats.affine import dequantize_float32, quantize_affine
 
     weight = mx.random.normal((256, 512)).astype(mx.bfloat16)
     x = mx.random.normal((4, 512))  # float32: in bfloat16 the kernel's own rounding would be all there is to see

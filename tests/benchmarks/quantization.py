@@ -33,7 +33,7 @@ from mlx.utils import tree_flatten
 from quantization_judging import WINDOW, Judge, Row, check_nearest, load, load_tokenizer, ratio, table, windows, worse
 from quantization_methods import THEIRS, dwq_after_gptq, mixed, ours, theirs
 
-from mlx_tune.quantization.outputs import OutputStore
+from mlx_tune.quantization.models.stored_outputs import OutputStore
 
 
 def main() -> None:

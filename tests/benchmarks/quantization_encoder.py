@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 import mlx_tune as mt
-from mlx_tune.quantization.arithmetic import float32_arithmetic
+from mlx_tune.quantization.models.arithmetic import float32_arithmetic
 
 
 class Layer(nn.Module):

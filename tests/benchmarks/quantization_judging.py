@@ -13,10 +13,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import mlx_tune as mt
-from mlx_tune.quantization.dense import dequantized_weight
-from mlx_tune.quantization.outputs import OutputStore
-from mlx_tune.quantization.packing import dequantize_float32
-from mlx_tune.quantization.sites import is_quantized, walk
+from mlx_tune.quantization.formats.packing import dequantize_float32
+from mlx_tune.quantization.models.dense import dequantized_weight
+from mlx_tune.quantization.models.sites import is_quantized, walk
+from mlx_tune.quantization.models.stored_outputs import OutputStore
 from mlx_tune.tables import render_table
 
 WINDOW = 256

@@ -13,8 +13,8 @@ import numpy as np
 from quantization_judging import WINDOW, load
 
 import mlx_tune as mt
-from mlx_tune.quantization.batches import read_batches
-from mlx_tune.quantization.dwq import train_dwq
+from mlx_tune.quantization.learning.dwq import train_dwq
+from mlx_tune.quantization.models.batches import read_batches
 
 GROUP = 64
 THEIRS = ("mlx-lm gptq", "mlx-lm awq", "mlx-lm dwq")

@@ -196,7 +196,7 @@ def test_quantizing_again_is_refused_unless_asked_for(model_folder, tmp_path: Pa
 
 
 def test_kernels_are_tried_unless_told_not_to(model_folder, tmp_path: Path, capsys, monkeypatch) -> None:
-    from mlx_tune.quantization import kernel_trials
+    from mlx_tune.quantization.planning import kernel_trials
 
     def multiply(*arrays, **parts):
         raise RuntimeError("[quantized_matmul] No implementation for problem shape")

@@ -3,7 +3,7 @@ import math
 import mlx.core as mx
 
 from mlx_tune.diagnosis import kernels
-from mlx_tune.quantization import kernel_trials
+from mlx_tune.quantization.planning import kernel_trials
 
 
 def test_packed_products_in_the_shapes_of_common_models_are_right_here():

@@ -196,7 +196,7 @@ def test_folders_that_hold_no_model_are_named(model_folder, tmp_path: Path) -> N
 @pytest.fixture
 def wrong_kernel(monkeypatch):
     """MLX's product with packed weights, spoilt from two rows on."""
-    from mlx_tune.quantization import kernel_trials
+    from mlx_tune.quantization.planning import kernel_trials
 
     def multiply(inputs, *arrays, **parts):
         right = mx.quantized_matmul(inputs, *arrays, **parts)

@@ -20,8 +20,8 @@ from toy_models import CONFIGS, build_model
 
 import mlx_tune as mt
 from mlx_tune import lm
-from mlx_tune.quantization.batches import read_batches
-from mlx_tune.quantization.dwq import train_dwq
+from mlx_tune.quantization.learning.dwq import train_dwq
+from mlx_tune.quantization.models.batches import read_batches
 
 
 def main(folder: Path, task: str) -> None:

@@ -21,9 +21,9 @@ CHILD = """
 import json, resource, sys
 import mlx.core as mx, mlx.nn as nn
 import mlx_tune as mt
-import mlx_tune.quantization.alone as alone
-import mlx_tune.quantization.evaluation as evaluation_of
-import mlx_tune.quantization.speed as speed
+import mlx_tune.quantization.learning.one_layer as alone
+import mlx_tune.quantization.judging.evaluation as evaluation_of
+import mlx_tune.quantization.judging.speed as speed
 
 evaluation_of.ROOM_BYTES = 16 << 20  # so that a model of this size is held back
 speed._SECONDS = 0.0  # it is timed once: this is about memory

@@ -10,11 +10,11 @@ import quantization_toys as toys
 import mlx_tune as mt
 from mlx_tune.errors import BackendError, QuantizationError
 from mlx_tune.quantization import quantization_config, quantizes_inputs
-from mlx_tune.quantization.apply import quantized_module, signal_to_noise_db_between
-from mlx_tune.quantization.dense import dense_twin, dequantized_weight
-from mlx_tune.quantization.lazy import is_unevaluated
-from mlx_tune.quantization.modes import AFFINE_BITS, AFFINE_GROUP_SIZES, Format
-from mlx_tune.quantization.sites import module_at
+from mlx_tune.quantization.formats.lazy import is_unevaluated
+from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES, Format
+from mlx_tune.quantization.learning.apply import quantized_module, signal_to_noise_db_between
+from mlx_tune.quantization.models.dense import dense_twin, dequantized_weight
+from mlx_tune.quantization.models.sites import module_at
 
 
 def quiet(model: nn.Module, *args, **kwargs) -> mt.QuantizationReport:
@@ -194,7 +194,7 @@ def test_a_requantized_model_of_experts_keeps_its_classes() -> None:
 
 @pytest.mark.parametrize("fail_at", [0, 7, 14])
 def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at: int) -> None:
-    import mlx_tune.quantization.alone as alone
+    import mlx_tune.quantization.learning.one_layer as alone
 
     model = toys.llama()
     before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
@@ -219,7 +219,7 @@ def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at:
 
 
 def test_so_does_one_while_evaluating(monkeypatch) -> None:
-    from mlx_tune.quantization.evaluation import Comparison
+    from mlx_tune.quantization.judging.evaluation import Comparison
 
     def judge(*_, **__):
         raise KeyboardInterrupt

@@ -12,8 +12,8 @@ import pytest
 import quantization_toys as toys
 
 import mlx_tune as mt
-from mlx_tune.quantization.batches import read_batches
-from mlx_tune.quantization.evaluation import perplexity
+from mlx_tune.quantization.judging.evaluation import perplexity
+from mlx_tune.quantization.models.batches import read_batches
 
 FORMATS: dict[str, dict[str, Any]] = {
     "uniform": {"bits": 4, "group_size": 64},

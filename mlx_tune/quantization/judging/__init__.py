@@ -1,0 +1,1 @@
+"""The cost of quantization, measured: accuracy, speed, and the report of both."""

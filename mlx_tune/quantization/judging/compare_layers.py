@@ -1,0 +1,109 @@
+"""Two models of one architecture side by side, layer by layer."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tune.errors import QuantizationError
+from mlx_tune.quantization.formats.lazy import read_array
+from mlx_tune.quantization.judging.report import COMPARED, LayerReport, QuantizationReport
+from mlx_tune.quantization.learning.apply import signal_to_noise_db_between
+from mlx_tune.quantization.models.dense import dense_twin
+from mlx_tune.quantization.models.sites import (
+    current_format,
+    is_quantized,
+    module_at,
+    own_arrays,
+    parameter_count,
+    walk,
+    weight_shape,
+)
+
+
+def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport:
+    """A report of sizes and of every quantized layer's error, without accuracy.
+
+    Raises:
+        QuantizationError: A layer's counterpart is missing or has another shape.
+    """
+    layers: list[LayerReport] = []
+    skipped: list[LayerReport] = []
+    counted: set[int] = set()
+    seen_before: set[int] = set()
+    for site in walk(model):
+        module = site.module
+        packed = is_quantized(module)
+        dense = not packed and callable(getattr(module, "to_quantized", None))
+        if not packed and not dense:
+            continue
+        before = _counterpart(reference, site.path)
+        shape = weight_shape(module)
+        if weight_shape(before) != shape:
+            raise QuantizationError(
+                f"{site.path} has weights of shape {list(shape)} in one model and {list(weight_shape(before))} in the "
+                "other: these are not two versions of one model."
+            )
+        now = current_format(module) if packed else None
+        snr = None
+        if packed:
+            weight = read_array(dense_twin(before)["weight"])
+            snr = signal_to_noise_db_between(weight, read_array(dense_twin(module, mx.float32)["weight"]))
+        (layers if packed else skipped).append(
+            LayerReport(
+                path=site.path,
+                paths=site.paths,
+                kind=type(before).__name__,
+                shape=shape,
+                bits=now.bits if now else None,
+                group_size=now.group_size if now else None,
+                mode=now.mode if now else None,
+                method=None,
+                bytes_before=_new_bytes(before, seen_before),
+                bytes_after=_new_bytes(module, counted),
+                snr_db=snr,
+                reason=None if packed else "not quantized",
+            )
+        )
+    size_before, parameters = _totals(reference)
+    size_after, _ = _totals(model)
+    return QuantizationReport(
+        method=COMPARED,
+        size_before_bytes=size_before,
+        size_after_bytes=size_after,
+        parameters=parameters,
+        layers=tuple(layers),
+        skipped=tuple(skipped),
+        rest_bytes=size_after - sum(x.bytes_after for x in (*layers, *skipped)),
+    )
+
+
+def _counterpart(reference: nn.Module, path: str) -> nn.Module:
+    try:
+        found = module_at(reference, path)
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise QuantizationError(
+            f"The reference has no layer {path!r}: these are not two versions of one model."
+        ) from None
+    if "weight" not in found:
+        raise QuantizationError(f"{path!r} is a {type(found).__name__} without a weight in the reference.")
+    return found
+
+
+def _new_bytes(module: nn.Module, counted: set[int]) -> int:
+    """Bytes of a module's arrays that were not counted with another."""
+    arrays = [a for a in own_arrays(module).values() if id(a) not in counted]
+    counted.update(id(a) for a in arrays)
+    return sum(a.nbytes for a in arrays)
+
+
+def _totals(model: nn.Module) -> tuple[int, int]:
+    """All bytes, and how many unquantized parameters they stand for; tied arrays once."""
+    counted: set[int] = set()
+    size = parameters = 0
+    for site in walk(model):
+        arrays = {n: a for n, a in own_arrays(site.module).items() if id(a) not in counted}
+        counted.update(id(a) for a in arrays.values())
+        size += sum(a.nbytes for a in arrays.values())
+        parameters += parameter_count(site.module, arrays)
+    return size, parameters

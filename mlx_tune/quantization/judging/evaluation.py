@@ -1,0 +1,365 @@
+"""Running a reference and a quantized model on the same batches, one after the other or side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tune.errors import QuantizationError
+from mlx_tune.memory import memory_limit
+from mlx_tune.progress import Bar, progress_bar
+from mlx_tune.quantization.formats.lazy import number
+from mlx_tune.quantization.judging.accuracy import Accuracy
+from mlx_tune.quantization.judging.figures import (
+    HALVES,
+    LOGITS_AT_ONCE,
+    compare_outputs,
+    compare_tokens,
+    join_figures,
+    logits_of,
+    mean_loss,
+    narrow_dtype,
+    output_arrays,
+)
+from mlx_tune.quantization.judging.summaries import TokenFigures, summarise_losses, summarise_outputs, summarise_tokens
+from mlx_tune.quantization.models.arithmetic import evaluation_mode, float32_arithmetic, unpacked_on_cpu, widen
+from mlx_tune.quantization.models.batches import Batch, rows_at_most
+from mlx_tune.quantization.models.sites import own_arrays, walk, weight_shape
+from mlx_tune.quantization.models.stored_outputs import OutputStore
+
+#: Memory that an evaluation may take beside the model before MLX is held back from queueing ahead.
+ROOM_BYTES = 256 << 20
+
+#: What a call fails with where shapes, types or names do not belong together.
+_FAULTS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
+
+#: Modules that tokens are looked up in.
+_LOOKUPS = (nn.Embedding, nn.QuantizedEmbedding)
+
+#: Tokens that the noise floor is measured on; fewer on a CPU, which multiplies half-precision numbers slowly.
+_FLOOR_TOKENS, _FLOOR_TOKENS_CPU = 2048, 256
+
+#: `loss(model, *arguments)`: a scalar, or an array of which the mean counts.
+Loss = Callable[..., Any]
+
+
+@dataclass
+class Comparison:
+    """One evaluation: of which kind, on which batches, and what was measured of the reference on its own.
+
+    Attributes:
+        kind: "tokens", "loss" or "outputs".
+        parts: The arguments of the models, in parts that fit.
+        loss: The caller's loss.
+        noise_floor: Half precision's own divergence, where measured.
+        noise_floor_tokens: Tokens that it was measured on.
+        no_noise_floor: Why there is none, where there is none.
+        warnings: Reasons to doubt the figures.
+        narrow: The narrowest float dtype of what a model gave where that is not float32.
+    """
+
+    kind: str
+    parts: list[Batch]
+    loss: Loss | None = None
+    noise_floor: float | None = None
+    noise_floor_tokens: int = 0
+    no_noise_floor: str | None = "not measured"
+    warnings: tuple[str, ...] = ()
+    narrow: str | None = None
+
+    def record(self, reference: nn.Module, store: OutputStore, *, floor: bool = True, progress: bool = False) -> None:
+        """Run the reference over all parts and put what it gave on disk; with `floor`, in its own dtype as well.
+
+        Raises:
+            DiskError: The disk has too little room for what the reference gives, or it cannot be written.
+        """
+        numbers = [sum(a.size for a in part.arrays) for part in self.parts]
+        with _measuring(reference, "reference", len(self.parts), progress) as bar:
+            for i, part in enumerate(self.parts):
+                arrays = self._run(reference, part)
+                if i == 0:
+                    store.reserve(sum(a.nbytes for a in arrays) * sum(numbers) // max(1, numbers[0]))
+                store.put(arrays)
+                bar.advance()
+        if floor:
+            self._measure_floor(reference)
+
+    def judge(self, model: nn.Module, store: OutputStore, *, progress: bool = False) -> Accuracy:
+        """Run the quantized model over all parts and compare with what was recorded."""
+        return self._compare(model, store.get, progress)
+
+    def side_by_side(self, model: nn.Module, reference: nn.Module, *, progress: bool = False) -> Accuracy:
+        """Compare two models that are both at hand; nothing is written to disk."""
+
+        def outputs(i: int) -> list[mx.array]:
+            with _exactly(reference):
+                return self._run(reference, self.parts[i])
+
+        self._measure_floor(reference)
+        return self._compare(model, outputs, progress)
+
+    def _run(self, model: nn.Module, part: Batch) -> list[mx.array]:
+        if self.kind == "loss":
+            assert self.loss is not None
+            arrays = [mean_loss(part.call(self.loss, model, through=widen))]
+        else:
+            output = part.inputs.call(model, through=widen)
+            self.narrow = self.narrow or narrow_dtype(output)
+            arrays = [logits_of(output)] if self.kind == "tokens" else output_arrays(output)
+        mx.eval(arrays)
+        return arrays
+
+    def _compare(self, model: nn.Module, reference: Callable[[int], list[mx.array]], progress: bool) -> Accuracy:
+        rows: list[Any] = []
+        with _measuring(model, "accuracy", len(self.parts), progress) as bar:
+            sequence = 0
+            for i, part in enumerate(self.parts):
+                before, after = reference(i), self._run_now(model, i)
+                if self.kind == "loss":
+                    rows.append((number(before[0]), number(after[0])))
+                elif self.kind == "outputs":
+                    rows.append(compare_outputs(before, after))
+                else:
+                    rows.append(compare_tokens(before[0], after[0], part.shifted[1], sequence))
+                    sequence += part.arguments[0].shape[0]
+                bar.advance()
+        context = {"arithmetic": self._arithmetic(model), "warnings": self.warnings}
+        if self.kind == "loss":
+            return summarise_losses([a for a, _ in rows], [b for _, b in rows], **context)
+        if self.kind == "outputs":
+            return summarise_outputs(rows, **context)
+        return summarise_tokens(
+            join_figures(rows),
+            noise_floor=self.noise_floor,
+            noise_floor_tokens=self.noise_floor_tokens,
+            no_noise_floor=self.no_noise_floor,
+            **context,
+        )
+
+    def _arithmetic(self, model: nn.Module) -> str:
+        if self.narrow is not None:
+            return f"computed in float32, but the model itself rounds its outputs to {self.narrow}"
+        if unpacked_on_cpu(model):
+            return "float32, packed weights unpacked, since MLX multiplies by packed ones slowly on CPUs"
+        return "float32"
+
+    def _run_now(self, model: nn.Module, i: int) -> list[mx.array]:
+        """The quantized model's answer to a part; what the reference could do, it may not be able to."""
+        try:
+            return self._run(model, self.parts[i])
+        except _FAULTS as error:
+            raise QuantizationError(
+                f"The unquantized model could be called with part {i + 1} of {len(self.parts)} of the evaluation, the "
+                f"quantized one cannot: {type(error).__name__}: {error}"
+            ) from error
+
+    def _measure_floor(self, reference: nn.Module) -> None:
+        """The divergence between the reference in its own dtype and in float32: rounding alone."""
+        if self.kind != "tokens":
+            return
+        if not any(a.dtype in HALVES for s in walk(reference) for a in own_arrays(s.module).values()):
+            self.no_noise_floor = "the weights are float32"
+            return
+        if unpacked_on_cpu(reference):
+            self.no_noise_floor = "not measured: MLX multiplies by packed weights slowly on CPUs"
+            return
+        left = _FLOOR_TOKENS_CPU if mx.default_device() == mx.Device(mx.cpu) else _FLOOR_TOKENS
+        rows: list[TokenFigures] = []
+        for part in self.parts:
+            inputs, targets = part.shifted
+            count = min(left, targets.shape[1])  # of a long sequence its beginning, which is a sequence as well
+            inputs, targets = (array[: left // count, :count] for array in (inputs, targets))
+            try:
+                with evaluation_mode(reference):
+                    own = logits_of(reference(inputs))
+                    mx.eval(own)
+                with _exactly(reference):
+                    wide = logits_of(reference(inputs))
+                    mx.eval(wide)
+            except RuntimeError as error:  # such as a stack of experts in bfloat16 on a CPU
+                self.no_noise_floor = f"not measured: MLX cannot run the model in its own dtype here ({error})"
+                return
+            rows.append(compare_tokens(wide, own, targets, 0))
+            left -= targets.size
+            if left <= 0:
+                break
+        floor = summarise_tokens(join_figures(rows))
+        self.noise_floor, self.noise_floor_tokens, self.no_noise_floor = floor.mean_kl, floor.tokens, None
+
+
+def resolve(model: nn.Module, batches: list[Batch], where: str, loss: Loss | None = None) -> list[Batch]:
+    """Call the model with the first batch, nothing evaluated, to learn whether and how it takes these batches.
+
+    Args:
+        model: The model.
+        batches: The batches from `read_batches`.
+        where: The argument that they came in, for errors.
+        loss: The caller's loss, to be called instead.
+
+    Returns:
+        The batches; without tokens where the model takes the integer arrays as they are but not one token shorter.
+
+    Raises:
+        QuantizationError: The model, or the loss, cannot be called with them.
+    """
+    if not batches:
+        return batches
+    first = batches[0]
+    fault = outline(model, first, loss)
+    if not isinstance(fault, Exception):
+        return batches
+    plain = [replace(batch, tokens=None) for batch in batches]
+    if loss is None and first.tokens is not None and not isinstance(outline(model, plain[0]), Exception):
+        return plain
+    raise _uncallable(first, where, fault, "loss" if loss is not None else "model") from fault
+
+
+def outline(model: nn.Module, batch: Batch, loss: Loss | None = None) -> list[tuple[int, ...]] | Exception:
+    """Call the model, or the loss with it, evaluating nothing.
+
+    Args:
+        model: The model.
+        batch: The arguments of one call; of tokens, zeros in the shape of one sequence.
+        loss: The caller's loss.
+
+    Returns:
+        The shapes of what it gives back, or what it fails with.
+    """
+    with _exactly(model):
+        try:
+            if loss is not None:
+                return [mean_loss(batch.call(loss, model, through=widen)).shape]
+            given = batch if batch.tokens is None else Batch((mx.zeros_like(batch.tokens[:1, :-1]),), None)
+            return [array.shape for array in output_arrays(given.call(model, through=widen))]
+        except QuantizationError:
+            raise
+        except _FAULTS as error:
+            return error
+
+
+def _uncallable(batch: Batch, where: str, fault: Exception, what: str = "model") -> QuantizationError:
+    named = [("", value) for value in batch.arguments] + [(f"{name}=", value) for name, value in batch.keywords.items()]
+    shapes = ", ".join(f"{n}{list(v.shape) if isinstance(v, mx.array) else type(v).__name__}" for n, v in named)
+    return QuantizationError(
+        f"The {what} cannot be called with {where}[0] ({shapes}): {type(fault).__name__}: {str(fault).rstrip('.')}. "
+        "Batches are what the model is called with: token arrays [batch, length], which are shifted here, tuples of "
+        "arguments, or dictionaries of arguments by name."
+    )
+
+
+def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnings: tuple[str, ...] = ()) -> Comparison:
+    """Find out what kind of model it is, by calling it once, and cut its batches into parts that fit.
+
+    Args:
+        model: The reference.
+        batches: The batches from `read_batches`.
+        loss: The caller's loss, if any.
+        warnings: Reasons to doubt what will be measured.
+
+    Raises:
+        QuantizationError: The model cannot be called with the batches, or gives back nothing to compare.
+    """
+    batches = resolve(model, batches, "evaluation", loss)
+    if loss is not None:
+        return Comparison("loss", batches, loss, warnings=warnings)
+    first = batches[0]
+    if first.tokens is not None:
+        highest = max(int(number(mx.max(b.tokens))) for b in batches if b.tokens is not None)
+        lowest = min(int(number(mx.min(b.tokens))) for b in batches if b.tokens is not None)
+        rows = max((weight_shape(s.module)[0] for s in walk(model) if isinstance(s.module, _LOOKUPS)), default=None)
+        # MLX reads past the end of a table without a word, so the call is tried with tokens that are in it.
+        probe = first.tokens[:1, :-1] if rows is None else mx.clip(first.tokens[:1, :-1], 0, rows - 1)
+        with _exactly(model):
+            logits = logits_of(_call(model, Batch((probe,), None)))
+        if logits.ndim == 3 and logits.shape[:2] == probe.shape:
+            vocabulary = logits.shape[2]
+            if highest >= vocabulary and rows is not None and highest >= rows:
+                raise QuantizationError(
+                    f"evaluation holds token {highest}, but the model's vocabulary ends at {vocabulary - 1}: these are "
+                    "another tokenizer's tokens."
+                )
+            if highest < vocabulary and lowest < 0:
+                raise QuantizationError(
+                    f"evaluation holds token {lowest}: padding would be judged as text. Cut the sequences to one "
+                    "length instead, or pass them one by one."
+                )
+            if highest < vocabulary:
+                if any(b.tokens is None for b in batches):
+                    raise QuantizationError("evaluation mixes token arrays with other batches: pass one kind.")
+                longest = max(b.tokens.shape[1] for b in batches if b.tokens is not None)
+                at_once = max(1, LOGITS_AT_ONCE // (vocabulary * longest))
+                parts = [part for batch in batches for part in rows_at_most(batch, at_once)]
+                return Comparison("tokens", parts, warnings=warnings)
+    with _exactly(model):
+        found = output_arrays(_call(model, first))
+    if not found:
+        raise QuantizationError(
+            "The model's output for evaluation[0] holds no floating point array to compare. "
+            "Pass loss=..., a function loss(model, *batch) that gives back a number."
+        )
+    return Comparison("outputs", batches, warnings=warnings)
+
+
+def perplexity(model: nn.Module, batches: list[Batch]) -> float:
+    """The perplexity of a model that predicts tokens, computed as in reports.
+
+    Args:
+        model: Unquantized or quantized.
+        batches: Token batches.
+
+    Returns:
+        The exponential of the mean negative log-likelihood, over all predicted tokens.
+    """
+    comparison = prepare(model, batches, None)
+    if comparison.kind != "tokens":
+        raise QuantizationError("The model gives no logits [batch, length, vocabulary], so it has no perplexity.")
+    total, count = 0.0, 0
+    with _measuring(model, "perplexity", len(comparison.parts), False):
+        for part in comparison.parts:
+            inputs, targets = part.shifted
+            logits = logits_of(model(inputs)).astype(mx.float32)
+            losses = nn.losses.cross_entropy(logits, targets)
+            total += number(losses.sum())
+            count += targets.size
+    return math.exp(total / count)
+
+
+def _call(model: nn.Module, batch: Batch) -> Any:
+    try:
+        output = batch.call(model, through=widen)
+        mx.eval(
+            [leaf for leaf in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(leaf, mx.array)]
+        )
+    except _FAULTS as error:
+        raise _uncallable(batch, "evaluation", error) from error
+    return output
+
+
+@contextmanager
+def _measuring(model: nn.Module, what: str, total: int, progress: bool) -> Iterator[Bar]:
+    with _exactly(model), progress_bar(f"measuring {what}", total, enabled=progress) as bar:
+        yield bar
+
+
+@contextmanager
+def _exactly(model: nn.Module) -> Iterator[None]:
+    """Have the model compute in float32, and no more of its weights widened at a time than there is room for.
+
+    Without a limit MLX queues ahead, and holds a float32 copy of every layer that it has queued.
+    """
+    with evaluation_mode(model), float32_arithmetic(model), memory_limit(_limit_bytes(model)):
+        yield
+
+
+def _limit_bytes(model: nn.Module) -> int:
+    arrays = {id(a): a.nbytes for site in walk(model) for a in own_arrays(site.module).values()}
+    wanted = max(mx.get_active_memory(), sum(arrays.values())) + ROOM_BYTES
+    present = mx.set_memory_limit(wanted)  # the only way to learn it
+    mx.set_memory_limit(present)
+    return min(wanted, present)

@@ -1,0 +1,229 @@
+"""The energy of every layer's inputs, which says what an error in each column of its weights costs.
+
+In trained language models a few channels of the residual stream carry most of the energy. Rounding that takes all
+inputs for equal spends its levels on the others. No text is needed to find them: they stand out on random tokens too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tune.interrupts import interruptible, uninterrupted
+from mlx_tune.quantization.formats.lazy import is_unevaluated, number, read_array
+from mlx_tune.quantization.learning.input_samples import InputSamples
+from mlx_tune.quantization.learning.propagation import running
+from mlx_tune.quantization.models.arithmetic import same_random_stream
+from mlx_tune.quantization.models.batches import Batch
+from mlx_tune.quantization.models.interception import blocks_of, intercepted
+from mlx_tune.quantization.models.sites import walk
+from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
+
+#: Random tokens that a model without calibration is run on: rows and their length.
+RANDOM_ROWS, RANDOM_LENGTH = 4, 64
+
+#: What is added to every energy found on random tokens, as a share of the mean: real text also excites units that these
+#: leave at rest.
+_AT_REST = 0.1
+
+#: Calibration that is looked at: energies are means, and need few tokens.
+_TOKENS = 4096
+
+
+class _NoTokensError(Exception):
+    """The model does not look tokens up."""
+
+
+@dataclass
+class _Seen:
+    """The inputs of one layer so far."""
+
+    total: Any = 0.0
+    rows: int = 0
+
+
+@dataclass
+class _Probe:
+    """One run of a model, block after block: nothing more than a block is evaluated at a time."""
+
+    names: dict[int, str]
+    vocabulary: int | None
+    samples: InputSamples | None
+    seen: dict[str, _Seen] = field(default_factory=dict)
+    looked_up: bool = False
+
+    def block(self, module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
+        with _read(module):
+            output = run(*arguments, **keywords)
+            mx.eval(output, [seen.total for seen in self.seen.values()])
+        return output
+
+    def layer(self, module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
+        x = arguments[0] if arguments else None
+        lookup = isinstance(module, nn.Embedding) and method == "__call__"
+        if lookup:
+            self.looked_up = True
+        elif isinstance(x, mx.array) and id(module) in self.names and x.ndim:
+            path, rows = self.names[id(module)], x.reshape(-1, x.shape[-1])
+            seen = self.seen.setdefault(path, _Seen())
+            # In float16 squares would overflow.
+            seen.total = seen.total + mx.square(rows.astype(mx.float32)).sum(0)
+            seen.rows += rows.shape[0]
+            if self.samples is not None and module["weight"].ndim == 2:
+                self.samples.add(path, rows)
+        return run(*arguments, **keywords)
+
+    def outside(self, module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
+        with _read(module):
+            output = self.layer(module, method, run, arguments, keywords)
+            wide = isinstance(output, mx.array) and output.shape[-1:] == (self.vocabulary,)
+            # The model's answers are wanted by nobody.
+            mx.eval([] if wide else output, [seen.total for seen in self.seen.values()])
+        return output
+
+
+def with_energies(
+    plan: QuantizationPlan, calibration: Sequence[Batch], samples: InputSamples | None = None
+) -> tuple[QuantizationPlan, tuple[str, ...]]:
+    """A plan whose layers know the energies of their inputs.
+
+    Args:
+        plan: The plan; its model is as it was when this returns.
+        calibration: The batches to run the model on; where it is empty, random tokens.
+        samples: Where to keep rows of what layers are given, for layers to hold outputs against.
+
+    Returns:
+        The plan, and remarks for the report: why there are no energies, or which layers have none.
+    """
+    model = plan.layers[0].model
+    affine = [layer for layer in plan.layers if layer.mode == "affine"]
+    if not affine:
+        return plan, ()
+    every = [layer for layer in (*plan.layers, *plan.skipped) if not layer.fixed or layer.format is not None]
+    vocabulary = _vocabulary(model)
+    batches = few_of(calibration) if calibration else _random_tokens(vocabulary)
+    try:
+        found = _energies(model, every, batches, vocabulary, samples, tokens_only=not calibration)
+    except _NoTokensError:
+        return plan, (_ALIKE.format("it looks no tokens up, so that there is nothing to run it on"),)
+    except Exception as error:  # any model may refuse what it was not made for
+        if calibration:
+            raise
+        return plan, (_ALIKE.format(f"running it on random tokens failed ({type(error).__name__}: {error})"),)
+
+    def informed(layer: LayerPlan) -> LayerPlan:
+        return replace(layer, energy=found.get(layer.path), inputs=samples.reader(layer.path) if samples else None)
+
+    layers, skipped = (tuple(map(informed, part)) for part in (plan.layers, plan.skipped))
+    lookups = [layer.path for layer in affine if isinstance(layer.module, nn.Embedding)]
+    missing = [layer.path for layer in affine if layer.path not in found and layer.path not in lookups]
+    notes: tuple[str, ...] = ()
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        notes = (f"Nothing reached {', '.join(missing[:3])}{more}: all inputs count alike there.",)
+    return replace(plan, layers=layers, skipped=skipped), notes
+
+
+_ALIKE = (
+    "What the model's layers are given is not known, so all inputs count alike: {}. Where a few of them are far larger "
+    "than the rest, method='optimal' may then do worse than 'nearest': pass calibration=[batches]."
+)
+
+
+def _energies(
+    model: nn.Module,
+    layers: Sequence[LayerPlan],
+    batches: list[Batch],
+    vocabulary: int | None,
+    samples: InputSamples | None,
+    *,
+    tokens_only: bool,
+) -> dict[str, mx.array]:
+    """The mean square of each input `[columns]` by path, without layers that were given none or none that is finite."""
+    if not batches:
+        raise _NoTokensError
+    modules = {layer.path: layer.module for layer in layers}
+    probe = _Probe({id(module): path for path, module in modules.items()}, vocabulary, samples)
+    blocks = blocks_of(model)
+    inside = {id(site.module) for _, block in blocks for site in walk(block)}
+    lookups = [site.module for site in walk(model) if isinstance(site.module, nn.Embedding)]
+    outer = [m for m in (*modules.values(), *lookups) if id(m) not in inside]
+    inner = [m for m in modules.values() if id(m) in inside]
+    with running(model):
+        for batch in batches:
+            with (
+                intercepted([block for _, block in blocks], probe.block),
+                intercepted(inner, probe.layer),
+                intercepted(outer, probe.outside),
+            ):
+                batch.inputs.call(model)
+            mx.eval([seen.total for seen in probe.seen.values()])
+    if tokens_only and not probe.looked_up:
+        raise _NoTokensError
+    found = {}
+    for layer in layers:
+        seen = probe.seen.get(layer.path)
+        if seen is None or seen.rows == 0 or seen.total.shape != (layer.shape[-1],):
+            continue
+        energy = seen.total / seen.rows
+        if tokens_only:
+            energy = energy + _AT_REST * energy.mean()
+        if mx.isfinite(energy).all().item() and number(energy.max()) > 0:
+            if isinstance(layer.module, nn.Embedding):
+                energy = _with_lookups(layer, energy)
+            found[layer.path] = energy
+    return found
+
+
+def _with_lookups(layer: LayerPlan, energy: mx.array) -> mx.array:
+    """The weights of a tied embedding's columns: the relative errors of its logits and of the rows looked up, added."""
+    weight = read_array(layer.module["weight"])
+    squares = mx.square(weight.astype(mx.float32)).mean(0)
+    return energy / mx.maximum((squares * energy).sum(), 1e-30) + 1 / mx.maximum(squares.sum(), 1e-30)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """The number of tokens that the model's first embedding knows."""
+    for site in walk(model):
+        if isinstance(site.module, (nn.Embedding, nn.QuantizedEmbedding)):
+            size: int = site.module["weight"].shape[0]
+            return size
+    return None
+
+
+def _random_tokens(vocabulary: int | None) -> list[Batch]:
+    if vocabulary is None:
+        return []
+    with same_random_stream():
+        tokens = mx.random.randint(0, vocabulary, (RANDOM_ROWS, RANDOM_LENGTH + 1), key=mx.random.key(0))
+    return [Batch((tokens,), tokens)]
+
+
+def few_of(batches: Sequence[Batch]) -> list[Batch]:
+    """Batches of about so many tokens, spread over all of them."""
+    sizes = [batch.tokens.size if batch.tokens is not None else _TOKENS // 8 for batch in batches]
+    step = max(1, round(sum(sizes) / _TOKENS))
+    return list(batches[::step])
+
+
+@contextmanager
+def _read(module: nn.Module) -> Iterator[None]:
+    """Have a module's weights read while the block runs, if they lie on disk, and forgotten after it."""
+    olds: list[tuple[nn.Module, str, mx.array]] = []
+    with uninterrupted():
+        try:
+            for site in walk(module):
+                for name, value in dict(site.module).items():
+                    if isinstance(value, mx.array) and is_unevaluated(value):
+                        olds.append((site.module, name, value))
+                        dict.__setitem__(site.module, name, read_array(value))
+            with interruptible():
+                yield
+        finally:
+            for owner, name, value in olds:
+                dict.__setitem__(owner, name, value)

@@ -1,0 +1,286 @@
+"""GPTQ on a model: layer after layer, each given what the quantized ones before it hand on.
+
+Each layer makes up for some of what was lost before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tune.errors import QuantizationError
+from mlx_tune.progress import Bar, progress_bar
+from mlx_tune.quantization.formats.lazy import number, read_array
+from mlx_tune.quantization.formats.magnitudes import in_range
+from mlx_tune.quantization.formats.scale_search import Effort
+from mlx_tune.quantization.learning.apply import pack
+from mlx_tune.quantization.learning.coverage import note_of_experts
+from mlx_tune.quantization.learning.drift import Drift, corrected, drifted_output_error
+from mlx_tune.quantization.learning.gptq import output_error, quantize_gptq, shrinkage_for
+from mlx_tune.quantization.learning.moments import InputMoments
+from mlx_tune.quantization.learning.propagation import Propagation, running
+from mlx_tune.quantization.models.batches import Batch, in_parts
+from mlx_tune.quantization.models.dense import dense_twin, dequantize_arrays
+from mlx_tune.quantization.models.interception import Step, forward_steps
+from mlx_tune.quantization.planning.overflow import overflows
+from mlx_tune.quantization.planning.plan import LayerPlan
+
+Arrays = tuple[mx.array, mx.array, mx.array]
+
+#: Tokens that run through a block at once, however large the batches are.
+_PART_TOKENS = 4096
+
+#: How much the relative error of a tied embedding's rows counts beside that of its logits.
+LOOKUP_SHARE = 1.0
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """The outcome of one layer.
+
+    Attributes:
+        path: Where it stands first.
+        method: "gptq", or "optimal" or "nearest" where that was no worse.
+        output_error: Squared error of its outputs over their squares, on calibration that it did not learn from where
+            there is more than one batch; None where it was given no inputs. Where the blocks follow one another, its
+            outputs are held against those of the unquantized model, so that what its inputs lost before it counts.
+        optimal_output_error: The same for "optimal".
+        note: Why it fell back, if it did.
+    """
+
+    path: str
+    method: str
+    output_error: float | None
+    optimal_output_error: float | None
+    note: str | None = None
+
+
+def gptq_model(
+    model: nn.Module,
+    layers: Sequence[LayerPlan],
+    calibration: Sequence[Batch],
+    *,
+    install: Callable[[LayerPlan, Arrays], None],
+    effort: Effort = "fast",
+    progress: bool = False,
+) -> list[CalibratedLayer]:
+    """Quantize the planned layers of a model with GPTQ.
+
+    A layer's inputs come from quantized ones, in the blocks before its own and in its own. Where the model hands a
+    block's output straight to the next, as nearly all do, blocks are called one by one, and how far inputs have moved
+    from those of the unquantized model is known. Where it does not, the model is run from its start for every block,
+    once for all layers of the block. A tied embedding goes first, by what the head is given: the blocks then learn
+    from its lookups.
+
+    Args:
+        model: The model; `install` changes it.
+        layers: Affine layers of its plan.
+        calibration: Batches. Those of tokens are cut into parts of some thousand tokens; one part in eight judges
+            instead of teaching.
+        install: Puts a layer's packed weights into the model.
+        effort: "fast" or "best".
+        progress: Show a progress line.
+
+    Returns:
+        The outcome of each layer, in the plan's order.
+
+    Raises:
+        QuantizationError: There are no batches, or inputs are not finite.
+
+    Examples:
+        >>> from mlx_tune.quantization.learning.apply import install
+        >>> from mlx_tune.quantization.models.batches import read_batches
+        >>> from mlx_tune.quantization.planning.layout import plan_quantization
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        >>> mix = mx.random.normal((8, 64))  # real inputs are correlated, too
+        >>> batches = read_batches([mx.random.normal((32, 8)) @ mix for _ in range(8)], "calibration")
+        >>> layers = plan_quantization(model, 3, 64).layers
+        >>> [layer.method for layer in gptq_model(model, layers, batches, install=install)]
+        ['gptq', 'gptq']
+    """
+    if not calibration:
+        raise QuantizationError("GPTQ learns from batches: calibration is empty.")
+    with progress_bar("gptq", len(layers), enabled=progress) as bar:
+        run = _Run(model, list(layers), in_parts(calibration, _PART_TOKENS), install, effort, bar)
+        done = run.all()
+    return [done[layer.path] for layer in layers]
+
+
+class _Run:
+    """One pass over a model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[LayerPlan],
+        batches: list[Batch],
+        install: Callable[[LayerPlan, Arrays], None],
+        effort: Effort,
+        bar: Bar,
+    ) -> None:
+        self._model, self._layers, self._batches = model, layers, batches
+        self._install, self._effort, self._bar = install, effort, bar
+
+    def all(self) -> dict[str, CalibratedLayer]:
+        done: dict[str, CalibratedLayer] = {}
+        modules = {path: layer.module for layer in self._layers for path in layer.paths}
+        with running(self._model):
+            steps = forward_steps(self._model, self._batches[0], list(modules.items()))
+        inputs = Propagation(self._model, self._batches, steps)
+        for layer in self._layers:
+            if isinstance(layer.module, nn.Embedding):
+                done[layer.path] = self._embedding(layer, steps, inputs)
+        for i, step in enumerate(steps):
+            mine = {x.path: x for x in self._layers if x.path not in done and self._belongs(x, step)}
+            following = steps[i + 1] if i + 1 < len(steps) and steps[i + 1].follows == step.path else None
+            if not mine and following is None and step.follows is None:
+                continue
+            inputs.enter(step)
+            if mine:
+                done |= self._step(step, mine, inputs)
+            inputs.leave(step, following)
+        for layer in self._layers:
+            if layer.path not in done:
+                done[layer.path] = self._fall_back(layer, "no calibration input reached it")
+        return done
+
+    @staticmethod
+    def _belongs(layer: LayerPlan, step: Step) -> bool:
+        return any(path == step.path or path.startswith(f"{step.path}.") for path in layer.paths)
+
+    def _step(self, step: Step, layers: dict[str, LayerPlan], inputs: Propagation) -> dict[str, CalibratedLayer]:
+        """The layers of one step: those that are given what others make after these."""
+        modules = {path: layer.module for path, layer in layers.items()}
+        stages = inputs.stages(step, modules)
+        found: dict[str, tuple[CalibratedLayer, Arrays]] = {}
+        weights: list[tuple[nn.Module, mx.array]] = []
+        for k, stage in enumerate(stages):
+            # The unquantized modules stay until all are done, since the step is run as it was before for each stage.
+            last = k == len(stages) - 1
+            learned, judged = inputs.moments(step, {path: modules[path] for path in stage}, weights, last=last)
+            for path in stage:
+                found[path] = self._solve(layers[path], learned, judged)
+                if not last:
+                    weights.append((modules[path], self._standing_for(layers[path], found[path][1])))
+        del modules, weights
+        for path, (_, arrays) in found.items():
+            self._install(layers[path], arrays)
+        return {path: outcome for path, (outcome, _) in found.items()}
+
+    @staticmethod
+    def _standing_for(layer: LayerPlan, arrays: Arrays) -> mx.array:
+        """The weights that packed arrays stand for, as the step computes with them."""
+        assert layer.format is not None
+        cpu = mx.default_device() == mx.Device(mx.cpu)
+        weight = dequantize_arrays(*arrays, group_size=layer.format.group_size, bits=layer.format.bits)
+        weight = weight if cpu else weight.astype(arrays[1].dtype)
+        mx.eval(weight)
+        return weight
+
+    def _embedding(self, layer: LayerPlan, steps: list[Step], inputs: Propagation) -> CalibratedLayer:
+        """A tied embedding, by the final hidden states; one that is only looked up has nothing to correct."""
+        step = next((s for s in steps if s.path in layer.paths), None)
+        if step is None or step.calls < 2:
+            return self._fall_back(layer, "lookups only: there is no sum in which columns could make up for each other")
+        outcome, arrays = self._solve(layer, *inputs.moments(step, {layer.path: layer.module}))
+        self._install(layer, arrays)
+        return outcome
+
+    def _solve(
+        self, layer: LayerPlan, learned: InputMoments, judged: InputMoments | None
+    ) -> tuple[CalibratedLayer, Arrays]:
+        moments = learned.of(layer.path)
+        if moments is None:
+            return self._optimal(layer, "no calibration input reached it")
+        assert layer.format is not None
+        self._bar.update(text=layer.path)
+        if not number(mx.isfinite(moments).all()):
+            raise QuantizationError(
+                f"{layer.path} was given calibration inputs that are not finite, or whose squares are not. Look at the "
+                "weights before it, or use method='optimal', which needs no inputs."
+            )
+        weight, unit = in_range(read_array(dense_twin(layer.module)["weight"]))
+        bits, size = layer.format.bits, layer.format.group_size
+        drift = learned.drift_of(layer.path)
+        metric = learned if judged is None or judged.of(layer.path) is None else judged
+        test, test_drift = metric.of(layer.path), metric.drift_of(layer.path)
+        assert test is not None
+        if isinstance(layer.module, nn.Embedding):
+            # It is looked up as well, which takes each weight as it is: both relative errors count.
+            moments, test = _with_lookups(weight, moments), _with_lookups(weight, test)
+        energy = mx.diagonal(moments, axis1=-2, axis2=-1)
+        optimal, nearest = (self._packed(weight, layer, how, energy) for how in ("optimal", "nearest"))
+        stacked = weight.ndim == 3
+        counts = learned.experts_of(layer.path) or [learned.tokens[layer.path]]
+        parts = []
+        for e, count in enumerate(counts):
+            at: Any = e if stacked else slice(None)
+            shrinkage = shrinkage_for(weight.shape[-1], count)
+            start: Any = tuple(a[at] for a in optimal)
+            wanted = weight[at] if drift is None else corrected(weight, moments, drift, shrinkage)
+            parts.append(
+                quantize_gptq(wanted, moments[at], bits, size, effort=self._effort, start=start, shrinkage=shrinkage)
+            )
+        columns: Any = list(zip(*parts, strict=True))[:3]
+        found: Arrays = tuple(mx.stack(list(a)) if stacked else a[0] for a in columns)  # type: ignore[assignment]
+        made = {"optimal": optimal, "nearest": nearest, "gptq": found}
+        for name in ("nearest", "gptq"):
+            if overflows(made[name], layer.format, weight.dtype):
+                del made[name]
+        errors = {name: _error(weight, arrays, test, test_drift, bits, size) for name, arrays in made.items()}
+        best = min(made, key=lambda name: errors[name])  # of equals the first
+        self._bar.advance()
+        notes = []
+        if best != "gptq":
+            lost = f"{errors['gptq']:.3g}" if "gptq" in errors else "infinite"
+            notes.append(f"kept {best!r}: gptq's output error was {lost} against {errors[best]:.3g}")
+        if stacked and (unseen := note_of_experts(counts)):
+            notes.append(unseen)
+        outcome = CalibratedLayer(layer.path, best, errors[best], errors["optimal"], "; ".join(notes) or None)
+        packed, scales, biases = made[best]
+        unit = unit.astype(scales.dtype)
+        return outcome, (packed, scales * unit, biases * unit)
+
+    def _fall_back(self, layer: LayerPlan, why: str) -> CalibratedLayer:
+        outcome, arrays = self._optimal(layer, why)
+        self._install(layer, arrays)
+        return outcome
+
+    def _optimal(self, layer: LayerPlan, why: str) -> tuple[CalibratedLayer, Arrays]:
+        arrays = self._packed(read_array(dense_twin(layer.module)["weight"]), layer, "optimal", layer.energy)
+        self._bar.advance()
+        return CalibratedLayer(layer.path, "optimal", None, None, f"kept 'optimal': {why}"), arrays
+
+    def _packed(self, weight: mx.array, layer: LayerPlan, method: str, energy: mx.array | None) -> Arrays:
+        assert layer.format is not None
+        (packed, scales, biases), _ = pack(weight, layer.format, method, self._effort, energy)
+        assert biases is not None
+        return packed, scales, biases
+
+
+def _error(weight: mx.array, arrays: Arrays, moments: Any, drift: Drift | None, bits: int, size: int) -> float:
+    """Relative output error; over a stack of experts, of all their outputs together."""
+    after = dequantize_arrays(*arrays, group_size=size, bits=bits)
+    if drift is not None and drift.own is not None:
+        return drifted_output_error(weight, after, moments, drift)
+    if weight.ndim == 2:
+        return output_error(weight, after, moments)
+    energies = [_energy(w.astype(mx.float32), h) for w, h in zip(weight, moments, strict=True)]
+    errors = [output_error(w, a, h) for w, a, h in zip(weight, after, moments, strict=True)]
+    total = sum(energies)
+    return sum(e * n for e, n in zip(errors, energies, strict=True)) / total if total > 0 else 0.0
+
+
+def _with_lookups(weight: mx.array, moments: mx.array, share: float = LOOKUP_SHARE) -> mx.array:
+    """The metric of a tied embedding: relative squared error of the logits plus that of the rows themselves."""
+    w = weight.astype(mx.float32)
+    rows = share / max(number(mx.square(w).sum()), 1e-30)
+    return moments / max(_energy(w, moments), 1e-30) + rows * mx.eye(moments.shape[0])
+
+
+def _energy(weight: mx.array, moments: mx.array) -> float:
+    return number(((weight @ moments) * weight).sum())

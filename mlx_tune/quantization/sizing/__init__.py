@@ -1,0 +1,1 @@
+"""A size to be met: which layers get how many bits."""

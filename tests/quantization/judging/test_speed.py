@@ -1,0 +1,83 @@
+"""Which prompts are timed, told from models that say themselves how long they take."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_tune.quantization.judging import speed
+from mlx_tune.quantization.judging.speed import measure_after, measure_before
+from mlx_tune.quantization.models.batches import Batch
+
+
+class Says(nn.Module):
+    """Its answer is the seconds that it takes: so many for a token."""
+
+    def __init__(self, each: float) -> None:
+        super().__init__()
+        self.each = each
+
+    def __call__(self, x: mx.array) -> float:
+        return self.each * x.shape[1]
+
+
+@pytest.fixture(autouse=True)
+def believed(monkeypatch) -> None:
+    monkeypatch.setattr(speed, "_median_seconds", lambda run: run())
+
+
+def tokens(length: int = 100) -> Batch:
+    array = mx.zeros((2, length), dtype=mx.int32)
+    return Batch((array,), array)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "length", "expected"),
+    [
+        (0.001, 0.01, 100, 64),
+        (0.001, 0.01, 33, 33),
+        (0.001, 0.3, 100, 16),  # a prompt of 64 would take 19 seconds
+        (0.001, 1.0, 100, 4),
+        (0.3, 0.01, 100, 16),  # what was not timed before is not timed after
+        (0.001, 60.0, 100, 1),
+        (0.001, 0.01, 3, 3),
+    ],
+)
+def test_the_longest_prompt_that_both_take_in_reasonable_time(before, after, length, expected) -> None:
+    first = measure_before(Says(before), tokens(length), tokens_in=True)
+    found = measure_after(Says(after), tokens(length), first)
+    assert found.before.prefill_tokens == found.after.prefill_tokens == expected
+    assert found.before.prefill_seconds == pytest.approx(before * expected)
+    assert found.after.prefill_seconds == pytest.approx(after * expected)
+    assert (found.before.decode_seconds, found.after.decode_seconds) == (before, after)
+    text = str(found)
+    assert (f"prefill, {expected} tokens" in text) == (expected > 1)
+    assert "decode, one token without context" in text
+    assert f"{before / after:.2f}" in text
+
+
+def test_other_models_are_timed_by_the_batch() -> None:
+    batch = Batch((mx.zeros((2, 5)),), None)
+    found = measure_after(Says(2.0), batch, measure_before(Says(1.0), batch, tokens_in=False))
+    assert (found.before.prefill_seconds, found.after.prefill_seconds) == (5.0, 10.0)
+    assert found.after.decode_seconds is None
+    assert "one batch" in str(found)
+
+
+def test_a_loss_is_timed_with_its_model() -> None:
+    def loss(model: nn.Module, x: mx.array) -> float:
+        return 100 * model(x)
+
+    batch = Batch((mx.zeros((2, 5)),), None)
+    found = measure_after(Says(2.0), batch, measure_before(Says(1.0), batch, tokens_in=False, loss=loss), loss=loss)
+    assert (found.before.prefill_seconds, found.after.prefill_seconds) == (500.0, 1000.0)
+
+
+def test_a_run_that_takes_long_is_not_repeated(monkeypatch) -> None:
+    monkeypatch.undo()
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    runs = []
+    assert speed._median_seconds(lambda: runs.append(1) or mx.zeros(1)) == 2
+    assert len(runs) == 1

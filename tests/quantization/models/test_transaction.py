@@ -1,0 +1,262 @@
+import os
+import shutil
+import signal
+import tempfile
+from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import quantization_toys as toys
+
+import mlx_tune as mt
+import mlx_tune.quantization.learning.one_layer as alone
+import mlx_tune.quantization.models.transaction as transaction_module
+from mlx_tune.quantization.formats.lazy import is_unevaluated
+from mlx_tune.quantization.judging.evaluation import Comparison
+from mlx_tune.quantization.models.sites import module_at
+from mlx_tune.quantization.models.transaction import Transaction, original, swap
+
+
+class FailedError(Exception):
+    pass
+
+
+@contextmanager
+def failing(model: nn.Module, **options: Any) -> Iterator[Transaction]:
+    """A transaction whose block fails at its end."""
+    with pytest.raises(FailedError), Transaction(model, **options) as transaction:  # noqa: PT012
+        yield transaction
+        raise FailedError
+
+
+def wide(layers: int = 4, width: int = 512) -> nn.Sequential:
+    mx.random.seed(3)
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    mx.eval(model.parameters())
+    return model
+
+
+def quantize_all(model: nn.Sequential) -> None:
+    for i in range(len(model.layers)):
+        new = model.layers[i].to_quantized(64, 4)
+        mx.eval(new.parameters())
+        swap(model, f"layers.{i}", new)
+        del new
+
+
+def test_a_failure_puts_everything_back(tmp_path: Path) -> None:
+    model = toys.llama(tied=False)
+    before, modules = toys.arrays_of(model), [type(m) for m in model.modules()]
+    with failing(model, folder=tmp_path):
+        swap(model, "lm_head", model.lm_head.to_quantized(64, 4))
+        swap(model, "model.layers.1.mlp.up_proj", nn.ReLU())
+        swap(model, "model.layers.1.mlp.up_proj", nn.GELU())
+    assert toys.same_arrays(before, toys.arrays_of(model))
+    assert [type(m) for m in model.modules()] == modules
+    assert list(tmp_path.iterdir()) == []
+
+
+def interrupting(monkeypatch, owner: Any, name: str, at: int) -> None:
+    """Have the system send a Ctrl-C during one of the calls of a function."""
+    real, calls = getattr(owner, name), []
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(name)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at"),
+    [
+        (alone, "pack", 3),
+        (alone, "signal_to_noise_db", 15),
+        (transaction_module, "put_module", 1),
+        (transaction_module, "put_module", 15),
+        (mx, "save_safetensors", 4),
+        (Comparison, "judge", 1),
+    ],
+)
+def test_a_ctrl_c_at_any_moment_leaves_the_model_as_it_was(monkeypatch, tmp_path, owner, name: str, at: int) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = toys.llama()
+    before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
+    interrupting(monkeypatch, owner, name, at)
+    with pytest.raises(KeyboardInterrupt):
+        mt.quantize_model(model, 4, 64, method="nearest", evaluation=[toys.tokens()], progress=False)
+    assert toys.same_arrays(before, toys.arrays_of(model))
+    assert [type(m) for m in model.modules()] == kinds
+    assert all(m.training for m in model.modules())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_ctrl_c_waits_until_everything_is_back(monkeypatch) -> None:
+    model = toys.llama(tied=False)
+    before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
+    with pytest.raises(KeyboardInterrupt), Transaction(model):  # noqa: PT012
+        for i in range(2):
+            swap(model, f"model.layers.{i}.mlp.up_proj", nn.ReLU())
+        interrupting(monkeypatch, transaction_module, "put_module", 1)
+        raise FailedError
+    assert toys.same_arrays(before, toys.arrays_of(model))
+    assert [type(m) for m in model.modules()] == kinds
+
+
+def test_success_leaves_no_file_and_keeps_the_swaps(tmp_path: Path) -> None:
+    model = wide()
+    with Transaction(model, folder=tmp_path) as transaction:
+        quantize_all(model)
+        assert len(list(tmp_path.glob("mlx_tune-originals-*/*/*.safetensors"))) == 4
+        assert transaction.notes == []
+    assert list(tmp_path.iterdir()) == []
+    assert all(isinstance(layer, nn.QuantizedLinear) for layer in model.layers)
+
+
+def test_replaced_weights_leave_memory(tmp_path: Path) -> None:
+    model = wide()
+    one = 512 * 512 * 4
+    before = mx.get_active_memory()
+    with Transaction(model, folder=tmp_path):
+        mx.reset_peak_memory()
+        quantize_all(model)
+        assert mx.get_active_memory() < before - 3 * one
+        assert mx.get_peak_memory() < before + one
+        kept = mx.get_active_memory()
+        with failing(model, folder=tmp_path):
+            pass
+        assert mx.get_active_memory() == kept
+
+
+def test_undoing_needs_no_more_than_the_model_and_a_layer(tmp_path: Path) -> None:
+    model = wide()
+    before = mx.get_active_memory()
+    with failing(model, folder=tmp_path):
+        quantize_all(model)
+        mx.reset_peak_memory()
+    assert mx.get_peak_memory() <= before + 512 * 512 * 4
+    assert mx.get_active_memory() == before
+
+
+def test_a_lazily_loaded_model_is_lazy_again_after_a_failure(tmp_path: Path) -> None:
+    model = wide()
+    mx.save_safetensors(str(tmp_path / "w.safetensors"), toys.arrays_of(model))
+    expected = toys.arrays_of(model)
+    model.load_weights(str(tmp_path / "w.safetensors"))
+    with failing(model):
+        for i in range(4):
+            swap(model, f"layers.{i}", nn.ReLU())
+    assert all(is_unevaluated(layer.weight) for layer in model.layers)
+    assert toys.same_arrays(expected, toys.arrays_of(model))
+
+
+def test_a_lazily_loaded_weight_is_not_written_anywhere(tmp_path: Path) -> None:
+    model = wide(1)
+    mx.save_safetensors(str(tmp_path / "w.safetensors"), toys.arrays_of(model))
+    model.load_weights(str(tmp_path / "w.safetensors"))
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    with Transaction(model, folder=spill):
+        swap(model, "layers.0", nn.ReLU())
+        assert list(spill.iterdir()) == []
+
+
+def test_tied_weights_are_tied_again() -> None:
+    model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96, bias=False))
+    model.layers[1].weight = model.layers[0].weight
+    with failing(model):
+        swap(model, "layers.0", nn.ReLU())
+        swap(model, "layers.1", nn.ReLU())
+    assert model.layers[0].weight is model.layers[1].weight
+
+
+def test_a_module_in_two_places_is_one_again() -> None:
+    layer = nn.Linear(64, 64)
+    model = nn.Sequential(layer, layer)
+    before = toys.arrays_of(layer)
+    del layer
+    with failing(model):
+        swap(model, "layers.0", nn.ReLU())
+        swap(model, "layers.1", nn.ReLU())
+    assert model.layers[0] is model.layers[1]
+    assert toys.same_arrays(before, toys.arrays_of(model.layers[0]))
+
+
+def test_a_module_that_somebody_holds_comes_back_itself() -> None:
+    model = wide(1)
+    held = model.layers[0]
+    with failing(model):
+        swap(model, "layers.0", nn.ReLU())
+    assert model.layers[0] is held
+
+
+def test_frozen_sets_and_training_flags_come_back() -> None:
+    model = wide(1)
+    model.layers[0].freeze()
+    model.layers[0]._training = False
+    with failing(model):
+        swap(model, "layers.0", nn.ReLU())
+    assert model.layers[0]._no_grad == {"weight"}
+    assert model.layers[0].training is False
+
+
+def test_originals_and_the_reference_can_be_read_meanwhile() -> None:
+    model = toys.llama()
+    x = toys.tokens()
+    expected = model(x)
+    before = toys.arrays_of(model)
+    with Transaction(model) as transaction:
+        for path in ("model.embed_tokens", "model.layers.0.mlp.up_proj"):
+            swap(model, path, module_at(model, path).to_quantized(64, 2))
+        assert not mx.array_equal(model(x), expected).item()
+        reference = transaction.reference()
+        assert mx.array_equal(reference(x), expected).item()
+        assert toys.same_arrays(before, toys.arrays_of(reference))
+        up = original(model, "model.layers.0.mlp.up_proj")
+        assert mx.array_equal(up.weight, before["model.layers.0.mlp.up_proj.weight"]).item()
+        assert original(model, "model.layers.1.mlp.up_proj") is model.model.layers[1].mlp.up_proj
+        assert isinstance(model.model.embed_tokens, nn.QuantizedEmbedding)
+
+
+def test_a_full_disk_keeps_the_originals_in_memory_and_says_so(monkeypatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
+    model = wide(2)
+    before = toys.arrays_of(model)
+    with failing(model) as transaction:
+        quantize_all(model)
+        assert len(transaction.notes) == 1
+        assert "stayed in memory" in transaction.notes[0]
+    assert toys.same_arrays(before, toys.arrays_of(model))
+
+
+def test_a_temporary_folder_in_memory_is_in_the_notes(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(transaction_module, "in_memory", lambda folder: folder == tmp_path)
+    with Transaction(wide(), folder=tmp_path) as transaction:
+        quantize_all(transaction.model)
+        assert [f"set aside in {tmp_path}, which lies in memory itself" in note for note in transaction.notes] == [True]
+
+
+def test_swaps_outside_a_transaction_are_plain() -> None:
+    model = wide(2)
+    other = wide(2)
+    with Transaction(other):
+        swap(model, "layers.0", nn.ReLU())
+    assert isinstance(model.layers[0], nn.ReLU)
+    with pytest.raises(KeyError):
+        swap(model, "nothing", nn.ReLU())
+    assert "nothing" not in model
+
+
+def test_the_folder_is_made_only_when_needed() -> None:
+    found = set(Path(tempfile.gettempdir()).glob("mlx_tune-originals-*"))
+    with Transaction(wide(1)):
+        pass
+    assert set(Path(tempfile.gettempdir()).glob("mlx_tune-originals-*")) <= found

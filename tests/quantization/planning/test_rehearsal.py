@@ -1,0 +1,87 @@
+"""Models that read a layer's weight themselves: found before anything is computed."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import quantization_toys as toys
+
+import mlx_tune as mt
+from mlx_tune.quantization.models.batches import Batch
+from mlx_tune.quantization.planning.layout import plan_quantization
+from mlx_tune.quantization.planning.rehearsal import check_runs
+
+
+class Tied(nn.Module):
+    """Its head multiplies by the embedding's weight, as in mlx-lm's Seed-OSS and Llama 4 where they are tied."""
+
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 64)
+        self.layers = [nn.Linear(64, 64) for _ in range(layers)]
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = nn.relu(layer(x))
+        return x @ self.embed.weight.T
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"evaluation": [toys.tokens()]},
+        {"calibration": [toys.tokens(seed=i) for i in range(2)], "method": "gptq"},
+        {"calibration": [toys.tokens(seed=i) for i in range(2)], "target_bpw": 6},
+        {"evaluation": [toys.tokens()], "loss": lambda model, x: model(x[:, :-1])},
+    ],
+    ids=["evaluation", "gptq", "target", "loss"],
+)
+def test_a_weight_that_the_model_reads_itself_is_named_before_anything_is_done(monkeypatch, options: dict) -> None:
+    model = Tied()
+    before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
+    monkeypatch.setattr("mlx_tune.quantization.learning.one_layer.pack", None)
+    with pytest.raises(mt.MlxTuneError, match=r"once embed is packed: ValueError: .*skip=\['embed'\]"):
+        mt.quantize_model(model, 4, 64, progress=False, **options)
+    assert [type(m) for m in model.modules()] == kinds
+    assert toys.same_arrays(before, toys.arrays_of(model))
+
+
+def test_the_plan_names_it_too() -> None:
+    with pytest.raises(mt.MlxTuneError, match=r"once embed is packed"):
+        mt.plan_quantization(Tied(), 4, 64, evaluation=[toys.tokens()])
+    with pytest.raises(mt.MlxTuneError, match=r"cannot be called with calibration\[0\]"):
+        mt.plan_quantization(Tied(), 4, 64, calibration=[mx.ones((3, 3))])
+
+
+def test_it_works_with_that_layer_left_alone() -> None:
+    report = mt.quantize_model(Tied(), 4, 64, skip=["embed"], evaluation=[toys.tokens()], progress=False)
+    assert len(report.layers) == 3
+    assert report.accuracy.mean_kl < 0.1
+
+
+def test_several_culprits_are_all_found() -> None:
+    class Several(Tied):
+        def __call__(self, tokens: mx.array) -> mx.array:
+            return self.embed(tokens) @ self.layers[1].weight @ self.layers[4].weight @ self.layers[0].weight
+
+    model = Several(6)
+    layers = plan_quantization(model).layers
+    with pytest.raises(mt.MlxTuneError, match=r"once layers\.0, layers\.1, layers\.4 are packed"):
+        check_runs(model, layers, Batch((toys.tokens(),), toys.tokens()))
+
+
+def test_nothing_is_evaluated(tmp_path) -> None:
+    model = toys.llama()
+    mx.save_safetensors(str(tmp_path / "w.safetensors"), toys.arrays_of(model))
+    model.load_weights(str(tmp_path / "w.safetensors"))
+    before = mx.get_active_memory()
+    check_runs(model, plan_quantization(model).layers, Batch((toys.tokens(),), toys.tokens()))
+    assert mx.get_active_memory() < before + 10_000
+    assert type(model.model.embed_tokens) is nn.Embedding
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("make", [toys.llama, toys.qwen3_moe, toys.gemma2, toys.lfm2])
+def test_models_that_call_their_layers_pass_in_every_mode(make, mode: str) -> None:
+    model = make()
+    check_runs(model, plan_quantization(model, mode=mode).layers, Batch((toys.tokens(),), toys.tokens()))
