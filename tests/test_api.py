@@ -30,6 +30,8 @@ FLOORS = [
     ["lm"],
     ["cli"],
 ]
+#: Rooms in a room that know nothing of each other.
+SIDE_BY_SIDE = {"mlx_tune.graphs.tracing", "mlx_tune.graphs.simulating"}
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 #: DESIGN's names. The table in `mlx_tune/__init__.py` may hold more (result types, errors), never fewer.
@@ -149,6 +151,8 @@ def test_arrows_point_down(name, file):
             continue  # the version
         allowed = other == room or FLOOR_OF[other] < FLOOR_OF[room]
         assert allowed, f"{name} imports {target}, which is not below it"
+        pair = {".".join(module.split(".")[:3]) for module in (name, target)}
+        assert pair != SIDE_BY_SIDE, f"{name} imports {target}, which lies beside it"
 
 
 @pytest.mark.parametrize(("name", "file"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")

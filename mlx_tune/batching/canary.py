@@ -81,7 +81,7 @@ def _loss(
 def _repeat(row: Any, size: int) -> Any:
     import mlx.core as mx
 
-    from mlx_tune.graphs.trees import arrays_of, with_arrays
+    from mlx_tune.graphs.arguments import arrays_of, with_arrays
 
     def repeated(array: mx.array) -> mx.array:
         if array.ndim == 0 or array.shape[0] != 1:

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_tune.errors import CheckpointError
-from mlx_tune.graphs.graph import ArraySpec
+from mlx_tune.graphs.arguments import ArraySpec
 from mlx_tune.interrupts import interruptible
 from mlx_tune.trees import arrays_of
 

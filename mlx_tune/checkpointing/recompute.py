@@ -15,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune import graphs
 from mlx_tune.checkpointing.captures import Walk
 from mlx_tune.checkpointing.constants import Refusals
 from mlx_tune.checkpointing.effects import Rewound
@@ -23,6 +22,7 @@ from mlx_tune.checkpointing.keep import Frame, with_gradient
 from mlx_tune.checkpointing.notes import Note, filled
 from mlx_tune.checkpointing.randomness import draws_from, thread_stream
 from mlx_tune.errors import CheckpointError
+from mlx_tune.graphs.tracing.recomputation import is_tracing, traced_checkpoint
 from mlx_tune.places import Held
 
 _thread = threading.local()
@@ -353,8 +353,8 @@ def _recomputed(call: _Call) -> list[mx.array]:
     """Run a call under MLX's transformations."""
     arrays = call.arrays
     call.arrays = []
-    if graphs.is_tracing():
-        return graphs.traced_checkpoint(call, arrays)
+    if is_tracing():
+        return traced_checkpoint(call, arrays)
     forward: Any = mx.custom_function(lambda held: call(*held))
     forward.vjp(call.gradients)
     return call.watched(forward(arrays))

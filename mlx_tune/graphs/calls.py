@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import InvalidArgumentError, TraceError
-from mlx_tune.graphs.interception import function_of
-from mlx_tune.graphs.tracing import trace_step
+from mlx_tune.graphs.tracing.interception import function_of
+from mlx_tune.graphs.tracing.trace import trace_step
 from mlx_tune.interrupts import interruptible
 
 #: What MLX's transformations return: functions that take what the function inside takes.

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from mlx_tune.garbage import no_collections
 from mlx_tune.graphs.belonging import modules_of
 from mlx_tune.graphs.calls import taking
-from mlx_tune.graphs.floor import PURPOSES, Buffer, Course, simulate
 from mlx_tune.graphs.graph import Graph, dtype_name
-from mlx_tune.graphs.order import evaluation_order
-from mlx_tune.graphs.tracing import trace_step
+from mlx_tune.graphs.simulating.allocator import PURPOSES, Buffer
+from mlx_tune.graphs.simulating.course import Course, simulate
+from mlx_tune.graphs.simulating.order import evaluation_order
+from mlx_tune.graphs.tracing.trace import trace_step
 from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_percent, format_seconds
 
@@ -209,9 +210,14 @@ class MemoryEstimate(Tabular):
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        from mlx_tune.graphs.picture import draw
+        from mlx_tune.graphs.picture import draw_memory
 
-        return draw(self, path, dark=dark)
+        largest = [
+            f"{format_bytes(owner.nbytes * count)}  {owner.operation or owner.label}, {list(owner.shape)}"
+            f"{f' x {count}' if count > 1 else ''}, {owner.place}"
+            for owner, count in self.largest_owners(6)
+        ]
+        return draw_memory(self.live_by_purpose, self.by_purpose, self.peak_operation, largest, path, dark=dark)
 
 
 def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> MemoryEstimate:

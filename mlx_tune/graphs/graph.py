@@ -2,55 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-
-from mlx_tune.errors import InvalidArgumentError
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """The shape and dtype of an array that need not exist.
-
-    `estimate_memory` takes these wherever a step takes an array, at any depth of its arguments.
-
-    Args:
-        shape: The dimensions.
-        dtype: Any MLX dtype.
-
-    Raises:
-        InvalidArgumentError: `shape` is no sequence of whole numbers from 0 up, or `dtype` no MLX dtype.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> ArraySpec((8, 4096), mx.int32).nbytes
-        131072
-    """
-
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-
-    def __post_init__(self) -> None:
-        """Accept any sequence of whole numbers as the shape."""
-        try:
-            shape = tuple(operator.index(n) for n in self.shape)
-        except TypeError:
-            shape = (-1,)
-        if any(n < 0 for n in shape):
-            raise InvalidArgumentError(f"shape={self.shape!r}: give the dimensions, such as (8, 2048).")
-        if not isinstance(self.dtype, mx.Dtype):
-            raise InvalidArgumentError(f"dtype={self.dtype!r}: give one of MLX's, such as mx.float32.")
-        object.__setattr__(self, "shape", shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of such an array."""
-        return prod(self.shape) * self.dtype.size
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

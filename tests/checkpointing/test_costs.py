@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 
 from mlx_tune.checkpointing.costs import Calls, forward_seconds, kind_of, recorded
 from mlx_tune.errors import CheckpointError
-from mlx_tune.graphs.graph import ArraySpec
+from mlx_tune.graphs.arguments import ArraySpec
 
 
 class Block(nn.Module):

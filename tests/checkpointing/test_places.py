@@ -199,7 +199,7 @@ def test_nothing_to_differentiate():
 
 def test_traced_steps_have_the_same_gradients():
     """`estimate_memory` writes the second run out, since MLX cannot export its own checkpoints."""
-    from mlx_tune.graphs.recomputation import tracing
+    from mlx_tune.graphs.tracing.recomputation import tracing
 
     class Block(nn.Module):
         def __init__(self):

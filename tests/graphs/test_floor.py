@@ -19,7 +19,7 @@ import pytest
 from keeping_up import keep_up, throttled_peak
 
 from mlx_tune.graphs import estimate_memory
-from mlx_tune.graphs.primitives import CPU
+from mlx_tune.graphs.simulating.cpu import CPU
 from mlx_tune.trees import arrays_of
 
 pytestmark = pytest.mark.cpu_only

@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_map
 
 import mlx_tune as mt
-import mlx_tune.graphs.built as built
+import mlx_tune.graphs.tracing.built as built
 
 PACKAGE = str(Path(mt.__file__).parent)
 

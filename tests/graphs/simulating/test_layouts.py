@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tune.graphs import layouts
+from mlx_tune.graphs.simulating import layouts
 
 pytestmark = pytest.mark.cpu_only
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_tune.graphs.floor import Machine
-from mlx_tune.graphs.graph import Node
+if TYPE_CHECKING:
+    from mlx_tune.graphs.graph import Node
+    from mlx_tune.graphs.simulating.allocator import Allocator
 
 
-def convolution(m: Machine, node: Node) -> None:
+def convolution(m: Allocator, node: Node) -> None:
     """Convolution by one matrix product over unfolded, padded float32 patches, as far as the shapes allow."""
     value, weight, out = *node.inputs[:2], node.outputs[0]
     m.allocate(out)

@@ -10,21 +10,21 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.errors import InvalidArgumentError, TraceError
-from mlx_tune.graphs.blame import explain_failure, refused_primitive
-from mlx_tune.graphs.built import BuiltGraph, made_by_operations
-from mlx_tune.graphs.checkpoints import fold_checkpoints
-from mlx_tune.graphs.custom_gradients import Marks, fold_custom_gradients
-from mlx_tune.graphs.first_steps import FirstStep
-from mlx_tune.graphs.fusion import fuse
-from mlx_tune.graphs.graph import ArraySpec, Graph, Node, Value, dtype_name
-from mlx_tune.graphs.interception import Interception, compiles, intercepted
-from mlx_tune.graphs.parts import fuse_parts
-from mlx_tune.graphs.recomputation import tracing
-from mlx_tune.graphs.slots import Slot, slots_of
-from mlx_tune.graphs.standins import STAND_INS
-from mlx_tune.graphs.surroundings import Surroundings
-from mlx_tune.graphs.trees import leaves, with_arrays
-from mlx_tune.graphs.unmerge import Names, unmerge
+from mlx_tune.graphs.arguments import ArraySpec, leaves, with_arrays
+from mlx_tune.graphs.graph import Graph, Node, Value, dtype_name
+from mlx_tune.graphs.tracing.built import BuiltGraph, made_by_operations
+from mlx_tune.graphs.tracing.checkpoints import fold_checkpoints
+from mlx_tune.graphs.tracing.custom_gradients import Marks, fold_custom_gradients
+from mlx_tune.graphs.tracing.failures import explain_failure, refused_primitive
+from mlx_tune.graphs.tracing.first_steps import FirstStep
+from mlx_tune.graphs.tracing.fusion import fuse
+from mlx_tune.graphs.tracing.interception import Interception, compiles, intercepted
+from mlx_tune.graphs.tracing.parts import fuse_parts
+from mlx_tune.graphs.tracing.recomputation import tracing
+from mlx_tune.graphs.tracing.slots import Slot, slots_of
+from mlx_tune.graphs.tracing.standins import STAND_INS
+from mlx_tune.graphs.tracing.surroundings import Surroundings
+from mlx_tune.graphs.tracing.unmerge import Names, unmerge
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.state import Snapshot
 

@@ -6,8 +6,8 @@ a gradient. MLX merges and fuses what is inside of each compiled call, and evalu
 
 from __future__ import annotations
 
-from mlx_tune.graphs.fusion import fuse
 from mlx_tune.graphs.graph import NOOPS, Graph, Node, Part
+from mlx_tune.graphs.tracing.fusion import fuse
 
 
 def fuse_parts(graph: Graph) -> Graph:

@@ -12,11 +12,11 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_map
 
-import mlx_tune.graphs.tracing as tracing
+import mlx_tune.graphs.tracing.trace as tracing
 from mlx_tune.graphs import estimate_memory
-from mlx_tune.graphs.built import BuiltGraph
-from mlx_tune.graphs.order import evaluation_order
-from mlx_tune.graphs.tracing import trace_step
+from mlx_tune.graphs.simulating.order import evaluation_order
+from mlx_tune.graphs.tracing.built import BuiltGraph
+from mlx_tune.graphs.tracing.trace import trace_step
 from mlx_tune.trees import arrays_of
 
 

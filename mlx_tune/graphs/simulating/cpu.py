@@ -9,24 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import TYPE_CHECKING, TypeAlias
 
-from mlx_tune.graphs import layouts
-from mlx_tune.graphs.convolutions import convolution
-from mlx_tune.graphs.floor import Machine
-from mlx_tune.graphs.graph import Node
-from mlx_tune.graphs.layouts import Layout
-from mlx_tune.graphs.products import addmm, gather_quantized_matmul, matmul, quantized_matmul
+from mlx_tune.graphs.simulating import layouts
+from mlx_tune.graphs.simulating.convolutions import convolution
+from mlx_tune.graphs.simulating.layouts import Layout
+from mlx_tune.graphs.simulating.products import addmm, gather_quantized_matmul, matmul, quantized_matmul
 
-Effect = Callable[[Machine, Node], None]
+if TYPE_CHECKING:
+    from mlx_tune.graphs.graph import Node
+    from mlx_tune.graphs.simulating.allocator import Allocator
+
+Effect: TypeAlias = "Callable[[Allocator, Node], None]"
 
 
-def fresh(m: Machine, node: Node) -> None:
+def fresh(m: Allocator, node: Node) -> None:
     """Every output gets a buffer of its own; inputs are read where they lie."""
     for out in node.outputs:
         m.allocate(out)
 
 
-def unary(m: Machine, node: Node) -> None:
+def unary(m: Allocator, node: Node) -> None:
     """Elementwise on one array: in place where nothing else needs it."""
     (value, *_), (out,) = node.inputs, node.outputs
     layout = m.layout[value]
@@ -38,7 +41,7 @@ def unary(m: Machine, node: Node) -> None:
         m.allocate(out, layout)
 
 
-def binary(m: Machine, node: Node) -> None:
+def binary(m: Allocator, node: Node) -> None:
     """Elementwise on two arrays: in place of either where its layout allows."""
     a, b = node.inputs
     out = node.outputs[0]
@@ -63,7 +66,7 @@ def binary(m: Machine, node: Node) -> None:
     m.allocate(out, layout)
 
 
-def binary_two(m: Machine, node: Node) -> None:
+def binary_two(m: Allocator, node: Node) -> None:
     """Elementwise on two arrays with two results."""
     x = m.layout[node.inputs[0]]
     y = m.layout[node.inputs[1]]
@@ -72,7 +75,7 @@ def binary_two(m: Machine, node: Node) -> None:
         m.allocate(out, x if same and x.data_size > 1 else None)
 
 
-def ternary(m: Machine, node: Node) -> None:
+def ternary(m: Allocator, node: Node) -> None:
     """Selection between two arrays."""
     a, b, c = node.inputs
     out = node.outputs[0]
@@ -91,7 +94,7 @@ def ternary(m: Machine, node: Node) -> None:
     m.allocate(out, layout)
 
 
-def compiled(m: Machine, node: Node) -> None:
+def compiled(m: Allocator, node: Node) -> None:
     """A chain of elementwise operations that `mx.compile` fused: no intermediates."""
     # A fused node's arguments are whether each input is a constant of the kernel, then the ops' names.
     constant = node.arguments[0]
@@ -125,19 +128,19 @@ def compiled(m: Machine, node: Node) -> None:
         m.allocate(value, layout if contiguous else None)
 
 
-def same_buffer(m: Machine, node: Node) -> None:
+def same_buffer(m: Allocator, node: Node) -> None:
     """The outputs are the first inputs under another name."""
     for value, out in zip(node.inputs, node.outputs, strict=False):
         m.share(out, value)
 
 
-def last_inputs(m: Machine, node: Node) -> None:
+def last_inputs(m: Allocator, node: Node) -> None:
     """The outputs are the last inputs under another name."""
     for value, out in zip(node.inputs[len(node.inputs) - len(node.outputs) :], node.outputs, strict=True):
         m.share(out, value)
 
 
-def reshaped(m: Machine, node: Node) -> None:
+def reshaped(m: Allocator, node: Node) -> None:
     """A view where the strides allow one, else a copy."""
     value, out = node.inputs[0], node.outputs[0]
     layout = layouts.reshape(m.shape(value), m.layout[value], m.shape(out))
@@ -147,19 +150,19 @@ def reshaped(m: Machine, node: Node) -> None:
     m.share(out, value, layout)
 
 
-def transposed(m: Machine, node: Node) -> None:
+def transposed(m: Allocator, node: Node) -> None:
     """A view with permuted axes."""
     value = node.inputs[0]
     m.share(node.outputs[0], value, layouts.transpose(m.shape(value), m.layout[value], node.arguments[0]))
 
 
-def broadcasted(m: Machine, node: Node) -> None:
+def broadcasted(m: Allocator, node: Node) -> None:
     """A view that repeats."""
     value, out = node.inputs[0], node.outputs[0]
     m.share(out, value, layouts.broadcast(m.shape(value), m.layout[value], m.shape(out)))
 
 
-def sliced(m: Machine, node: Node) -> None:
+def sliced(m: Allocator, node: Node) -> None:
     """A view of some elements; it keeps the whole buffer alive."""
     value, out = node.inputs[0], node.outputs[0]
     if prod(m.shape(out)) == 0:
@@ -168,31 +171,31 @@ def sliced(m: Machine, node: Node) -> None:
     m.share(out, value, layouts.slice_view(m.layout[value], node.arguments[2], m.shape(out)))
 
 
-def split(m: Machine, node: Node) -> None:
+def split(m: Allocator, node: Node) -> None:
     """Views of parts; each keeps the whole buffer alive."""
     for out in node.outputs:
         m.share(out, node.inputs[0], layouts.split_view(m.layout[node.inputs[0]], m.shape(out)))
 
 
-def squeezed(m: Machine, node: Node) -> None:
+def squeezed(m: Allocator, node: Node) -> None:
     """A view without unit axes."""
     value = node.inputs[0]
     m.share(node.outputs[0], value, layouts.squeeze(m.layout[value], node.arguments[0]))
 
 
-def expanded(m: Machine, node: Node) -> None:
+def expanded(m: Allocator, node: Node) -> None:
     """A view with more unit axes."""
     value = node.inputs[0]
     m.share(node.outputs[0], value, layouts.expand(m.layout[value], node.arguments[0]))
 
 
-def strided(m: Machine, node: Node) -> None:
+def strided(m: Allocator, node: Node) -> None:
     """A view with strides of its own."""
     value, out = node.inputs[0], node.outputs[0]
     m.share(out, value, layouts.as_strided(node.arguments[0], node.arguments[1], m.layout[value]))
 
 
-def viewed(m: Machine, node: Node) -> None:
+def viewed(m: Allocator, node: Node) -> None:
     """The bytes under another dtype; copied where the strides forbid it."""
     value, out = node.inputs[0], node.outputs[0]
     layout = m.layout[value]
@@ -202,7 +205,7 @@ def viewed(m: Machine, node: Node) -> None:
     m.allocate(out)
 
 
-def contiguous(m: Machine, node: Node) -> None:
+def contiguous(m: Allocator, node: Node) -> None:
     """The array itself where it already lies in a row."""
     value, out = node.inputs[0], node.outputs[0]
     if m.layout[value].row and m.buffers[m.buffer[value]].nbytes <= m.nbytes(out) + 16384:
@@ -211,35 +214,35 @@ def contiguous(m: Machine, node: Node) -> None:
     m.allocate(out)
 
 
-def cast(m: Machine, node: Node) -> None:
+def cast(m: Allocator, node: Node) -> None:
     """Another dtype: in place where the size stays and nothing else needs it."""
     m.copied(node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].contiguous)
 
 
-def filled(m: Machine, node: Node) -> None:
+def filled(m: Allocator, node: Node) -> None:
     """A constant written out."""
     layout = m.layout[node.inputs[0]]
     m.copied(node.inputs[0], node.outputs[0], layout.data_size != 1 and layout.contiguous)
 
 
-def updated(m: Machine, node: Node) -> None:
+def updated(m: Allocator, node: Node) -> None:
     """A copy of the first input, or the input itself, that parts are written into."""
     layout = m.layout[node.inputs[0]]
     whole = layout.contiguous and layout.data_size == prod(m.shape(node.inputs[0]))
     m.copied(node.inputs[0], node.outputs[0], whole and layout.data_size != 1)
 
 
-def scattered(m: Machine, node: Node) -> None:
+def scattered(m: Allocator, node: Node) -> None:
     """As `updated`, for the scatters."""
     m.copied(node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].row)
 
 
-def sorted_copy(m: Machine, node: Node) -> None:
+def sorted_copy(m: Allocator, node: Node) -> None:
     """A copy sorted in place."""
     m.copied(node.inputs[0], node.outputs[0], m.layout[node.inputs[0]].contiguous)
 
 
-def softmax(m: Machine, node: Node) -> None:
+def softmax(m: Allocator, node: Node) -> None:
     """In place where nothing else needs the input, else a copy of it."""
     value, out = node.inputs[0], node.outputs[0]
     layout = m.layout[value]
@@ -252,7 +255,7 @@ def softmax(m: Machine, node: Node) -> None:
         m.allocate(out, layout)
 
 
-def logsumexp(m: Machine, node: Node) -> None:
+def logsumexp(m: Allocator, node: Node) -> None:
     """A reduction over the last axis, which must be contiguous."""
     value, out = node.inputs[0], node.outputs[0]
     layout = m.layout[value]
@@ -261,17 +264,17 @@ def logsumexp(m: Machine, node: Node) -> None:
     m.allocate(out)
 
 
-def concatenated(m: Machine, node: Node) -> None:
+def concatenated(m: Allocator, node: Node) -> None:
     """One new buffer, each input copied into its part."""
     m.allocate(node.outputs[0])
 
 
-def padded(m: Machine, node: Node) -> None:
+def padded(m: Allocator, node: Node) -> None:
     """One new buffer, filled and then written into."""
     m.allocate(node.outputs[0])
 
 
-def scanned(m: Machine, node: Node) -> None:
+def scanned(m: Allocator, node: Node) -> None:
     """A scan reads rows, so another layout is copied first."""
     m.rows(node.inputs[0], node.outputs[0])
     m.allocate(node.outputs[0])

@@ -15,9 +15,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.graphs.checkpoints import sums_with_nothing
+from mlx_tune.graphs.arguments import arrays_of, with_arrays
 from mlx_tune.graphs.graph import Graph, Node, Part
-from mlx_tune.graphs.trees import arrays_of, with_arrays
+from mlx_tune.graphs.tracing.checkpoints import sums_with_nothing
 
 #: Marks are the smallest numbers of float32, which no step computes with.
 _SMALLEST = 2.0**-149

@@ -7,8 +7,8 @@ shapes and arguments.
 
 from __future__ import annotations
 
-from mlx_tune.graphs.built import BuiltGraph
 from mlx_tune.graphs.graph import NOOPS, Graph, Node, Part, Value
+from mlx_tune.graphs.tracing.built import BuiltGraph
 
 Names = tuple[list[int | None], list[int | None]]
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from mlx_tune.graphs.floor import Machine
-from mlx_tune.graphs.graph import Node
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx_tune.graphs.graph import Node
+    from mlx_tune.graphs.simulating.allocator import Allocator
 
 
-def matmul(m: Machine, node: Node) -> None:
+def matmul(m: Allocator, node: Node) -> None:
     """BLAS takes plain and transposed matrices; other layouts are copied first."""
     m.allocate(node.outputs[0])
     for value in node.inputs[:2]:
         _plain(m, value, node.outputs[0])
 
 
-def addmm(m: Machine, node: Node) -> None:
+def addmm(m: Allocator, node: Node) -> None:
     """As `matmul`, into a copy of the third input."""
     layout = m.layout[node.inputs[2]]
     m.copied(node.inputs[2], node.outputs[0], layout.row and layout.data_size != 1)
@@ -21,7 +24,7 @@ def addmm(m: Machine, node: Node) -> None:
         _plain(m, value, node.outputs[0])
 
 
-def quantized_matmul(m: Machine, node: Node) -> None:
+def quantized_matmul(m: Allocator, node: Node) -> None:
     """Every array must lie in a row; other layouts are copied first."""
     out = node.outputs[0]
     for value in node.inputs:
@@ -30,7 +33,7 @@ def quantized_matmul(m: Machine, node: Node) -> None:
         m.allocate(made)
 
 
-def gather_quantized_matmul(m: Machine, node: Node) -> None:
+def gather_quantized_matmul(m: Allocator, node: Node) -> None:
     """As `quantized_matmul`, for the last two axes; the indices are read where they lie."""
     out = node.outputs[0]
     for value in node.inputs[:-2]:
@@ -40,7 +43,7 @@ def gather_quantized_matmul(m: Machine, node: Node) -> None:
     m.allocate(out)
 
 
-def _plain(m: Machine, value: int, out: int) -> None:
+def _plain(m: Allocator, value: int, out: int) -> None:
     (rows, columns), shape = m.layout[value].strides[-2:], m.shape(value)
     if (rows == shape[-1] and columns == 1) or (rows == 1 and columns == shape[-2]):
         return

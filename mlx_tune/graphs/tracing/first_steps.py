@@ -14,8 +14,9 @@ import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
-from mlx_tune.graphs.graph import ArraySpec, dtype_name
-from mlx_tune.graphs.slots import slots_of
+from mlx_tune.graphs.arguments import ArraySpec
+from mlx_tune.graphs.graph import dtype_name
+from mlx_tune.graphs.tracing.slots import slots_of
 from mlx_tune.trees import children, walk
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.graphs.built import BuiltGraph
-from mlx_tune.graphs.custom_gradients import Marks, called_with_gradient, derivative_of
-from mlx_tune.graphs.recomputation import traced_checkpoint
-from mlx_tune.graphs.standins import STAND_INS, StandIn
-from mlx_tune.graphs.trees import arrays_of, with_arrays
+from mlx_tune.graphs.arguments import arrays_of, with_arrays
+from mlx_tune.graphs.tracing.built import BuiltGraph
+from mlx_tune.graphs.tracing.custom_gradients import Marks, called_with_gradient, derivative_of
+from mlx_tune.graphs.tracing.recomputation import traced_checkpoint
+from mlx_tune.graphs.tracing.standins import STAND_INS, StandIn
 
 _thread = threading.local()
 _lock = threading.Lock()

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import mlx_tune.graphs.surroundings as surroundings
+import mlx_tune.graphs.tracing.surroundings as surroundings
 from mlx_tune.errors import TraceError
 from mlx_tune.graphs import estimate_memory
 

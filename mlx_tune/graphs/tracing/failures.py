@@ -8,7 +8,8 @@ import traceback
 
 from mlx_tune.errors import TraceError
 
-_OWN = os.path.dirname(os.path.abspath(__file__))
+#: The folder of `graphs`, whose lines are not the step's.
+_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def explain_failure(error: BaseException) -> TraceError | None:

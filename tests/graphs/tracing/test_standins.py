@@ -10,13 +10,13 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 
-import mlx_tune.graphs.interception as interception
+import mlx_tune.graphs.tracing.interception as interception
 from mlx_tune.errors import TraceError
 from mlx_tune.graphs import ArraySpec, estimate_memory
-from mlx_tune.graphs.custom_gradients import Marks
-from mlx_tune.graphs.interception import Interception, intercepted
-from mlx_tune.graphs.recomputation import tracing
-from mlx_tune.graphs.standins import STAND_INS
+from mlx_tune.graphs.tracing.custom_gradients import Marks
+from mlx_tune.graphs.tracing.interception import Interception, intercepted
+from mlx_tune.graphs.tracing.recomputation import tracing
+from mlx_tune.graphs.tracing.standins import STAND_INS
 from mlx_tune.trees import arrays_of
 
 EXPERTS, WIDTH, HIDDEN = 4, 32, 48

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_tune.graphs.graph import Graph, Node, Value
-from mlx_tune.graphs.order import evaluation_order
+from mlx_tune.graphs.simulating.order import evaluation_order
 
 
 def graph_of(edges: dict[int, tuple[int, ...]], outputs: list[int]) -> Graph:

@@ -31,7 +31,7 @@ from weakref import CallableProxyType, ProxyType, ref
 
 import mlx.core as mx
 
-from mlx_tune.graphs.built import made_by_operations
+from mlx_tune.graphs.tracing.built import made_by_operations
 from mlx_tune.places import (
     Attributes,
     Cell,

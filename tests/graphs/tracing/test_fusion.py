@@ -11,8 +11,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 
-from mlx_tune.graphs.order import evaluation_order
-from mlx_tune.graphs.tracing import trace_step
+from mlx_tune.graphs.simulating.order import evaluation_order
+from mlx_tune.graphs.tracing.trace import trace_step
 
 
 def operations_of_mlx(*outputs: object) -> Counter[tuple[bool, int, int]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.graphs.custom_gradients import Marks, called_with_gradient
-from mlx_tune.graphs.recomputation import traced_checkpoint
+from mlx_tune.graphs.tracing.custom_gradients import Marks, called_with_gradient
+from mlx_tune.graphs.tracing.recomputation import traced_checkpoint
 
 
 @dataclass(frozen=True)
