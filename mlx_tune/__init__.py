@@ -26,6 +26,7 @@ _HOMES = {
     "parse_bytes": "units",
     "format_bytes": "units",
     "estimate_memory": "graphs",
+    "is_tracing": "graphs",
     "MemoryEstimate": "graphs",
     "ArraySpec": "graphs",
     "tightest_limit": "measuring.tightest_limit",
@@ -104,6 +105,7 @@ if TYPE_CHECKING:
     from mlx_tune.graphs import ArraySpec as ArraySpec
     from mlx_tune.graphs import MemoryEstimate as MemoryEstimate
     from mlx_tune.graphs import estimate_memory as estimate_memory
+    from mlx_tune.graphs import is_tracing as is_tracing
     from mlx_tune.measuring.tightest_limit import TightestLimit as TightestLimit
     from mlx_tune.measuring.tightest_limit import tightest_limit as tightest_limit
     from mlx_tune.memory import MemoryBudget as MemoryBudget

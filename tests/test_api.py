@@ -47,6 +47,7 @@ PUBLIC = [
     "uncheckpoint",
     "is_checkpointed",
     "is_recomputing",
+    "is_tracing",
     "checkpoint_blocks",
     "plan_checkpoints",
     "verify_checkpoint",

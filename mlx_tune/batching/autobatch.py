@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, SupportsIndex
+from typing import Any, SupportsIndex
 
 from mlx_tune.batching import canary as canary_check
 from mlx_tune.batching.isolation import IsolatedProbe
@@ -43,10 +43,8 @@ def autobatch(
     state: Any = (),
     steps: int = 2,
     slowdown: float | None = None,
-    prefer: Literal["largest", "fastest"] = "largest",
     canary: bool = False,
-    isolate: bool = False,
-    factory: str | None = None,
+    isolate: str | None = None,
     trial_timeout: float | None = None,
     journal: str | os.PathLike[str] | None = None,
     group: Any = None,
@@ -74,12 +72,11 @@ def autobatch(
             losses or the like that a step keeps elsewhere holds those of the trials, too.
         steps: Real steps that the answer must stand. From the second on, the optimizer's state is there.
         slowdown: Answer the largest batch whose steps take at most this share longer than unhindered ones.
-        prefer: "largest", or "fastest" for the smallest batch within 2 % of the best rate.
         canary: Check at the answer that the same rows, from the same weights, without dropout, give the same loss
             at batch 1 and at this size.
-        isolate: Run each trial in a fresh process, built by `factory`. One that is killed, crashes or hangs counts
-            as not fitting.
-        factory: "module:function", which returns `(step, make_batch, state)`; for `isolate`.
+        isolate: "module:function", a function that returns `(step, make_batch, state)`: each trial then runs in a fresh
+            process that calls it, in place of `step`, `make_batch` and `state` here. One that is killed, crashes or
+            hangs counts as not fitting.
         trial_timeout: Seconds after which an isolated trial counts as hanging.
         journal: A file in which trials are noted, so that an interrupted search, or one that took the machine down,
             goes on from there.
@@ -113,10 +110,8 @@ def autobatch(
     ranks = Ranks(group)
     sizes = agreed_sizes(ranks, min_batch, max_batch, multiple_of, target_batch)
     steps = ranks.agree(lambda: whole_number(steps, "steps", least=1))
-    ranks.agree(lambda: _check(slowdown, prefer, isolate, factory, trial_timeout, canary, step, make_batch))
-    ranks.same(
-        steps=steps, slowdown=slowdown, prefer=prefer, canary=canary, isolate=isolate, journal=journal is not None
-    )
+    ranks.agree(lambda: _check(slowdown, isolate, trial_timeout, canary, step, make_batch))
+    ranks.same(steps=steps, slowdown=slowdown, canary=canary, isolate=isolate is not None, journal=journal is not None)
     own = ranks.agree(lambda: resolve_budget(budget))
     allowed, note = _smallest(own, ranks), None
     if journal is not None:
@@ -124,15 +119,15 @@ def autobatch(
         note = ranks.agree(lambda: Journal(_of_rank(journal, ranks), asked=asked, resolved=allowed))
         allowed = _smallest(note.budget, ranks)
     with progress_bar("autobatch", enabled=progress and ranks.rank == 0) as bar:
-        if isolate:
+        if isolate is not None:
             left = ranks.smallest(ranks.agree(lambda: _beside_parent(allowed)))
-            isolated = IsolatedProbe(factory or "", left, trial_timeout, note)
+            isolated = IsolatedProbe(isolate, left, trial_timeout, note)
             session = Session(_through(isolated, note, ranks), sizes, left, steps, bar)
             session.foresee(lambda: Forecast.of_knots(ranks.first_knots(lambda: isolated.knots(sizes))))
             found = session.largest()
             if found.size is None:
                 raise too_large(session, allowed)
-            size = _choose(session, found.size, slowdown, prefer)
+            size = _choose(session, found.size, slowdown)
             unit = isolated.unit
         else:
             assert step is not None
@@ -153,7 +148,7 @@ def autobatch(
                 found = session.largest(accept)
                 if found.size is None:
                     raise too_large(session, allowed, estimated=(step, make_batch, state))
-                size = _choose(session, found.size, slowdown, prefer)
+                size = _choose(session, found.size, slowdown)
             unit = probe.unit
     chosen = session.known[size]
     following = found.size == size
@@ -195,7 +190,7 @@ def autobatch_by_length(
         make_batch: Makes a batch of n rows of a length: `make_batch(n, length)`.
         lengths: The lengths of the buckets, in any order.
         budget: As for `autobatch`; read once, for all lengths.
-        **options: Further arguments of `autobatch`, except `factory` and `isolate`.
+        **options: Further arguments of `autobatch`, except `isolate`.
 
     Returns:
         The result of each length, in ascending order of length.
@@ -215,8 +210,8 @@ def autobatch_by_length(
     lengths = [whole_number(length, "a length of lengths", least=1) for length in lengths]
     if not lengths:
         raise InvalidArgumentError("lengths=[]: give at least one length.")
-    if "isolate" in options or "factory" in options:
-        raise InvalidArgumentError("autobatch_by_length runs in this process: it takes neither isolate nor factory.")
+    if "isolate" in options:
+        raise InvalidArgumentError("autobatch_by_length runs in this process: it does not take isolate.")
     allowed = resolve_budget(budget)
     journal = options.pop("journal", None)
     results: dict[int, AutobatchResult] = {}
@@ -237,11 +232,9 @@ def _through(runner: Runner, journal: Journal | None, ranks: Ranks) -> Runner:
     return SharedRunner(runner, ranks, journal) if ranks.size > 1 else runner
 
 
-def _choose(session: Session, answer: int, slowdown: float | None, prefer: str) -> int:
+def _choose(session: Session, answer: int, slowdown: float | None) -> int:
     """The size to answer, the largest that fits being known."""
-    if slowdown is not None:
-        answer = session.within_slowdown(answer, slowdown)
-    return session.fastest(answer) if prefer == "fastest" else answer
+    return answer if slowdown is None else session.within_slowdown(answer, slowdown)
 
 
 def _canary(
@@ -282,9 +275,7 @@ def _of_rank(journal: str | os.PathLike[str], ranks: Ranks) -> str:
 
 def _check(
     slowdown: float | None,
-    prefer: str,
-    isolate: bool,
-    factory: str | None,
+    isolate: str | None,
     trial_timeout: float | None,
     canary: bool,
     step: Step | None,
@@ -293,19 +284,17 @@ def _check(
     """Refuse arguments that contradict one another."""
     if slowdown is not None and not slowdown >= 0:
         raise InvalidArgumentError(f"slowdown={slowdown}: give a share of at least 0, such as 0.02, or None.")
-    if prefer not in ("largest", "fastest"):
-        raise InvalidArgumentError(f'prefer={prefer!r}: give "largest" or "fastest".')
-    if isolate != (factory is not None):
+    if isolate is not None and (not isinstance(isolate, str) or not all(isolate.partition(":"))):
         raise InvalidArgumentError(
-            f"isolate={isolate} and factory={factory!r}: a trial in its own process needs both isolate=True and "
-            f'factory="module:function", which builds (step, make_batch, state) there.'
+            f'isolate={isolate!r}: write it as "module:function"; the function returns (step, make_batch, state) in '
+            f"each trial's own process."
         )
-    if trial_timeout is not None and not (isolate and trial_timeout > 0):
+    if trial_timeout is not None and not (isolate is not None and trial_timeout > 0):
         raise InvalidArgumentError(
             f"trial_timeout={trial_timeout}: only a trial in its own process can be ended, after more than 0 seconds; "
-            f"pass isolate=True with it."
+            f'pass isolate="module:function" with it.'
         )
-    if canary and isolate:
-        raise InvalidArgumentError("canary=True runs in this process: leave it out with isolate=True.")
-    if not isolate:
+    if canary and isolate is not None:
+        raise InvalidArgumentError("canary=True runs in this process: leave it out with isolate.")
+    if isolate is None:
         require_functions(step, make_batch)

@@ -45,7 +45,7 @@ class IsolatedProbe:
         module, _, function = factory.partition(":")
         if not module or not function.isidentifier():
             raise InvalidArgumentError(
-                f'factory={factory!r}: write it as "module:function"; the function returns (step, make_batch, state).'
+                f'isolate={factory!r}: write it as "module:function"; the function returns (step, make_batch, state).'
             )
         self.factory, self.budget_bytes, self.timeout, self.journal = factory, budget_bytes, timeout, journal
         self.throttle = Throttle()
@@ -107,7 +107,7 @@ class IsolatedProbe:
             if code is None or code < 0:
                 return _how_it_died(code, self.timeout)
             tail = "\n".join(words.read_text(errors="replace").splitlines()[-_LINES:])
-            raise TrialError(f"{what} failed in its process (factory={self.factory!r}):\n{tail}")
+            raise TrialError(f"{what} failed in its process (isolate={self.factory!r}):\n{tail}")
 
     def _wait(self, folder: str, stderr: Any, size: int | None) -> int | None:
         """The child's exit code, negative for a signal; None if it had to be ended for taking too long."""
@@ -155,7 +155,7 @@ def load_factory(factory: str) -> Callable[[], Any]:
     module, _, function = factory.partition(":")
     found: Callable[[], Any] | None = getattr(importlib.import_module(module), function, None)
     if not callable(found):
-        raise InvalidArgumentError(f"factory={factory!r}: module {module!r} has no function {function!r}.")
+        raise InvalidArgumentError(f"isolate={factory!r}: module {module!r} has no function {function!r}.")
     return found
 
 
@@ -166,7 +166,7 @@ def _child(folder: Path) -> None:
     built = load_factory(request["factory"])()
     if not isinstance(built, tuple) or len(built) != 3:
         raise InvalidArgumentError(
-            f"factory={request['factory']!r} returned {type(built).__name__}: it must return (step, make_batch, state)."
+            f"isolate={request['factory']!r} returned {type(built).__name__}: it must return (step, make_batch, state)."
         )
     answer = _one_trial(request, *built) if "size" in request else _knots(request, *built)
     with writing(folder, "The answer of a trial's process"):

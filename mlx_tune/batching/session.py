@@ -25,8 +25,6 @@ _NEAR = 0.85
 _FIRST, _FIRST_SIZE = 0.1, 0.125
 #: Of what the next size needs more, the part that may be kept clear for the scatter of single peaks: a third.
 _SCATTER_SHARE = 3
-#: `prefer="fastest"` takes the smallest batch whose rate is within this of the best.
-_AS_FAST = 0.02
 #: How many more trials a question about speed may take.
 _SPEED_TRIALS = 6
 
@@ -186,28 +184,6 @@ class Session:
         right = min(max(bisect_right(seen, size, key=lambda point: point[0]), 1), len(seen) - 1)
         (a, low), (b, high) = seen[right - 1], seen[right]
         return low + (axis(size) - axis(a)) / max(1e-9, axis(b) - axis(a)) * (high - low)
-
-    def fastest(self, answer: int) -> int:
-        """The smallest size whose rate is within 2 % of the best."""
-        position = bisect_right(self.sizes, answer) - 1
-        best = self._rate(answer)
-        slow, fast, left = -1, position, _SPEED_TRIALS
-        while left > 0 and fast - slow > 1:
-            middle = (slow + fast) // 2
-            rate, left = self._rate(self.sizes[middle]), left - 1
-            best = max(best, rate)
-            if rate >= (1 - _AS_FAST) * best:
-                fast = middle
-            else:
-                slow = middle
-        rates = {n: t.items_per_second or 0.0 for n, t in self.known.items() if t.fits and t.steps >= self.steps}
-        size = min(n for n, rate in rates.items() if rate >= (1 - _AS_FAST) * max(rates.values()))
-        if size < answer:
-            self.notes.append(
-                f"batch {answer} fits as well; the answer is the smallest within {format_percent(_AS_FAST, 0)} of the "
-                f"best rate"
-            )
-        return size
 
     def _largest_fast(self, low: int, high: int, fast: Callable[[int], bool]) -> int:
         """The largest size up to `high` that is fast, as `low` is known to be."""

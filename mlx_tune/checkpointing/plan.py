@@ -90,7 +90,7 @@ def plan_checkpoints(
         ...     return loss
         >>> plan = mt.plan_checkpoints(model, step, lambda n: mx.ones((n, 64)), batch_size=8, budget="1GB",
         ...                            state=optimizer, progress=False)
-        >>> plan.measured_peak_bytes <= plan.budget_bytes
+        >>> plan.peak_bytes <= plan.budget_bytes
         True
     """
     require_functions(step, make_batch)
@@ -224,13 +224,13 @@ def _result(survey: Survey, real: Measurements, best: Measured, budget_bytes: in
         ),
         batch_size=survey.batch_size,
         predicted_peak_bytes=survey.floor(best.choice),
-        measured_peak_bytes=best.peak_bytes,
+        peak_bytes=best.peak_bytes,
         predicted_seconds=_predicted_seconds(survey, real, best),
         measured_seconds=best.seconds,
         limit_bytes=best.limit_bytes,
         cache_limit_bytes=cache_room(budget_bytes, best.peak_bytes),
         budget_bytes=budget_bytes,
-        choices=tuple(
+        trials=tuple(
             MeasuredChoice(sum(m.choice), survey.floor(m.choice), m.limit_bytes, m.peak_bytes, m.seconds, m.fits)
             for m in real.made.values()
         ),

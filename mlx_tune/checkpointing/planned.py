@@ -65,27 +65,27 @@ class CheckpointPlan(Tabular):
         blocks: Every block of the model, in the order they run.
         batch_size: The batch it was planned for.
         predicted_peak_bytes: The floor of the step's memory from its graph: the peak that it cannot go below.
-        measured_peak_bytes: The peak of the real steps under `limit_bytes`.
+        peak_bytes: The peak of the real steps under `limit_bytes`, measured.
         predicted_seconds: Seconds of a step, from the time of another choice and the blocks' forward passes; None
             where no other choice was run, because this one fits with room to spare.
         measured_seconds: Seconds of the fastest real step under `limit_bytes`.
         limit_bytes: The memory limit under which the measured figures hold.
         cache_limit_bytes: The cache limit that goes with it, or None where none is needed.
         budget_bytes: The limit of the peak.
-        choices: Every choice that was run, in the order tried.
+        trials: Every choice that was run, in the order tried.
         notes: Further remarks.
     """
 
     blocks: tuple[PlannedBlock, ...]
     batch_size: int
     predicted_peak_bytes: int
-    measured_peak_bytes: int
+    peak_bytes: int
     predicted_seconds: float | None
     measured_seconds: float
     limit_bytes: int
     cache_limit_bytes: int | None
     budget_bytes: int
-    choices: tuple[MeasuredChoice, ...]
+    trials: tuple[MeasuredChoice, ...]
     notes: tuple[str, ...]
     _model: nn.Module = field(repr=False, compare=False)
 
@@ -136,7 +136,7 @@ class CheckpointPlan(Tabular):
         count = len(self.paths)
         notes = [
             f"Peak: at least {format_bytes(self.predicted_peak_bytes)} predicted, "
-            f"{format_bytes(self.measured_peak_bytes)} measured under a memory limit of "
+            f"{format_bytes(self.peak_bytes)} measured under a memory limit of "
             f"{format_bytes(self.limit_bytes)}; the budget is {format_bytes(self.budget_bytes)}. In Python, train "
             f"inside plan.applied().",
             (
@@ -146,7 +146,7 @@ class CheckpointPlan(Tabular):
             )
             + f"{format_seconds(self.measured_seconds)} measured.",
         ]
-        for choice in self.choices:
+        for choice in self.trials:
             outcome = (
                 f"{format_seconds(choice.seconds)} a step" if choice.fits else "over the budget under each limit tried"
             )
@@ -163,12 +163,12 @@ class CheckpointPlan(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
-        plain = ["batch_size", "predicted_peak_bytes", "measured_peak_bytes", "predicted_seconds"]
+        plain = ["batch_size", "predicted_peak_bytes", "peak_bytes", "predicted_seconds"]
         plain += ["measured_seconds", "limit_bytes", "cache_limit_bytes", "budget_bytes"]
         return {
             "blocks": [asdict(block) for block in self.blocks],
             **{name: getattr(self, name) for name in plain},
-            "choices": [asdict(choice) for choice in self.choices],
+            "trials": [asdict(choice) for choice in self.trials],
             "notes": list(self.notes),
         }
 

@@ -34,12 +34,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--target-batch", type=int, metavar="N", help="rows to an update: answer batch and accumulation that make it"
     )
     parser.add_argument(
-        "--prefer",
-        choices=["largest", "fastest"],
-        default="largest",
-        help="fastest: the smallest batch within 2 %% of the best rate (default: largest)",
-    )
-    parser.add_argument(
         "--slowdown",
         type=float,
         metavar="SHARE",
@@ -63,9 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             budget=arguments.memory_budget,
             max_batch=arguments.max_batch,
             target_batch=arguments.target_batch,
-            prefer=arguments.prefer,
             slowdown=arguments.slowdown,
         )
 
-    trains_with = ["--batch-size", "largest" if arguments.prefer == "largest" else "auto"]
-    return search_and_print(arguments, find, trains_with=trains_with)
+    return search_and_print(arguments, find, trains_with=["--batch-size", "largest"])

@@ -26,7 +26,7 @@ _IMPORT = "mlx-import"
 
 
 def diagnose(
-    only: str | Iterable[str] | None = None, *, bench: bool | str | Iterable[str] = False, progress: bool = False
+    only: str | Iterable[str] | None = None, *, bench: bool | str | Iterable[str] = False, progress: bool = True
 ) -> Diagnosis:
     """Look for what is wrong with this installation and this machine.
 

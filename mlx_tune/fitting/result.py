@@ -72,12 +72,12 @@ class Fit(Tabular):
         budget_bytes: The limit of the peak.
         budget_source: Where the budget comes from.
         predicted_peak_bytes: The least that the step needs, from its graph.
-        measured_peak_bytes: The highest peak of the real steps under the limit.
+        peak_bytes: The highest peak of the real steps under the limit.
         predicted_rate: Tokens or rows a second, from other steps.
         measured_rate: Tokens or rows a second of the fastest real step.
         measured_seconds: That step's time.
         unit: "tokens" or "rows".
-        settings: The settings to choose from, by rising floor.
+        trials: The settings to choose from, run or predicted only, by rising floor.
         search_seconds: The time of the search.
         notes: Further remarks.
     """
@@ -91,12 +91,12 @@ class Fit(Tabular):
     budget_bytes: int
     budget_source: str
     predicted_peak_bytes: int
-    measured_peak_bytes: int
+    peak_bytes: int
     predicted_rate: float
     measured_rate: float
     measured_seconds: float
     unit: str
-    settings: tuple[Setting, ...]
+    trials: tuple[Setting, ...]
     search_seconds: float
     notes: tuple[str, ...]
     _model: nn.Module = field(repr=False, compare=False)
@@ -104,7 +104,7 @@ class Fit(Tabular):
     @property
     def frontier(self) -> tuple[Setting, ...]:
         """The settings that no other beats in both memory and predicted rate, by rising memory."""
-        return tuple(s for s in self.settings if s.unbeaten)
+        return tuple(s for s in self.trials if s.unbeaten)
 
     @contextmanager
     def applied(self) -> Iterator[Fit]:
@@ -134,7 +134,7 @@ class Fit(Tabular):
                 _in_turns(s),
                 _remark(s),
             ]
-            for s in self.settings
+            for s in self.trials
             if s.unbeaten or s.known_as or s.fits is not None
         ]
         batch = f"batch size {self.batch_size}"
@@ -163,7 +163,7 @@ class Fit(Tabular):
                 f"the fastest setting, with the standard error, where both ran in turns.",
                 *self._reason(),
                 f"Peak: at least {format_bytes(self.predicted_peak_bytes)} predicted, "
-                f"{format_bytes(self.measured_peak_bytes)} measured under a memory limit of "
+                f"{format_bytes(self.peak_bytes)} measured under a memory limit of "
                 f"{format_bytes(self.limit_bytes)}: in Python, train inside fit.applied().",
                 *self.notes,
             ],
@@ -171,8 +171,8 @@ class Fit(Tabular):
 
     def _reason(self) -> list[str]:
         """The reason for choosing another setting than the fastest."""
-        chosen = next((s for s in self.settings if s.chosen), None)
-        fastest = next((s for s in self.settings if s.behind == 0), None)
+        chosen = next((s for s in self.trials if s.chosen), None)
+        fastest = next((s for s in self.trials if s.behind == 0), None)
         if chosen is None or fastest is None or not chosen.behind or not chosen.behind > 0:
             return []
         lower = (chosen.peak_bytes or 0) < (fastest.peak_bytes or 0)
@@ -186,7 +186,7 @@ class Fit(Tabular):
             **plain,
             "paths": list(self.paths),
             "notes": list(self.notes),
-            "settings": [asdict(s) for s in self.settings],
+            "trials": [asdict(s) for s in self.trials],
         }
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, dark: bool = False) -> Figure:
@@ -214,10 +214,10 @@ class Fit(Tabular):
             marker="x",
             label="predicted, at its floor",
         )
-        run = [(s.peak_bytes / scale, s.rate) for s in self.settings if s.peak_bytes is not None and s.rate is not None]
+        run = [(s.peak_bytes / scale, s.rate) for s in self.trials if s.peak_bytes is not None and s.rate is not None]
         axes.plot([x for x, _ in run], [y for _, y in run], color=COLORS[1], ls="", marker="o", label="measured")
         axes.plot(
-            self.measured_peak_bytes / scale,
+            self.peak_bytes / scale,
             self.measured_rate,
             color=COLORS[2],
             ls="",

@@ -55,7 +55,7 @@ def autobatch(
         loss: As mlx-lm's trainer takes it.
         budget: Bytes, text such as "24GB", a share of what is free such as 0.8, or None for `memory_budget()`.
         max_batch: The largest batch to consider.
-        **options: Whatever else `mlx_tune.autobatch` takes, such as `target_batch` or `prefer`.
+        **options: Whatever else `mlx_tune.autobatch` takes, such as `target_batch` or `slowdown`.
 
     Returns:
         The result of `mlx_tune.autobatch`. Hand it to `lm.train(..., fit=result)`, or set `TrainingArgs.batch_size`

@@ -68,8 +68,8 @@ def quantize_model(
     verify_kernels: bool = True,
     calibration: Iterable[Any] | None = None,
     evaluation: Iterable[Any] | None = None,
-    progress: bool = True,
     loss: Loss | None = None,
+    progress: bool = True,
 ) -> QuantizationReport:
     """Quantize a model in place, and report what that cost.
 
@@ -104,8 +104,8 @@ def quantize_model(
         calibration: Batches to learn from, as in `evaluation`, and other ones.
         evaluation: Batches to judge on: token arrays [batch, length], which are shifted here, or whatever the model
             is called with, a tuple being several arguments and a dictionary arguments by name.
-        progress: Show progress lines.
         loss: `loss(model, *batch)`, or `loss(model, **batch)`, a number, for models that do not predict tokens.
+        progress: Show progress lines.
 
     Returns:
         Sizes, every layer's bits and error, every skipped layer's reason, and, with `evaluation`, accuracy and speed.
@@ -182,7 +182,7 @@ def quantization_report(
     *,
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> QuantizationReport:
     """Compare any two models of one architecture, one of them quantized by whatever means.
 

@@ -93,7 +93,7 @@ def test_what_a_trial_started_ends_with_it(pids, monkeypatch, factory, timeout, 
 
 SEARCH = """
 import mlx_tune as mt
-mt.autobatch(isolate=True, factory="small_steps:{factory}", budget=16_000_000, max_batch=4, journal={journal!r},
+mt.autobatch(isolate="small_steps:{factory}", budget=16_000_000, max_batch=4, journal={journal!r},
              progress=False)
 """
 
@@ -168,9 +168,7 @@ def test_the_childs_own_error_is_told():
 
 @pytest.mark.slow
 def test_a_search_goes_around_sizes_that_kill():
-    result = autobatch(
-        isolate=True, factory="small_steps:killed_from_three", budget=BUDGET, max_batch=4, steps=1, progress=False
-    )
+    result = autobatch(isolate="small_steps:killed_from_three", budget=BUDGET, max_batch=4, steps=1, progress=False)
     assert result.batch_size == 2
     assert any(trial.reason == "its process was ended by SIGKILL" for trial in result.trials)
 

@@ -79,7 +79,7 @@ def plans(models: tuple[str, ...]) -> dict[str, Any]:
                 continue
             figures.append({"model": size, **plan.to_dict()})
             chosen = sum(1 for row in plan.blocks if row.checkpointed)
-            cells = [f"{plan.predicted_peak_bytes / GB:.2f}", f"{plan.measured_peak_bytes / GB:.2f}"]
+            cells = [f"{plan.predicted_peak_bytes / GB:.2f}", f"{plan.peak_bytes / GB:.2f}"]
             table.append(note([budget, f"{chosen} of {len(plan.blocks)}", *cells, f"{plan.measured_seconds:.4f}", ""]))
             del job
             release()

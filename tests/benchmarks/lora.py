@@ -145,7 +145,7 @@ def ours(words: list[str], folder: Path, name: str) -> dict[str, Any]:
     lines = [[line["tokens"], line["loss"], line["tokens_per_second"]] for line in answer["losses"]]
     names = ("peak_bytes", "footprint_bytes", "seconds", "batch_size", "tokens", "tokens_per_second", "checkpointed")
     fit = answer["fit"] or {}
-    search = {"search_seconds": fit.get("search_seconds"), "settings": fit.get("settings")}
+    search = {"search_seconds": fit.get("search_seconds"), "trials": fit.get("trials")}
     return {**{name: answer[name] for name in names}, **search, "lines": lines}
 
 

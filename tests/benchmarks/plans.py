@@ -170,7 +170,7 @@ def compare(name: str, shares: tuple[float, ...], turns: int) -> list[dict[str, 
             except BudgetError as error:
                 found.append({"model": name, "budget_bytes": budget, "error": str(error)})
                 continue
-            planned = Way("plan", plan.paths, plan.limit_bytes, plan.measured_peak_bytes)
+            planned = Way("plan", plan.paths, plan.limit_bytes, plan.peak_bytes)
             uniform = [way for key, paths in choices.items() if (way := fitted(workload, batch, key, paths, budget))]
             seconds = in_turns(workload, batch, [planned, *uniform], turns)
             found.append(compared(name, budget, plan, planned, uniform, seconds))

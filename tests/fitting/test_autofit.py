@@ -124,10 +124,10 @@ def test_the_fit_is_as_fast_as_the_best_of_the_simple_settings(monkeypatch):
     simple = [(machine.largest(False, budget), 0), (machine.largest(True, budget), BLOCKS), (4, 0)]
     best = max(n / machine.seconds(n, blocks) for n, blocks in simple)
     assert fit.measured_rate / 32 >= 0.99 * best
-    assert fit.measured_peak_bytes <= fit.budget_bytes
+    assert fit.peak_bytes <= fit.budget_bytes
     assert fit.measured_seconds == pytest.approx(machine.seconds(fit.batch_size, len(fit.paths)))
     assert all(limit <= fit.budget_bytes for _, _, limit in machine.runs)
-    names = [s.known_as for s in fit.settings if s.known_as]
+    names = [s.known_as for s in fit.trials if s.known_as]
     assert sorted(names) == [
         "largest with every block checkpointed",
         "largest without checkpoints",
@@ -137,7 +137,7 @@ def test_the_fit_is_as_fast_as_the_best_of_the_simple_settings(monkeypatch):
     for smaller, larger in itertools.pairwise(fit.frontier):
         assert smaller.floor_bytes <= larger.floor_bytes
         assert smaller.predicted_rate < larger.predicted_rate
-    assert [s.batch_size for s in fit.settings if s.chosen] == [fit.batch_size]
+    assert [s.batch_size for s in fit.trials if s.chosen] == [fit.batch_size]
 
 
 def test_sizes_divide_the_target_and_multiply_to_it(monkeypatch):
@@ -145,7 +145,7 @@ def test_sizes_divide_the_target_and_multiply_to_it(monkeypatch):
     fit = machine.training.fit(machine.training.floor(12, False), target_batch=36, multiple_of=2)
     assert fit.batch_size % 2 == 0
     assert fit.batch_size * fit.accumulation_steps == 36
-    assert all(36 % s.batch_size == 0 for s in fit.settings)
+    assert all(36 % s.batch_size == 0 for s in fit.trials)
 
 
 def test_no_batch_is_larger_than_asked_for(monkeypatch):
@@ -202,7 +202,7 @@ def test_a_real_fit_changes_nothing_and_applies(tmp_path):
     assert training.everything() == before
     assert fit.unit == "tokens"
     assert fit.batch_size * fit.accumulation_steps == 8
-    assert fit.measured_peak_bytes <= fit.budget_bytes
+    assert fit.peak_bytes <= fit.budget_bytes
     limit_before = mx.set_memory_limit(2**40)
     try:
         with fit.applied():

@@ -25,12 +25,12 @@ def fit(*settings):
         budget_bytes=1_000_000,
         budget_source="1.00 MB (given)",
         predicted_peak_bytes=chosen.floor_bytes,
-        measured_peak_bytes=chosen.peak_bytes,
+        peak_bytes=chosen.peak_bytes,
         predicted_rate=40.0,
         measured_rate=40.0,
         measured_seconds=0.1,
         unit="rows",
-        settings=settings,
+        trials=settings,
         search_seconds=1.0,
         notes=("a note",),
         _model=None,
@@ -74,5 +74,5 @@ def test_a_reason_is_given_only_where_another_came_in_faster(settings, said):
 
 def test_the_dictionary_survives_json():
     read = json.loads(json.dumps(fit(SLOW, CHOSEN, DIED).to_dict()))
-    assert [s["fits"] for s in read["settings"]] == [True, True, False]
-    assert read["settings"][2]["peak_bytes"] is None
+    assert [s["fits"] for s in read["trials"]] == [True, True, False]
+    assert read["trials"][2]["peak_bytes"] is None

@@ -252,7 +252,7 @@ def test_isolated_trials_take_the_same(tmp_path, monkeypatch, signature):
         """)
     )
     monkeypatch.syspath_prepend(tmp_path)
-    found = mt.autobatch(isolate=True, factory="isolated_step:build", max_batch=2, min_batch=2, **OPTIONS)
+    found = mt.autobatch(isolate="isolated_step:build", max_batch=2, min_batch=2, **OPTIONS)
     assert found.batch_size == 2
 
 

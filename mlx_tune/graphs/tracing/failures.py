@@ -33,7 +33,7 @@ def explain_failure(error: BaseException) -> TraceError | None:
         # What MLX's exporter raises for sums over several machines (AllReduce), whose group it cannot write down.
         return TraceError(
             "The step contains an operation that MLX cannot describe, such as a sum over several machines. Skip it "
-            "while tracing (`if not mlx_tune.graphs.is_tracing(): gradients = nn.average_gradients(gradients)`), or "
+            "while tracing (`if not mlx_tune.is_tracing(): gradients = nn.average_gradients(gradients)`), or "
             "measure instead: autobatch() and memory_limit() need no description."
         )
     if refused := refused_primitive(error):

@@ -16,14 +16,16 @@ _thread = threading.local()
 
 
 def is_tracing() -> bool:
-    """Tell whether `estimate_memory` is tracing a step on this thread.
+    """Tell whether a step is being traced on this thread, by `estimate_memory` or a search that starts from a graph.
+
+    Use it to leave out what cannot be traced, such as communication between machines.
 
     Returns:
         True inside a step that is being traced, false anywhere else, other threads included.
 
     Examples:
-        >>> from mlx_tune.graphs import is_tracing
-        >>> is_tracing()
+        >>> import mlx_tune as mt
+        >>> mt.is_tracing()
         False
     """
     return getattr(_thread, "depth", 0) > 0

@@ -49,7 +49,7 @@ def plan_quantization(
     verify_kernels: bool = True,
     calibration: Iterable[Any] | None = None,
     evaluation: Iterable[Any] | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> QuantizationPlan:
     """Work out what `quantize_model` would do, without touching the model or reading a weight.
 
