@@ -40,7 +40,7 @@ _HOMES = {
     "plan_checkpoints": "checkpointing",
     "CheckpointPlan": "checkpointing",
     "verify_checkpoint": "checkpointing",
-    "keep": "checkpointing.keep",
+    "keep": "checkpointing.block.keep",
     # batch
     "autobatch": "batching.autobatch",
     "autobatch_by_length": "batching",
@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     from mlx_tune.checkpointing import plan_checkpoints as plan_checkpoints
     from mlx_tune.checkpointing import uncheckpoint as uncheckpoint
     from mlx_tune.checkpointing import verify_checkpoint as verify_checkpoint
-    from mlx_tune.checkpointing.keep import keep as keep
+    from mlx_tune.checkpointing.block.keep import keep as keep
     from mlx_tune.diagnosis import diagnose as diagnose
     from mlx_tune.diagnosis.explain import explain as explain
     from mlx_tune.errors import BackendError as BackendError

@@ -1,6 +1,6 @@
 """Putting back what a step changes: models, optimizers, random streams, training flags.
 
-A measured or traced step must leave no mark (DESIGN: a call leaves the model, the optimizer, the random state as
+A measured or traced step must leave no mark (a call leaves the model, the optimizer, the random state as
 they were). A snapshot walks everything that is reachable from the given state and puts it back *in place*: the
 same dictionaries and lists, so that compiled steps which captured them stay bound.
 """

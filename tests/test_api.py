@@ -34,7 +34,7 @@ FLOORS = [
 SIDE_BY_SIDE = {"mlx_tune.graphs.tracing", "mlx_tune.graphs.simulating"}
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
-#: DESIGN's names. The table in `mlx_tune/__init__.py` may hold more (result types, errors), never fewer.
+#: The names that users rely on. The table in `mlx_tune/__init__.py` may hold more (result types, errors), never fewer.
 PUBLIC = [
     "track_memory",
     "memory_limit",

@@ -1,4 +1,4 @@
-"""DESIGN's five promises, each on the public functions that could break it."""
+"""The promises of docs/contributing.md, each on the public functions that could break it."""
 
 from __future__ import annotations
 

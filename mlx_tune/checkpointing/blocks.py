@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_tune.checkpointing.wrap import (
+from mlx_tune.checkpointing.block.wrap import (
     checkpoint,
     is_checkpointed,
     kept_names,

@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_tune.checkpointing.block.captures import Walk
+from mlx_tune.checkpointing.block.recompute import plainly, runs_again
+from mlx_tune.checkpointing.block.wrap import checkpoint, is_checkpointed, kept_names, require_initialized, unwrap
 from mlx_tune.checkpointing.blocks import checkpoint_blocks
-from mlx_tune.checkpointing.captures import Walk
-from mlx_tune.checkpointing.recompute import plainly, runs_again
 from mlx_tune.checkpointing.verified import VERDICTS, GradientDifference, VerifyReport
-from mlx_tune.checkpointing.wrap import checkpoint, is_checkpointed, kept_names, require_initialized, unwrap
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.graphs.calls import taking
 from mlx_tune.state import Snapshot

@@ -12,10 +12,10 @@ MARK = "mlx_tune.diagnosis: "
 
 def main(argv: Sequence[str]) -> int:
     """Make the check of that name and print what it found as JSON, after `MARK`."""
-    from mlx_tune.diagnosis import checks
+    from mlx_tune.diagnosis import check
 
     (name,) = argv
-    (one,) = [one for one in checks.all_checks() if one.name == name]
+    (one,) = [one for one in check.all_checks() if one.name == name]
     print(MARK + json.dumps(one.run().to_dict()), flush=True)
     return 0
 

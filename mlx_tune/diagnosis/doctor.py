@@ -13,8 +13,9 @@ from typing import Any
 
 import mlx_tune
 from mlx_tune import devices
-from mlx_tune.diagnosis import checks, child, distributions
-from mlx_tune.diagnosis.checks import Check
+from mlx_tune.diagnosis import check, child
+from mlx_tune.diagnosis.check import Check
+from mlx_tune.diagnosis.checks import distributions
 from mlx_tune.diagnosis.report import CheckResult, Diagnosis
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.progress import progress_bar
@@ -76,7 +77,7 @@ def _run(one: Check, results: dict[str, CheckResult]) -> CheckResult:
 
 
 def _by_name() -> dict[str, Check]:
-    return {one.name: one for one in checks.all_checks()}
+    return {one.name: one for one in check.all_checks()}
 
 
 def _choose(only: str | Iterable[str] | None, bench: bool | str | Iterable[str]) -> list[Check]:

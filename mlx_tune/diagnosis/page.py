@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_tune.diagnosis.checks import Check, all_checks
+from mlx_tune.diagnosis.check import Check, all_checks
 from mlx_tune.diagnosis.explanations import SYMPTOMS, Entry, Symptom
 
 _MADE = "<!-- Made by `python -m mlx_tune.diagnosis.page docs/guides/troubleshoot`: change its sources instead. -->\n"

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_tune import devices
 from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.checkpointing.blocks import Select, find_blocks
-from mlx_tune.checkpointing.survey import Survey
+from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
 from mlx_tune.fitting.predict import unbeaten
 from mlx_tune.fitting.result import Fit, Setting

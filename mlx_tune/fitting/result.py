@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlx_tune.checkpointing.planned import apply_choice
+from mlx_tune.checkpointing.planning.planned import apply_choice
 from mlx_tune.memory import held_limits
 from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_seconds

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
-from mlx_tune.checkpointing.choose import ESTIMATE_MARGIN, OVERSHOOT, Choice, cheapest_fitting, relaxed
-from mlx_tune.checkpointing.plan import does_not_fit
-from mlx_tune.checkpointing.survey import Survey
+from mlx_tune.checkpointing.planning.choose import ESTIMATE_MARGIN, OVERSHOOT, Choice, cheapest_fitting, relaxed
+from mlx_tune.checkpointing.planning.plan import does_not_fit
+from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.fitting.predict import Pace, largest_fitting, pace_through, thinned
 from mlx_tune.fitting.trials import Candidate, Trials
 from mlx_tune.interrupts import interruptible

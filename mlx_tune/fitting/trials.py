@@ -10,9 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.checkpointing.choose import Choice
-from mlx_tune.checkpointing.measure import LEAST_RUNS, Measured, Measurements
-from mlx_tune.checkpointing.survey import Survey
+from mlx_tune.checkpointing.planning.choose import Choice
+from mlx_tune.checkpointing.planning.measure import LEAST_RUNS, Measured, Measurements
+from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.errors import BudgetError
 from mlx_tune.fitting.together import Together
 from mlx_tune.interrupts import interruptible

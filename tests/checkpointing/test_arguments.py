@@ -5,7 +5,7 @@ import mlx.nn as nn
 import pytest
 
 import mlx_tune as mt
-import mlx_tune.checkpointing.plan as planning
+import mlx_tune.checkpointing.planning.plan as planning
 from mlx_tune.checkpointing import find_blocks
 
 NUMBERS = [3, 0, -1, 2.5, float("nan"), True, None]

@@ -8,7 +8,7 @@ import pytest
 
 import mlx_tune as mt
 from mlx_tune.checkpointing import find_blocks
-from mlx_tune.checkpointing.wrap import kept_names
+from mlx_tune.checkpointing.block.wrap import kept_names
 
 
 class Block(nn.Module):

@@ -8,8 +8,8 @@ import pytest
 
 import mlx_tune
 from mlx_tune.cli import doctor
-from mlx_tune.diagnosis import checks
-from mlx_tune.diagnosis.checks import Check, failed, passed
+from mlx_tune.diagnosis import check
+from mlx_tune.diagnosis.check import Check, failed, passed
 
 
 def call(*argv):
@@ -27,7 +27,7 @@ def planted(monkeypatch):
         Check("bad", "planted", lambda: failed("no", "do"), {"do": "mend it"}),
         Check("long", "planted", lambda: passed("3 s"), {}, bench=True),
     )
-    monkeypatch.setattr(checks, "all_checks", lambda: everything)
+    monkeypatch.setattr(check, "all_checks", lambda: everything)
 
 
 def test_the_exit_code_is_1_only_for_a_failure(planted, capsys):

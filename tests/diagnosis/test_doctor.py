@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import mlx_tune as mt
-from mlx_tune.diagnosis import checks, doctor
-from mlx_tune.diagnosis.checks import Check, Finding, failed, passed, warned
+from mlx_tune.diagnosis import check, doctor
+from mlx_tune.diagnosis.check import Check, Finding, failed, passed, warned
 from mlx_tune.diagnosis.report import CheckResult, Diagnosis, anonymous
 
 FAST = ["python", "architecture", "wheel", "mlx-backend", "mlx-versions", "mlx-files", "one-backend", "mlx-tune-name"]
@@ -23,7 +23,7 @@ def plant(monkeypatch):
     """Put checks in place of the real ones."""
 
     def put(*planted):
-        monkeypatch.setattr(checks, "all_checks", lambda: planted)
+        monkeypatch.setattr(check, "all_checks", lambda: planted)
 
     return put
 
@@ -90,21 +90,21 @@ def child_that(tmp_path):
     ],
 )
 def test_a_child_that_dies_is_the_failure_of_its_check(child_that, source, words):
-    by_name = {one.name: one for one in checks.all_checks()}
+    by_name = {one.name: one for one in check.all_checks()}
     result = doctor.run_in_child(by_name["kernel-cpu"], environment=child_that(source))
     assert result.status == "fail"
     assert words in result.summary
 
 
 def test_a_child_that_prints_first_is_still_understood(child_that):
-    by_name = {one.name: one for one in checks.all_checks()}
+    by_name = {one.name: one for one in check.all_checks()}
     result = doctor.run_in_child(by_name["mlx-lm"], environment=child_that("print('hello')"))
     assert result.name == "mlx-lm"
 
 
 def test_a_child_that_hangs_is_a_failure(child_that, monkeypatch):
     monkeypatch.setattr(doctor, "CHECK_SECONDS", 1)
-    by_name = {one.name: one for one in checks.all_checks()}
+    by_name = {one.name: one for one in check.all_checks()}
     source = "import threading; threading.Event().wait()"
     result = doctor.run_in_child(by_name["kernel-cpu"], environment=child_that(source))
     assert "did not end within 1 s" in result.summary
@@ -209,7 +209,7 @@ def test_a_name_in_a_files_name_is_taken_out():
 
 
 def test_every_check_says_what_it_is_for_and_what_can_be_done():
-    everything = checks.all_checks()
+    everything = check.all_checks()
     assert len({one.name for one in everything}) == len(everything)
     for one in everything:
         assert one.title.endswith("."), one.name
@@ -217,14 +217,14 @@ def test_every_check_says_what_it_is_for_and_what_can_be_done():
 
 
 def test_the_child_runs_as_a_module():
-    by_name = {one.name: one for one in checks.all_checks()}
+    by_name = {one.name: one for one in check.all_checks()}
     found = doctor.run_in_child(by_name["python"], python=sys.executable)
     assert (found.name, found.status) == ("python", "pass")
 
 
 def test_the_doctor_imports_neither_mlx_nor_what_needs_it():
     code = (
-        "import sys; import mlx_tune.diagnosis, mlx_tune.diagnosis.checks as c; c.all_checks();"
+        "import sys; import mlx_tune.diagnosis, mlx_tune.diagnosis.check as c; c.all_checks();"
         "import mlx_tune.cli.doctor;"
         "print([name for name in sys.modules if name.split('.')[0] in ('mlx', 'mlx_lm', 'numpy', 'rich')])"
     )

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from mlx_tune.diagnosis.checks import all_checks
+from mlx_tune.diagnosis.check import all_checks
 from mlx_tune.diagnosis.explanations import SYMPTOMS
 from mlx_tune.diagnosis.page import main, troubleshooting_pages
 

@@ -12,8 +12,8 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
 
-import mlx_tune.checkpointing.measure as measuring
-import mlx_tune.checkpointing.survey as surveying
+import mlx_tune.checkpointing.planning.measure as measuring
+import mlx_tune.checkpointing.planning.survey as surveying
 from mlx_tune import (
     BudgetError,
     InvalidArgumentError,

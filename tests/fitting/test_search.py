@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-import mlx_tune.checkpointing.measure as measuring
+import mlx_tune.checkpointing.planning.measure as measuring
 from mlx_tune import BudgetError, is_checkpointed
 from mlx_tune.fitting.autofit import _setting
 from mlx_tune.fitting.search import EVERY, PLAIN, USUAL, Search

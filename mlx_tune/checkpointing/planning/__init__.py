@@ -1,0 +1,1 @@
+"""Which blocks to checkpoint: costs, predictions, and the steps that are measured."""

@@ -1,0 +1,192 @@
+"""Real steps under a choice of blocks: the limit that holds it within the budget, and which of two is faster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_tune.checkpointing.planning.choose import Choice, best_trial, limit_trials
+from mlx_tune.checkpointing.planning.planned import apply_choice
+from mlx_tune.measuring.step import StepTrial, run_step
+from mlx_tune.measuring.turns import compare
+from mlx_tune.memory import cache_room, held_cache
+from mlx_tune.progress import Bar
+from mlx_tune.units import format_bytes, format_seconds
+
+#: A choice whose fastest step took this much longer than another's is not timed against it once more.
+HOPELESS = 1.15
+#: Steps that stayed within the budget since one that did not, before a choice is answered.
+LEAST_RUNS = 2
+
+
+@dataclass
+class Measured:
+    """The knowledge of one choice from real steps.
+
+    Attributes:
+        choice: The choice.
+        limit_bytes: The highest limit tried that kept its peak within the budget, or else the last one tried.
+        peak_bytes: The highest peak under that limit.
+        seconds: The fastest step under that limit.
+        fits: True where the peak is within the budget.
+        runs: The number of steps that limit was tried with since a peak last left the budget, under any.
+    """
+
+    choice: Choice
+    limit_bytes: int
+    peak_bytes: int
+    seconds: float
+    fits: bool
+    runs: int = 0
+
+
+class Measurements:
+    """Runs a step under choices of blocks, and remembers what came of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: tuple[str, ...],
+        step: Callable[[Any], Any],
+        batch: Any,
+        state: Any,
+        budget_bytes: int,
+        steps: int,
+        bar: Bar,
+        *,
+        throttle: bool = True,
+        share: Callable[[Callable[[], StepTrial]], StepTrial] = lambda run: run(),
+    ) -> None:
+        """Note what to run; nothing is run yet.
+
+        Without `throttle` the only limit tried is the budget itself. Every step is run through `share`: where several
+        machines measure together, it hands all of them the same figures, so that they come to the same choice.
+        """
+        self.model, self.paths, self.step, self.batch, self.state = model, paths, step, batch, state
+        self.budget_bytes, self.steps, self.bar = budget_bytes, steps, bar
+        self.throttle, self.share = throttle, share
+        self.made: dict[Choice, Measured] = {}
+
+    def fit(self, choice: Choice, floor_bytes: int) -> Measured:
+        """Find the highest limit under which a choice stays within the budget.
+
+        Args:
+            choice: The choice.
+            floor_bytes: Its estimated floor.
+
+        Returns:
+            The measurement; from an earlier call where there was one.
+        """
+        if choice in self.made:
+            return self.made[choice]
+        latest: StepTrial | None = None
+
+        def run(limit: int) -> StepTrial:
+            nonlocal latest
+            self.bar.update(text=f"{sum(choice)} of {len(choice)} blocks under {format_bytes(limit)}")
+            if latest is None:  # the first step traces and compiles
+                latest = replace(self._run(limit), limit_bytes=limit)
+            peak = latest.peak_bytes + max(0, limit - (latest.limit_bytes or 0))
+            trials: list[StepTrial] = []
+            for _ in range(self.steps):
+                trials.append(self._run(limit, max((t.peak_bytes for t in trials), default=peak)))
+            latest = StepTrial(limit, max(t.peak_bytes for t in trials), min(t.seconds for t in trials))
+            return latest
+
+        undo = apply_choice(self.model, self.chosen(choice))
+        try:
+            lowest = floor_bytes if self.throttle else self.budget_bytes
+            trials = limit_trials(run, lowest, self.budget_bytes, most=4 if self.throttle else 1)
+        finally:
+            undo()
+        best = best_trial(trials, self.budget_bytes)
+        shown = best or min(trials, key=lambda t: t.peak_bytes)
+        since = trials[trials.index(shown) :]
+        runs = self.steps if all(t.peak_bytes <= self.budget_bytes for t in since) else 0
+        self.made[choice] = Measured(
+            choice, shown.limit_bytes or self.budget_bytes, shown.peak_bytes, shown.seconds, best is not None, runs
+        )
+        self.bar.ended(
+            f"{sum(choice)} of {len(choice)} blocks: {'fits' if best else 'does not fit'}, peak "
+            f"{format_bytes(shown.peak_bytes)}, {format_seconds(shown.seconds)} a step"
+        )
+        return self.made[choice]
+
+    def faster(self, favourite: Measured, other: Measured) -> Measured:
+        """Time two choices in turns.
+
+        Args:
+            favourite: Wins unless the other is clearly faster.
+            other: A choice that was expected to be slower.
+
+        Returns:
+            The winner.
+        """
+        if other.seconds > HOPELESS * favourite.seconds:
+            return favourite
+        self.bar.update(text=f"{sum(favourite.choice)} against {sum(other.choice)} blocks")
+        seen = compare(
+            lambda: self.once(favourite), lambda: self.once(other), threshold=1.0, most_turns=max(3, 3 * self.steps)
+        )
+        return other if other.fits and seen.ratio * (1 + 2 * seen.uncertainty) < 1 else favourite
+
+    def hold(self, measured: Measured) -> Measured:
+        """Run a choice some more, and lower its limit where its peak leaves the budget: peaks differ from step to step.
+
+        One step within the budget, after one that was not, may be a low one: at least two decide.
+
+        Args:
+            measured: A choice that was run.
+
+        Returns:
+            The same; it fits if its peak stayed within the budget under the limit that it has now.
+        """
+        undo = apply_choice(self.model, self.chosen(measured.choice))
+        try:
+            self._again(measured, measured.limit_bytes)
+            for _ in range(4 if self.throttle else 0):
+                if measured.fits:
+                    break
+                over = measured.peak_bytes - self.budget_bytes
+                limit = measured.limit_bytes - max(round(1.25 * over), measured.limit_bytes // 50)
+                measured.peak_bytes, measured.seconds = 0, math.inf
+                self._again(measured, max(1, limit))
+        finally:
+            undo()
+        return measured
+
+    def _again(self, measured: Measured, limit: int) -> None:
+        self.bar.update(text=f"{sum(measured.choice)} of {len(measured.choice)} blocks under {format_bytes(limit)}")
+        measured.limit_bytes = limit
+        for _ in range(max(self.steps, LEAST_RUNS)):
+            self._count(measured, self._run(limit, measured.peak_bytes))
+
+    def _count(self, measured: Measured, trial: StepTrial) -> None:
+        """Take one more step of a choice into its figures."""
+        measured.seconds = min(measured.seconds, trial.seconds)
+        measured.peak_bytes = max(measured.peak_bytes, trial.peak_bytes)
+        measured.fits = measured.peak_bytes <= self.budget_bytes
+        measured.runs = measured.runs + 1 if measured.fits else 0
+
+    def once(self, measured: Measured) -> float:
+        """One more step of a choice under its limit; returns its seconds."""
+        undo = apply_choice(self.model, self.chosen(measured.choice))
+        try:
+            trial = self._run(measured.limit_bytes, measured.peak_bytes)
+        finally:
+            undo()
+        self._count(measured, trial)
+        return trial.seconds
+
+    def _run(self, limit_bytes: int, peak_bytes: int = 0) -> StepTrial:
+        """One step; cached buffers get what the peak so far leaves of the budget, which is nothing at first."""
+        with held_cache(cache_room(self.budget_bytes, peak_bytes or self.budget_bytes)):
+            return self.share(lambda: run_step(self.step, (self.batch,), self.state, limit_bytes))
+
+    def chosen(self, choice: Choice) -> tuple[str, ...]:
+        """The paths of the checkpointed blocks."""
+        return tuple(path for path, yes in zip(self.paths, choice, strict=True) if yes)
