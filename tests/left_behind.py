@@ -30,6 +30,16 @@ PACKAGE = types.ModuleType("package_of_kits")
 PACKAGE.kit = KIT  # type: ignore[attr-defined]
 sys.modules["kit_of_a_user"], sys.modules["package_of_kits"] = KIT, PACKAGE
 
+INSTALLED = types.ModuleType("package_that_is_installed")
+INSTALLED.__file__ = "/somewhere/site-packages/package_that_is_installed/__init__.py"
+exec(
+    "LINES = []\ndef remember(y):\n    LINES.append(y)\n"
+    "class Journal:\n    def __init__(self):\n        self.lines = []\n"
+    "    def add(self, y):\n        self.lines.append(y)\n",
+    INSTALLED.__dict__,
+)
+sys.modules["package_that_is_installed"] = INSTALLED
+
 note = KIT.note  # as `from kit_of_a_user import note` gives it
 LOG: list[mx.array] = []
 LAST: Any = None
@@ -361,11 +371,199 @@ def in_a_cycle() -> Case:
     return step_of(second["log"].append), lambda: second["log"]  # type: ignore[attr-defined]
 
 
+class Holder:
+    def __init__(self, kit: Any, *kits: Any) -> None:
+        self.kit, self.kits, self.by_name = kit, kits, {"kit": kit}
+
+    def noting(self, x: mx.array) -> mx.array:
+        return self.kit.note(x.sum())
+
+    def noting_by_another_name(self, x: mx.array) -> mx.array:
+        kit = self.by_name["kit"]
+        return kit.note(x.sum())
+
+    def noting_below(self, x: mx.array) -> mx.array:
+        return self.kits[0].kit.note(x.sum())
+
+    def placing(self, x: mx.array) -> mx.array:
+        self.kit.LAST = x.sum()
+        return self.kit.LAST
+
+    def placing_anew(self, x: mx.array) -> mx.array:
+        self.kit.NEWEST = x.sum()
+        return x.sum()
+
+    def placing_in_a_class(self, x: mx.array) -> mx.array:
+        self.kit.last = x.sum()
+        return x.sum()
+
+
+class Slotted:
+    __slots__ = ("__hidden", "last")
+
+    def __init__(self) -> None:
+        self.last = self.__hidden = None
+
+    def hide(self, y: mx.array) -> None:
+        self.__hidden = y  # type: ignore[assignment]
+
+    def hidden(self) -> Any:
+        return self.__hidden
+
+
+def ask(kit: Any, y: mx.array) -> Any:
+    return kit.note(y)
+
+
+def leaves_on_itself(x: mx.array) -> mx.array:
+    leaves_on_itself.last = x.sum()  # type: ignore[attr-defined]
+    return x.sum()
+
+
+@case
+def a_module_in_an_attribute() -> Case:
+    return Holder(KIT).noting, lambda: KIT.LOG
+
+
+@case
+def a_module_in_an_item() -> Case:
+    return Holder(KIT).noting_by_another_name, lambda: KIT.LOG
+
+
+@case
+def a_module_in_a_module_in_a_tuple() -> Case:
+    return Holder(None, PACKAGE).noting_below, lambda: KIT.LOG
+
+
+@case
+def a_name_of_a_module_in_an_attribute() -> Case:
+    return Holder(KIT).placing, lambda: KIT.LAST
+
+
+@case
+def a_new_name_of_a_module_in_an_attribute() -> Case:
+    return Holder(KIT).placing_anew, lambda: vars(KIT).get("NEWEST")
+
+
+@case
+def a_module_handed_to_a_function() -> Case:
+    def step(x: mx.array) -> mx.array:
+        return ask(KIT, x.sum())
+
+    return step, lambda: KIT.LOG
+
+
+@case
+def a_module_in_a_partial() -> Case:
+    return step_of(partial(ask, KIT)), lambda: KIT.LOG
+
+
+@case
+def a_module_in_a_default() -> Case:
+    def step(x: mx.array, kit: Any = KIT) -> mx.array:
+        return kit.note(x.sum())
+
+    return step, lambda: KIT.LOG
+
+
+@case
+def a_class_in_an_attribute() -> Case:
+    return Holder(Noting).placing_in_a_class, lambda: Noting.last
+
+
+@case
+def an_attribute_of_the_function() -> Case:
+    vars(leaves_on_itself).clear()
+    return leaves_on_itself, lambda: vars(leaves_on_itself).get("last")
+
+
+@case
+def an_attribute_of_a_function_closed_over() -> Case:
+    def step(x: mx.array) -> mx.array:
+        step.last = x.sum()  # type: ignore[attr-defined]
+        return x.sum()
+
+    return step, lambda: vars(step).get("last")
+
+
+@case
+def a_slot() -> Case:
+    slotted = Slotted()
+    return step_of(lambda y: setattr(slotted, "last", y)), lambda: slotted.last
+
+
+@case
+def a_private_slot() -> Case:
+    slotted = Slotted()
+    return step_of(slotted.hide), slotted.hidden
+
+
+@case
+def a_set() -> Case:
+    held: set[mx.array] = set()
+    return step_of(held.add), lambda: list(held)
+
+
+@case
+def an_ordered_dictionary() -> Case:
+    held: collections.OrderedDict[str, Any] = collections.OrderedDict()
+    return step_of(lambda y: held.update(y=y)), lambda: dict(held)
+
+
+@case
+def far_below() -> Case:
+    held: dict[str, Any] = {}
+    inner = held
+    for _ in range(12):
+        inner["in"] = inner = {}
+    return step_of(lambda y: inner.update(y=y)), lambda: inner.get("y")
+
+
+@case
+def in_an_object_that_is_made() -> Case:
+    """What is left holds the array eight objects deep."""
+    held: dict[str, Any] = {}
+
+    def leave(y: mx.array) -> None:
+        for _ in range(8):
+            y = types.SimpleNamespace(inner=y)  # type: ignore[assignment]
+        held["y"] = y
+
+    def found() -> Any:
+        inner = held.get("y")
+        while isinstance(inner, types.SimpleNamespace):
+            inner = inner.inner
+        return inner
+
+    return step_of(leave), found
+
+
+@case
+def in_a_function_that_is_made() -> Case:
+    held: dict[str, Callable[[], mx.array]] = {}
+
+    def leave(y: mx.array) -> None:
+        held["y"] = lambda: y
+
+    return step_of(leave), lambda: held["y"]() if held else None
+
+
+@case
+def an_object_of_an_installed_package() -> Case:
+    journal = INSTALLED.Journal()
+    return step_of(journal.add), lambda: journal.lines
+
+
+@case
+def a_global_of_an_installed_package() -> Case:
+    return step_of(lambda y: INSTALLED.remember(y)), lambda: INSTALLED.LINES
+
+
 def forget() -> None:
     """Empty every place that outlives a case."""
     global LAST
     LAST = None
-    LOG.clear(), KIT.LOG.clear(), Noting.seen.clear()
+    LOG.clear(), KIT.LOG.clear(), INSTALLED.LINES.clear(), Noting.seen.clear()
     KIT.LAST = Noting.last = None  # type: ignore[attr-defined]
     vars(KIT).pop("NEWEST", None)
     vars(THREAD).clear()

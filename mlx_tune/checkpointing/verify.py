@@ -12,13 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_tune.checkpointing.block.captures import Walk
 from mlx_tune.checkpointing.block.recompute import plainly, runs_again
 from mlx_tune.checkpointing.block.wrap import checkpoint, is_checkpointed, kept_names, require_initialized, unwrap
 from mlx_tune.checkpointing.blocks import checkpoint_blocks
 from mlx_tune.checkpointing.verified import VERDICTS, GradientDifference, VerifyReport
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.graphs.calls import taking
+from mlx_tune.reach.walk import Walk
 from mlx_tune.state import Snapshot
 
 _RELATIVE = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}

@@ -8,9 +8,9 @@ from weakref import ref
 
 import mlx.nn as nn
 
-from mlx_tune.places import slot_names
-from mlx_tune.reach.code import global_names, is_foreign
+from mlx_tune.reach.code import is_foreign, names_in
 from mlx_tune.reach.facts import Facts
+from mlx_tune.reach.places import slot_names
 
 #: Modules of the standard library whose objects are made to hold other people's.
 OPEN = frozenset({"argparse", "collections", "functools", "types", "weakref"})
@@ -25,11 +25,12 @@ class Kind:
     Attributes:
         own: Itself, its bases and the class that it is an instance of with its bases: those that are looked into.
         foreign: True where it is a library's.
+        home: Its module, None where it is a library's.
         slots: The attributes that it keeps in `__slots__`.
         is_module: True where it is an `nn.Module`.
     """
 
-    __slots__ = ("foreign", "is_module", "own", "slots")
+    __slots__ = ("foreign", "home", "is_module", "own", "slots")
 
     def __init__(self, kind: type) -> None:
         above: type = type(kind)
@@ -40,6 +41,7 @@ class Kind:
             if not is_foreign(base.__module__) and GENERATED not in vars(base)
         )
         self.foreign = is_foreign(kind.__module__)
+        self.home = None if self.foreign else kind.__module__
         self.slots = slot_names(kind)
         self.is_module = issubclass(kind, nn.Module)
 
@@ -58,7 +60,8 @@ class Contents:
     Attributes:
         types: The types of everything in it, to notice that it was changed (mlx-lm replaces `__call__`).
         functions: The names of functions, class methods, static methods and properties.
-        values: The names of arrays, containers and objects, and of numbers and flags that its code assigns.
+        values: The names of arrays, containers and objects, of numbers and flags that its code assigns, and of
+            anything that its class methods assign.
     """
 
     __slots__ = ("functions", "types", "values")
@@ -93,18 +96,21 @@ def contents_of(kind: type) -> Contents:
     values: list[str] = []
     plain: list[str] = []
     assigned: set[str] = set()
+    made: dict[str, None] = {}
     for name, value in held.items():
         if isinstance(value, FunctionType | staticmethod | classmethod | property):
             if name not in _SHOWING:
                 functions.append(name)
             for function in functions_of(value):
                 if name not in MAKING and isinstance(function, FunctionType):
-                    assigned |= global_names(function.__code__).assigned
+                    assigned.update(names_in(function.__code__).assigned)
+                    if isinstance(value, classmethod):
+                        made.update(names_in(function.__code__).assigned)
         elif isinstance(value, _PLAIN):
             plain.append(name)
         elif not isinstance(value, _NOTHING) and (hasattr(value, "__get__") or not name.startswith("__")):
             values.append(name)
-    values += [name for name in plain if name in assigned]
+    values += [name for name in plain if name in assigned] + [name for name in made if name not in held]
     return _contents.learn(kind, Contents(types, tuple(functions), tuple(values)))
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import types
 from collections.abc import Iterator
 
+import left_behind
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from left_behind import CASES, forget
 from mlx.utils import tree_flatten
@@ -48,3 +52,43 @@ def test_a_checkpoint_leaves_what_the_plain_function_leaves(name: str) -> None:
         left.append((arrays(held()), gradient.tolist()))
     assert left[0] == left[1]
     assert left[0][0] != []
+
+
+@pytest.mark.parametrize("name", ["a module in an attribute", "an attribute of the function", "far below"])
+def test_the_place_is_written_as_one_would_write_it(name: str) -> None:
+    step, _ = CASES[name]()
+    place = {"a module in an attribute": "LOG[0]", "far below": "inner['y']"}.get(name, "leaves_on_itself.last")
+    with pytest.raises(mt.MlxTuneError, match=re.escape(f"said to change: {place}.")):
+        mt.estimate_memory(step, X)
+
+
+def test_what_the_code_of_a_model_in_the_state_leaves_is_found() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            y = self.inner(x).sum()
+            left_behind.LOG.append(y)
+            return y
+
+    model = Model()
+    with pytest.raises(mt.MlxTuneError, match=r"said to change: .*LOG\[0\]"):
+        mt.estimate_memory(model, X, state=model)
+    assert left_behind.LOG == []
+
+
+def test_what_a_model_in_the_state_leaves_in_its_own_objects_is_put_back() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.shelf = nn.Linear(3, 3), types.SimpleNamespace(value=None)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            self.shelf.value = self.inner(x).sum()
+            return self.shelf.value
+
+    model = Model()
+    mt.estimate_memory(model, X, state=model)
+    assert model.shelf.value is None

@@ -15,8 +15,9 @@ from functools import cache
 from typing import Any, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from mlx_tune.checkpointing.block.notes import Note, untrained
+from mlx_tune.reach.notes import Note, Ref
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ class Refusals:
         if self._known and (known := self._known.get(_like(arrays))):
             suspects, refusing = known
             certain, tracers = constants(arrays, suspects)
-            ignored = certain | tracers & refusing & untrained(notes)
+            ignored = certain | tracers & refusing & _untrained(notes)
         error = found = gradients(differentiable - ignored)
         if not isinstance(found, Exception):
             return found, ignored
@@ -69,7 +70,7 @@ class Refusals:
         found, refusing = gradients(differentiable - certain), set()
         if isinstance(found, Exception):
             # Which of the tracers refuse has to be tried: the others may be what is differentiated by.
-            refusing = _refusing(sorted(tracers & untrained(notes)), gradients)
+            refusing = _refusing(sorted(tracers & _untrained(notes)), gradients)
             found = gradients(differentiable - certain - refusing)
         if isinstance(found, Exception):
             return error, set()
@@ -149,3 +150,16 @@ def _tracer() -> str:
     mx.grad(look)(mx.array(0.0))
     found = _OPERATION.search(text.getvalue())
     return found[2] if found else ""
+
+
+def _untrained(notes: list[Note]) -> set[int]:
+    """The indices of arrays that modules hold and do not train: frozen ones, and those named with an underscore."""
+    trained: set[int] = set()
+    found: set[int] = set()
+    for note in notes:
+        if isinstance(note.place.held, nn.Module):
+            frozen = vars(note.place.held).get("_no_grad", ())
+            for key, mark in note.marks.items():
+                if type(mark) is Ref:
+                    (found if key in frozen or str(key).startswith("_") else trained).add(mark.index)
+    return found - trained

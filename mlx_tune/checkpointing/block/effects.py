@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.checkpointing.block.notes import Note
-from mlx_tune.places import Held, ModuleAttributes, Names, same_items
+from mlx_tune.reach.notes import Note
+from mlx_tune.reach.places import Held, Members, ModuleAttributes, Names, same_items
 
 _PLAIN = (int, float, complex, str, bytes, type(None))
 _MISSING = object()
@@ -78,6 +78,8 @@ def _left_over(place: Held, before: Any, started_from: Any) -> Any:
     apart = isinstance(place, ModuleAttributes | Names) or isinstance(place.held, type)
     if not apart and (_holds_arrays(before) or _holds_arrays(now)):
         return before
+    if isinstance(place, Members):
+        return list({*before, *(set(now) - set(started_from))})
     if isinstance(now, list):
         return _carried_list(before, started_from, now)
     return _carried(before, started_from, now)

@@ -15,15 +15,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.checkpointing.block.captures import Walk
 from mlx_tune.checkpointing.block.constants import Refusals
 from mlx_tune.checkpointing.block.effects import Rewound
 from mlx_tune.checkpointing.block.keep import Frame, with_gradient
-from mlx_tune.checkpointing.block.notes import Note, filled
 from mlx_tune.checkpointing.block.randomness import draws_from, thread_stream
 from mlx_tune.errors import CheckpointError
 from mlx_tune.graphs.tracing.recomputation import is_tracing, traced_checkpoint
-from mlx_tune.places import Held
+from mlx_tune.reach.notes import Note, filled
+from mlx_tune.reach.places import Held
+from mlx_tune.reach.walk import Walk
 
 _thread = threading.local()
 _MISSING = object()
@@ -180,7 +180,7 @@ class _Call:
         self.owner = id(owner)
         self.args = walk.add(args)
         self.kwargs = [(name, walk.add(value)) for name, value in kwargs.items()]
-        self.used_up = [type(value).__name__ for value in walk.iterators[found_before:]]
+        self.used_up = [type(value).__name__ for value, _ in walk.iterators[found_before:]]
         self.notes = walk.notes
         self.seen = walk.seen
         self.keep = keep

@@ -373,3 +373,26 @@ def test_constants_behind_a_returned_object_are_no_outputs():
     mx.compile(mx.grad(lambda x: block(x).value.sum()))(mx.array([1.0, 2.0]))
     assert UNITS[0] is before[0]
     assert Result.zero is before[1]
+
+
+TALLY = 0
+
+
+def count_up(x):
+    global TALLY
+    TALLY += 1
+    return x
+
+
+def count_up_again(x):
+    global TALLY
+    TALLY += 1
+    return x
+
+
+def test_a_counter_that_two_functions_write_is_counted_once_for_each():
+    global TALLY
+    TALLY = 0
+    block = mt.checkpoint(lambda x: count_up_again(count_up(x)).sin().sum())
+    mx.eval(mx.grad(block)(mx.ones((2,))))
+    assert TALLY == 4

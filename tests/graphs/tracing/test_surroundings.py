@@ -132,7 +132,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], str, Callable[[], Any]]]:
         "function inside": (writes_from_a_function_inside, r"history\[0\]", lambda: history),
         "method that the step calls": (Helped(), r"history\[0\]", lambda: history),
         "default": (writes_to_a_default, r"step's default 0\[0\]", lambda: writes_to_a_default.__defaults__),
-        "function attribute": (writes_to_itself, r"step\.last", lambda: vars(writes_to_itself)),
+        "function attribute": (writes_to_itself, r"writes_to_itself\.last", lambda: vars(writes_to_itself)),
         "partial": (partial(partly, bound), r"step\.args\[0\]\[0\]", lambda: bound),
         "compiled": (mx.compile(writer(window.append)), r"\[0\]", lambda: list(window)),
         "array written in place": (in_place, "array", lambda: array.tolist()),
@@ -222,7 +222,7 @@ def test_a_data_set_in_reach_is_not_walked_to_its_end(monkeypatch: pytest.Monkey
         return losses[-1]
 
     seen = surroundings.Surroundings(step, ())
-    assert len(seen._noted) < 1000
+    assert len(seen._walk.notes) < 1000
     seen.restore()
     with pytest.raises(TraceError, match=r"losses\[0\]"):
         estimate_memory(step, X)

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 
 import mlx_tune as mt
-from mlx_tune.places import (
+from mlx_tune.reach.places import (
     Attributes,
     Cell,
     ContextValue,

@@ -9,10 +9,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextvars import ContextVar
 from operator import is_
+from types import ModuleType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import mlx.core as mx
+
 _MISSING = object()
+
+#: Values of these types hold nothing.
+PLAIN: frozenset[type] = frozenset(
+    {int, float, complex, bool, str, bytes, type(None), type(...), range, slice, mx.Dtype}
+)
 
 
 class Place(Protocol):
@@ -183,15 +191,14 @@ class PartialArguments(Held):
 
     __slots__ = ()
 
-    def get(self) -> list[Any]:
-        """The function, the positional and the named arguments."""
-        return [self.held.func, self.held.args, self.held.keywords]
+    def get(self) -> dict[str, Any]:
+        """The function, the positional and the named arguments, under their attributes' names."""
+        return {"func": self.held.func, "args": self.held.args, "keywords": self.held.keywords}
 
-    def put(self, items: list[Any]) -> None:
+    def put(self, items: dict[str, Any]) -> None:
         """Set them where any differs."""
         if not self.same(items):
-            function, arguments, named = items
-            self.held.__setstate__((function, arguments, named, self.held.__dict__ or None))
+            self.held.__setstate__((*items.values(), self.held.__dict__ or None))
 
 
 class ContextValue(Held):
@@ -233,7 +240,9 @@ class Names(Held):
         """Set or remove these names, and no others."""
         for name in self.names:
             if name not in items:
-                self.held.pop(name, None)
+                # A module that was imported meanwhile stays: Python would not import it again.
+                if not isinstance(self.held.get(name), ModuleType):
+                    self.held.pop(name, None)
             elif self.held.get(name, _MISSING) is not items[name]:
                 self.held[name] = items[name]
 

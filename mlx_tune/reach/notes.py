@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from mlx_tune.places import Held
+from mlx_tune.reach.places import Held
+
+#: The place of a value, link by link from the value up: that of its holder, how the holder writes a key, and the key.
+Path = tuple[Any, str, Any]
 
 
 class Ref:
@@ -52,12 +54,18 @@ class Note:
         place: Where.
         items: The contents.
         marks: For the keys of `items` whose values are or hold arrays, what stands for them.
+        path: The way by which it was found.
+        form: The way in which its keys are written: `[{!r}]` for items, `.{}` for attributes.
+        home: The module of the class or function through which it was found.
     """
 
-    __slots__ = ("items", "marks", "place")
+    __slots__ = ("form", "home", "items", "marks", "path", "place")
 
-    def __init__(self, place: Held) -> None:
+    def __init__(self, place: Held, path: Path | None, form: str, home: str | None) -> None:
         self.place = place
+        self.path = path
+        self.form = form
+        self.home = home
         self.items: Any = place.get()
         self.marks: dict[Any, Any] = {}
 
@@ -76,14 +84,11 @@ class Note:
             self.items[key] = None
 
 
-def untrained(notes: list[Note]) -> set[int]:
-    """The indices of arrays that modules hold and do not train: frozen ones, and those named with an underscore."""
-    trained: set[int] = set()
-    found: set[int] = set()
-    for note in notes:
-        if isinstance(note.place.held, nn.Module):
-            frozen = vars(note.place.held).get("_no_grad", ())
-            for key, mark in note.marks.items():
-                if type(mark) is Ref:
-                    (found if key in frozen or str(key).startswith("_") else trained).add(mark.index)
-    return found - trained
+def written(path: Path | None) -> str:
+    """Where something is, as one would write it."""
+    parts: list[str] = []
+    step: Any = path
+    while step is not None:
+        step, form, key = step
+        parts.append(form.format(key))
+    return "".join(reversed(parts))
