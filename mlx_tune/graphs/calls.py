@@ -10,16 +10,13 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import InvalidArgumentError, TraceError
-from mlx_tune.graphs.tracing.interception import function_of
 from mlx_tune.graphs.tracing.trace import trace_step
 from mlx_tune.interrupts import interruptible
+from mlx_tune.upstream import TRANSFORMED, function_of
 
-#: What MLX's transformations return: functions that take what the function inside takes.
-_TRANSFORMED = (type(mx.compile(abs)), mx.custom_function)
 #: The attribute of functions for which it is decided how they are given a batch.
 _SETTLED = "__takes_a_batch__"
 
@@ -137,7 +134,7 @@ def _signature(step: Callable[..., Any], *, follow_wrapped: bool = False) -> ins
 
 def _plain(step: Any) -> Any:
     """The Python function inside MLX's transformations: what those say of their arguments leaves some kinds out."""
-    if isinstance(step, _TRANSFORMED):
+    if isinstance(step, tuple(TRANSFORMED)):
         return _plain(function_of(step))
     if isinstance(step, partial):
         return partial(_plain(step.func), *step.args, **step.keywords)

@@ -47,11 +47,22 @@ NOOPS = frozenset({"Copy", "StopGradient"})
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class CompiledCall:
     """The arrays that one call of a compiled function reads and makes."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One number: which end of which call it marks, and the shape and dtype of the array that belongs there."""
+
+    end: str
+    call: int
+    position: int
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
 
 
 @dataclass
@@ -59,10 +70,10 @@ class Graph:
     """A step: all values, the operations in an order in which they could run, and what is evaluated at its end.
 
     The first `results` of the outputs are what the step returned, the rest is updated state: new values of the places
-    in it that `updated` names. `held` are the values
-    that something outside the step keeps alive for its whole duration: the batch, frozen parameters, captured
-    arrays. `compiled` tells that `mx.compile` fuses the step in earnest, or `parts` of it; `twins` has for captured
-    scalars the first that is equal; `marks` says which values mark the ends of custom gradients.
+    in it that `updated` names. `held` are the values that something outside the step keeps alive for its whole
+    duration: the batch, frozen parameters, captured arrays. `compiled` tells that `mx.compile` fuses the step in
+    earnest, or `compiled_calls` in it; `twins` has for captured scalars the first that is equal; `marks` says which
+    values mark the ends of custom gradients.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -74,9 +85,9 @@ class Graph:
     compiled: bool = False
     stand_ins: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
+    compiled_calls: list[CompiledCall] = field(default_factory=list)
     twins: dict[int, int] = field(default_factory=dict)
-    marks: dict[int, Any] = field(default_factory=dict)
+    marks: dict[int, Mark] = field(default_factory=dict)
 
     def producers(self) -> dict[int, int]:
         """Which node makes each made value."""

@@ -96,8 +96,6 @@ def ternary(m: Allocator, node: Node) -> None:
 
 def compiled(m: Allocator, node: Node) -> None:
     """A chain of elementwise operations that `mx.compile` fused: no intermediates."""
-    # A fused node's arguments are whether each input is a constant of the kernel, then the ops' names.
-    constant = node.arguments[0]
     out = node.outputs[0]
     shape = m.shape(out)
     arrays = [v for v in node.inputs if prod(m.shape(v)) != 1]
@@ -112,11 +110,11 @@ def compiled(m: Allocator, node: Node) -> None:
         contiguous = shape == ()
     waiting = list(node.outputs)
     layout: Layout | None = None
-    for value, is_constant in zip(node.inputs, constant, strict=True):
+    for value in node.inputs:
         if not waiting:
             break
         now = waiting[0]
-        fits = m.itemsize(value) == m.itemsize(now) and not is_constant and m.donatable(value)
+        fits = m.itemsize(value) == m.itemsize(now) and m.donatable(value)  # constants are held, so never
         if contiguous:
             if fits and prod(m.shape(value)) != 1:
                 m.share(waiting.pop(0), value)

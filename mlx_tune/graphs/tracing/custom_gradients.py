@@ -4,34 +4,24 @@
 differentiated. While a step is traced it is called at once instead, with placeholders for the cotangents. MLX's
 differentiation goes through a sum that leads to the same places. Numbers that occur nowhere else mark both ends of
 it, so that the cotangents and the gradients can be put where they belong afterwards.
+
+Measured with MLX's derivative of the function instead, steps with a gradient of their own are estimated up to twice as
+high, and mixtures of experts, whose sorted products rest on this, not at all: 29 of 65 steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_tune.graphs.arguments import arrays_of, with_arrays
-from mlx_tune.graphs.graph import Graph, Node, Part
-from mlx_tune.graphs.tracing.checkpoints import sums_with_nothing
+from mlx_tune.graphs.graph import Mark
 
 #: Marks are the smallest numbers of float32, which no step computes with.
 _SMALLEST = 2.0**-149
-
-
-@dataclass(frozen=True)
-class Mark:
-    """One number: which end of which call it marks, and the shape and dtype of the array that belongs there."""
-
-    end: str
-    call: int
-    position: int
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
 
 
 @dataclass
@@ -72,7 +62,7 @@ def called_with_gradient(
         marks: Where to note the marks.
 
     Returns:
-        The value that the function returns. It has its gradient after `fold_custom_gradients` and `fold_checkpoints`.
+        The value that the function returns. It has its gradient after `fold_written_out`.
     """
     primals = arrays_of((args, kwargs))
     made = function(*args, **kwargs)
@@ -121,97 +111,3 @@ def derivative_of(function: Callable[..., Any]) -> Callable[..., Any]:
         return list(mx.vjp(pure, arrays_of((args, kwargs)), arrays_of(cotangents))[1])
 
     return gradient
-
-
-def fold_custom_gradients(graph: Graph) -> None:
-    """Put cotangents and gradients where the marks say. The sums between the marks are needed by nothing afterwards.
-
-    Args:
-        graph: The traced step, as it was built; changed in place.
-    """
-    if not graph.marks:
-        return
-    links = _Links(graph)
-    placeholders = {(m.call, m.position): value for value, m in graph.marks.items() if m.end == "cotangent"}
-    replaced: dict[int, int] = {}
-    for value, mark in graph.marks.items():
-        if mark.end == "input":
-            replaced |= links.gradient(value, mark)
-        elif mark.end == "output":
-            replaced |= links.cotangent(value, mark, placeholders.get((mark.call, mark.position)))
-
-    # Where the forward pass has the outputs too, they are those that the gradient gets.
-    sums = sums_with_nothing(graph)
-    for node in (node for node in graph.nodes if node.name == "Depends"):
-        outputs = {out: value for out, value in zip(node.outputs, node.inputs, strict=False) if value in sums}
-        replaced |= {out: graph.nodes[sums[value]].outputs[0] for out, value in outputs.items()}
-
-    def new(values: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(map(latest, values))
-
-    def latest(value: int) -> int:
-        while value in replaced:  # the cotangent of one call can be the gradient of another
-            value = replaced[value]
-        return value
-
-    graph.nodes = [Node(n.name, new(n.inputs), n.outputs, n.arguments) for n in graph.nodes]
-    graph.outputs = list(new(tuple(graph.outputs)))
-    graph.parts = [Part(new(part.inputs), new(part.outputs)) for part in graph.parts]
-
-
-class _Links:
-    """Who makes and who reads each value of a graph, and the ways from the marks to the arrays that belong there."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.values = graph.values
-        self.made_by = {value: node for node in graph.nodes for value in node.outputs}
-        self.readers: dict[int, list[Node]] = {}
-        for node in graph.nodes:
-            for value in node.inputs:
-                self.readers.setdefault(value, []).append(node)
-
-    def gradient(self, number: int, mark: Mark) -> dict[int, int]:
-        """The array that differentiation made for an input, and its gradient; empty where not asked for."""
-        depends = self.readers[number][0]
-        product = self._backward(depends.outputs[0])
-        if product is None:
-            return {}
-        made = self._down(product.outputs[0], mark, "ExpandDims Reshape Unflatten Broadcast BroadcastAxes AsType")
-        if made is None:
-            return {}
-        stopped = self.made_by.get(depends.inputs[1])
-        # Where the exporter has dropped it, the gradient itself is there.
-        return {made: stopped.inputs[0] if stopped and stopped.name == "StopGradient" else depends.inputs[1]}
-
-    def cotangent(self, number: int, mark: Mark, placeholder: int | None) -> dict[int, int]:
-        """The placeholder for an output's cotangent, and the cotangent; nothing where none arrives."""
-        backward = self._backward(number)
-        if backward is None or placeholder is None:
-            return {}
-        full = self.readers[placeholder][0]
-        while full.name != "Full":
-            full = self.readers[full.outputs[0]][0]
-        value, summed = backward.inputs[1], prod(mark.shape) == 1
-        while not (summed and self._fits(value, mark)):
-            if value not in self.made_by:
-                return {}
-            summed = summed or self.made_by[value].name == "Reduce"
-            value = self.made_by[value].inputs[0]
-        return {full.outputs[0]: value}
-
-    def _backward(self, number: int) -> Node | None:
-        """The derivative of a product with a number: MLX writes the number first there. None where there is not one."""
-        products = [n for n in self.readers.get(number, []) if n.name == "Multiply" and n.inputs[0] == number]
-        return products[0] if len(products) == 1 else None
-
-    def _down(self, value: int, mark: Mark, through: str) -> int | None:
-        """The first value of the right shape and type behind some operations; None where nothing reads it."""
-        while not self._fits(value, mark):
-            readers = [node for node in self.readers.get(value, []) if node.name in through.split()]
-            if not readers:
-                return None
-            value = readers[0].outputs[0]
-        return value
-
-    def _fits(self, value: int, mark: Mark) -> bool:
-        return self.values[value].shape == mark.shape and self.values[value].dtype == mark.dtype

@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 
 from mlx_tune.graphs.arguments import ArraySpec
 from mlx_tune.graphs.graph import dtype_name
-from mlx_tune.graphs.tracing.slots import slots_of
+from mlx_tune.graphs.tracing.state_arrays import state_arrays
 from mlx_tune.trees import children, walk
 
 
@@ -32,7 +32,7 @@ class FirstStep:
         # Some optimizers hold no more after their first step than before.
         self._new = [(new, set(vars(new)["_state"])) for new in _optimizers(state) if not new._initialized]
         self._made: list[tuple[Optimizer, Any]] = []
-        self._dtypes = {(slot.role, slot.label): slot.array.dtype for slot in slots_of(state)}
+        self._dtypes = {(slot.role, slot.label): slot.array.dtype for slot in state_arrays(state)}
         self._wider: dict[tuple[str, str], mx.Dtype] = {}
 
     @property
@@ -47,7 +47,7 @@ class FirstStep:
             for optimizer, held in self._new
             if optimizer._initialized and vars(optimizer)["_state"].keys() != held
         ]
-        for slot in slots_of(self._state):
+        for slot in state_arrays(self._state):
             key, dtype = (slot.role, slot.label), slot.array.dtype
             if key in self._dtypes and dtype.size > self._dtypes[key].size:
                 self._wider[key] = dtype
@@ -65,7 +65,7 @@ class FirstStep:
             held.update({key: held.get(key, value) for key, value in made.items()})
             optimizer._initialized = True
             said.append("The optimizer has not run yet: taken with the state that it has after its first step.")
-        wider = [slot for slot in slots_of(self._state) if (slot.role, slot.label) in self._wider]
+        wider = [slot for slot in state_arrays(self._state) if (slot.role, slot.label) in self._wider]
         for slot in wider:
             slot.put(mx.zeros(slot.array.shape, self._wider[slot.role, slot.label]))
         if wider:

@@ -6,13 +6,12 @@ any other thread they are the originals. They are put back when the last trace e
 
 from __future__ import annotations
 
-import gc
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -20,7 +19,10 @@ from mlx_tune.graphs.arguments import arrays_of, with_arrays
 from mlx_tune.graphs.tracing.built import BuiltGraph
 from mlx_tune.graphs.tracing.custom_gradients import Marks, called_with_gradient, derivative_of
 from mlx_tune.graphs.tracing.recomputation import traced_checkpoint
-from mlx_tune.graphs.tracing.standins import STAND_INS, StandIn
+from mlx_tune.upstream import function_of, referents
+
+if TYPE_CHECKING:
+    from mlx_tune.graphs.tracing.standins import StandIn
 
 _thread = threading.local()
 _lock = threading.Lock()
@@ -33,7 +35,7 @@ class Interception:
     """The record of a trace: what compiled functions read and made, and which stand-ins were used, with why."""
 
     compiles: bool = True
-    parts: list[tuple[list[mx.array], list[mx.array]]] = field(default_factory=list)
+    compiled_calls: list[tuple[list[mx.array], list[mx.array]]] = field(default_factory=list)
     stand_ins: dict[str, str] = field(default_factory=dict)
     marks: Marks = field(default_factory=Marks)
     transforms: int = 0
@@ -42,12 +44,17 @@ class Interception:
 
 
 @contextmanager
-def intercepted(interception: Interception) -> Iterator[None]:
-    """Route this thread's calls through the stand-ins for the body."""
+def intercepted(interception: Interception, stand_ins: Iterable[StandIn]) -> Iterator[None]:
+    """Route this thread's calls through those of the trace for the body.
+
+    Args:
+        interception: The record of the trace, and which stand-ins it asks for.
+        stand_ins: All that there are.
+    """
     global _depth
     with _lock:
         if _depth == 0:
-            _install()
+            _install(stand_ins)
         _depth += 1
     previous = getattr(_thread, "interception", None)
     _thread.interception = interception
@@ -61,9 +68,9 @@ def intercepted(interception: Interception) -> Iterator[None]:
                 _uninstall()
 
 
-def _install() -> None:
+def _install(stand_ins: Iterable[StandIn]) -> None:
     transformed = type(mx.checkpoint(lambda: None))
-    operations = {(s.owner, s.name): _stand_in(s) for s in STAND_INS.values()}
+    operations = {(s.owner, s.name): _stand_in(s) for s in stand_ins}
     for owner, name, replacement in [
         (mx, "checkpoint", _checkpoint),
         (transformed, "__call__", _call_transformed),
@@ -157,7 +164,7 @@ def _transforming(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _compiled(original: Callable[..., Any], function: Any, args: Any, kwargs: Any, interception: Interception) -> Any:
     """Call a compiled function, and note what it reads and makes, the state that it was given included."""
-    captured = [held for held in gc.get_referents(function) if not isinstance(held, type)][:2]
+    captured = referents(function)[:2]
 
     def state() -> list[mx.array]:
         key: Any = mx.random.state[0]  # type: ignore[index]  # MLX's stubs call the list an object
@@ -169,7 +176,7 @@ def _compiled(original: Callable[..., Any], function: Any, args: Any, kwargs: An
         result = original(function, *args, **kwargs)
     finally:
         interception.transforms -= 1
-    interception.parts.append((inputs, [*arrays_of(result), *state()]))
+    interception.compiled_calls.append((inputs, [*arrays_of(result), *state()]))
     return result
 
 
@@ -186,16 +193,10 @@ def _kind(transformed: Any, interception: Interception) -> str:
     known = interception.kinds.get(id(transformed))
     if known is not None:
         return known
-    held = [r for r in gc.get_referents(transformed) if not isinstance(r, type)]
+    held = referents(transformed)
     if len(held) == 3 and not isinstance(held[0], int):
         return "compile"  # its captured inputs and outputs, then the function; vmap has its axes there
     return "unknown" if len(held) == 1 else "transform"
-
-
-def function_of(transformed: Any) -> Any:
-    """The function inside what `mx.compile`, `mx.grad`, `mx.checkpoint` or `mx.custom_function` returned."""
-    held = [referent for referent in gc.get_referents(transformed) if not isinstance(referent, type)]
-    return held[0 if isinstance(transformed, mx.custom_function) else -1]
 
 
 def _is_custom(result: Any) -> bool:
@@ -214,7 +215,7 @@ def _call_custom(original: Callable[..., Any]) -> Callable[..., Any]:
         interception = _current()
         if interception is None:
             return original(self, *args, **kwargs)
-        function, *others = (held for held in gc.get_referents(self) if not isinstance(held, type))
+        function, *others = referents(self)
         if not others:
             return function(*args, **kwargs)  # a plain function, to MLX too
         name = f"custom_function {getattr(function, '__name__', '')}".strip()

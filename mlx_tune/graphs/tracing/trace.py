@@ -11,20 +11,20 @@ import mlx.core as mx
 
 from mlx_tune.errors import InvalidArgumentError, TraceError
 from mlx_tune.graphs.arguments import ArraySpec, leaves, with_arrays
-from mlx_tune.graphs.graph import Graph, Node, Value, dtype_name
+from mlx_tune.graphs.graph import CompiledCall, Graph, Node, Value, dtype_name
 from mlx_tune.graphs.tracing.built import BuiltGraph, made_by_operations
-from mlx_tune.graphs.tracing.checkpoints import fold_checkpoints
-from mlx_tune.graphs.tracing.custom_gradients import Marks, fold_custom_gradients
+from mlx_tune.graphs.tracing.compiled_calls import fuse_compiled_calls
+from mlx_tune.graphs.tracing.custom_gradients import Marks
 from mlx_tune.graphs.tracing.failures import explain_failure, refused_primitive
 from mlx_tune.graphs.tracing.first_steps import FirstStep
+from mlx_tune.graphs.tracing.folding import fold_written_out
 from mlx_tune.graphs.tracing.fusion import fuse
 from mlx_tune.graphs.tracing.interception import Interception, compiles, intercepted
-from mlx_tune.graphs.tracing.parts import fuse_parts
 from mlx_tune.graphs.tracing.recomputation import tracing
-from mlx_tune.graphs.tracing.slots import Slot, slots_of
 from mlx_tune.graphs.tracing.standins import STAND_INS
+from mlx_tune.graphs.tracing.state_arrays import StateArray, state_arrays
 from mlx_tune.graphs.tracing.surroundings import Surroundings
-from mlx_tune.graphs.tracing.unmerge import Names, unmerge
+from mlx_tune.graphs.tracing.unmerge import unmerge
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.state import Snapshot
 
@@ -67,7 +67,7 @@ def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -
 
 def _traced(step: Callable[..., Any], args: Sequence[Any], state: Any, first: FirstStep) -> Graph:
     """Trace until every operation that MLX cannot export has its stand-in."""
-    slots = list(slots_of(state))
+    slots = list(state_arrays(state))
     batch = list(leaves(args, "args"))
     stand_ins: dict[str, str] = {}
     while True:
@@ -93,7 +93,7 @@ def _trace(
     args: Sequence[Any],
     state: Any,
     batch: list[tuple[str, Any]],
-    slots: list[Slot],
+    slots: list[StateArray],
     interception: Interception,
     first: FirstStep,
 ) -> Graph:
@@ -103,7 +103,7 @@ def _trace(
         recorder = _Recorder()
         snapshot = Snapshot(state)
         try:
-            with tracing(), intercepted(interception):
+            with tracing(), intercepted(interception, STAND_INS.values()):
                 recorder.trace(step, args, batch, slots, state, interception)
             first.note()
         except BaseException as error:
@@ -136,17 +136,15 @@ def _trace(
 def _as_evaluated(recorder: _Recorder, stand_ins: dict[str, str]) -> Graph:
     """From what the exporter reported to what MLX evaluates: merged and fused where, and only where, it is compiled."""
     simplified = recorder.graph
-    simplified.compiled, simplified.stand_ins = bool(recorder.parts), stand_ins
-    graph = unmerge(simplified, recorder.built, recorder.parts)
+    simplified.compiled, simplified.stand_ins = bool(recorder.compiled_calls), stand_ins
+    graph = unmerge(simplified, recorder.built, recorder.compiled_calls)
     if graph is None:
         stand_ins["operations that were built twice"] = "taken to be evaluated once, since they could not be told apart"
         graph = simplified
-    fold_custom_gradients(graph)
-    fold_checkpoints(graph)
-    graph.drop_unneeded()
+    fold_written_out(graph)
     if not graph.compiled:
         return graph
-    return fuse(graph) if graph is simplified else fuse_parts(graph)
+    return fuse(graph) if graph is simplified else fuse_compiled_calls(graph)
 
 
 class _Recorder:
@@ -154,7 +152,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.graph = Graph()
-        self.parts: list[Names] = []
+        self.compiled_calls: list[CompiledCall] = []
         self.marks = Marks()
         self._names: dict[str, int] = {}
         self._inputs: list[Value] = []
@@ -164,7 +162,7 @@ class _Recorder:
         step: Callable[..., Any],
         args: Sequence[Any],
         batch: list[tuple[str, Any]],
-        slots: list[Slot],
+        slots: list[StateArray],
         state: Any,
         interception: Interception,
     ) -> None:
@@ -203,16 +201,17 @@ class _Recorder:
             self.graph.results = len(outputs)
             written = made_by_operations(tracers)
             untouched = {id(place[id(s.array)]): id(s.array) for s in slots if id(place[id(s.array)]) not in written}
-            after = list(slots_of(state))
+            after = list(state_arrays(state))
             kept.update(untouched[id(slot.array)] for slot in after if id(slot.array) in untouched)
             updated = [slot for slot in after if id(slot.array) not in untouched]
             self.graph.updated = [slot.label for slot in updated]
             everything = [*outputs, *(slot.array for slot in updated)]
-            around = [array for part in interception.parts for side in part for array in side]
+            around = [array for call in interception.compiled_calls for side in call for array in side]
             self.built = BuiltGraph(inputs, everything, around)
             names = iter(self.built.others)
-            self.parts = [
-                ([next(names) for _ in reads], [next(names) for _ in makes]) for reads, makes in interception.parts
+            self.compiled_calls = [
+                CompiledCall(*(tuple(name for _ in side if (name := next(names)) is not None) for side in call))
+                for call in interception.compiled_calls
             ]
             return everything
 

@@ -2,24 +2,22 @@
 
 The exporter merges equal operations and drops no-ops, as `mx.compile` does. A step that is not compiled evaluates
 every operation it built. Walking both graphs from the outputs gives each operation its counterpart, and with it its
-shapes and arguments.
+shapes and arguments. Measured without it, 34 of 65 steps leave the tolerance of 0.2 %, by -13 % to +21 %.
 """
 
 from __future__ import annotations
 
-from mlx_tune.graphs.graph import NOOPS, Graph, Node, Part, Value
+from mlx_tune.graphs.graph import NOOPS, CompiledCall, Graph, Node, Value
 from mlx_tune.graphs.tracing.built import BuiltGraph
 
-Names = tuple[list[int | None], list[int | None]]
 
-
-def unmerge(simplified: Graph, built: BuiltGraph, parts: list[Names]) -> Graph | None:
+def unmerge(simplified: Graph, built: BuiltGraph, calls: list[CompiledCall]) -> Graph | None:
     """Give the built graph the shapes and arguments of the simplified one.
 
     Args:
         simplified: The exporter's report.
         built: The same trace before it was simplified.
-        parts: Arrays that compiled functions read and made, by the names of `built`.
+        calls: The arrays that compiled functions read and made, by the names of `built`.
 
     Returns:
         The graph with every operation that the step built, or None where the two do not match.
@@ -66,11 +64,11 @@ def unmerge(simplified: Graph, built: BuiltGraph, parts: list[Names]) -> Graph |
                 if made != name:
                     counterpart[made] = reported_made
         waiting.extend(zip(node.inputs, other.inputs, strict=True))
-    return _assemble(simplified, built, counterpart, partner, parts)
+    return _assemble(simplified, built, counterpart, partner, calls)
 
 
 def _assemble(
-    simplified: Graph, built: BuiltGraph, counterpart: list[int], partner: list[int], parts: list[Names]
+    simplified: Graph, built: BuiltGraph, counterpart: list[int], partner: list[int], calls: list[CompiledCall]
 ) -> Graph:
     """The built operations with shapes and arguments; in both lists -1 stands for none."""
     graph = Graph(compiled=simplified.compiled, results=simplified.results, updated=simplified.updated)
@@ -111,7 +109,9 @@ def _assemble(
             read = tuple(map(place, node.inputs))
         graph.nodes.append(Node(operation, read, tuple(map(place, node.outputs)), arguments))
     graph.outputs = [place(name) for name in built.outputs]
-    graph.parts = [
-        Part(*(tuple(index[n] for n in names if n is not None and index[n] >= 0) for names in part)) for part in parts
-    ]
+
+    def placed(names: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(index[name] for name in names if index[name] >= 0)
+
+    graph.compiled_calls = [CompiledCall(placed(call.inputs), placed(call.outputs)) for call in calls]
     return graph

@@ -202,7 +202,7 @@ def test_gated_delta_is_made_of_single_operations(monkeypatch: pytest.MonkeyPatc
 
 def test_a_stand_in_is_used_only_where_it_was_asked_for() -> None:
     original = mx.contiguous
-    with tracing(), intercepted(Interception()):
+    with tracing(), intercepted(Interception(), STAND_INS.values()):
         assert mx.contiguous is not original
         text: list[str] = []
         mx.export_to_dot(type("Writer", (), {"write": staticmethod(text.append)}), mx.contiguous(mx.zeros((2, 3)).T))

