@@ -23,11 +23,11 @@ from mlx_tune.checkpointing.block.wrap import (
     is_checkpointed,
     kept_names,
     names_of,
-    plain_class,
     require_initialized,
     unwrap,
 )
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
+from mlx_tune.substitution import plain_class
 from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import whole_number
 

@@ -15,7 +15,6 @@ from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.checkpointing.blocks import Select, find_blocks
 from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
-from mlx_tune.fitting.predict import unbeaten
 from mlx_tune.fitting.result import Fit, Setting
 from mlx_tune.fitting.search import Search
 from mlx_tune.fitting.together import Together
@@ -26,6 +25,7 @@ from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.memory import MemoryBudget, cache_room, resolve_budget
+from mlx_tune.pareto import unbeaten
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
 from mlx_tune.units import whole_number
@@ -181,7 +181,7 @@ def _result(
     measured, per_row = chosen.measured, search.items_per_row
     assert measured is not None
     ordered = sorted(search.candidates, key=lambda c: (c.floor_bytes, c.batch_size))
-    keep = set(unbeaten([(c.floor_bytes, search.predicted(c)) for c in ordered]))
+    keep = set(unbeaten([(c.floor_bytes, -search.predicted(c)) for c in ordered]))
     settings = [_setting(c, search, c is chosen, i in keep) for i, c in enumerate(ordered)]
     return Fit(
         batch_size=chosen.batch_size,

@@ -144,25 +144,3 @@ def thinned(sizes: Sequence[int], low: int, high: int, most: int) -> list[int]:
     wanted = [bottom * (top / bottom) ** (k / (most - 1)) for k in range(most)]
     found = {sizes[min(last, max(first, bisect_right(sizes, round(w)) - 1))] for w in wanted}
     return sorted(found | {sizes[last]})
-
-
-def unbeaten(points: Sequence[tuple[int, float]]) -> list[int]:
-    """The points that no other beats in both memory and rate.
-
-    Args:
-        points: Bytes and rate of each.
-
-    Returns:
-        Their positions, by rising bytes.
-
-    Examples:
-        >>> unbeaten([(10, 1.0), (20, 3.0), (30, 2.0)])
-        [0, 1]
-    """
-    kept: list[int] = []
-    best = float("-inf")
-    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if points[i][1] > best:
-            kept.append(i)
-            best = points[i][1]
-    return kept

@@ -11,12 +11,10 @@ import mlx.nn as nn
 from mlx_tune.reach.code import is_foreign, names_in
 from mlx_tune.reach.facts import Facts
 from mlx_tune.reach.places import slot_names
+from mlx_tune.substitution import is_substitute
 
 #: Modules of the standard library whose objects are made to hold other people's.
 OPEN = frozenset({"argparse", "collections", "functools", "types", "weakref"})
-
-#: The attribute of the subclasses that `checkpoint` makes, which have nothing of their own to find.
-GENERATED = "_checkpoint_plain"
 
 
 class Kind:
@@ -38,7 +36,7 @@ class Kind:
         self.own = tuple(
             ref(base)
             for base in (*kind.__mro__, *above.__mro__)
-            if not is_foreign(base.__module__) and GENERATED not in vars(base)
+            if not is_foreign(base.__module__) and not is_substitute(base)
         )
         self.foreign = is_foreign(kind.__module__)
         self.home = None if self.foreign else kind.__module__

@@ -1,4 +1,4 @@
-"""The pure part of autofit: paces, largest sizes, and points that none beats."""
+"""The pure part of autofit: paces and largest sizes."""
 
 from bisect import bisect_right
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tune.fitting.predict import Pace, largest_fitting, pace_through, thinned, unbeaten
+from mlx_tune.fitting.predict import Pace, largest_fitting, pace_through, thinned
 
 
 @given(st.floats(0, 10), st.floats(0.001, 10), st.lists(st.integers(1, 500), min_size=2, max_size=5, unique=True))
@@ -73,11 +73,3 @@ def test_thinned_sizes_are_sizes_in_the_range_with_its_largest(sizes, low, high,
     assert bool(found) == bool(inside)
     if inside:
         assert found[-1] == sizes[bisect_right(sizes, high) - 1]
-
-
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20).map(float)), min_size=1, max_size=12))
-@settings(deadline=None, max_examples=200)
-def test_unbeaten_points_are_those_that_none_beats(points):
-    found = {points[i] for i in unbeaten(points)}
-    expected = {p for p in points if not any(q[0] <= p[0] and q[1] >= p[1] and q != p for q in points)}
-    assert found == expected

@@ -1,8 +1,7 @@
 """Checkpointing one block: a module in place, or a function.
 
-Python looks `__call__` up on the class, so a wrapped module is given a subclass of its own class: one for each
-class, made when it is first needed. The rest of the module stays, so its parameters keep their names, and
-other instances of its class do not notice.
+A wrapped module is given a subclass of its own class: one for each class, made when it is first needed. The rest of
+the module stays, so its parameters keep their names.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import mlx.nn as nn
 from mlx_tune.checkpointing.block.constants import Refusals
 from mlx_tune.checkpointing.block.recompute import call_checkpointed
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
-from mlx_tune.reach.classes import GENERATED
+from mlx_tune.substitution import Substitute, plain_class, subclass, substitute
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -167,7 +166,7 @@ def unwrap(module: nn.Module) -> bool:
     """Make one module what it was before; false where there was nothing to undo."""
     if not isinstance(module, _Checkpointed):
         return False
-    module.__class__ = plain_class(type(module))
+    substitute(module, plain_class(type(module)))
     vars(module).pop(_NAMES, None)
     vars(module).pop(_REFUSALS, None)
     module.pop(_MARK, None)
@@ -180,26 +179,17 @@ def kept_names(module: nn.Module) -> frozenset[str]:
     return names
 
 
-def plain_class(kind: type) -> type:
-    """The class of a module without checkpointing."""
-    plain: type = vars(kind).get(GENERATED, kind)
-    return plain
-
-
-class _Checkpointed:
+class _Checkpointed(Substitute):
     """Marks the subclasses made here, and comes first in them."""
 
     __slots__ = ()
-
-    def __init_subclass__(cls, **_: Any) -> None:
-        """Say nothing to a class that notes its subclasses, say under their names, or asks something of them."""
 
 
 def _wrap_module(block: M, names: frozenset[str]) -> M:
     if not isinstance(block, _Checkpointed):
         kind = _checkpointed_class(type(block))
         try:
-            block.__class__ = kind
+            substitute(block, kind)
         except TypeError as error:
             raise CheckpointError(
                 f"{type(block).__name__} cannot be checkpointed: its instances cannot change class ({error}). "
@@ -229,17 +219,9 @@ def _checkpointed_class(plain: type) -> type:
             return (_new_checkpointed, (plain, *rest[0][1:]), *rest[1:])
         return (made, *rest)
 
-    names = {
-        "__call__": wraps(plain.__call__)(__call__),
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": plain.__module__,
-        "__qualname__": plain.__qualname__,
-        "__doc__": plain.__doc__,
-        "__slots__": (),
-        GENERATED: plain,
-    }
+    methods = {"__call__": wraps(plain.__call__)(__call__), "__reduce_ex__": __reduce_ex__}
     try:
-        kind: Any = type(plain)(plain.__name__, (_Checkpointed, plain), names)
+        kind: Any = subclass(plain, methods, _Checkpointed)
     except TypeError as error:
         raise CheckpointError(
             f"{plain.__name__} cannot be checkpointed: it cannot be subclassed ({error}). "

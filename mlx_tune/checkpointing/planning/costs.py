@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_tune.errors import CheckpointError
 from mlx_tune.graphs.arguments import ArraySpec
 from mlx_tune.interrupts import interruptible
+from mlx_tune.substitution import subclass, substituted
 from mlx_tune.trees import arrays_of
 
 #: How often a block's forward pass is timed at most; the fastest counts.
@@ -51,25 +52,19 @@ def recorded(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
         For each name its calls.
     """
     calls = {path: Calls() for path in blocks}
-    classes = {path: type(block) for path, block in blocks.items()}
     count = itertools.count()
 
-    def recording(kind: type, noted: Calls) -> type:
+    def recording(kind: Any, noted: Calls) -> Any:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
             noted.inputs.append((_shapes(args), _shapes(kwargs)))
             order = next(count)
             noted.first = order if noted.first < 0 else noted.first
             return kind.__call__(self, *args, **kwargs)
 
-        return type(kind)(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
+        return subclass(kind, {"__call__": __call__})
 
-    try:
-        for path, block in blocks.items():
-            block.__class__ = recording(classes[path], calls[path])
+    with substituted((block, recording(type(block), calls[path])) for path, block in blocks.items()):
         yield calls
-    finally:
-        for path, block in blocks.items():
-            block.__class__ = classes[path]
 
 
 def _shapes(tree: Any) -> Any:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.pareto import unbeaten
 
 #: Pairs kept after each block. Beyond, held bytes are rounded up to this many steps of the limit: never too
 #: optimistic, and at most one step for each block away from the exact answer.
@@ -149,11 +150,7 @@ def fastest(chain: Chain, limit_bytes: int, *, most_pairs: int = MOST_PAIRS) -> 
 
 def _undominated(pairs: list[_Pair]) -> list[_Pair]:
     """Those that no other one beats in both held bytes and seconds."""
-    kept: list[_Pair] = []
-    for pair in sorted(pairs, key=lambda pair: (pair[0], pair[1])):
-        if not kept or pair[1] < kept[-1][1]:
-            kept.append(pair)
-    return kept
+    return [pairs[i] for i in unbeaten([(held, seconds) for held, seconds, _ in pairs])]
 
 
 def frontier(chain: Chain, resolution_bytes: int = 1) -> tuple[Schedule, ...]:

@@ -20,6 +20,7 @@ from mlx_tune.quantization.formats.packing import unpack
 from mlx_tune.quantization.models.dense import dense_twin, has_dense_class
 from mlx_tune.quantization.models.sites import Site, is_quantized, put_module, walk
 from mlx_tune.quantization.planning.overflow import overflows
+from mlx_tune.substitution import subclass, substitute
 
 #: Names of the two trained arrays of a layer.
 NAMES = ("stretch", "shift")
@@ -83,7 +84,7 @@ def _trainable(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     for name in NAMES:
         layer[name] = mx.zeros(module["scales"].shape, dtype=mx.float32)
     kind: Any = type(layer)
-    object.__setattr__(layer, "__class__", _training_class(kind))
+    substitute(layer, _training_class(kind))
     trained: nn.Module = layer
     return trained
 
@@ -131,5 +132,5 @@ def _training_class(kind: type) -> type:
         return call
 
     if issubclass(kind, nn.Embedding):
-        return type(kind.__name__, (kind,), {"__call__": _weight, "as_linear": through("as_linear")})
-    return type(kind.__name__, (kind,), {"__call__": through("__call__")})
+        return subclass(kind, {"__call__": _weight, "as_linear": through("as_linear")})
+    return subclass(kind, {"__call__": through("__call__")})

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.quantization.models.dense import dense_twin, dequantize_arrays, has_dense_class
 from mlx_tune.quantization.models.sites import is_quantized, walk
+from mlx_tune.substitution import subclass, substituted
 
 _LOW = (mx.bfloat16, mx.float16)
 
@@ -59,21 +60,11 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
     of times slower there. The model's parameters and classes are what they were as soon as the block ends.
     """
     unpack = mx.default_device() == mx.Device(mx.cpu)
-    changed = []
     stand_in = functools.cache(_stand_in)  # for this block: one that stays would keep the classes' models alive
-    with uninterrupted():
-        try:
-            for site in walk(model):
-                module = site.module
-                replacement = stand_in(type(module), unpack and _unpackable(module))
-                if replacement is not None:
-                    changed.append((module, type(module)))
-                    object.__setattr__(module, "__class__", replacement)
-            with interruptible():
-                yield
-        finally:
-            for module, before in reversed(changed):
-                object.__setattr__(module, "__class__", before)
+    modules = [site.module for site in walk(model)]
+    pairs = ((module, stand_in(type(module), unpack and _unpackable(module))) for module in modules)
+    with uninterrupted(), substituted((module, kind) for module, kind in pairs if kind is not None), interruptible():
+        yield
 
 
 @contextmanager
@@ -118,7 +109,7 @@ def _stand_in(kind: type, unpack: bool) -> type | None:
         body["__call__"] = lambda self, x: widen(kind.__call__(self, x))
     elif unpack:
         body["__call__"] = _unpacked_call
-    return type(kind.__name__, (kind,), body) if body else None
+    return subclass(kind, body) if body else None
 
 
 def _unpacked_call(self: Any, *arguments: Any, **keywords: Any) -> Any:

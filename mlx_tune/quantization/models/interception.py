@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_tune.errors import CheckpointError
 from mlx_tune.quantization.models.batches import Batch
+from mlx_tune.substitution import subclass, substituted
 
 #: `hook(module, method, run, arguments, keywords)` gives back what the call is to give back.
 Hook = Callable[[nn.Module, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -42,16 +43,8 @@ def intercepted(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
         >>> seen
         [(3, 2)]
     """
-    changed: dict[int, tuple[nn.Module, type]] = {}
-    try:
-        for module in modules:
-            if id(module) not in changed:
-                changed[id(module)] = (module, type(module))
-                object.__setattr__(module, "__class__", _listening(type(module), hook))
+    with substituted((module, _listening(type(module), hook)) for module in modules):
         yield
-    finally:
-        for module, before in changed.values():
-            object.__setattr__(module, "__class__", before)
 
 
 def _listening(kind: type, hook: Hook) -> type:
@@ -63,7 +56,7 @@ def _listening(kind: type, hook: Hook) -> type:
 
         return call
 
-    return type(kind.__name__, (kind,), {name: through(name) for name in _METHODS if hasattr(kind, name)})
+    return subclass(kind, {name: through(name) for name in _METHODS if hasattr(kind, name)})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mlx_tune.pareto import unbeaten
+
 #: Partial sums kept after a layer. Beyond it the finest differences in bytes are dropped, always towards fewer bytes,
 #: so that the budget holds and the answer is still within a hair of the best.
 _STATES = 200_000
@@ -33,7 +35,7 @@ def allocate(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: int) 
 
     if not options:
         return []
-    useful = [_undominated(layer) for layer in options]
+    useful = [unbeaten(layer) for layer in options]
     smallest = [min(b for b, _ in layer) for layer in options]
     if sum(smallest) > budget_bytes:
         return None
@@ -70,15 +72,6 @@ def allocate(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: int) 
         chosen.append(int(choices[state]))
         state = int(parents[state])
     return chosen[::-1]
-
-
-def _undominated(layer: Sequence[tuple[int, float]]) -> list[int]:
-    """Places of the options that no other one beats in bytes and cost, by rising bytes."""
-    kept: list[int] = []
-    for k in sorted(range(len(layer)), key=lambda k: layer[k]):
-        if not kept or layer[k][1] < layer[kept[-1]][1]:
-            kept.append(k)
-    return kept
 
 
 def _best_price(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: int) -> float:
