@@ -11,7 +11,7 @@ import pytest
 def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train scales for a fifth of the usual steps and time a model once: hardly a test is about either."""
     monkeypatch.setattr("mlx_tune.quantization.learning.dwq._STEPS", 48)
-    monkeypatch.setattr("mlx_tune.quantization.judging.speed._SECONDS", 0.0)
+    monkeypatch.setattr("mlx_tune.quantization.judging.timed_runs._SECONDS", 0.0)
 
 
 _LLAMA = {

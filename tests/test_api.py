@@ -32,6 +32,9 @@ FLOORS = [
 ]
 #: Rooms in a room that know nothing of each other.
 SIDE_BY_SIDE = {"mlx_tune.graphs.tracing", "mlx_tune.graphs.simulating"}
+#: Rooms in quantization, from the ground up; the files beside them stand on all.
+QUANTIZATION = [["formats"], ["models"], ["planning"], ["learning", "judging"], ["sizing"]]
+QUANTIZATION_FLOOR_OF = {room: number for number, floor in enumerate(QUANTIZATION) for room in floor}
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 #: The names that users rely on. The table in `mlx_tune/__init__.py` may hold more (result types, errors), never fewer.
@@ -154,6 +157,21 @@ def test_arrows_point_down(name, file):
         assert allowed, f"{name} imports {target}, which is not below it"
         pair = {".".join(module.split(".")[:3]) for module in (name, target)}
         assert pair != SIDE_BY_SIDE, f"{name} imports {target}, which lies beside it"
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [(name, file) for name, file in modules() if name.startswith("mlx_tune.quantization.")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arrows_in_quantization_point_down(name, file):
+    room, top = name.split(".")[2], len(QUANTIZATION)
+    own = QUANTIZATION_FLOOR_OF.get(room, top)
+    for target in imported(file):
+        if target.startswith("mlx_tune.quantization."):
+            other = target.split(".")[2]
+            below = QUANTIZATION_FLOOR_OF.get(other, top) < own
+            assert other == room or below or own == top, f"{name} imports {target}, which is not below it"
 
 
 @pytest.mark.parametrize(("name", "file"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")

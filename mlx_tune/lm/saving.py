@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 from mlx_tune.quantization import keeps_inputs, quantization_config, quantizes_inputs
-from mlx_tune.quantization.models.arithmetic import same_random_stream
+from mlx_tune.quantization.models.random_stream import same_random_stream
 from mlx_tune.scratch import writing
 from mlx_tune.trees import arrays_of
 from mlx_tune.unfinished import beside

@@ -8,11 +8,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.progress import progress_bar
-from mlx_tune.quantization.learning.apply import LayerOutcome, install, outcome_of
-from mlx_tune.quantization.learning.one_layer import apply_layer
+from mlx_tune.quantization.learning.dwq import Recompute, train_dwq
+from mlx_tune.quantization.learning.gptq_model import gptq_model
+from mlx_tune.quantization.learning.one_layer import LayerOutcome, apply_layer, install, outcome_of
+from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.models.dense import dense_twin
-from mlx_tune.quantization.models.sites import is_quantized, module_at
+from mlx_tune.quantization.models.interception import FindBlocks
+from mlx_tune.quantization.models.layers import dense_twin, is_quantized
+from mlx_tune.quantization.models.sites import module_at
 from mlx_tune.quantization.models.transaction import Transaction, swap
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.units import format_names
@@ -25,7 +28,9 @@ def carry_out(
     transaction: Transaction,
     calibration: list[Batch],
     *,
-    loss: Any = None,
+    blocks_of: FindBlocks,
+    recompute: Recompute,
+    loss: Loss | None = None,
     progress: bool = False,
 ) -> tuple[dict[str, LayerOutcome], list[str]]:
     """Quantize every layer of a plan.
@@ -34,6 +39,8 @@ def carry_out(
         plan: The plan.
         transaction: The open one on its model.
         calibration: The batches that "gptq" and "dwq" learn from.
+        blocks_of: Finds the blocks of a model.
+        recompute: Makes a model recompute the activations of its blocks.
         loss: The loss that "dwq" trains on instead of the distance to the unquantized model.
         progress: Show progress lines.
 
@@ -46,10 +53,10 @@ def carry_out(
     learnable = [layer for layer in plan.layers if layer.mode == "affine"]
     others = [layer for layer in plan.layers if layer.mode != "affine"]
     outcomes = _each(others, plan, progress)
-    outcomes |= _gptq(learnable, plan, calibration, progress)
+    outcomes |= _gptq(learnable, plan, calibration, blocks_of, progress)
     if plan.method == "gptq":
         return outcomes, []
-    return _dwq(outcomes, learnable, plan, transaction, calibration, loss, progress)
+    return _dwq(outcomes, learnable, plan, transaction, calibration, recompute, loss, progress)
 
 
 def _each(layers: list[LayerPlan] | tuple[LayerPlan, ...], plan: QuantizationPlan, progress: bool) -> dict[str, Any]:
@@ -77,11 +84,17 @@ def _unpack(layers: tuple[LayerPlan, ...]) -> None:
 
 
 def _gptq(
-    layers: list[LayerPlan], plan: QuantizationPlan, calibration: list[Batch], progress: bool
+    layers: list[LayerPlan], plan: QuantizationPlan, calibration: list[Batch], blocks_of: FindBlocks, progress: bool
 ) -> dict[str, LayerOutcome]:
-    from mlx_tune.quantization.learning.gptq_model import gptq_model
-
-    done = gptq_model(plan.layers[0].model, layers, calibration, install=install, effort=plan.effort, progress=progress)
+    done = gptq_model(
+        plan.layers[0].model,
+        layers,
+        calibration,
+        install=install,
+        blocks_of=blocks_of,
+        effort=plan.effort,
+        progress=progress,
+    )
     for found in done:
         if found.note is not None:
             _log.warning("gptq: %s %s", found.path, found.note)
@@ -103,15 +116,14 @@ def _dwq(
     plan: QuantizationPlan,
     transaction: Transaction,
     calibration: list[Batch],
-    loss: Any,
+    recompute: Recompute,
+    loss: Loss | None,
     progress: bool,
 ) -> tuple[dict[str, LayerOutcome], list[str]]:
-    from mlx_tune.quantization.learning.dwq import train_dwq
-
     model = plan.layers[0].model
     reference = None if loss is not None else transaction.reference()
     before = {layer.path: _scales(layer.module) for layer in layers}
-    result = train_dwq(model, reference, calibration, loss=loss, progress=progress)
+    result = train_dwq(model, reference, calibration, loss=loss, recompute=recompute, progress=progress)
     del reference
     if result.note is not None:
         _log.warning("%s", result.summary)

@@ -11,39 +11,35 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.errors import QuantizationError
+from mlx_tune.checkpointing.blocks import checkpoint_blocks, find_blocks
+from mlx_tune.errors import CheckpointError, QuantizationError
 from mlx_tune.memory import track_memory
-from mlx_tune.quantization.formats.scale_search import Effort
-from mlx_tune.quantization.judging.accuracy import Accuracy
-from mlx_tune.quantization.judging.evaluation import Comparison, Loss, prepare
-from mlx_tune.quantization.judging.guard import Guard, watched
-from mlx_tune.quantization.judging.report import LayerReport, QuantizationReport, layer_report
-from mlx_tune.quantization.judging.speed import Speed, SpeedComparison, measure_after, measure_before
+from mlx_tune.quantization.formats.modes import Effort
+from mlx_tune.quantization.judging.compare_layers import compare_layers
+from mlx_tune.quantization.judging.evaluation import Evaluation, Watched, prepare
+from mlx_tune.quantization.judging.guard import Guard, part_of, watched
+from mlx_tune.quantization.judging.report import QuantizationReport
+from mlx_tune.quantization.judging.speed import Speed, SpeedComparison
 from mlx_tune.quantization.judging.statistics import overlap
-from mlx_tune.quantization.learning.apply import (
-    LayerOutcome,
-    check_backend,
-    check_finite,
-)
+from mlx_tune.quantization.judging.timed_runs import measure_after, measure_before
 from mlx_tune.quantization.learning.energies import few_of, with_energies
 from mlx_tune.quantization.learning.input_samples import InputSamples
+from mlx_tune.quantization.learning.one_layer import apply_layer
 from mlx_tune.quantization.methods import carry_out
-from mlx_tune.quantization.models.arithmetic import same_random_stream
-from mlx_tune.quantization.models.batches import Batch, read_batches, token_rows
+from mlx_tune.quantization.models.answers import Loss
+from mlx_tune.quantization.models.batches import Batch, count_tokens, read_batches, token_rows
+from mlx_tune.quantization.models.random_stream import same_random_stream
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 from mlx_tune.quantization.models.transaction import Transaction
-from mlx_tune.quantization.planning.kernels import FaultOf
-from mlx_tune.quantization.planning.layout import check_request, lay_out
-from mlx_tune.quantization.planning.overflow import check_overflow
-from mlx_tune.quantization.planning.plan import QuantizationPlan
+from mlx_tune.quantization.outcome import report_of
+from mlx_tune.quantization.planning.checks import check_backend, check_finite, check_overflow
+from mlx_tune.quantization.planning.layout import lay_out
 from mlx_tune.quantization.planning.rehearsal import rehearse
 from mlx_tune.quantization.planning.trusted import fault_finder, keep_unpacked
+from mlx_tune.quantization.sizing.target import allocate_to_target, parse_target
 from mlx_tune.units import format_percent
 
 T = TypeVar("T")
-
-#: Decibels below which a layer's error is more than half as large as its weights.
-_LOST_DB = 6.0
 
 #: Share of the evaluation's windows found in the calibration from which on a report warns: code and prose repeat
 #: licences and boilerplate, so that a little of it is nobody's fault.
@@ -122,8 +118,19 @@ def quantize_model(
         >>> [(layer.path, layer.bits) for layer in report.layers], report.accuracy.relative_error < 0.01
         ([('layers.0', 8), ('layers.2', 8)], True)
     """
-    base = check_request(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
-    plan = lay_out(model, base, method, effort, overrides, skip, requantize, scale_dtype)
+    plan = lay_out(
+        model,
+        bits,
+        group_size,
+        method=method,
+        mode=mode,
+        effort=effort,
+        activations=activations,
+        overrides=overrides,
+        skip=skip,
+        requantize=requantize,
+        scale_dtype=scale_dtype,
+    )
     learn, judge = read_batches(calibration, "calibration"), read_batches(evaluation, "evaluation")
     if method in ("gptq", "dwq") and not learn:
         raise QuantizationError(
@@ -145,14 +152,23 @@ def quantize_model(
         learn, judge = rehearse(plan, learn, judge, loss)
         largest = check_finite(plan)
         notes = list[str]()
-        if method == "optimal" or (method != "nearest" and not (target_bpw is None and target_bytes is None)):
+        if method == "optimal" or (method != "nearest" and targeted):
             samples = None
             if method == "optimal" and learn:
                 samples = stack.enter_context(InputSamples(len(few_of(learn))))
-            plan, unknown = with_energies(plan, learn, samples)
+            plan, unknown = with_energies(plan, learn, samples, blocks_of=blocks_of)
             notes += unknown
         if targeted:
-            plan = _to_target(plan, target_bpw, target_bytes, learn, judge, progress, fault_of)
+            plan = allocate_to_target(
+                plan,
+                parse_target(plan, target_bpw, target_bytes),
+                watch=Watched,
+                apply=apply_layer,
+                calibration=learn,
+                evaluation=judge,
+                progress=progress,
+                fault_of=fault_of,
+            )
         check_overflow(plan, largest)
         store = stack.enter_context(OutputStore())
         comparison, before = None, None
@@ -162,16 +178,29 @@ def quantize_model(
             comparison = prepare(model, judge, loss, warnings=warnings)
             comparison.record(model, store, progress=progress)
             before = _measured(partial(_time_before, model, comparison), notes)
-        guard = Guard(plan, judge, loss, stack.enter_context(OutputStore())) if judge and watched(plan) else None
+        watch = guard = None
+        if judge and watched(plan):
+            watch = Watched(model, part_of(judge), loss)
+            guard = Guard(plan, stack.enter_context(watch))
         transaction = stack.enter_context(Transaction(model))
         with track_memory() as memory:
-            outcomes, remarks = carry_out(plan, transaction, learn, loss=loss, progress=progress)
+            outcomes, remarks = carry_out(
+                plan,
+                transaction,
+                learn,
+                blocks_of=blocks_of,
+                recompute=checkpoint_blocks,
+                loss=loss,
+                progress=progress,
+            )
         accuracy = speed = None
-        warning = None if guard is None else guard.verdict(model)
+        warning = None
+        if watch is not None and guard is not None:
+            warning = guard.verdict(watch.evaluation.kind, count_tokens(watch.evaluation.parts))
         if comparison is not None:
             accuracy = comparison.judge(model, store, progress=progress)
             speed = _measured(partial(_time_after, model, comparison, before), notes) if before else None
-        report = _report(plan, outcomes, memory, accuracy, speed, (*remarks, *transaction.notes, *notes))
+        report = report_of(plan, outcomes, memory, accuracy, speed, (*remarks, *transaction.notes, *notes))
         return replace(report, warning=warning)
 
 
@@ -208,8 +237,6 @@ def quantization_report(
         >>> report.layers[0].snr_db > 30, report.accuracy.relative_error < 0.02
         (True, True)
     """
-    from mlx_tune.quantization.judging.compare_layers import compare_layers
-
     judge, learn = read_batches(evaluation, "evaluation"), read_batches(calibration, "calibration")
     if not judge:
         raise QuantizationError("evaluation=None: a comparison needs batches to compare on.")
@@ -222,11 +249,19 @@ def quantization_report(
         return replace(report, accuracy=accuracy, speed=speed, notes=(*report.notes, *notes))
 
 
-def _time_before(model: nn.Module, comparison: Comparison) -> list[Speed]:
+def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks that a model repeats, each with its path; none where nothing is repeated."""
+    try:
+        return [block for stack in find_blocks(model) for block in stack]
+    except CheckpointError:
+        return []
+
+
+def _time_before(model: nn.Module, comparison: Evaluation) -> list[Speed]:
     return measure_before(model, comparison.parts[0], tokens_in=comparison.kind == "tokens", loss=comparison.loss)
 
 
-def _time_after(model: nn.Module, comparison: Comparison, before: list[Speed]) -> SpeedComparison:
+def _time_after(model: nn.Module, comparison: Evaluation, before: list[Speed]) -> SpeedComparison:
     return measure_after(model, comparison.parts[0], before, loss=comparison.loss)
 
 
@@ -237,67 +272,6 @@ def _measured(measure: Callable[[], T], notes: list[str]) -> T | None:
     except (RuntimeError, ValueError) as error:  # such as a stack of experts in bfloat16 on a CPU
         notes.append(f"Speed was not measured: MLX cannot run the model here with its weights as stored ({error}).")
         return None
-
-
-def _report(
-    plan: QuantizationPlan,
-    outcomes: dict[str, LayerOutcome],
-    memory: track_memory,
-    accuracy: Accuracy | None,
-    speed: SpeedComparison | None,
-    notes: tuple[str, ...],
-) -> QuantizationReport:
-    layers: list[LayerReport] = []
-    for layer in plan.layers:
-        outcome = outcomes[layer.path]
-        layers.append(layer_report(layer, outcome))
-    return QuantizationReport(
-        method=plan.method,
-        size_before_bytes=plan.size_before_bytes,
-        size_after_bytes=plan.size_after_bytes,
-        parameters=plan.parameters,
-        layers=tuple(layers),
-        skipped=tuple(layer_report(layer, None) for layer in plan.skipped),
-        rest_bytes=plan.rest_bytes,
-        accuracy=accuracy,
-        speed=speed,
-        seconds=memory.seconds,
-        peak_bytes=memory.peak_bytes,
-        notes=(*plan.notes, *_little_left(outcomes.values()), *notes),
-    )
-
-
-def _little_left(outcomes: Iterable[LayerOutcome]) -> tuple[str, ...]:
-    """A warning where quantization left less than half of a layer's power, as where a mode's range ends before it.
-
-    Weights that meet next to no input may well be lost.
-    """
-    lost = [x for x in outcomes if (x.snr_db if x.input_snr_db is None else x.input_snr_db) < _LOST_DB]
-    if not lost:
-        return ()
-    named = ", ".join(f"{layer.path} ({layer.snr_db:.1f} dB)" for layer in lost[:3])
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-    return (
-        f"Warning: the error is more than half as large as the weights in {named}{more}: give them more bits, or "
-        "another mode.",
-    )
-
-
-def _to_target(
-    plan: QuantizationPlan,
-    target_bpw: float | None,
-    target_bytes: int | str | None,
-    learn: list[Batch],
-    judge: list[Batch],
-    progress: bool,
-    fault_of: FaultOf | None,
-) -> QuantizationPlan:
-    from mlx_tune.quantization.sizing.target import allocate_to_target, parse_target
-
-    target = parse_target(plan, target_bpw, target_bytes)
-    return allocate_to_target(
-        plan, target, calibration=learn, evaluation=judge, progress=progress, fault_of=fault_of
-    ).plan
 
 
 def _overlap_warning(judge: list[Batch], learn: list[Batch]) -> tuple[str, ...]:

@@ -37,7 +37,17 @@ def ours(method: str, bits: int, group: int, calibration: list[mx.array]) -> Cal
 
 def dwq_after_gptq(path: str, model: nn.Module, calibration: list[mx.array]) -> nn.Module:
     """What "dwq" does once it has done what "gptq" does."""
-    _tell([train_dwq(model, load(path), read_batches(calibration, "calibration"), progress=False).summary])
+    _tell(
+        [
+            train_dwq(
+                model,
+                load(path),
+                read_batches(calibration, "calibration"),
+                recompute=mt.checkpoint_blocks,
+                progress=False,
+            ).summary
+        ]
+    )
     return model
 
 

@@ -32,7 +32,7 @@ def test_a_failure_after_it_leaves_the_model_as_it_was(method: str, monkeypatch)
     def fail(*_):
         raise RuntimeError("late")
 
-    monkeypatch.setattr(quantize, "_report", fail)
+    monkeypatch.setattr(quantize, "report_of", fail)
     model = toys.llama()
     before = toys.arrays_of(model)
     with pytest.raises(RuntimeError, match="late"):

@@ -21,12 +21,12 @@ CHILD = """
 import json, resource, sys
 import mlx.core as mx, mlx.nn as nn
 import mlx_tune as mt
-import mlx_tune.quantization.learning.one_layer as alone
-import mlx_tune.quantization.judging.evaluation as evaluation_of
-import mlx_tune.quantization.judging.speed as speed
+from mlx_tune.quantization.learning import one_layer
+import mlx_tune.quantization.judging.timed_runs as timed_runs
+import mlx_tune.quantization.models.arithmetic as arithmetic
 
-evaluation_of.ROOM_BYTES = 16 << 20  # so that a model of this size is held back
-speed._SECONDS = 0.0  # it is timed once: this is about memory
+arithmetic.ROOM_BYTES = 16 << 20  # so that a model of this size is held back
+timed_runs._SECONDS = 0.0  # it is timed once: this is about memory
 file, layers, width, way = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 
 class Block(nn.Module):
@@ -42,13 +42,13 @@ model.load_weights(file)
 if way in ("loaded", "failing"):
     mx.eval(model.parameters())
 if way == "failing":
-    real, done = alone.install, []
+    real, done = one_layer.install, []
     def install(*arguments):
         done.append(1)
         if len(done) == layers:
             raise MemoryError
         real(*arguments)
-    alone.install = install
+    one_layer.install = install
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

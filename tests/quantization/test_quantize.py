@@ -11,9 +11,10 @@ import mlx_tune as mt
 from mlx_tune.errors import BackendError, QuantizationError
 from mlx_tune.quantization import quantization_config, quantizes_inputs
 from mlx_tune.quantization.formats.lazy import is_unevaluated
-from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES, Format
-from mlx_tune.quantization.learning.apply import quantized_module, signal_to_noise_db_between
-from mlx_tune.quantization.models.dense import dense_twin, dequantized_weight
+from mlx_tune.quantization.formats.modes import Format
+from mlx_tune.quantization.formats.packed_arrays import signal_to_noise_db_between
+from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
+from mlx_tune.quantization.models.layers import dense_twin, dequantized_weight, quantized_module
 from mlx_tune.quantization.models.sites import module_at
 
 
@@ -194,7 +195,7 @@ def test_a_requantized_model_of_experts_keeps_its_classes() -> None:
 
 @pytest.mark.parametrize("fail_at", [0, 7, 14])
 def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at: int) -> None:
-    import mlx_tune.quantization.learning.one_layer as alone
+    from mlx_tune.quantization.learning import one_layer
 
     model = toys.llama()
     before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
@@ -206,8 +207,8 @@ def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at:
             raise MemoryError("no more")
         return real(*arguments, **options)
 
-    real = alone.pack
-    monkeypatch.setattr(alone, "pack", pack)
+    real = one_layer.pack_weight
+    monkeypatch.setattr(one_layer, "pack_weight", pack)
     mx.random.seed(1)
     expected = mx.random.uniform().item()
     mx.random.seed(1)
@@ -219,12 +220,12 @@ def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at:
 
 
 def test_so_does_one_while_evaluating(monkeypatch) -> None:
-    from mlx_tune.quantization.judging.evaluation import Comparison
+    from mlx_tune.quantization.judging.evaluation import Evaluation
 
     def judge(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Comparison, "judge", judge)
+    monkeypatch.setattr(Evaluation, "judge", judge)
     model = toys.llama()
     before = toys.arrays_of(model)
     with pytest.raises(KeyboardInterrupt):
@@ -278,7 +279,7 @@ def test_a_lazily_loaded_model_stays_lazy_after_a_failure(tmp_path, monkeypatch)
     expected = toys.arrays_of(model)
     mx.save_safetensors(str(tmp_path / "w.safetensors"), expected)
     model.load_weights(str(tmp_path / "w.safetensors"))
-    monkeypatch.setattr(quantize, "_report", fail)
+    monkeypatch.setattr(quantize, "report_of", fail)
     with pytest.raises(RuntimeError, match="late"):
         quiet(model, 4, 64, method="nearest")
     assert all(is_unevaluated(layer.weight) for layer in model.layers)

@@ -18,8 +18,9 @@ import os
 import mlx.core as mx
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.packing import check_affine, dequantize_float32
-from mlx_tune.quantization.formats.scale_search import Effort, Solver, plan_search
+from mlx_tune.quantization.formats.scale_search import Solver, plan_search
 
 __all__ = ["Effort", "dequantize_float32", "group_errors", "quantize_affine", "quantize_nearest"]
 

@@ -14,9 +14,8 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_tune.quantization.formats.magnitudes import unit_of
-from mlx_tune.quantization.formats.modes import FIXED_MODES
+from mlx_tune.quantization.formats.modes import FIXED_MODES, Effort
 from mlx_tune.quantization.formats.packing import pack
-from mlx_tune.quantization.formats.scale_search import Effort
 
 #: The magnitudes of a 4-bit float with two bits of exponent and one of mantissa, by code, and what lies between them.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

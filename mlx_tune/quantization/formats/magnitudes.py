@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
+from typing import Any
 
-from mlx_tune.quantization.formats.lazy import number
+import mlx.core as mx
 
 #: The bits of a float32 that hold its exponent.
 _EXPONENT = 0x7F800000
@@ -40,7 +40,8 @@ def largest_magnitude(weight: mx.array) -> float:
         >>> largest_magnitude(mx.array([1.0, -3.0]))
         3.0
     """
-    return number(mx.maximum(weight.max(), -weight.min()).astype(mx.float32))
+    largest: Any = mx.maximum(weight.max(), -weight.min()).astype(mx.float32).item()
+    return float(largest)
 
 
 def in_range(weight: mx.array) -> tuple[mx.array, mx.array]:

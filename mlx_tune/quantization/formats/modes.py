@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
 from mlx_tune.units import whole_number
 
-AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
-AFFINE_GROUP_SIZES = (32, 64, 128)
+#: The length of a search.
+Effort = Literal["fast", "best"]
 
 #: Modes whose group size and bits are fixed: (group size, bits).
 FIXED_MODES = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
@@ -49,7 +50,7 @@ class Format:
         name += f", {self.scale_dtype} scales" if self.scale_dtype else ""
         return f"{name}, inputs too" if self.quantize_input else name
 
-    def parts(self) -> dict[str, Any]:
+    def keywords(self) -> dict[str, Any]:
         """Keyword arguments for MLX's functions on packed arrays."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 

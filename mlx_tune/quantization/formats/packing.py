@@ -14,6 +14,9 @@ from mlx_tune.errors import QuantizationError
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
 
+#: Packed weights, scales, and biases where the mode has them.
+PackedArrays = tuple[mx.array, mx.array, mx.array | None]
+
 
 def check_affine(shape: tuple[int, ...], bits: int, group_size: int) -> None:
     """Raise unless a weight of this shape can be stored with these bits and this group size.
@@ -103,28 +106,35 @@ def unpack(packed: mx.array, bits: int) -> mx.array:
     return mx.bitwise_and(codes, mx.array(2**bits - 1, dtype=mx.uint32)).reshape(*lead, words * 32 // bits)
 
 
-def dequantize_float32(packed: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
-    """The weight that the stored codes, scales and biases stand for, worked out in float32.
+def dequantize_float32(
+    packed: mx.array, scales: mx.array, biases: mx.array | None, bits: int, group_size: int, mode: str = "affine"
+) -> mx.array:
+    """The weight that stored codes, scales and biases stand for, worked out in float32.
 
     In the scales' own bfloat16 the product and the sum would be rounded once more, which is an error of the
     arithmetic and not of the quantization.
 
     Args:
         packed: `uint32` words, `[..., rows, columns * bits / 32]`.
-        scales: `[..., rows, columns / group_size]`, any float dtype.
-        biases: As `scales`.
+        scales: `[..., rows, columns / group_size]`, any float dtype, or bytes in modes other than "affine".
+        biases: As `scales`; None in modes that have none.
         bits: Bits of a code.
         group_size: Columns that share a scale.
+        mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
 
     Returns:
         float32, `[..., rows, columns]`.
 
     Examples:
-        >>> w = mx.random.normal((4, 64))
-        >>> dequantize_float32(*mx.quantize(w, bits=8, group_size=32), bits=8, group_size=32).shape
-        (4, 64)
+        >>> w = mx.random.normal((4, 64), dtype=mx.bfloat16)
+        >>> after = dequantize_float32(*mx.quantize(w, bits=8, group_size=32), bits=8, group_size=32)
+        >>> after.shape, after.dtype
+        ((4, 64), mlx.core.float32)
     """
-    return mx.dequantize(packed, scales.astype(mx.float32), biases.astype(mx.float32), group_size=group_size, bits=bits)
+    if mode == "affine":
+        scales = scales.astype(mx.float32)
+        biases = None if biases is None else biases.astype(mx.float32)
+    return mx.dequantize(packed, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=mx.float32)
 
 
 def _either(values: tuple[int, ...]) -> str:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlx_tune.quantization.formats.magnitudes import unit_of
 from mlx_tune.quantization.formats.packing import pack
-
-Effort = Literal["fast", "best"]
 
 #: No product of code and scale, and no weight unpacked, may pass this.
 _MOST = float(mx.finfo(mx.float32).max)
@@ -25,7 +23,7 @@ _MOST = float(mx.finfo(mx.float32).max)
 _ROUNDER = 12582912.0
 
 
-class Search(NamedTuple):
+class SearchExtent(NamedTuple):
     """The extent of the search for a group.
 
     Attributes:
@@ -64,14 +62,14 @@ _SPANS = {
 }
 
 
-def plan_search(bits: int, effort: Effort) -> Search:
+def plan_search(bits: int, effort: str) -> SearchExtent:
     low, high = _SPANS[bits]
     if effort == "best":
-        return Search(low, high, 24, 8, 4, 4, 4, 8, 3)
+        return SearchExtent(low, high, 24, 8, 4, 4, 4, 8, 3)
     if bits <= 4:
-        return Search(low, high, 8, 5, 4, 2, 0, 0, 0)
+        return SearchExtent(low, high, 8, 5, 4, 2, 0, 0, 0)
     # With many levels the landscape is so rugged that least squares ends close to where it starts.
-    return Search(low, high, 8, 5, 2, 2, 1, 5, 1)
+    return SearchExtent(low, high, 8, 5, 2, 2, 1, 5, 1)
 
 
 class _Best:
@@ -98,7 +96,7 @@ class _Best:
 class Solver:
     """Finds scales and biases for chunks of groups, which lie in columns so that a pair broadcasts along rows."""
 
-    def __init__(self, bits: int, group_size: int, search: Search, dtype: mx.Dtype) -> None:
+    def __init__(self, bits: int, group_size: int, search: SearchExtent, dtype: mx.Dtype) -> None:
         self._bits, self._size, self._search, self._dtype = bits, group_size, search, dtype
         self._top = mx.array(float(2**bits - 1))
         cpu = mx.default_device() == mx.Device(mx.cpu)

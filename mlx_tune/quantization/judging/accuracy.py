@@ -249,5 +249,14 @@ class OutputAccuracy(Tabular):
 Accuracy = LanguageAccuracy | LossAccuracy | OutputAccuracy
 
 
+def divergence_of(accuracy: Accuracy) -> float:
+    """The one number by which two quantizations of a model are compared; less is better."""
+    if isinstance(accuracy, LanguageAccuracy):
+        return accuracy.mean_kl
+    if isinstance(accuracy, LossAccuracy):
+        return accuracy.loss_after
+    return accuracy.relative_error**2
+
+
 def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,18 +7,10 @@ import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.formats.lazy import read_array
+from mlx_tune.quantization.formats.packed_arrays import signal_to_noise_db_between
 from mlx_tune.quantization.judging.report import COMPARED, LayerReport, QuantizationReport
-from mlx_tune.quantization.learning.apply import signal_to_noise_db_between
-from mlx_tune.quantization.models.dense import dense_twin
-from mlx_tune.quantization.models.sites import (
-    current_format,
-    is_quantized,
-    module_at,
-    own_arrays,
-    parameter_count,
-    walk,
-    weight_shape,
-)
+from mlx_tune.quantization.models.layers import current_format, dense_twin, is_quantized, parameter_count, weight_shape
+from mlx_tune.quantization.models.sites import module_at, own_arrays, walk
 
 
 def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport:

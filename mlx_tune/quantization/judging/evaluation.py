@@ -5,52 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.memory import memory_limit
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.formats.lazy import number
-from mlx_tune.quantization.judging.accuracy import Accuracy
-from mlx_tune.quantization.judging.figures import (
-    HALVES,
-    LOGITS_AT_ONCE,
-    compare_outputs,
-    compare_tokens,
-    join_figures,
-    logits_of,
-    mean_loss,
-    narrow_dtype,
-    output_arrays,
-)
-from mlx_tune.quantization.judging.summaries import TokenFigures, summarise_losses, summarise_outputs, summarise_tokens
-from mlx_tune.quantization.models.arithmetic import evaluation_mode, float32_arithmetic, unpacked_on_cpu, widen
-from mlx_tune.quantization.models.batches import Batch, rows_at_most
-from mlx_tune.quantization.models.sites import own_arrays, walk, weight_shape
+from mlx_tune.quantization.judging.accuracy import Accuracy, divergence_of
+from mlx_tune.quantization.judging.figures import LOGITS_AT_ONCE, compare_outputs, compare_tokens, join_figures
+from mlx_tune.quantization.judging.statistics import TokenFigures
+from mlx_tune.quantization.judging.summaries import summarise_losses, summarise_outputs, summarise_tokens
+from mlx_tune.quantization.models.answers import HALVES, Loss, logits_of, mean_loss, narrow_dtype, output_arrays
+from mlx_tune.quantization.models.arithmetic import evaluation_mode, exactly, unpacked_on_cpu
+from mlx_tune.quantization.models.batches import Batch, rows_at_most, widen
+from mlx_tune.quantization.models.calls import FAULTS, resolve, uncallable
+from mlx_tune.quantization.models.layers import EMBEDDINGS, weight_shape
+from mlx_tune.quantization.models.sites import own_arrays, walk
 from mlx_tune.quantization.models.stored_outputs import OutputStore
-
-#: Memory that an evaluation may take beside the model before MLX is held back from queueing ahead.
-ROOM_BYTES = 256 << 20
-
-#: What a call fails with where shapes, types or names do not belong together.
-_FAULTS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
-
-#: Modules that tokens are looked up in.
-_LOOKUPS = (nn.Embedding, nn.QuantizedEmbedding)
 
 #: Tokens that the noise floor is measured on; fewer on a CPU, which multiplies half-precision numbers slowly.
 _FLOOR_TOKENS, _FLOOR_TOKENS_CPU = 2048, 256
 
-#: `loss(model, *arguments)`: a scalar, or an array of which the mean counts.
-Loss = Callable[..., Any]
-
 
 @dataclass
-class Comparison:
+class Evaluation:
     """One evaluation: of which kind, on which batches, and what was measured of the reference on its own.
 
     Attributes:
@@ -98,7 +79,7 @@ class Comparison:
         """Compare two models that are both at hand; nothing is written to disk."""
 
         def outputs(i: int) -> list[mx.array]:
-            with _exactly(reference):
+            with exactly(reference):
                 return self._run(reference, self.parts[i])
 
         self._measure_floor(reference)
@@ -153,7 +134,7 @@ class Comparison:
         """The quantized model's answer to a part; what the reference could do, it may not be able to."""
         try:
             return self._run(model, self.parts[i])
-        except _FAULTS as error:
+        except FAULTS as error:
             raise QuantizationError(
                 f"The unquantized model could be called with part {i + 1} of {len(self.parts)} of the evaluation, the "
                 f"quantized one cannot: {type(error).__name__}: {error}"
@@ -179,7 +160,7 @@ class Comparison:
                 with evaluation_mode(reference):
                     own = logits_of(reference(inputs))
                     mx.eval(own)
-                with _exactly(reference):
+                with exactly(reference):
                     wide = logits_of(reference(inputs))
                     mx.eval(wide)
             except RuntimeError as error:  # such as a stack of experts in bfloat16 on a CPU
@@ -193,67 +174,9 @@ class Comparison:
         self.noise_floor, self.noise_floor_tokens, self.no_noise_floor = floor.mean_kl, floor.tokens, None
 
 
-def resolve(model: nn.Module, batches: list[Batch], where: str, loss: Loss | None = None) -> list[Batch]:
-    """Call the model with the first batch, nothing evaluated, to learn whether and how it takes these batches.
-
-    Args:
-        model: The model.
-        batches: The batches from `read_batches`.
-        where: The argument that they came in, for errors.
-        loss: The caller's loss, to be called instead.
-
-    Returns:
-        The batches; without tokens where the model takes the integer arrays as they are but not one token shorter.
-
-    Raises:
-        QuantizationError: The model, or the loss, cannot be called with them.
-    """
-    if not batches:
-        return batches
-    first = batches[0]
-    fault = outline(model, first, loss)
-    if not isinstance(fault, Exception):
-        return batches
-    plain = [replace(batch, tokens=None) for batch in batches]
-    if loss is None and first.tokens is not None and not isinstance(outline(model, plain[0]), Exception):
-        return plain
-    raise _uncallable(first, where, fault, "loss" if loss is not None else "model") from fault
-
-
-def outline(model: nn.Module, batch: Batch, loss: Loss | None = None) -> list[tuple[int, ...]] | Exception:
-    """Call the model, or the loss with it, evaluating nothing.
-
-    Args:
-        model: The model.
-        batch: The arguments of one call; of tokens, zeros in the shape of one sequence.
-        loss: The caller's loss.
-
-    Returns:
-        The shapes of what it gives back, or what it fails with.
-    """
-    with _exactly(model):
-        try:
-            if loss is not None:
-                return [mean_loss(batch.call(loss, model, through=widen)).shape]
-            given = batch if batch.tokens is None else Batch((mx.zeros_like(batch.tokens[:1, :-1]),), None)
-            return [array.shape for array in output_arrays(given.call(model, through=widen))]
-        except QuantizationError:
-            raise
-        except _FAULTS as error:
-            return error
-
-
-def _uncallable(batch: Batch, where: str, fault: Exception, what: str = "model") -> QuantizationError:
-    named = [("", value) for value in batch.arguments] + [(f"{name}=", value) for name, value in batch.keywords.items()]
-    shapes = ", ".join(f"{n}{list(v.shape) if isinstance(v, mx.array) else type(v).__name__}" for n, v in named)
-    return QuantizationError(
-        f"The {what} cannot be called with {where}[0] ({shapes}): {type(fault).__name__}: {str(fault).rstrip('.')}. "
-        "Batches are what the model is called with: token arrays [batch, length], which are shifted here, tuples of "
-        "arguments, or dictionaries of arguments by name."
-    )
-
-
-def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnings: tuple[str, ...] = ()) -> Comparison:
+def prepare(
+    model: nn.Module, batches: list[Batch], loss: Loss | None = None, *, warnings: tuple[str, ...] = ()
+) -> Evaluation:
     """Find out what kind of model it is, by calling it once, and cut its batches into parts that fit.
 
     Args:
@@ -267,15 +190,15 @@ def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnin
     """
     batches = resolve(model, batches, "evaluation", loss)
     if loss is not None:
-        return Comparison("loss", batches, loss, warnings=warnings)
+        return Evaluation("loss", batches, loss, warnings=warnings)
     first = batches[0]
     if first.tokens is not None:
         highest = max(int(number(mx.max(b.tokens))) for b in batches if b.tokens is not None)
         lowest = min(int(number(mx.min(b.tokens))) for b in batches if b.tokens is not None)
-        rows = max((weight_shape(s.module)[0] for s in walk(model) if isinstance(s.module, _LOOKUPS)), default=None)
+        rows = max((weight_shape(s.module)[0] for s in walk(model) if isinstance(s.module, EMBEDDINGS)), default=None)
         # MLX reads past the end of a table without a word, so the call is tried with tokens that are in it.
         probe = first.tokens[:1, :-1] if rows is None else mx.clip(first.tokens[:1, :-1], 0, rows - 1)
-        with _exactly(model):
+        with exactly(model):
             logits = logits_of(_call(model, Batch((probe,), None)))
         if logits.ndim == 3 and logits.shape[:2] == probe.shape:
             vocabulary = logits.shape[2]
@@ -295,15 +218,47 @@ def prepare(model: nn.Module, batches: list[Batch], loss: Loss | None, *, warnin
                 longest = max(b.tokens.shape[1] for b in batches if b.tokens is not None)
                 at_once = max(1, LOGITS_AT_ONCE // (vocabulary * longest))
                 parts = [part for batch in batches for part in rows_at_most(batch, at_once)]
-                return Comparison("tokens", parts, warnings=warnings)
-    with _exactly(model):
+                return Evaluation("tokens", parts, warnings=warnings)
+    with exactly(model):
         found = output_arrays(_call(model, first))
     if not found:
         raise QuantizationError(
             "The model's output for evaluation[0] holds no floating point array to compare. "
             "Pass loss=..., a function loss(model, *batch) that gives back a number."
         )
-    return Comparison("outputs", batches, warnings=warnings)
+    return Evaluation("outputs", batches, warnings=warnings)
+
+
+class Watched:
+    """The answers of a model as it is now, on disk, to tell how far those that it gives later have moved.
+
+    Args:
+        model: The model.
+        batches: The batches to call it with.
+        loss: The caller's loss.
+
+    Attributes:
+        evaluation: The evaluation that both are compared by.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Batch], loss: Loss | None = None) -> None:
+        """Find out how the model takes the batches."""
+        self._model = model
+        self._store = OutputStore()
+        self.evaluation = prepare(model, batches, loss)
+
+    def __enter__(self) -> Callable[[], float]:
+        """Run the model as it is, and hand on the function that tells its divergence from that."""
+        self.evaluation.record(self._model, self._store, floor=False)
+        return self.divergence
+
+    def __exit__(self, *_: object) -> None:
+        """Forget the answers."""
+        self._store.__exit__()
+
+    def divergence(self) -> float:
+        """The divergence of the model as it is by now; of a loss, the loss itself."""
+        return divergence_of(self.evaluation.judge(self._model, self._store))
 
 
 def perplexity(model: nn.Module, batches: list[Batch]) -> float:
@@ -336,30 +291,12 @@ def _call(model: nn.Module, batch: Batch) -> Any:
         mx.eval(
             [leaf for leaf in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(leaf, mx.array)]
         )
-    except _FAULTS as error:
-        raise _uncallable(batch, "evaluation", error) from error
+    except FAULTS as error:
+        raise uncallable(batch, "evaluation", error) from error
     return output
 
 
 @contextmanager
 def _measuring(model: nn.Module, what: str, total: int, progress: bool) -> Iterator[Bar]:
-    with _exactly(model), progress_bar(f"measuring {what}", total, enabled=progress) as bar:
+    with exactly(model), progress_bar(f"measuring {what}", total, enabled=progress) as bar:
         yield bar
-
-
-@contextmanager
-def _exactly(model: nn.Module) -> Iterator[None]:
-    """Have the model compute in float32, and no more of its weights widened at a time than there is room for.
-
-    Without a limit MLX queues ahead, and holds a float32 copy of every layer that it has queued.
-    """
-    with evaluation_mode(model), float32_arithmetic(model), memory_limit(_limit_bytes(model)):
-        yield
-
-
-def _limit_bytes(model: nn.Module) -> int:
-    arrays = {id(a): a.nbytes for site in walk(model) for a in own_arrays(site.module).values()}
-    wanted = max(mx.get_active_memory(), sum(arrays.values())) + ROOM_BYTES
-    present = mx.set_memory_limit(wanted)  # the only way to learn it
-    mx.set_memory_limit(present)
-    return min(wanted, present)

@@ -8,63 +8,10 @@ import mlx.core as mx
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.formats.lazy import number
-from mlx_tune.quantization.judging.summaries import OutputFigures, TokenFigures
-
-#: Dtypes that round more than float32.
-HALVES = (mx.bfloat16, mx.float16)
+from mlx_tune.quantization.judging.statistics import OutputFigures, TokenFigures
 
 #: Logits looked at together: float32 temporaries several times this size come and go.
 LOGITS_AT_ONCE = 1 << 24
-
-
-def logits_of(output: Any) -> Any:
-    """The logits in what a model gave back: itself, its `.logits`, or the first of several."""
-    if isinstance(output, mx.array):
-        return output
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, dict):
-        found = output.get("logits")
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = logits_of(output[0])
-    if not isinstance(found, mx.array):
-        return mx.zeros((0,))
-    return found
-
-
-def output_arrays(output: Any) -> list[mx.array]:
-    """Every floating point array in what a model gave back, as float32."""
-    return [array.astype(mx.float32) for array in _floats(output)]
-
-
-def narrow_dtype(output: Any) -> str | None:
-    """The name of the half-precision dtype of an array in what a model gave back; None where there is none."""
-    return next((str(a.dtype).rpartition(".")[2] for a in _floats(output) if a.dtype in HALVES), None)
-
-
-def _floats(output: Any) -> list[mx.array]:
-    from mlx.utils import tree_flatten
-
-    flat: Any = tree_flatten(
-        getattr(output, "__dict__", output) if not isinstance(output, (dict, list, tuple, mx.array)) else output
-    )
-    return [leaf for _, leaf in flat if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)]
-
-
-def mean_loss(value: Any) -> mx.array:
-    """The number that a loss function gave back: an array, of which the mean counts, or a tuple that begins with it.
-
-    Raises:
-        QuantizationError: It is neither.
-    """
-    if isinstance(value, (tuple, list)) and value:
-        value = value[0]  # as mlx-lm's own loss, which gives the number of tokens as well
-    if isinstance(value, (int, float)):
-        value = mx.array(float(value))
-    if not isinstance(value, mx.array):
-        raise QuantizationError(
-            f"loss gave back a {type(value).__name__}: it must give back a number, or a tuple that begins with it."
-        )
-    return mx.mean(value)
 
 
 def compare_outputs(before: list[mx.array], after: list[mx.array]) -> OutputFigures:

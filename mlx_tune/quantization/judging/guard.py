@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_tune.quantization.formats.modes import Format
-from mlx_tune.quantization.judging.evaluation import Loss, prepare
-from mlx_tune.quantization.models.batches import Batch, count_tokens, rows_at_most
-from mlx_tune.quantization.models.dense import dequantize_arrays
-from mlx_tune.quantization.models.interception import intercepted
-from mlx_tune.quantization.models.sites import is_quantized, module_at
-from mlx_tune.quantization.models.stored_outputs import OutputStore
+from mlx_tune.quantization.formats.packing import dequantize_float32
+from mlx_tune.quantization.models.batches import Batch, rows_at_most
+from mlx_tune.quantization.models.interception import ModuleCall, intercepted
+from mlx_tune.quantization.models.layers import is_quantized
+from mlx_tune.quantization.models.sites import module_at
 from mlx_tune.quantization.planning.plan import QuantizationPlan
-from mlx_tune.quantization.sizing.sensitivity import divergence_of
 
 #: Tokens that both are judged on.
 _TOKENS = 1024
@@ -26,37 +24,33 @@ class Guard:
 
     Args:
         plan: The plan for the model, which is unquantized still.
-        judge: The evaluation.
-        loss: The caller's loss.
-        store: An empty one, open until `verdict` has been asked for.
+        divergence: Tells how far the model's answers have moved from what they are now.
 
     Attributes:
-        nearest: Its divergence from the model as it is.
+        nearest: That of the model rounded.
     """
 
-    def __init__(self, plan: QuantizationPlan, judge: list[Batch], loss: Loss | None, store: OutputStore) -> None:
-        """Run the model on a part of the evaluation, as it is and rounded."""
-        model = plan.layers[0].model
-        self._comparison, self._store = prepare(model, _part(judge), loss), store
-        self._comparison.record(model, store, floor=False)
+    def __init__(self, plan: QuantizationPlan, divergence: Callable[[], float]) -> None:
+        """Run the model rounded."""
+        model, self._divergence = plan.layers[0].model, divergence
         modules = {id(module_at(model, path)): layer for layer in plan.layers for path in layer.paths}
 
-        def rounded(module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
-            return _rounded(module, modules[id(module)].format, method, run, arguments, keywords)
-
         everywhere = [module_at(model, path) for layer in plan.layers for path in layer.paths]
-        with intercepted(everywhere, rounded):
-            self.nearest = divergence_of(self._comparison.judge(model, store))
+        with intercepted(everywhere, lambda call: _rounded(call, modules[id(call.module)].format)):
+            self.nearest = divergence()
 
-    def verdict(self, model: nn.Module) -> str | None:
-        """A warning where the model, quantized by now, is worse; None where it is not."""
-        ours = divergence_of(self._comparison.judge(model, self._store))
+    def verdict(self, kind: str, tokens: int) -> str | None:
+        """A warning where the model, quantized by now, is worse; None where it is not.
+
+        Args:
+            kind: Of the evaluation: "tokens", "loss" or "outputs".
+            tokens: The number of tokens that both were judged on, if it is of tokens.
+        """
+        ours = self._divergence()
         if ours <= self.nearest:
             return None
-        tokens = count_tokens(self._comparison.parts)
         where = f"{tokens:,} tokens" if tokens else "one batch"
-        kinds = {"tokens": "mean KL divergence", "loss": "loss", "outputs": "squared error of outputs"}
-        measure = kinds[self._comparison.kind]
+        measure = {"tokens": "mean KL divergence", "loss": "loss", "outputs": "squared error of outputs"}[kind]
         return (
             f"Worse than method='nearest' in the same formats: {measure} {ours:.4g} against {self.nearest:.4g} on "
             f"{where} of the evaluation"
@@ -68,7 +62,7 @@ def watched(plan: QuantizationPlan) -> bool:
     return plan.method != "nearest" and not any(is_quantized(layer.module) for layer in plan.layers)
 
 
-def _part(batches: list[Batch]) -> list[Batch]:
+def part_of(batches: list[Batch]) -> list[Batch]:
     """Sequences spread over the evaluation, or its first batch where it is of no tokens."""
     if any(batch.tokens is None for batch in batches):
         return batches[:1]
@@ -78,22 +72,22 @@ def _part(batches: list[Batch]) -> list[Batch]:
     return rows[:: max(1, len(rows) // wanted)][:wanted]
 
 
-def _rounded(module: nn.Module, wanted: Format | None, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
+def _rounded(call: ModuleCall, wanted: Format | None) -> Any:
     """A layer's call with weights rounded to nearest, which live no longer than the call."""
     assert wanted is not None
-    weight, x = module["weight"], arguments[0]
-    if isinstance(module, nn.Embedding) and method == "__call__":
+    weight, x = call.module["weight"], call.arguments[0]
+    if call.looks_up:
         return _nearest(weight[x], wanted)  # a row's groups are its own
     # Without this MLX would round all layers of the model before it computes with the first.
     (after,) = mx.depends([weight], [x])
     try:
-        dict.__setitem__(module, "weight", _nearest(after, wanted))
-        return run(*arguments, **keywords)
+        dict.__setitem__(call.module, "weight", _nearest(after, wanted))
+        return call.run()
     finally:
-        dict.__setitem__(module, "weight", weight)
+        dict.__setitem__(call.module, "weight", weight)
 
 
 def _nearest(weight: mx.array, wanted: Format) -> mx.array:
     stored = weight.astype(getattr(mx, wanted.scale_dtype)) if wanted.scale_dtype else weight
-    packed, scales, *biases = mx.quantize(stored, **wanted.parts())
-    return dequantize_arrays(packed, scales, biases[0] if biases else None, **wanted.parts())
+    packed, scales, *biases = mx.quantize(stored, **wanted.keywords())
+    return dequantize_float32(packed, scales, biases[0] if biases else None, **wanted.keywords())

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.quantization.judging.accuracy import Accuracy
+from mlx_tune.quantization.judging.picture import DrawnLayer
 from mlx_tune.quantization.judging.speed import SpeedComparison
-from mlx_tune.quantization.learning.apply import LayerOutcome
-from mlx_tune.quantization.planning.plan import LayerPlan
 from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_count, format_percent, format_seconds
 
@@ -77,6 +76,14 @@ class LayerReport:
             "output_error": self.output_error,
             "optimal_output_error": self.optimal_output_error,
         }
+
+    def drawn(self) -> DrawnLayer:
+        """The same for a picture: its name without the block that it stands in, and the error in percent."""
+        kind = next((part for part in reversed(self.path.split(".")) if part and not part.isdecimal()), self.kind)
+        known = self.snr_db is not None and self.snr_db > -math.inf
+        # Of a lossless layer, whose decibels are infinite, zero.
+        error = 100 * 10 ** (-self.snr_db / 20) if known and self.snr_db is not None else None
+        return DrawnLayer(kind, error, self.bytes_before, self.bytes_after)
 
 
 @dataclass(frozen=True)
@@ -182,9 +189,12 @@ class QuantizationReport(Tabular):
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        from mlx_tune.quantization.judging.picture import draw_report
+        from mlx_tune.quantization.judging.picture import draw_layers
 
-        return draw_report(self, path, dark=dark)
+        sizes = f"{format_bytes(self.size_before_bytes)} to {format_bytes(self.size_after_bytes)}"
+        title = f"{sizes}, {self.bits_per_weight:.2f} bits per weight, {self.method}"
+        drawn, left = ([layer.drawn() for layer in part] for part in (self.layers, self.skipped))
+        return draw_layers(title, drawn, left, path, dark=dark)
 
     def _layer_table(self) -> Table:
         rows: list[tuple[object, ...]] = [
@@ -218,28 +228,6 @@ class QuantizationReport(Tabular):
             title=f"{self.warning}. {title}" if self.warning else title,
             notes=notes,
         )
-
-
-def layer_report(layer: LayerPlan, outcome: LayerOutcome | None) -> LayerReport:
-    """A planned layer and what became of it, if anything did."""
-    reasons = [text for text in (layer.reason, outcome.note if outcome else None) if text]
-    return LayerReport(
-        path=layer.path,
-        paths=layer.paths,
-        kind=layer.kind,
-        shape=layer.shape,
-        bits=layer.bits,
-        group_size=layer.group_size,
-        mode=layer.mode,
-        method=outcome.method if outcome else None,
-        bytes_before=layer.bytes_before,
-        bytes_after=layer.bytes_after,
-        snr_db=outcome.snr_db if outcome else None,
-        output_error=outcome.output_error if outcome else None,
-        optimal_output_error=outcome.optimal_output_error if outcome else None,
-        reason="; ".join(reasons) or None,
-        cost_bytes=layer.cost_bytes,
-    )
 
 
 def _decibels(value: float | None) -> str | None:

@@ -19,6 +19,52 @@ CONFIDENCE_EDGES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
 @dataclass(frozen=True)
+class TokenFigures:
+    """The measurements of each predicted token; arrays of one length, float64.
+
+    Attributes:
+        kl: KL divergence of the model from the reference, in nats.
+        reverse_kl: That of the reference from the model.
+        same_top: 1 where both find the same token most likely.
+        nll_before: The reference's negative log-likelihood of the token that came.
+        nll_after: The model's.
+        confidence: The reference's largest probability.
+        finite: 1 where both models' logits were numbers.
+        sequence: The sequence that the token stands in.
+    """
+
+    kl: Floats
+    reverse_kl: Floats
+    same_top: Floats
+    nll_before: Floats
+    nll_after: Floats
+    confidence: Floats
+    finite: Floats
+    sequence: Integers
+
+
+@dataclass(frozen=True)
+class OutputFigures:
+    """Sums over one batch of outputs, in float64.
+
+    Attributes:
+        product: Of both models' outputs.
+        before: Of the reference's squares.
+        after: Of the model's squares.
+        difference: Of the squared differences.
+        values: The number of values that were compared.
+        non_finite: The number that were left out.
+    """
+
+    product: float
+    before: float
+    after: float
+    difference: float
+    values: int
+    non_finite: int
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A mean and how far it may be off.
 

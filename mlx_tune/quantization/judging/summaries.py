@@ -3,62 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.quantization.judging.accuracy import LanguageAccuracy, LossAccuracy, OutputAccuracy
-from mlx_tune.quantization.judging.statistics import by_confidence, clustered_mean, exponential
+from mlx_tune.quantization.judging.statistics import (
+    OutputFigures,
+    TokenFigures,
+    by_confidence,
+    clustered_mean,
+    exponential,
+)
 from mlx_tune.units import format_percent
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class TokenFigures:
-    """The measurements of each predicted token; arrays of one length, float64.
-
-    Attributes:
-        kl: KL divergence of the model from the reference, in nats.
-        reverse_kl: That of the reference from the model.
-        same_top: 1 where both find the same token most likely.
-        nll_before: The reference's negative log-likelihood of the token that came.
-        nll_after: The model's.
-        confidence: The reference's largest probability.
-        finite: 1 where both models' logits were numbers.
-        sequence: The sequence that the token stands in.
-    """
-
-    kl: NDArray[np.float64]
-    reverse_kl: NDArray[np.float64]
-    same_top: NDArray[np.float64]
-    nll_before: NDArray[np.float64]
-    nll_after: NDArray[np.float64]
-    confidence: NDArray[np.float64]
-    finite: NDArray[np.float64]
-    sequence: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class OutputFigures:
-    """Sums over one batch of outputs, in float64.
-
-    Attributes:
-        product: Of both models' outputs.
-        before: Of the reference's squares.
-        after: Of the model's squares.
-        difference: Of the squared differences.
-        values: The number of values that were compared.
-        non_finite: The number that were left out.
-    """
-
-    product: float
-    before: float
-    after: float
-    difference: float
-    values: int
-    non_finite: int
+    pass
 
 
 def summarise_tokens(figures: TokenFigures, **context: Any) -> LanguageAccuracy:

@@ -9,11 +9,10 @@ quantized (Arai and Ichikawa, Quantization Error Propagation, 2025, https://arxi
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import mlx.core as mx
 
 from mlx_tune.quantization.formats.lazy import number
+from mlx_tune.quantization.learning.moments import Drift
 
 #: How much of the way to the least-squares solution is gone. All of it is too much: what a layer cannot see of its
 #: inputs' drift, later layers and the residual stream can make up for as well.
@@ -21,18 +20,6 @@ _SHARE = 0.5
 
 #: What is added to the moments' diagonal, as a share of its mean.
 _DAMPING = 0.01
-
-
-class Drift(NamedTuple):
-    """The drift of a layer's inputs: `d = x before - x now`, summed over tokens.
-
-    Attributes:
-        cross: `d.T @ x now`, `[columns, columns]`.
-        own: `d.T @ d`, `[columns, columns]`; None where it was not asked for.
-    """
-
-    cross: mx.array
-    own: mx.array | None = None
 
 
 def corrected(weight: mx.array, moments: mx.array, drift: Drift, shrinkage: float = 0.0) -> mx.array:

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +23,6 @@ from mlx_tune.errors import CheckpointError, QuantizationError
 from mlx_tune.memory import memory_budget, track_memory
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.formats.lazy import number
-from mlx_tune.quantization.judging.figures import logits_of, mean_loss, output_arrays
 from mlx_tune.quantization.learning.ranks import Shares
 from mlx_tune.quantization.learning.trainable import (
     NAMES,
@@ -32,8 +31,9 @@ from mlx_tune.quantization.learning.trainable import (
     trainable_sites,
     trained_in_place,
 )
-from mlx_tune.quantization.models.arithmetic import evaluation_mode, float32_arithmetic, widen
-from mlx_tune.quantization.models.batches import Batch, count_tokens, in_parts
+from mlx_tune.quantization.models.answers import Loss, logits_of, mean_loss, output_arrays
+from mlx_tune.quantization.models.arithmetic import evaluation_mode, float32_arithmetic
+from mlx_tune.quantization.models.batches import Batch, count_tokens, in_parts, widen
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 
 #: Adam's step, in quantization steps at the ends of a group's grid; the best of these is found by trying.
@@ -56,9 +56,22 @@ _HELD_OUT_EVERY, _HELD_OUT_TOKENS = 8, 8192
 #: Bytes of the reference's outputs that are kept on disk for when they are needed again.
 _STORED_BYTES = 2 << 30
 
-#: `loss(model, *batch)`.
-Loss = Callable[..., Any]
 Parameters = list[dict[str, mx.array]]
+
+
+class Recomputed(Protocol):
+    """A model whose blocks recompute their activations."""
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """The blocks that do."""
+
+    def undo(self) -> object:
+        """Let them keep their activations again."""
+
+
+#: Makes a model recompute its blocks' activations; CheckpointError where nothing is repeated in it.
+Recompute = Callable[[nn.Module], Recomputed]
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,7 @@ def train_dwq(
     loss: Loss | None = None,
     rates: Sequence[float] = RATES,
     epochs: int | None = None,
+    recompute: Recompute | None = None,
     checkpoint: bool | None = None,
     group: Any = None,
     progress: bool = True,
@@ -126,7 +140,8 @@ def train_dwq(
         rates: Learning rates to try, in quantization steps.
         epochs: The number of passes over the calibration; by default as often as makes some 256 steps. Where the loss
             on the batches kept aside stops falling, training goes on from the best at a lower rate, or ends.
-        checkpoint: Recompute activations of the model's blocks; by default where memory calls for it.
+        recompute: Makes the model recompute activations of its blocks; None for never.
+        checkpoint: True has it do so, False not; by default where memory calls for it.
         group: The `mx.distributed` group to share the calibration with; by default that of `mlx.launch`, where it
             started this process.
         progress: Show a progress line with the loss on the batches kept aside.
@@ -173,7 +188,9 @@ def train_dwq(
         bar = stack.enter_context(progress_bar("dwq", enabled=progress and shares.rank == 0))
         store = stack.enter_context(OutputStore())
         training = _Training(model, layers, reference, lessons, judges, loss, store, shares, bar)
-        result, best = training.run(tuple(rates), epochs, checkpoint)
+        result, best = training.run(
+            tuple(rates), epochs, None if checkpoint is False else recompute, forced=checkpoint is True
+        )
         training.put(best)
         pairs = [stored_pair(layer) for layer in layers]
         mx.eval(pairs)
@@ -210,7 +227,7 @@ class _Training:
         self._gradient = mx.value_and_grad(self._loss_of)
 
     def run(
-        self, rates: tuple[float, ...], epochs: int | None, checkpoint: bool | None
+        self, rates: tuple[float, ...], epochs: int | None, recompute: Recompute | None, *, forced: bool
     ) -> tuple[DwqResult, Parameters]:
         """Try the rates, go on with the best, and give back the best numbers seen."""
         start: Parameters = [{name: layer[name] for name in NAMES} for layer in self._layers]
@@ -221,7 +238,7 @@ class _Training:
         every = max(4, total // 12)
         self._bar.update(total=trial * len(rates) + total, text=f"held-out loss {before:.4g}")
         with ExitStack() as stack:
-            checkpointed = checkpoint is not False and self._checkpoint(stack, start, forced=checkpoint is True)
+            checkpointed = recompute is not None and self._checkpoint(stack, start, recompute, forced=forced)
             tried = []
             for rate in rates:
                 state = _Adam(start)
@@ -255,12 +272,10 @@ class _Training:
             for name, value in own.items():
                 dict.__setitem__(layer, name, value)
 
-    def _checkpoint(self, stack: ExitStack, start: Parameters, forced: bool) -> bool:
+    def _checkpoint(self, stack: ExitStack, start: Parameters, recompute: Recompute, *, forced: bool) -> bool:
         """Recompute activations if one step without that would come near what memory there is."""
-        from mlx_tune.checkpointing.blocks import checkpoint_blocks
-
         try:
-            handle = checkpoint_blocks(self._model)
+            handle = recompute(self._model)
         except CheckpointError:
             return False  # nothing is repeated in it
         batch = next((share.batch for share in self._lessons if share.batch is not None), None)

@@ -17,11 +17,11 @@ import mlx.nn as nn
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.quantization.formats.lazy import is_unevaluated, number, read_array
 from mlx_tune.quantization.learning.input_samples import InputSamples
-from mlx_tune.quantization.learning.propagation import running
-from mlx_tune.quantization.models.arithmetic import same_random_stream
+from mlx_tune.quantization.models.arithmetic import running
 from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.models.interception import blocks_of, intercepted
-from mlx_tune.quantization.models.sites import walk
+from mlx_tune.quantization.models.interception import FindBlocks, ModuleCall, intercepted, no_blocks
+from mlx_tune.quantization.models.layers import EMBEDDINGS
+from mlx_tune.quantization.models.sites import Site, walk
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 
 #: Random tokens that a model without calibration is run on: rows and their length.
@@ -57,30 +57,29 @@ class _Probe:
     seen: dict[str, _Seen] = field(default_factory=dict)
     looked_up: bool = False
 
-    def block(self, module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
-        with _read(module):
-            output = run(*arguments, **keywords)
+    def block(self, call: ModuleCall) -> Any:
+        with _read(call.module):
+            output = call.run()
             mx.eval(output, [seen.total for seen in self.seen.values()])
         return output
 
-    def layer(self, module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
-        x = arguments[0] if arguments else None
-        lookup = isinstance(module, nn.Embedding) and method == "__call__"
-        if lookup:
+    def layer(self, call: ModuleCall) -> Any:
+        x = call.inputs
+        if call.looks_up:
             self.looked_up = True
-        elif isinstance(x, mx.array) and id(module) in self.names and x.ndim:
-            path, rows = self.names[id(module)], x.reshape(-1, x.shape[-1])
+        elif x is not None and id(call.module) in self.names and x.ndim:
+            path, rows = self.names[id(call.module)], x.reshape(-1, x.shape[-1])
             seen = self.seen.setdefault(path, _Seen())
             # In float16 squares would overflow.
             seen.total = seen.total + mx.square(rows.astype(mx.float32)).sum(0)
             seen.rows += rows.shape[0]
-            if self.samples is not None and module["weight"].ndim == 2:
+            if self.samples is not None and call.module["weight"].ndim == 2:
                 self.samples.add(path, rows)
-        return run(*arguments, **keywords)
+        return call.run()
 
-    def outside(self, module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
-        with _read(module):
-            output = self.layer(module, method, run, arguments, keywords)
+    def outside(self, call: ModuleCall) -> Any:
+        with _read(call.module):
+            output = self.layer(call)
             wide = isinstance(output, mx.array) and output.shape[-1:] == (self.vocabulary,)
             # The model's answers are wanted by nobody.
             mx.eval([] if wide else output, [seen.total for seen in self.seen.values()])
@@ -88,7 +87,11 @@ class _Probe:
 
 
 def with_energies(
-    plan: QuantizationPlan, calibration: Sequence[Batch], samples: InputSamples | None = None
+    plan: QuantizationPlan,
+    calibration: Sequence[Batch],
+    samples: InputSamples | None = None,
+    *,
+    blocks_of: FindBlocks = no_blocks,
 ) -> tuple[QuantizationPlan, tuple[str, ...]]:
     """A plan whose layers know the energies of their inputs.
 
@@ -96,6 +99,7 @@ def with_energies(
         plan: The plan; its model is as it was when this returns.
         calibration: The batches to run the model on; where it is empty, random tokens.
         samples: Where to keep rows of what layers are given, for layers to hold outputs against.
+        blocks_of: Finds the model's blocks, of which one at a time is evaluated.
 
     Returns:
         The plan, and remarks for the report: why there are no energies, or which layers have none.
@@ -105,10 +109,11 @@ def with_energies(
     if not affine:
         return plan, ()
     every = [layer for layer in (*plan.layers, *plan.skipped) if not layer.fixed or layer.format is not None]
-    vocabulary = _vocabulary(model)
+    sites = walk(model)
+    vocabulary = next((s.module["weight"].shape[0] for s in sites if isinstance(s.module, EMBEDDINGS)), None)
     batches = few_of(calibration) if calibration else _random_tokens(vocabulary)
     try:
-        found = _energies(model, every, batches, vocabulary, samples, tokens_only=not calibration)
+        found = _energies(sites, every, batches, vocabulary, samples, blocks_of(model), tokens_only=not calibration)
     except _NoTokensError:
         return plan, (_ALIKE.format("it looks no tokens up, so that there is nothing to run it on"),)
     except Exception as error:  # any model may refuse what it was not made for
@@ -136,11 +141,12 @@ _ALIKE = (
 
 
 def _energies(
-    model: nn.Module,
+    sites: Sequence[Site],
     layers: Sequence[LayerPlan],
     batches: list[Batch],
     vocabulary: int | None,
     samples: InputSamples | None,
+    blocks: Sequence[tuple[str, nn.Module]],
     *,
     tokens_only: bool,
 ) -> dict[str, mx.array]:
@@ -149,9 +155,10 @@ def _energies(
         raise _NoTokensError
     modules = {layer.path: layer.module for layer in layers}
     probe = _Probe({id(module): path for path, module in modules.items()}, vocabulary, samples)
-    blocks = blocks_of(model)
-    inside = {id(site.module) for _, block in blocks for site in walk(block)}
-    lookups = [site.module for site in walk(model) if isinstance(site.module, nn.Embedding)]
+    model, below = sites[0].module, tuple(f"{path}." for path, _ in blocks)
+    bodies = {id(block) for _, block in blocks}
+    inside = {id(s.module) for s in sites if id(s.module) in bodies or any(p.startswith(below) for p in s.paths)}
+    lookups = [site.module for site in sites if isinstance(site.module, nn.Embedding)]
     outer = [m for m in (*modules.values(), *lookups) if id(m) not in inside]
     inner = [m for m in modules.values() if id(m) in inside]
     with running(model):
@@ -187,20 +194,10 @@ def _with_lookups(layer: LayerPlan, energy: mx.array) -> mx.array:
     return energy / mx.maximum((squares * energy).sum(), 1e-30) + 1 / mx.maximum(squares.sum(), 1e-30)
 
 
-def _vocabulary(model: nn.Module) -> int | None:
-    """The number of tokens that the model's first embedding knows."""
-    for site in walk(model):
-        if isinstance(site.module, (nn.Embedding, nn.QuantizedEmbedding)):
-            size: int = site.module["weight"].shape[0]
-            return size
-    return None
-
-
 def _random_tokens(vocabulary: int | None) -> list[Batch]:
     if vocabulary is None:
         return []
-    with same_random_stream():
-        tokens = mx.random.randint(0, vocabulary, (RANDOM_ROWS, RANDOM_LENGTH + 1), key=mx.random.key(0))
+    tokens = mx.random.randint(0, vocabulary, (RANDOM_ROWS, RANDOM_LENGTH + 1), key=mx.random.key(0))
     return [Batch((tokens,), tokens)]
 
 

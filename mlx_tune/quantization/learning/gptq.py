@@ -21,8 +21,9 @@ import mlx.core as mx
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.formats.affine import quantize_affine
 from mlx_tune.quantization.formats.lazy import number
+from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.packing import check_affine, dequantize_float32, pack
-from mlx_tune.quantization.formats.scale_search import Effort, Solver, plan_search
+from mlx_tune.quantization.formats.scale_search import Solver, plan_search
 
 #: What is added to the diagonal, as a share of its mean: inputs seen in calibration are not all there are.
 _DAMPING = 0.01

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,17 +17,19 @@ from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.formats.lazy import number, read_array
 from mlx_tune.quantization.formats.magnitudes import in_range
-from mlx_tune.quantization.formats.scale_search import Effort
-from mlx_tune.quantization.learning.apply import pack
-from mlx_tune.quantization.learning.coverage import note_of_experts
-from mlx_tune.quantization.learning.drift import Drift, corrected, drifted_output_error
+from mlx_tune.quantization.formats.modes import Effort
+from mlx_tune.quantization.formats.overflow import overflows
+from mlx_tune.quantization.formats.packed_arrays import pack_weight
+from mlx_tune.quantization.formats.packing import dequantize_float32
+from mlx_tune.quantization.learning.drift import corrected, drifted_output_error
+from mlx_tune.quantization.learning.experts import note_of_experts
 from mlx_tune.quantization.learning.gptq import output_error, quantize_gptq, shrinkage_for
-from mlx_tune.quantization.learning.moments import InputMoments
-from mlx_tune.quantization.learning.propagation import Propagation, running
+from mlx_tune.quantization.learning.moments import Drift, InputMoments
+from mlx_tune.quantization.learning.propagation import Propagation
+from mlx_tune.quantization.models.arithmetic import running
 from mlx_tune.quantization.models.batches import Batch, in_parts
-from mlx_tune.quantization.models.dense import dense_twin, dequantize_arrays
-from mlx_tune.quantization.models.interception import Step, forward_steps
-from mlx_tune.quantization.planning.overflow import overflows
+from mlx_tune.quantization.models.interception import FindBlocks, Step, forward_steps, no_blocks
+from mlx_tune.quantization.models.layers import dense_twin
 from mlx_tune.quantization.planning.plan import LayerPlan
 
 Arrays = tuple[mx.array, mx.array, mx.array]
@@ -65,6 +68,7 @@ def gptq_model(
     calibration: Sequence[Batch],
     *,
     install: Callable[[LayerPlan, Arrays], None],
+    blocks_of: FindBlocks = no_blocks,
     effort: Effort = "fast",
     progress: bool = False,
 ) -> list[CalibratedLayer]:
@@ -82,6 +86,7 @@ def gptq_model(
         calibration: Batches. Those of tokens are cut into parts of some thousand tokens; one part in eight judges
             instead of teaching.
         install: Puts a layer's packed weights into the model.
+        blocks_of: Finds the model's blocks; without, every layer is a step of its own.
         effort: "fast" or "best".
         progress: Show a progress line.
 
@@ -92,9 +97,9 @@ def gptq_model(
         QuantizationError: There are no batches, or inputs are not finite.
 
     Examples:
-        >>> from mlx_tune.quantization.learning.apply import install
+        >>> from mlx_tune.quantization.learning.one_layer import install
         >>> from mlx_tune.quantization.models.batches import read_batches
-        >>> from mlx_tune.quantization.planning.layout import plan_quantization
+        >>> from mlx_tune.quantization.dry_run import plan_quantization
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
         >>> mix = mx.random.normal((8, 64))  # real inputs are correlated, too
         >>> batches = read_batches([mx.random.normal((32, 8)) @ mix for _ in range(8)], "calibration")
@@ -106,7 +111,7 @@ def gptq_model(
         raise QuantizationError("GPTQ learns from batches: calibration is empty.")
     with progress_bar("gptq", len(layers), enabled=progress) as bar:
         run = _Run(model, list(layers), in_parts(calibration, _PART_TOKENS), install, effort, bar)
-        done = run.all()
+        done = run.all(blocks_of(model))
     return [done[layer.path] for layer in layers]
 
 
@@ -125,12 +130,12 @@ class _Run:
         self._model, self._layers, self._batches = model, layers, batches
         self._install, self._effort, self._bar = install, effort, bar
 
-    def all(self) -> dict[str, CalibratedLayer]:
+    def all(self, blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, CalibratedLayer]:
         done: dict[str, CalibratedLayer] = {}
         modules = {path: layer.module for layer in self._layers for path in layer.paths}
         with running(self._model):
-            steps = forward_steps(self._model, self._batches[0], list(modules.items()))
-        inputs = Propagation(self._model, self._batches, steps)
+            steps = forward_steps(partial(self._batches[0].inputs.call, self._model), list(modules.items()), blocks)
+        inputs = Propagation(self._model, self._batches, steps, running)
         for layer in self._layers:
             if isinstance(layer.module, nn.Embedding):
                 done[layer.path] = self._embedding(layer, steps, inputs)
@@ -176,7 +181,7 @@ class _Run:
         """The weights that packed arrays stand for, as the step computes with them."""
         assert layer.format is not None
         cpu = mx.default_device() == mx.Device(mx.cpu)
-        weight = dequantize_arrays(*arrays, group_size=layer.format.group_size, bits=layer.format.bits)
+        weight = dequantize_float32(*arrays, group_size=layer.format.group_size, bits=layer.format.bits)
         weight = weight if cpu else weight.astype(arrays[1].dtype)
         mx.eval(weight)
         return weight
@@ -257,14 +262,14 @@ class _Run:
 
     def _packed(self, weight: mx.array, layer: LayerPlan, method: str, energy: mx.array | None) -> Arrays:
         assert layer.format is not None
-        (packed, scales, biases), _ = pack(weight, layer.format, method, self._effort, energy)
+        (packed, scales, biases), _ = pack_weight(weight, layer.format, method, self._effort, energy)
         assert biases is not None
         return packed, scales, biases
 
 
 def _error(weight: mx.array, arrays: Arrays, moments: Any, drift: Drift | None, bits: int, size: int) -> float:
     """Relative output error; over a stack of experts, of all their outputs together."""
-    after = dequantize_arrays(*arrays, group_size=size, bits=bits)
+    after = dequantize_float32(*arrays, group_size=size, bits=bits)
     if drift is not None and drift.own is not None:
         return drifted_output_error(weight, after, moments, drift)
     if weight.ndim == 2:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.quantization.learning.coverage import count_experts
-from mlx_tune.quantization.learning.drift import Drift
-from mlx_tune.quantization.models.interception import Hook
-
 #: One call of a layer: its path, its inputs and, of a stack of experts, which of them each input went to.
-Call = tuple[str, mx.array, "mx.array | None"]
+Seen = tuple[str, mx.array, "mx.array | None"]
+
+
+class Drift(NamedTuple):
+    """The drift of a layer's inputs: `d = x before - x now`, summed over tokens.
+
+    Attributes:
+        cross: `d.T @ x now`, `[columns, columns]`.
+        own: `d.T @ d`, `[columns, columns]`; None where it was not asked for.
+    """
+
+    cross: mx.array
+    own: mx.array | None = None
 
 
 class InputMoments:
@@ -35,33 +42,29 @@ class InputMoments:
         self._modules = modules
         self._owner: dict[str, str] = {}
         self._sums: dict[str, mx.array] = {}
-        self._calls: list[Call] = []
+        self._calls: list[Seen] = []
         self._own_drift = own_drift
         self._drifts: dict[str, Drift] = {}
         self._without_drift: set[str] = set()
         self.tokens: dict[str, int] = dict.fromkeys(modules, 0)
         self._experts: dict[str, list[int]] = {}
 
-    def hook(self) -> Hook:
-        """The function to intercept the layers with."""
+    def see(self, module: nn.Module, x: mx.array, experts: mx.array | None) -> None:
+        """Note one call of a layer, for `collect`.
 
-        def see(module: nn.Module, method: str, run: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
-            embeds = isinstance(module, nn.Embedding) and method == "__call__"
-            # A lookup is a product with one-hot rows: no moments that could correct anything.
-            if not embeds and arguments and isinstance(arguments[0], mx.array):
-                indices = arguments[1] if len(arguments) > 1 else keywords.get("indices")
-                stacked = module["weight"].ndim == 3
-                self._calls.append((self._paths[id(module)], arguments[0], indices if stacked else None))
-            return run(*arguments, **keywords)
+        Args:
+            module: The layer.
+            x: Its inputs, `[..., columns]`.
+            experts: The experts that each of them goes to, where the layer is a stack.
+        """
+        self._calls.append((self._paths[id(module)], x, experts if module["weight"].ndim == 3 else None))
 
-        return see
-
-    def take(self) -> list[Call]:
+    def take(self) -> list[Seen]:
         """The calls seen since the last time, for `collect`."""
         calls, self._calls = self._calls, []
         return calls
 
-    def collect(self, before: list[Call] | None = None) -> None:
+    def collect(self, before: list[Seen] | None = None) -> None:
         """Add up and evaluate what was seen since the last time.
 
         Args:
@@ -123,7 +126,7 @@ class InputMoments:
             added = Drift(old.cross + added.cross, own)
         self._drifts[path] = added
 
-    def _share(self, calls: list[Call]) -> None:
+    def _share(self, calls: list[Seen]) -> None:
         """Find layers whose every input was the same object as another's."""
         seen: dict[str, list[tuple[int, int]]] = {}
         for path, x, indices in calls:
@@ -145,3 +148,15 @@ class InputMoments:
             sums.append(rows.T @ rows)
             start += count
         return mx.stack(sums)
+
+
+def count_experts(indices: mx.array, experts: int) -> list[int]:
+    """The number of times that each expert is chosen.
+
+    Examples:
+        >>> count_experts(mx.array([[0, 2], [2, 1]]), 4)
+        [1, 1, 2, 0]
+    """
+    chosen: Any = indices.reshape(-1, 1) == mx.arange(experts)
+    counts: list[int] = chosen.sum(0).tolist()
+    return counts

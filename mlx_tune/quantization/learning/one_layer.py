@@ -1,24 +1,61 @@
-"""One layer quantized by itself: by rounding, or by the search, where its outputs bear that out."""
+"""Carrying a plan out: packed arrays into modules, modules into the model, and what each layer lost."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.quantization.formats.lazy import read_array
-from mlx_tune.quantization.formats.scale_search import Effort
-from mlx_tune.quantization.learning.apply import (
-    LayerOutcome,
-    PackedArrays,
-    install,
-    pack,
-    signal_to_noise_db,
-    unpacked,
-)
+from mlx_tune.quantization.formats.modes import Effort
+from mlx_tune.quantization.formats.overflow import overflows
+from mlx_tune.quantization.formats.packed_arrays import pack_weight, signal_to_noise_db, unpacked
+from mlx_tune.quantization.formats.packing import PackedArrays
 from mlx_tune.quantization.learning.input_samples import sampled_output_error
-from mlx_tune.quantization.models.dense import dense_twin
-from mlx_tune.quantization.planning.overflow import overflows
+from mlx_tune.quantization.models.layers import dense_twin, quantized_module
+from mlx_tune.quantization.models.sites import module_at
+from mlx_tune.quantization.models.transaction import original, swap
 from mlx_tune.quantization.planning.plan import LayerPlan
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """The outcome of a layer.
+
+    Attributes:
+        path: Where it stands first.
+        method: The method by which its codes were found: "nearest", "optimal", "gptq" or "dwq".
+        snr_db: Power of the weights over the power of their error, in decibels; infinite where nothing was lost.
+        output_error: Squared error of its outputs over their squares, measured on calibration; None if it was not.
+        optimal_output_error: The same had it been quantized by "optimal".
+        note: Further remarks, such as a fallback with its reason.
+        input_snr_db: As `snr_db`, each input counted by its energy; None where that is not known.
+    """
+
+    path: str
+    method: str
+    snr_db: float
+    output_error: float | None = None
+    optimal_output_error: float | None = None
+    note: str | None = None
+    input_snr_db: float | None = None
+
+
+def install(layer: LayerPlan, arrays: PackedArrays) -> None:
+    """Put packed arrays in every place of a planned layer: tied modules share them.
+
+    Args:
+        layer: A layer of a plan, with a format.
+        arrays: Its packed weights, scales and biases.
+    """
+    assert layer.format is not None
+    made: dict[int, nn.Module] = {}
+    olds = [module_at(layer.model, path) for path in layer.paths]
+    for path, old in zip(layer.paths, olds, strict=True):
+        if id(old) not in made:
+            made[id(old)] = quantized_module(old, layer.format, arrays)
+        swap(layer.model, path, made[id(old)])
 
 
 def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
@@ -38,12 +75,12 @@ def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
     """
     assert layer.format is not None
     weight = read_array(dense_twin(layer.module)["weight"])
-    packed, used = pack(weight, layer.format, method, effort, layer.energy)
+    packed, used = pack_weight(weight, layer.format, method, effort, layer.energy)
     mx.eval(packed)
     error = optimal_error = note = None
     inputs = layer.inputs() if layer.inputs is not None and used == "optimal" else None
     if inputs is not None:
-        plain, _ = pack(weight, layer.format, "nearest")
+        plain, _ = pack_weight(weight, layer.format, "nearest")
         error = optimal_error = _output_error(layer, inputs, weight, packed)
         nearest = _output_error(layer, inputs, weight, plain)
         if nearest < error and not overflows(plain, layer.format, weight.dtype):
@@ -54,6 +91,30 @@ def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
     del weight
     install(layer, packed)
     return LayerOutcome(layer.path, used, snr, error, optimal_error, note, weighted)
+
+
+def outcome_of(
+    layer: LayerPlan,
+    method: str,
+    *,
+    note: str | None = None,
+    output_error: float | None = None,
+    optimal_output_error: float | None = None,
+) -> LayerOutcome:
+    """The loss of a layer that is in the model already, against its original of the open transaction.
+
+    Args:
+        layer: A planned layer, quantized by now.
+        method: The method that was used.
+        note: Further remarks.
+        output_error: As in `LayerOutcome`.
+        optimal_output_error: As in `LayerOutcome`.
+    """
+    assert layer.format is not None
+    now = layer.module
+    weight = read_array(dense_twin(original(layer.model, layer.path))["weight"])
+    snr = signal_to_noise_db(weight, (now["weight"], now["scales"], now.get("biases")), layer.format)
+    return LayerOutcome(layer.path, method, snr, output_error, optimal_output_error, note)
 
 
 def _output_error(layer: LayerPlan, inputs: mx.array, weight: mx.array, arrays: PackedArrays) -> float:

@@ -6,17 +6,20 @@ model would give each block, so that it is known how far those have moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.quantization.learning.moments import Call, InputMoments
-from mlx_tune.quantization.models.arithmetic import evaluation_mode, float32_arithmetic, widen
-from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.models.interception import Step, intercepted, run_until
+from mlx_tune.quantization.learning.moments import InputMoments, Seen
+from mlx_tune.quantization.models.batches import Batch, widen
+from mlx_tune.quantization.models.interception import Hook, ModuleCall, Step, intercepted, run_until
+
+#: Has a model run as it is to be run while a block lasts.
+Running = Callable[[nn.Module], AbstractContextManager[None]]
 
 Extras = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -33,11 +36,12 @@ class Propagation:
         model: The model, which is quantized step by step meanwhile.
         batches: The batches that it is called with; one in eight judges instead of teaching.
         steps: Its steps, in the order of the forward pass.
+        running: Has the model run as it is to be run while a block lasts.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], steps: Sequence[Step]) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], steps: Sequence[Step], running: Running) -> None:
         """Run the unquantized model up to where its blocks begin to follow one another."""
-        self._model, self._batches = model, batches
+        self._model, self._batches, self._running = model, batches, running
         self._now: list[mx.array] | None = None  # the current step's first arguments
         self._now_at: str | None = None
         self._extras: dict[str, Extras] = {}
@@ -61,12 +65,12 @@ class Propagation:
         inputs: dict[str, mx.array] = {}  # what each layer is given at first, in the order of the calls
         paths = {id(module): path for path, module in modules.items()}
 
-        def note(module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
-            if arguments and isinstance(arguments[0], mx.array):
-                inputs.setdefault(paths[id(module)], arguments[0])
-            return run(*arguments, **keywords)
+        def note(call: ModuleCall) -> Any:
+            if call.inputs is not None:
+                inputs.setdefault(paths[id(call.module)], call.inputs)
+            return call.run()
 
-        with running(self._model), intercepted(modules.values(), note):
+        with self._running(self._model), intercepted(modules.values(), note):
             self._call(step, self._now, self._extras, 0)  # nothing of it is evaluated
         parts: list[list[str]] = []
         last: mx.array | None = None
@@ -100,27 +104,28 @@ class Propagation:
         learned = InputMoments(dict(modules))
         held = len(self._batches) > 1
         judged = InputMoments(dict(modules), own_drift=True) if held else None
-        for i, batch in enumerate(self._batches):
-            # The last of each eight judges, and the last of all where there are fewer.
-            aside = held and (
-                i % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 or len(self._batches) - 1 == i < _HELD_OUT_EVERY
-            )
-            into = judged if aside and judged is not None else learned
-            before: list[Call] | None = None
-            if self._before is not None and self._now is not None and self._before_at == step.path:
-                with running(self._model), intercepted(modules.values(), into.hook()):
-                    output = self._call(step, self._before, self._extras_before, i)
-                before = into.take()
-                if last:
-                    mx.eval(output, [x for _, x, _ in before])
-                    self._before[i] = output
-            with running(self._model), _standing_in(weights), intercepted(modules.values(), into.hook()):
-                # Only as much of it is evaluated as the layers' inputs take.
-                if self._now is not None:
-                    self._call(step, self._now, self._extras, i)
-                else:
-                    batch.inputs.call(self._model, through=widen)
-                into.collect(before)
+        with self._running(self._model):
+            for i, batch in enumerate(self._batches):
+                # The last of each eight judges, and the last of all where there are fewer.
+                aside = held and (
+                    i % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 or len(self._batches) - 1 == i < _HELD_OUT_EVERY
+                )
+                into = judged if aside and judged is not None else learned
+                before: list[Seen] | None = None
+                if self._before is not None and self._now is not None and self._before_at == step.path:
+                    with intercepted(modules.values(), into_moments(into)):
+                        output = self._call(step, self._before, self._extras_before, i)
+                    before = into.take()
+                    if last:
+                        mx.eval(output, [x for _, x, _ in before])
+                        self._before[i] = output
+                with _standing_in(weights), intercepted(modules.values(), into_moments(into)):
+                    # Only as much of it is evaluated as the layers' inputs take.
+                    if self._now is not None:
+                        self._call(step, self._now, self._extras, i)
+                    else:
+                        batch.inputs.call(self._model, through=widen)
+                    into.collect(before)
         if last and self._before_at == step.path:
             self._before_at = None  # until `leave` says of what these are the inputs
         return learned, judged
@@ -130,7 +135,7 @@ class Propagation:
         if following is None or self._now is None:
             self._now = self._now_at = None
             return
-        with running(self._model):
+        with self._running(self._model):
             if self._before is not None and self._before_at == step.path:  # nothing in it was quantized
                 for i in range(len(self._before)):
                     self._before[i] = self._call(step, self._before, self._extras_before, i)
@@ -148,15 +153,14 @@ class Propagation:
         states: list[mx.array] = []
         extras: Extras = []
 
-        def take(module: nn.Module, method: str, run: Any, arguments: Any, keywords: Any) -> Any:
-            if arguments and isinstance(arguments[0], mx.array):
-                states.append(arguments[0])
-                extras.append((arguments[1:], keywords))
-            return None
+        def take(call: ModuleCall) -> None:
+            if call.inputs is not None:
+                states.append(call.inputs)
+                extras.append((call.arguments[1:], call.keywords))
 
-        with running(self._model):
+        with self._running(self._model):
             for batch in self._batches:
-                run_until(self._model, batch, step.module, 1, take)
+                run_until(partial(batch.inputs.call, self._model), step.module, 1, take)
                 mx.eval(states[-1:], extras[-1:])
         if len(states) != len(self._batches):
             return None
@@ -169,15 +173,16 @@ class Propagation:
         return step.module(inputs[i], *arguments, **keywords)
 
 
-@contextmanager
-def running(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and, where the device is a CPU, float32, which alone is fast there."""
-    with evaluation_mode(model):
-        if mx.default_device() == mx.Device(mx.cpu):
-            with float32_arithmetic(model):
-                yield
-        else:
-            yield
+def into_moments(moments: InputMoments) -> Hook:
+    """The function to intercept layers with, so that moments see what they are given."""
+
+    def see(call: ModuleCall) -> Any:
+        # A lookup is a product with one-hot rows: no moments that could correct anything.
+        if not call.looks_up and call.inputs is not None:
+            moments.see(call.module, call.inputs, call.experts)
+        return call.run()
+
+    return see
 
 
 @contextmanager

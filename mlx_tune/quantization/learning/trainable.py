@@ -16,10 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.quantization.formats.modes import Format
+from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packing import unpack
-from mlx_tune.quantization.models.dense import dense_twin, has_dense_class
-from mlx_tune.quantization.models.sites import Site, is_quantized, put_module, walk
-from mlx_tune.quantization.planning.overflow import overflows
+from mlx_tune.quantization.models.layers import dense_twin, has_dense_class, is_quantized
+from mlx_tune.quantization.models.sites import Site, put_module, walk
 from mlx_tune.substitution import subclass, substitute
 
 #: Names of the two trained arrays of a layer.

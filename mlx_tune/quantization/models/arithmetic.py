@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.interrupts import interruptible, uninterrupted
-from mlx_tune.quantization.models.dense import dense_twin, dequantize_arrays, has_dense_class
-from mlx_tune.quantization.models.sites import is_quantized, walk
+from mlx_tune.memory import memory_limit
+from mlx_tune.quantization.formats.packing import dequantize_float32
+from mlx_tune.quantization.models.batches import widen
+from mlx_tune.quantization.models.layers import dense_twin, has_dense_class, is_quantized
+from mlx_tune.quantization.models.sites import Site, own_arrays, walk
 from mlx_tune.substitution import subclass, substituted
 
-_LOW = (mx.bfloat16, mx.float16)
+#: Memory that an evaluation may take beside the model before MLX is held back from queueing ahead.
+ROOM_BYTES = 256 << 20
+
+
+@contextmanager
+def exactly(model: nn.Module) -> Iterator[None]:
+    """Have the model compute in float32, and no more of its weights widened at a time than there is room for.
+
+    Without a limit MLX queues ahead, and holds a float32 copy of every layer that it has queued.
+    """
+    sites = walk(model)
+    with _evaluating(sites), _computing_in_float32(sites), memory_limit(_limit_bytes(sites)):
+        yield
+
+
+def _limit_bytes(sites: Sequence[Site]) -> int:
+    arrays = {id(a): a.nbytes for site in sites for a in own_arrays(site.module).values()}
+    wanted = max(mx.get_active_memory(), sum(arrays.values())) + ROOM_BYTES
+    present = mx.set_memory_limit(wanted)  # the only way to learn it
+    mx.set_memory_limit(present)
+    return min(wanted, present)
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and, where the device is a CPU, float32, which alone is fast there."""
+    sites = walk(model)
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(sites))
+        if mx.default_device() == mx.Device(mx.cpu):
+            stack.enter_context(_computing_in_float32(sites))
+        yield
 
 
 @contextmanager
@@ -25,7 +59,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Some models put other arrays into themselves while they are called: mlx-lm's Gemma 3n stores a few of its weights
     anew in float32. Measuring must not leave such marks.
     """
-    sites = walk(model)
+    with _evaluating(walk(model)):
+        yield
+
+
+@contextmanager
+def _evaluating(sites: Sequence[Site]) -> Iterator[None]:
     # A module whose class forgets `super().__init__()`, as mlx-lm's RecurrentGemma, has no mode until it is given one.
     modes = [(site.module, getattr(site.module, "_training", True)) for site in sites]
     items = [(site.module, dict(site.module)) for site in sites]
@@ -59,34 +98,17 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
     CPU, packed weights are unpacked for each use, in float32 from the stored scales: `mx.quantized_matmul` is tens
     of times slower there. The model's parameters and classes are what they were as soon as the block ends.
     """
-    unpack = mx.default_device() == mx.Device(mx.cpu)
-    stand_in = functools.cache(_stand_in)  # for this block: one that stays would keep the classes' models alive
-    modules = [site.module for site in walk(model)]
-    pairs = ((module, stand_in(type(module), unpack and _unpackable(module))) for module in modules)
-    with uninterrupted(), substituted((module, kind) for module, kind in pairs if kind is not None), interruptible():
+    with _computing_in_float32(walk(model)):
         yield
 
 
 @contextmanager
-def same_random_stream() -> Iterator[None]:
-    """Leave MLX's random stream as it was, whatever is drawn meanwhile."""
-    key: Any = mx.random.state[0]  # type: ignore[index]
-    high, low = (int(word) for word in key.tolist())
-    try:
+def _computing_in_float32(sites: Sequence[Site]) -> Iterator[None]:
+    unpack = mx.default_device() == mx.Device(mx.cpu)
+    stand_in = functools.cache(_stand_in)  # for this block: one that stays would keep the classes' models alive
+    pairs = ((s.module, stand_in(type(s.module), unpack and _unpackable(s.module))) for s in sites)
+    with uninterrupted(), substituted((module, kind) for module, kind in pairs if kind is not None), interruptible():
         yield
-    finally:
-        mx.random.seed((high << 32) | low)  # `seed` makes the key out of the two halves of its argument
-
-
-def widen(values: Any) -> Any:
-    """Half-precision floats in a tree of arguments to float32; everything else as it is."""
-    from mlx.utils import tree_map
-
-    def one(value: Any) -> Any:
-        low = isinstance(value, mx.array) and value.dtype in _LOW
-        return value.astype(mx.float32) if low else value
-
-    return tree_map(one, values)
 
 
 def unpacked_on_cpu(model: nn.Module) -> bool:
@@ -121,7 +143,7 @@ def _unpacked_call(self: Any, *arguments: Any, **keywords: Any) -> Any:
 def _packed_lookup(self: Any, x: mx.array) -> mx.array:
     """The rows asked for, unpacked in float32."""
     biases = self.get("biases")
-    return dequantize_arrays(
+    return dequantize_float32(
         self["weight"][x],
         self["scales"][x],
         None if biases is None else biases[x],

@@ -9,9 +9,11 @@ from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from mlx_tune.errors import QuantizationError
 
+_LOW = (mx.bfloat16, mx.float16)
 _INTEGERS = (mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64)
 
 
@@ -60,6 +62,16 @@ class Batch:
         """Inputs [batch, length - 1] and the tokens that follow them."""
         assert self.tokens is not None
         return self.tokens[:, :-1], self.tokens[:, 1:]
+
+
+def widen(values: Any) -> Any:
+    """Half-precision floats in a tree of arguments to float32; everything else as it is."""
+
+    def one(value: Any) -> Any:
+        low = isinstance(value, mx.array) and value.dtype in _LOW
+        return value.astype(mx.float32) if low else value
+
+    return tree_map(one, values)
 
 
 def read_batches(batches: Iterable[Any] | None, name: str) -> list[Batch]:

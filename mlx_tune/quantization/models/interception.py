@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,15 +11,60 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_tune.errors import CheckpointError
-from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.substitution import subclass, substituted
 
-#: `hook(module, method, run, arguments, keywords)` gives back what the call is to give back.
-Hook = Callable[[nn.Module, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+#: Finds the blocks of a model: the path and the module of each.
+FindBlocks = Callable[[nn.Module], Sequence[tuple[str, nn.Module]]]
 
 #: Ways in which modules are called; a tied embedding is an output head through the second.
 _METHODS = ("__call__", "as_linear")
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module.
+
+    Attributes:
+        module: The module.
+        name: The method that was called: "__call__" or "as_linear".
+        arguments: The positional arguments.
+        keywords: The arguments by name.
+        method: The module's own method, for `run`.
+    """
+
+    module: nn.Module
+    name: str
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    method: Callable[..., Any]
+
+    def run(self) -> Any:
+        """Call the module itself."""
+        return self.method(self.module, *self.arguments, **self.keywords)
+
+    @property
+    def inputs(self) -> mx.array | None:
+        """The first argument, where that is an array."""
+        return self.arguments[0] if self.arguments and isinstance(self.arguments[0], mx.array) else None
+
+    @property
+    def experts(self) -> Any:
+        """The experts that each input goes to, where the module is a stack of them."""
+        return self.arguments[1] if len(self.arguments) > 1 else self.keywords.get("indices")
+
+    @property
+    def looks_up(self) -> bool:
+        """True where tokens are looked up in an embedding: no product with its weights."""
+        return isinstance(self.module, nn.Embedding) and self.name == "__call__"
+
+
+#: Sees a call, and gives back what it is to give back.
+Hook = Callable[[ModuleCall], Any]
+
+
+def no_blocks(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
+    """The blocks of a model in which nothing is repeated."""
+    return []
 
 
 class _Enough(BaseException):  # no error: everything that was wanted has been seen
@@ -33,12 +77,12 @@ def intercepted(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
 
     Args:
         modules: The modules; one named twice is intercepted once.
-        hook: Called instead of the module; `run(*arguments, **keywords)` is the module itself.
+        hook: Called instead of the module.
 
     Examples:
         >>> seen = []
         >>> layer = nn.Linear(2, 2)
-        >>> with intercepted([layer], lambda m, name, run, a, k: seen.append(a[0].shape) or run(*a, **k)):
+        >>> with intercepted([layer], lambda call: seen.append(call.inputs.shape) or call.run()):
         ...     y = layer(mx.ones((3, 2)))
         >>> seen
         [(3, 2)]
@@ -52,7 +96,7 @@ def _listening(kind: type, hook: Hook) -> type:
         method = getattr(kind, name)
 
         def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
-            return hook(self, name, functools.partial(method, self), arguments, keywords)
+            return hook(ModuleCall(self, name, arguments, keywords, method))
 
         return call
 
@@ -79,32 +123,35 @@ class Step:
     calls: int
 
 
-def forward_steps(model: nn.Module, batch: Batch, layers: Sequence[tuple[str, nn.Module]]) -> list[Step]:
+def forward_steps(
+    call: Callable[[], object],
+    layers: Sequence[tuple[str, nn.Module]],
+    blocks: Sequence[tuple[str, nn.Module]] = (),
+) -> list[Step]:
     """Find the order in which a model calls its blocks and those of the given layers that are in none.
 
     The model is called once, and nothing is evaluated.
 
     Args:
-        model: The model.
-        batch: The arguments of one call.
+        call: Calls the model once.
         layers: Paths and modules.
+        blocks: The same of what is repeated in the model; where nothing is, every layer is a step of its own.
 
     Returns:
         The steps in the order of their first calls. A layer that is not called is in none.
     """
-    blocks = blocks_of(model)
     inside = tuple(f"{path}." for path, _ in blocks)
     units = [*blocks, *((p, m) for p, m in layers if not p.startswith(inside) and p not in dict(blocks))]
     names = {id(module): path for path, module in units}
     order: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
 
-    def note(module: nn.Module, method: str, run: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
-        output = run(*arguments, **keywords)
-        order.append((names[id(module)], arguments, keywords, output))
+    def note(call: ModuleCall) -> Any:
+        output = call.run()
+        order.append((names[id(call.module)], call.arguments, call.keywords, output))
         return output
 
     with intercepted((module for _, module in units), note):
-        batch.inputs.call(model)
+        call()
     modules, paths = dict(units), [name for name, *_ in order]
     block_paths = {path for path, _ in blocks}
     steps: dict[str, Step] = {}
@@ -131,40 +178,30 @@ def forward_steps(model: nn.Module, batch: Batch, layers: Sequence[tuple[str, nn
     return list(steps.values())
 
 
-def run_until(model: nn.Module, batch: Batch, module: nn.Module, calls: int, hook: Hook) -> None:
-    """Call the model up to the last call of one module, whose calls go through a hook.
+def run_until(call: Callable[[], object], module: nn.Module, calls: int, hook: Hook) -> None:
+    """Call a model up to the last call of one module, whose calls go through a hook.
 
     Args:
-        model: The model.
-        batch: The arguments of one call.
+        call: Calls the model once.
         module: Whose calls are wanted.
         calls: The number of them.
         hook: Sees them. The last one's output is not used.
     """
     left = calls
 
-    def counting(*call: Any) -> Any:
+    def counting(seen: ModuleCall) -> Any:
         nonlocal left
         left -= 1
-        output = hook(*call)
+        output = hook(seen)
         if left == 0:
             raise _Enough
         return output
 
     with intercepted([module], counting):
         try:
-            batch.inputs.call(model)
+            call()
         except _Enough:
             return
-
-
-def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    from mlx_tune.checkpointing.blocks import find_blocks
-
-    try:
-        return [block for stack in find_blocks(model) for block in stack]
-    except CheckpointError:
-        return []  # nothing is repeated: every layer is a step of its own
 
 
 def _leaves(tree: Any) -> list[Any]:

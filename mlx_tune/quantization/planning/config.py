@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.quantization.formats.modes import Format
-from mlx_tune.quantization.models.dense import find_dense_class
-from mlx_tune.quantization.models.sites import current_format, is_quantized, takes_mode, walk
+from mlx_tune.quantization.models.layers import current_format, find_dense_class, is_quantized, takes_mode
+from mlx_tune.quantization.models.sites import walk
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:
@@ -48,12 +48,12 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             entries |= dict.fromkeys(site.paths, None)
     if not packed:
         return {}
-    config: dict[str, Any] = packed.most_common(1)[0][0].parts()
+    config: dict[str, Any] = packed.most_common(1)[0][0].keywords()
     return config | {path: False if e is None else e for path, e in entries.items() if e != config}
 
 
 def _entry(module: nn.Module, now: Format) -> dict[str, Any]:
-    entry = now.parts()
+    entry = now.keywords()
     if isinstance(module.get("global_scale"), mx.array):
         entry["global_scale"] = True
     dense = find_dense_class(type(module))

@@ -108,7 +108,7 @@ def _multiply(
 ) -> mx.array:
     """The kernel's result: [rows, outputs], with a leading axis or a middle one for a stack."""
     packed, scales, biases = arrays
-    parts: dict[str, Any] = combination.format.parts()
+    parts: dict[str, Any] = combination.format.keywords()
     if combination.use == "lookup":
         return kernels.dequantize(packed, scales=scales, biases=biases, **parts)
     if combination.use == "gathered":
@@ -167,7 +167,7 @@ def _numbers(
     wanted = combination.format
     packed, scales = (mx.take(array, outputs, axis=-2) for array in (packed, scales))
     if biases is None:
-        return mx.dequantize(packed, scales, dtype=mx.float32, **wanted.parts())
+        return mx.dequantize(packed, scales, dtype=mx.float32, **wanted.keywords())
     scale, bias = scales.astype(mx.float32), mx.take(biases, outputs, axis=-2).astype(mx.float32)
     codes = unpack(packed, wanted.bits).astype(mx.float32).reshape(*scale.shape, wanted.group_size)
     return (codes * scale[..., None] + bias[..., None]).flatten(-2)
@@ -177,5 +177,5 @@ def _as_multiplied(combination: Combination, inputs: mx.array) -> mx.array:
     """The inputs that a product sees: quantized, where the layer quantizes them."""
     if not combination.format.quantize_input:
         return inputs
-    parts: dict[str, Any] = combination.format.parts()
+    parts: dict[str, Any] = combination.format.keywords()
     return mx.dequantize(*mx.quantize(inputs, **parts), dtype=mx.float32, **parts)

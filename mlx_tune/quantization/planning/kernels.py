@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_tune.quantization.formats.modes import Format
-from mlx_tune.quantization.planning.plan import LayerPlan
 
 #: How packed weights are used: a matrix times rows, a stack of matrices times a stack of rows, a stack of which each
 #: row picks its matrix, or rows of the weights themselves.
@@ -123,9 +122,6 @@ class Fault:
 #: The relative error of one multiplication on the device; RuntimeError or ValueError where MLX has no kernel for it.
 Measure = Callable[[Combination, Trial], float]
 
-#: The fault of a layer in a format, or None.
-FaultOf = Callable[[LayerPlan, Format], Fault | None]
-
 
 def combinations(
     uses: Iterable[Use], shape: tuple[int, ...], wanted: Format, dtype: str, backend: str
@@ -208,39 +204,6 @@ def judge(combination: Combination, measure: Measure, backend: str) -> Fault | N
         if not error <= tolerance(combination, backend):  # NaN is wrong too
             return Fault(combination, trial, error, "", backend)
     return None
-
-
-class Sieve:
-    """Takes formats that MLX computes wrong off the choices of layers, as they come up.
-
-    Trying every format of every layer would compile and run a kernel for each; most are never chosen.
-
-    Args:
-        choices: Formats of each layer by its path, and what is known of each; wrong ones are taken out of it.
-        fault_of: Finds the fault of a layer in a format; None takes nothing out.
-    """
-
-    def __init__(self, choices: dict[str, dict[Format, float]], fault_of: FaultOf | None) -> None:
-        self._choices, self._fault_of = choices, fault_of
-        self._found: dict[tuple[str, Format], Fault] = {}
-
-    def drops(self, layer: LayerPlan, wanted: Format) -> bool:
-        """True where this format of the layer is wrong; it is no longer among the choices then."""
-        fault = None if self._fault_of is None else self._fault_of(layer, wanted)
-        if fault is not None:
-            self._choices[layer.path].pop(wanted, None)
-            self._found[layer.path, wanted] = fault
-        return fault is not None
-
-    def take_out(self, picked: Iterable[tuple[LayerPlan, Format | None]]) -> bool:
-        """Look at what was picked for layers; True where any of it is wrong, so that another pick is needed."""
-        wrong = [layer for layer, wanted in picked if wanted is not None and self.drops(layer, wanted)]
-        return bool(wrong)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Notes for a plan."""
-        return note_of(((fault, 1) for fault in self._found.values()), "given another format")
 
 
 def upstream(fault: Fault) -> str:

@@ -10,148 +10,36 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.modes import ACTIVATION_MODES, ITEM_BYTES, Format, check_format
-from mlx_tune.quantization.formats.scale_search import Effort
-from mlx_tune.quantization.models.batches import read_batches
-from mlx_tune.quantization.models.dense import dense_twin
-from mlx_tune.quantization.models.sites import (
-    Site,
-    current_format,
-    find_routers,
-    is_quantized,
-    own_arrays,
-    parameter_count,
-    walk,
-)
-from mlx_tune.quantization.planning.overflow import note_of_range
+from mlx_tune.quantization.formats.modes import ACTIVATION_MODES, ITEM_BYTES, Effort, Format, check_format
+from mlx_tune.quantization.models.layers import current_format, dense_twin, is_quantized, parameter_count
+from mlx_tune.quantization.models.sites import Site, own_arrays, walk
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan, notes_of
-from mlx_tune.quantization.planning.rules import Decision, Rules, check_patterns
+from mlx_tune.quantization.planning.rules import Decision, Rules, check_patterns, find_routers
 
 METHODS = ("nearest", "optimal", "gptq", "dwq")
 EFFORTS = ("fast", "best")
 
 
-def plan_quantization(
-    model: nn.Module,
-    bits: int = 4,
-    group_size: int = 64,
-    *,
-    method: str = "optimal",
-    mode: str = "affine",
-    effort: Effort = "fast",
-    overrides: Mapping[str, bool | Mapping[str, Any]] | None = None,
-    skip: Iterable[str] | str | None = None,
-    target_bpw: float | None = None,
-    target_bytes: int | str | None = None,
-    activations: bool = False,
-    requantize: bool = False,
-    scale_dtype: mx.Dtype | str | None = None,
-    verify_kernels: bool = True,
-    calibration: Iterable[Any] | None = None,
-    evaluation: Iterable[Any] | None = None,
-    progress: bool = True,
-) -> QuantizationPlan:
-    """Work out what `quantize_model` would do, without touching the model or reading a weight.
-
-    With `target_bpw` or `target_bytes` the weights are read and candidates tried, since the choice of bits rests on
-    their error; the model is then as it was.
-
-    Args:
-        model: Any model; see `quantize_model` for all arguments.
-        bits: Bits of a code.
-        group_size: Weights that share a scale.
-        method: "nearest", "optimal", "gptq" or "dwq".
-        mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
-        effort: "fast" or "best".
-        overrides: Pattern to what matching layers get instead.
-        skip: Patterns of layers to leave alone.
-        target_bpw: Bits per weight that the model must not exceed.
-        target_bytes: Bytes that the model must not exceed.
-        activations: True where layers quantize their inputs too.
-        requantize: True where layers that are quantized already are quantized anew.
-        scale_dtype: Of affine scales and biases, instead of that of the weights.
-        verify_kernels: Multiply with each distinct kind of packed weights once, and leave layers unpacked that MLX
-            computes wrong on this device.
-        calibration: Batches to measure layers' sensitivity on, where a target is given.
-        evaluation: Batches to check such a choice on, where there is no calibration.
-        progress: Show progress lines, where a target is given.
-
-    Returns:
-        The plan; `print` it.
-
-    Raises:
-        QuantizationError: The same as `quantize_model` raises before it changes anything.
-        BackendError: MLX computes every layer wrong in the formats that were asked for.
-
-    Examples:
-        >>> plan = plan_quantization(nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 80)), 4, 64)
-        >>> {layer.path: (layer.bits, layer.bytes_after) for layer in plan.layers}
-        {'layers.0': (4, 5376), 'layers.2': (4, 3520)}
-    """
-    base = check_request(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
-    plan = lay_out(model, base, method, effort, overrides, skip, requantize, scale_dtype)
-    targeted = target_bpw is not None or target_bytes is not None
-    fault_of = None
-    if verify_kernels:
-        from mlx_tune.quantization.planning.trusted import fault_finder, keep_unpacked
-
-        fault_of = fault_finder(model)
-        # Whether inputs can be quantized here quantize_model finds out, and refuses; a plan for it can still be read.
-        plan = keep_unpacked(plan, fault_of, among=lambda layer: (layer.fixed or not targeted) and not _both(layer))
-    if not targeted:
-        plan = replace(plan, notes=(*plan.notes, *note_of_range(plan)))
-        if calibration is None and evaluation is None:
-            return plan
-    from mlx_tune.quantization.planning.rehearsal import rehearse
-    from mlx_tune.quantization.sizing.target import allocate_to_target, parse_target
-
-    learn, judge = rehearse(plan, read_batches(calibration, "calibration"), read_batches(evaluation, "evaluation"))
-    if not targeted:
-        return plan
-    target = parse_target(plan, target_bpw, target_bytes)
-    return allocate_to_target(
-        plan, target, calibration=learn, evaluation=judge, progress=progress, fault_of=fault_of
-    ).plan
-
-
-def _both(layer: LayerPlan) -> bool:
-    return layer.format is not None and layer.format.quantize_input
-
-
-def check_request(
-    model: object, bits: int, group_size: int, *, method: str, mode: str, effort: Effort, activations: bool
-) -> Format:
-    """Check what can be checked without looking at the model's layers, and make the base format of it."""
-    if not isinstance(model, nn.Module):
-        raise QuantizationError(f"model is a {type(model).__name__}, not an mlx.nn.Module.")
-    if method not in METHODS:
-        raise QuantizationError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}.")
-    if effort not in EFFORTS:
-        raise QuantizationError(f"effort={effort!r} is unknown: choose 'fast' or 'best'.")
-    base = check_format(bits, group_size, mode)
-    if mode != "affine" and method in ("gptq", "dwq"):
-        raise QuantizationError(
-            f"method={method!r} works on scales and biases of mode 'affine'; mode={mode!r} has neither. "
-            "Use method='optimal' or 'nearest' with it."
-        )
-    if activations and mode not in ACTIVATION_MODES:
-        raise QuantizationError(
-            f"activations=True does not work in mode {mode!r}: MLX quantizes inputs in nvfp4 and mxfp8 only."
-        )
-    return replace(base, quantize_input=activations)
-
-
 def lay_out(
     model: nn.Module,
-    base: Format,
+    bits: int,
+    group_size: int,
+    *,
     method: str,
+    mode: str,
     effort: Effort,
+    activations: bool,
     overrides: Mapping[str, bool | Mapping[str, Any]] | None,
     skip: Iterable[str] | str | None,
     requantize: bool,
-    scale_dtype: mx.Dtype | str | None = None,
+    scale_dtype: mx.Dtype | str | None,
 ) -> QuantizationPlan:
-    """The plan for a checked request."""
+    """The plan for a request; for its arguments see `quantize_model`.
+
+    Raises:
+        QuantizationError: Something in it cannot be had.
+    """
+    base = _check(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
     scales = _scale_dtype(scale_dtype)
     sites = walk(model)
     candidates = [s for s in sites if is_quantized(s.module) or _has_matrix(s.module)]
@@ -182,6 +70,29 @@ def lay_out(
     return QuantizationPlan(
         tuple(layers), tuple(skipped), rest, parameters, method, effort, size, notes_of(layers, skipped), scales
     )
+
+
+def _check(
+    model: object, bits: int, group_size: int, *, method: str, mode: str, effort: Effort, activations: bool
+) -> Format:
+    """Check what can be checked without looking at the model's layers, and make the base format of it."""
+    if not isinstance(model, nn.Module):
+        raise QuantizationError(f"model is a {type(model).__name__}, not an mlx.nn.Module.")
+    if method not in METHODS:
+        raise QuantizationError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}.")
+    if effort not in EFFORTS:
+        raise QuantizationError(f"effort={effort!r} is unknown: choose 'fast' or 'best'.")
+    base = check_format(bits, group_size, mode)
+    if mode != "affine" and method in ("gptq", "dwq"):
+        raise QuantizationError(
+            f"method={method!r} works on scales and biases of mode 'affine'; mode={mode!r} has neither. "
+            "Use method='optimal' or 'nearest' with it."
+        )
+    if activations and mode not in ACTIVATION_MODES:
+        raise QuantizationError(
+            f"activations=True does not work in mode {mode!r}: MLX quantizes inputs in nvfp4 and mxfp8 only."
+        )
+    return replace(base, quantize_input=activations)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.interrupts import interruptible, uninterrupted
-from mlx_tune.quantization.judging.evaluation import Loss, outline, resolve
-from mlx_tune.quantization.learning.apply import PackedArrays, quantized_module
-from mlx_tune.quantization.models.arithmetic import same_random_stream
+from mlx_tune.quantization.formats.packing import PackedArrays
+from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch
+from mlx_tune.quantization.models.calls import outline, resolve
+from mlx_tune.quantization.models.layers import quantized_module
 from mlx_tune.quantization.models.sites import module_at, put_module
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 
@@ -36,10 +37,9 @@ def rehearse(
         QuantizationError: It does not.
     """
     model = plan.layers[0].model
-    with same_random_stream():
-        learn, judge = resolve(model, learn, "calibration", loss), resolve(model, judge, "evaluation", loss)
-        for batch in (learn or judge)[:1]:
-            check_runs(model, plan.layers, batch, loss)
+    learn, judge = resolve(model, learn, "calibration", loss), resolve(model, judge, "evaluation", loss)
+    for batch in (learn or judge)[:1]:
+        check_runs(model, plan.layers, batch, loss)
     return learn, judge
 
 

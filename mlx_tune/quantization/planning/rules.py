@@ -8,19 +8,21 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.formats.modes import (
     ACTIVATION_MODES,
-    AFFINE_GROUP_SIZES,
     DEFAULT_BITS,
     DEFAULT_GROUP_SIZE,
     FIXED_MODES,
     Format,
     check_format,
 )
-from mlx_tune.quantization.models.sites import why_not_quantizable
+from mlx_tune.quantization.formats.packing import AFFINE_GROUP_SIZES
+from mlx_tune.quantization.models.layers import why_not_quantizable
+from mlx_tune.quantization.models.sites import Site
 
 #: What routers get, as in mlx-lm's own predicates: at 8 bits the choice of experts practically never changes.
 _ROUTER_FORMAT = Format(8, 64, "affine")
@@ -138,6 +140,34 @@ class Rules:
     def _with_inputs(self, module: nn.Module, target: Format) -> Format:
         wanted = self.base.quantize_input and target.mode in ACTIVATION_MODES and _why_inputs_not(module) is None
         return Format(target.bits, target.group_size, target.mode, wanted)
+
+
+def find_routers(sites: list[Site]) -> set[int]:
+    """Ids of the modules that choose a token's experts: a small error there sends it elsewhere.
+
+    A router is a layer beside a stack of experts (weights with a first axis of E experts) with E outputs, or one
+    that weighs the shared expert with a single output, and is named a gate or a router.
+    """
+    by_path = {path: site.module for site in sites for path in site.paths}
+    found: set[int] = set()
+    experts: dict[str, int] = {}
+    for path, module in by_path.items():
+        weight = module.get("weight")
+        if isinstance(weight, mx.array) and weight.ndim == 3:
+            # layers.3.mlp.switch_mlp.up_proj: the router is at layers.3.mlp.gate or layers.3.router.proj.
+            home = path.rpartition(".")[0].rpartition(".")[0]
+            experts[home] = weight.shape[0]
+    for path, module in by_path.items():
+        weight = module.get("weight")
+        if not isinstance(weight, mx.array) or weight.ndim != 2:
+            continue
+        parent, _, name = path.rpartition(".")
+        named = name if "gate" in name or "router" in name else parent.rpartition(".")[2]
+        homes = {parent, parent.rpartition(".")[0]}
+        count = next((experts[home] for home in homes if home in experts), None)
+        if count is not None and ("gate" in named or "router" in named) and weight.shape[0] in (count, 1):
+            found.add(id(module))
+    return found
 
 
 def matches(path: str, pattern: str) -> bool:

@@ -13,19 +13,19 @@ import mlx.nn as nn
 from mlx_tune.errors import BackendError
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.formats.modes import ITEM_BYTES, Format
-from mlx_tune.quantization.models.dense import dense_twin, has_dense_class
-from mlx_tune.quantization.models.sites import (
+from mlx_tune.quantization.models.layers import (
+    EMBEDDINGS,
     current_format,
+    dense_twin,
+    has_dense_class,
     is_quantized,
-    module_at,
-    own_arrays,
-    put_module,
-    walk,
     weight_shape,
 )
+from mlx_tune.quantization.models.sites import module_at, own_arrays, put_module, walk
 from mlx_tune.quantization.planning.kernel_trials import backend, fault_in
-from mlx_tune.quantization.planning.kernels import Fault, FaultOf, Use, combinations, note_of
+from mlx_tune.quantization.planning.kernels import Fault, Use, combinations, note_of
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan, notes_of
+from mlx_tune.quantization.planning.sieve import FaultOf
 
 
 def fault_finder(model: nn.Module) -> FaultOf:
@@ -35,7 +35,7 @@ def fault_finder(model: nn.Module) -> FaultOf:
         model: The model that the layers are of.
 
     Examples:
-        >>> from mlx_tune.quantization.planning.layout import plan_quantization
+        >>> from mlx_tune.quantization.dry_run import plan_quantization
         >>> plan = plan_quantization(nn.Sequential(nn.Linear(128, 64)))
         >>> find = fault_finder(nn.Sequential(nn.Linear(128, 64)))
         >>> print(find(plan.layers[0], plan.layers[0].format))
@@ -150,7 +150,7 @@ def uses_of(module: nn.Module, tied: bool) -> tuple[Use, ...]:
         >>> uses_of(nn.Linear(64, 64), tied=True), uses_of(nn.Embedding(64, 64), tied=True)
         (('product',), ('lookup', 'product'))
     """
-    if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
+    if isinstance(module, EMBEDDINGS):
         return ("lookup", "product") if tied else ("lookup",)
     if len(weight_shape(module)) == 2:
         return ("product",)

@@ -6,20 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.formats.lazy import read_array
-from mlx_tune.quantization.formats.modes import Format
-from mlx_tune.quantization.formats.scale_search import Effort
-from mlx_tune.quantization.judging.accuracy import Accuracy, LanguageAccuracy, LossAccuracy
-from mlx_tune.quantization.judging.evaluation import prepare
-from mlx_tune.quantization.learning.apply import PackedArrays, pack, quantized_module, signal_to_noise_db
-from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.models.dense import dense_twin
+from mlx_tune.quantization.formats.modes import Effort, Format
+from mlx_tune.quantization.formats.packed_arrays import pack_weight, signal_to_noise_db
+from mlx_tune.quantization.formats.packing import PackedArrays
+from mlx_tune.quantization.models.layers import dense_twin, quantized_module
 from mlx_tune.quantization.models.sites import module_at, put_module
-from mlx_tune.quantization.models.stored_outputs import OutputStore
 from mlx_tune.quantization.planning.plan import LayerPlan
 
 #: Weights of a layer that are looked at to learn how wrong a format makes them: over a thousand groups.
@@ -52,15 +47,14 @@ def weight_errors(layer: LayerPlan, formats: Sequence[Format], method: str) -> d
 
 
 def _sample_error(sample: mx.array, wanted: Format, method: str, energy: mx.array | None) -> float:
-    arrays, _ = pack(sample, wanted, method, energy=energy)
+    arrays, _ = pack_weight(sample, wanted, method, energy=energy)
     return _relative_error(sample, arrays, wanted, energy)
 
 
 def measure_divergences(
-    model: nn.Module,
     layers: Sequence[LayerPlan],
     probe: Callable[[LayerPlan], Format],
-    batches: list[Batch],
+    divergence: Callable[[], float],
     *,
     method: str,
     effort: Effort = "fast",
@@ -69,10 +63,9 @@ def measure_divergences(
     """Quantize one layer after another, alone, and measure how far the model's answers move.
 
     Args:
-        model: The model; as it was when this returns or fails.
-        layers: The layers to measure.
+        layers: The layers to measure, of one model; it is as it was when this returns or fails.
         probe: The format that each is measured in.
-        batches: The batches to run the model on.
+        divergence: Tells how far the model's answers have moved.
         method: "nearest", or anything else for "optimal".
         effort: "fast" or "best".
         progress: Show a progress line.
@@ -81,31 +74,22 @@ def measure_divergences(
         For each path the divergence, mean KL for token models and else the squared relative error of outputs, and the
         squared relative error of the layer's weights that brought it about.
     """
-    comparison = prepare(model, batches, None)
-    found = {}
-    with OutputStore() as store, progress_bar("measuring sensitivity", len(layers), enabled=progress) as bar:
-        comparison.record(model, store, floor=False)
+    found: dict[str, tuple[float, float]] = {}
+    with progress_bar("measuring sensitivity", len(layers), enabled=progress) as bar:
         for layer in layers:
             bar.update(text=layer.path)
             wanted = probe(layer)
             weight = read_array(dense_twin(layer.module)["weight"])
-            arrays, _ = pack(weight, wanted, "nearest" if method == "nearest" else "optimal", effort, layer.energy)
+            arrays, _ = pack_weight(
+                weight, wanted, "nearest" if method == "nearest" else "optimal", effort, layer.energy
+            )
             error = _relative_error(weight, arrays, wanted, layer.energy)
             del weight
-            with _in_place(model, layer, wanted, arrays):
-                moved = divergence_of(comparison.judge(model, store))
+            with _in_place(layer, wanted, arrays):
+                moved = divergence()
             found[layer.path] = (max(0.0, moved), error)
             bar.advance()
     return found
-
-
-def divergence_of(accuracy: Accuracy) -> float:
-    """The one number by which two quantizations of a model are compared; less is better."""
-    if isinstance(accuracy, LanguageAccuracy):
-        return accuracy.mean_kl
-    if isinstance(accuracy, LossAccuracy):
-        return accuracy.loss_after
-    return accuracy.relative_error**2
 
 
 def _relative_error(weight: mx.array, arrays: PackedArrays, wanted: Format, energy: mx.array | None) -> float:
@@ -113,15 +97,15 @@ def _relative_error(weight: mx.array, arrays: PackedArrays, wanted: Format, ener
 
 
 @contextmanager
-def _in_place(model: nn.Module, layer: LayerPlan, wanted: Format, arrays: PackedArrays) -> Iterator[None]:
+def _in_place(layer: LayerPlan, wanted: Format, arrays: PackedArrays) -> Iterator[None]:
     """Have one layer quantized for the time of the block."""
-    olds = [(path, module_at(model, path)) for path in layer.paths]
+    olds = [(path, module_at(layer.model, path)) for path in layer.paths]
     with uninterrupted():
         try:
             for path, old in olds:
-                put_module(model, path, quantized_module(old, wanted, arrays))
+                put_module(layer.model, path, quantized_module(old, wanted, arrays))
             with interruptible():
                 yield
         finally:
             for path, old in olds:
-                put_module(model, path, old)
+                put_module(layer.model, path, old)

@@ -12,10 +12,12 @@ import quantization_toys as toys
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.formats.affine import group_errors, quantize_affine
-from mlx_tune.quantization.formats.modes import AFFINE_BITS, FIXED_MODES
-from mlx_tune.quantization.models.sites import is_quantized, walk
-from mlx_tune.quantization.planning.layout import plan_quantization
+from mlx_tune.quantization.formats.modes import FIXED_MODES
+from mlx_tune.quantization.formats.packing import AFFINE_BITS
+from mlx_tune.quantization.models.layers import is_quantized
+from mlx_tune.quantization.models.sites import walk
 from mlx_tune.quantization.quantize import quantize_model
 
 

@@ -9,11 +9,14 @@ import quantization_toys as toys
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.judging.accuracy import LanguageAccuracy
-from mlx_tune.quantization.judging.evaluation import perplexity, prepare, resolve
-from mlx_tune.quantization.judging.figures import compare_outputs, compare_tokens, join_figures, mean_loss
+from mlx_tune.quantization.judging.evaluation import perplexity, prepare
+from mlx_tune.quantization.judging.figures import compare_outputs, compare_tokens, join_figures
 from mlx_tune.quantization.judging.summaries import summarise_losses, summarise_outputs, summarise_tokens
-from mlx_tune.quantization.models.arithmetic import evaluation_mode, float32_arithmetic, same_random_stream
+from mlx_tune.quantization.models.answers import mean_loss
+from mlx_tune.quantization.models.arithmetic import evaluation_mode, float32_arithmetic
 from mlx_tune.quantization.models.batches import count_tokens, read_batches
+from mlx_tune.quantization.models.calls import resolve
+from mlx_tune.quantization.models.random_stream import same_random_stream
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 
 

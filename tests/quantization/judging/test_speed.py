@@ -6,8 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_tune.quantization.judging import speed
-from mlx_tune.quantization.judging.speed import measure_after, measure_before
+from mlx_tune.quantization.judging import timed_runs
+from mlx_tune.quantization.judging.timed_runs import measure_after, measure_before
 from mlx_tune.quantization.models.batches import Batch
 
 
@@ -24,7 +24,7 @@ class Says(nn.Module):
 
 @pytest.fixture(autouse=True)
 def believed(monkeypatch) -> None:
-    monkeypatch.setattr(speed, "_median_seconds", lambda run: run())
+    monkeypatch.setattr(timed_runs, "_median_seconds", lambda run: run())
 
 
 def tokens(length: int = 100) -> Batch:
@@ -77,7 +77,7 @@ def test_a_loss_is_timed_with_its_model() -> None:
 def test_a_run_that_takes_long_is_not_repeated(monkeypatch) -> None:
     monkeypatch.undo()
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timed_runs.time, "perf_counter", lambda: next(clock))
     runs = []
-    assert speed._median_seconds(lambda: runs.append(1) or mx.zeros(1)) == 2
+    assert timed_runs._median_seconds(lambda: runs.append(1) or mx.zeros(1)) == 2
     assert len(runs) == 1

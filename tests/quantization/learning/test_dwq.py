@@ -202,7 +202,9 @@ def test_recomputing_activations_gives_the_same():
     found = []
     for checkpoint in (False, True):
         model, reference = pair_of_models()
-        result = train_dwq(model, reference, batches(6), checkpoint=checkpoint, progress=False)
+        result = train_dwq(
+            model, reference, batches(6), recompute=mt.checkpoint_blocks, checkpoint=checkpoint, progress=False
+        )
         found.append(result.loss_after)
         assert result.checkpointed is checkpoint
         assert mt.uncheckpoint(model) == 0

@@ -15,13 +15,14 @@ from mlx.utils import tree_flatten
 
 import mlx_tune as mt
 from mlx_tune.quantization import quantize as quantize_of
+from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.formats.lazy import is_unevaluated
+from mlx_tune.quantization.judging.evaluation import Watched
 from mlx_tune.quantization.judging.guard import Guard
 from mlx_tune.quantization.learning import energies as energies_of
 from mlx_tune.quantization.learning.energies import with_energies
 from mlx_tune.quantization.models.batches import read_batches
-from mlx_tune.quantization.models.stored_outputs import OutputStore
-from mlx_tune.quantization.planning.layout import plan_quantization
+from mlx_tune.quantization.quantize import blocks_of
 
 WIDTH, VOCABULARY = 64, 200
 LARGE = (3, 40)
@@ -80,7 +81,7 @@ def divergence(bits: int, method: str, **more: object) -> float:
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_large_channels_are_no_harm(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     nearest, now = divergence(bits, "nearest"), divergence(bits, "optimal")
-    monkeypatch.setattr(quantize_of, "with_energies", lambda plan, *_: (plan, ()))
+    monkeypatch.setattr(quantize_of, "with_energies", lambda plan, *_, **__: (plan, ()))
     alike = divergence(bits, "optimal")
     assert alike > nearest  # the fault that this is about: all inputs counted alike
     assert now < 0.8 * nearest
@@ -88,7 +89,7 @@ def test_large_channels_are_no_harm(bits: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_energies_are_mean_squares_of_inputs() -> None:
     model, batches = Outliers(), read_batches([tokens(1), tokens(2)], "calibration")
-    plan, notes = with_energies(plan_quantization(model, 4, 64, skip="embed"), batches)
+    plan, notes = with_energies(plan_quantization(model, 4, 64, skip="embed"), batches, blocks_of=blocks_of)
     assert notes == ()
     x = model.embed(mx.concatenate([tokens(1), tokens(2)])[:, :-1])
     expected = {}
@@ -105,7 +106,7 @@ def test_energies_are_mean_squares_of_inputs() -> None:
 
 
 def test_random_tokens_find_the_large_channels() -> None:
-    plan, _ = with_energies(plan_quantization(Outliers(), 4, 64), [])
+    plan, _ = with_energies(plan_quantization(Outliers(), 4, 64), [], blocks_of=blocks_of)
     for layer in plan.layers:
         if layer.path.endswith("up"):
             assert layer.energy is not None
@@ -116,7 +117,7 @@ def test_random_tokens_find_the_large_channels() -> None:
 def test_every_layer_of_a_language_model_is_reached_and_nothing_changed(make: Callable[[], nn.Module]) -> None:
     model = make()
     before, state = toys.arrays_of(model), mx.random.state[0].tolist()  # type: ignore[index]
-    plan, notes = with_energies(plan_quantization(model, 4, 32), [])
+    plan, notes = with_energies(plan_quantization(model, 4, 32), [], blocks_of=blocks_of)
     assert notes == ()
     for layer in plan.layers:
         if not layer.kind.endswith("Embedding") or model.get("lm_head") is None:
@@ -129,9 +130,9 @@ def test_every_layer_of_a_language_model_is_reached_and_nothing_changed(make: Ca
 def test_a_lazily_loaded_model_stays_so(tmp_path: Path) -> None:
     toy = toys.llama(tied=False)
     mx.save_safetensors(str(tmp_path / "w.safetensors"), dict(tree_flatten(toy.parameters())))
-    expected, _ = with_energies(plan_quantization(toy, 4, 32), [])
+    expected, _ = with_energies(plan_quantization(toy, 4, 32), [], blocks_of=blocks_of)
     toy.load_weights(str(tmp_path / "w.safetensors"))
-    plan, _ = with_energies(plan_quantization(toy, 4, 32), [])
+    plan, _ = with_energies(plan_quantization(toy, 4, 32), [], blocks_of=blocks_of)
     large = [array for _, array in tree_flatten(toy.parameters()) if array.ndim == 2]
     assert all(is_unevaluated(array) for array in large)
     for layer, before in zip(plan.layers, expected.layers, strict=True):
@@ -154,7 +155,7 @@ class TwoInputs(Outliers):
 def test_so_does_one_that_cannot_run_on_tokens_alone() -> None:
     model = TwoInputs()
     before = toys.arrays_of(model)
-    plan, notes = with_energies(plan_quantization(model, 4, 64), [])
+    plan, notes = with_energies(plan_quantization(model, 4, 64), [], blocks_of=blocks_of)
     assert all(layer.energy is None for layer in plan.layers)
     assert "TypeError" in notes[0]
     assert "calibration=[batches]" in notes[0]
@@ -176,7 +177,7 @@ def test_calibration_is_preferred_to_random_tokens(monkeypatch: pytest.MonkeyPat
 def test_a_result_worse_than_nearest_says_so_first(monkeypatch: pytest.MonkeyPatch) -> None:
     made = {"method": "optimal", "skip": "embed", "evaluation": [tokens(5)], "progress": False}
     assert mt.quantize_model(Outliers(), 3, 64, **made).warning is None  # type: ignore[arg-type]
-    monkeypatch.setattr(quantize_of, "with_energies", lambda plan, *_: (plan, ()))
+    monkeypatch.setattr(quantize_of, "with_energies", lambda plan, *_, **__: (plan, ()))
     report = mt.quantize_model(Outliers(), 3, 64, **made)  # type: ignore[arg-type]
     nearest = divergence(3, "nearest")
     assert f"divergence {report.accuracy.mean_kl:.4g} against {nearest:.4g} on 256 tokens" in report.warning  # type: ignore[union-attr, operator]
@@ -190,8 +191,8 @@ def test_the_guard_measures_what_nearest_gives(make: Callable[[], nn.Module]) ->
     judge = read_batches([toys.tokens(4, 17)], "evaluation")
     before = toys.arrays_of(model)
     plan = plan_quantization(model, 3, 32)
-    with OutputStore() as store:
-        found = Guard(plan, judge, None, store)
+    with Watched(model, judge) as divergence:
+        found = Guard(plan, divergence)
     assert toys.same_arrays(before, toys.arrays_of(model))
     report = mt.quantize_model(make(), 3, 32, method="nearest", evaluation=[toys.tokens(4, 17)], progress=False)
     assert found.nearest == pytest.approx(report.accuracy.mean_kl, rel=1e-3)  # type: ignore[union-attr]

@@ -1,3 +1,5 @@
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -6,19 +8,21 @@ import quantization_toys as toys
 from mlx.utils import tree_flatten
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.formats.affine import dequantize_float32, quantize_affine
 from mlx_tune.quantization.formats.packing import AFFINE_BITS, unpack
 from mlx_tune.quantization.learning import drift
 from mlx_tune.quantization.learning import gptq_model as passes
-from mlx_tune.quantization.learning.apply import install
-from mlx_tune.quantization.learning.drift import Drift, corrected, drifted_output_error
+from mlx_tune.quantization.learning.drift import corrected, drifted_output_error
 from mlx_tune.quantization.learning.gptq import output_error, quantize_gptq
 from mlx_tune.quantization.learning.gptq_model import gptq_model
-from mlx_tune.quantization.learning.moments import InputMoments
-from mlx_tune.quantization.learning.propagation import Propagation
+from mlx_tune.quantization.learning.moments import Drift, InputMoments
+from mlx_tune.quantization.learning.one_layer import install
+from mlx_tune.quantization.learning.propagation import Propagation, into_moments
+from mlx_tune.quantization.models.arithmetic import running
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.interception import forward_steps, intercepted, run_until
-from mlx_tune.quantization.planning.layout import plan_quantization
+from mlx_tune.quantization.quantize import blocks_of
 
 
 def correlated_inputs(rows, columns, seed=0):
@@ -72,6 +76,7 @@ def test_more_effort_finds_less_error():
 
 def test_two_weights_with_one_dominant_direction_cancel_their_errors():
     """Where inputs always move together, only the sum of their weights' errors matters."""
+
     h = mx.ones((32, 32)) + 1e-4 * mx.eye(32)
     weight = mx.random.normal((4, 32), key=mx.random.key(1))
     error = weight - dequantize_float32(*quantize_gptq(weight, h, 3, 32)[:3], 3, 32)
@@ -146,7 +151,7 @@ def linear_paths(model):
 def test_steps_come_in_the_order_of_the_forward_pass():
     model = make()
     layers = [("embed", model.embed), *linear_paths(model), ("unused", model.unused)]
-    steps = forward_steps(model, tokens(1)[0], layers)
+    steps = forward_steps(partial(tokens(1)[0].inputs.call, model), layers, blocks_of(model))
     assert [(s.path, s.follows, s.like, s.calls) for s in steps] == [
         ("embed", None, "embed", 2),
         ("layers.0", None, "layers.0", 1),
@@ -158,7 +163,7 @@ def test_steps_come_in_the_order_of_the_forward_pass():
 
 def test_steps_that_do_not_follow_one_another_are_noticed():
     model = make(chained=False)
-    steps = forward_steps(model, tokens(1)[0], linear_paths(model))
+    steps = forward_steps(partial(tokens(1)[0].inputs.call, model), linear_paths(model), blocks_of(model))
     assert [s.follows for s in steps] == [None, None, None]
 
 
@@ -167,7 +172,7 @@ def test_moments_are_those_of_the_inputs():
     moments = InputMoments(layers)
     xs = [mx.random.normal((2, 3, 8)) for _ in range(2)]
     for x in xs:
-        with intercepted(layers.values(), moments.hook()):
+        with intercepted(layers.values(), into_moments(moments)):
             layers["a"](x)
             layers["b"](x)
             layers["c"](x + 1)
@@ -185,7 +190,7 @@ def test_drift_is_what_inputs_were_before_less_what_they_are():
     rng = np.random.default_rng(0)
     before, now = rng.normal(size=(2, 2, 3, 8)), rng.normal(size=(2, 2, 3, 8))
     for i in range(2):
-        with intercepted(layers.values(), moments.hook()):
+        with intercepted(layers.values(), into_moments(moments)):
             x = mx.array(before[i])
             layers["a"](x), layers["b"](x), layers["c"](x[:1])
             calls = moments.take()
@@ -198,7 +203,7 @@ def test_drift_is_what_inputs_were_before_less_what_they_are():
     np.testing.assert_allclose(np.array(moments.drift_of("a").own), d.T @ d, rtol=1e-4, atol=1e-4)
     assert moments.drift_of("b") is moments.drift_of("a")
     assert moments.drift_of("c") is None  # it was given other shapes
-    with intercepted(layers.values(), moments.hook()):
+    with intercepted(layers.values(), into_moments(moments)):
         layers["a"](mx.zeros((3, 8)))
     moments.collect()
     assert moments.drift_of("a") is None  # one call without a counterpart
@@ -232,7 +237,7 @@ def test_blocks_make_up_for_what_those_before_them_lost(monkeypatch):
     for share in (0.0, 0.5):
         monkeypatch.setattr(drift, "_SHARE", share)
         model = make()
-        gptq_model(model, plan_quantization(model, 2, 64).layers, tokens(32), install=install)
+        gptq_model(model, plan_quantization(model, 2, 64).layers, tokens(32), install=install, blocks_of=blocks_of)
         found.append(sum(mx.square(model(b.shifted[0]) - twin(b.shifted[0])).sum().item() for b in tokens(2)))
     assert found[1] < 0.97 * found[0]
 
@@ -242,8 +247,8 @@ def test_layers_that_are_given_the_same_are_one_stage():
     batches = read_batches([mx.random.randint(0, 64, (2, 17))], "calibration")
     modules = dict(model.named_modules())
     layers = {path: m for path, m in modules.items() if isinstance(m, nn.Linear)}
-    steps = forward_steps(model, batches[0], list(layers.items()))
-    inputs = Propagation(model, batches, steps)
+    steps = forward_steps(partial(batches[0].inputs.call, model), list(layers.items()), blocks_of(model))
+    inputs = Propagation(model, batches, steps, running)
     step = next(s for s in steps if s.path == "model.layers.0")
     inputs.enter(step)
     mine = {path: m for path, m in layers.items() if path.startswith("model.layers.0.")}
@@ -257,7 +262,7 @@ def test_layers_learn_from_quantized_ones_of_their_own_block(monkeypatch):
         if not staged:
             monkeypatch.setattr(Propagation, "stages", lambda self, step, modules: [list(modules)])
         model = make()
-        gptq_model(model, plan_quantization(model, 2, 64).layers, tokens(32), install=install)
+        gptq_model(model, plan_quantization(model, 2, 64).layers, tokens(32), install=install, blocks_of=blocks_of)
         found.append(sum(mx.square(model(b.shifted[0]) - twin(b.shifted[0])).sum().item() for b in tokens(2)))
     assert found[0] < 0.99 * found[1]
 
@@ -271,7 +276,7 @@ def test_each_expert_has_the_moments_of_its_own_tokens(sort):
     rows = 80 if sort else 5  # mlx-lm sorts tokens by expert from 64 on
     x, chosen = mx.random.normal((1, rows, 8)), mx.random.randint(0, 3, (1, rows, 2))
     moments = InputMoments({"up": layer.up_proj, "gate": layer.gate_proj})
-    with intercepted([layer.up_proj, layer.gate_proj], moments.hook()):
+    with intercepted([layer.up_proj, layer.gate_proj], into_moments(moments)):
         layer(x, chosen)
     moments.collect()
     inputs, experts = np.array(x)[0], np.array(chosen)[0]
@@ -286,10 +291,10 @@ def test_running_stops_where_it_has_seen_enough():
     model = make()
     seen = []
 
-    def hook(module, method, run, arguments, keywords):
-        seen.append(arguments[0].shape)
+    def hook(call):
+        seen.append(call.inputs.shape)
 
-    run_until(model, tokens(1)[0], model.layers[1], 1, hook)
+    run_until(partial(tokens(1)[0].inputs.call, model), model.layers[1], 1, hook)
     assert seen == [(4, 16, 64)]
     assert type(model.layers[1]) is Block
 
@@ -299,7 +304,7 @@ def test_a_model_is_quantized_block_by_block(chained):
     model, twin = make(chained), make(chained)
     batches = tokens()
     layers = plan_quantization(model, 2, 64).layers
-    done = gptq_model(model, layers, batches, install=install)
+    done = gptq_model(model, layers, batches, install=install, blocks_of=blocks_of)
     assert [layer.path for layer in done] == [layer.path for layer in layers]
     by_path = {layer.path: layer for layer in done}
     assert by_path["unused"].method == "optimal"
@@ -324,7 +329,9 @@ def test_one_large_batch_is_as_good_as_many_small_ones(monkeypatch):
     found = []
     for calibration in (many, one):
         model = make()
-        done = gptq_model(model, plan_quantization(model, 3, 64).layers, calibration, install=install)
+        done = gptq_model(
+            model, plan_quantization(model, 3, 64).layers, calibration, install=install, blocks_of=blocks_of
+        )
         found.append((done, model.layers[2].two.weight))
     assert found[0][0] == found[1][0]
     assert mx.array_equal(found[0][1], found[1][1]).item()
@@ -338,7 +345,7 @@ def test_both_ways_of_running_blocks_learn_the_same(monkeypatch):
     found = []
     for chained in (True, False):
         model = make(chained)
-        gptq_model(model, plan_quantization(model, 4, 64).layers, tokens(3), install=install)
+        gptq_model(model, plan_quantization(model, 4, 64).layers, tokens(3), install=install, blocks_of=blocks_of)
         found.append(dict(tree_flatten(model.parameters())))
     for name, array in found[0].items():
         if "scales" in name:
@@ -348,7 +355,7 @@ def test_both_ways_of_running_blocks_learn_the_same(monkeypatch):
 def test_a_layer_that_does_not_gain_keeps_the_start(monkeypatch):
     monkeypatch.setattr(passes, "_error", lambda *_: 1.0)
     model = make()
-    done = gptq_model(model, plan_quantization(model, 4, 64).layers, tokens(2), install=install)
+    done = gptq_model(model, plan_quantization(model, 4, 64).layers, tokens(2), install=install, blocks_of=blocks_of)
     assert {layer.method for layer in done} == {"optimal"}
     assert any("gptq's output error was 1 against 1" in (layer.note or "") for layer in done)
 
@@ -356,7 +363,7 @@ def test_a_layer_that_does_not_gain_keeps_the_start(monkeypatch):
 def test_lookups_alone_have_nothing_to_correct():
     mx.random.seed(0)
     model = nn.Sequential(nn.Embedding(40, 64), nn.Linear(64, 8))
-    done = gptq_model(model, plan_quantization(model, 4, 64).layers, tokens(2), install=install)
+    done = gptq_model(model, plan_quantization(model, 4, 64).layers, tokens(2), install=install, blocks_of=blocks_of)
     assert done[0].method == "optimal"
     assert "lookups only" in done[0].note
 
@@ -378,31 +385,31 @@ def test_experts_are_solved_one_by_one():
     x = correlated_inputs(8 * 64, 64).reshape(8, 64, 64)
     batches = read_batches(list(x), "calibration")
     layers = plan_quantization(model, 3, 64).layers
-    done = gptq_model(model, layers, batches, install=install)
+    done = gptq_model(model, layers, batches, install=install, blocks_of=blocks_of)
     assert {layer.path: layer.method for layer in done}["experts.up_proj"] == "gptq"
     assert type(model.experts.up_proj).__name__ == "QuantizedSwitchLinear"
 
 
 def test_no_batches_are_an_error():
     with pytest.raises(QuantizationError, match="calibration is empty"):
-        gptq_model(make(), [], [], install=install)
+        gptq_model(make(), [], [], install=install, blocks_of=blocks_of)
 
 
 def test_a_layer_keeps_nearest_where_its_outputs_lose_least_with_it(monkeypatch):
-    real = passes.pack
+    real = passes.pack_weight
 
     def coarse(weight, wanted, method, *more):
         """Stand in for a search that went wrong."""
         (packed, scales, biases), used = real(weight, wanted, method, *more)
         return (packed, scales * (1.5 if method == "optimal" else 1), biases), used
 
-    monkeypatch.setattr(passes, "pack", coarse)
+    monkeypatch.setattr(passes, "pack_weight", coarse)
     monkeypatch.setattr(passes, "quantize_gptq", lambda *_, start, **__: (*start, 0.0, 0.0))
     model = nn.Sequential(nn.Linear(64, 32))
     before = model.layers[0].weight
     batches = read_batches([correlated_inputs(32, 64, seed) for seed in range(4)], "calibration")
     layers = plan_quantization(model, 3, 64).layers
-    (done,) = gptq_model(model, layers, batches, install=install)
+    (done,) = gptq_model(model, layers, batches, install=install, blocks_of=blocks_of)
     assert done.method == "nearest"
     assert "kept 'nearest': gptq's output error was" in done.note
     assert mx.array_equal(model.layers[0].weight, mx.quantize(before, 64, 3)[0]).item()

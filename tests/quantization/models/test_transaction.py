@@ -14,10 +14,10 @@ import pytest
 import quantization_toys as toys
 
 import mlx_tune as mt
-import mlx_tune.quantization.learning.one_layer as alone
 import mlx_tune.quantization.models.transaction as transaction_module
 from mlx_tune.quantization.formats.lazy import is_unevaluated
-from mlx_tune.quantization.judging.evaluation import Comparison
+from mlx_tune.quantization.judging.evaluation import Evaluation
+from mlx_tune.quantization.learning import one_layer
 from mlx_tune.quantization.models.sites import module_at
 from mlx_tune.quantization.models.transaction import Transaction, original, swap
 
@@ -77,12 +77,12 @@ def interrupting(monkeypatch, owner: Any, name: str, at: int) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [
-        (alone, "pack", 3),
-        (alone, "signal_to_noise_db", 15),
+        (one_layer, "pack_weight", 3),
+        (one_layer, "signal_to_noise_db", 15),
         (transaction_module, "put_module", 1),
         (transaction_module, "put_module", 15),
         (mx, "save_safetensors", 4),
-        (Comparison, "judge", 1),
+        (Evaluation, "judge", 1),
     ],
 )
 def test_a_ctrl_c_at_any_moment_leaves_the_model_as_it_was(monkeypatch, tmp_path, owner, name: str, at: int) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from quantization_toys import llama, qwen3_moe
 
 import mlx_tune as mt
-from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES, FIXED_MODES, Format
+from mlx_tune.quantization.formats.modes import FIXED_MODES, Format
+from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
 from mlx_tune.quantization.planning import kernel_trials
 from mlx_tune.quantization.planning.kernel_trials import Kernels, measure
 from mlx_tune.quantization.planning.kernels import (

@@ -9,8 +9,8 @@ from mlx.utils import tree_flatten
 
 import mlx_tune as mt
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.models.sites import find_routers, walk
-from mlx_tune.quantization.planning.rules import matches
+from mlx_tune.quantization.models.sites import walk
+from mlx_tune.quantization.planning.rules import find_routers, matches
 
 
 def formats(plan: mt.QuantizationPlan) -> dict[str, str]:

@@ -4,10 +4,13 @@ import pytest
 import quantization_toys as toys
 
 import mlx_tune as mt
-import mlx_tune.quantization.sizing.target as target
+import mlx_tune.quantization.sizing.trial as trial_of
 from mlx_tune.errors import InvalidArgumentError, QuantizationError
 from mlx_tune.quantization.formats.modes import Format
-from mlx_tune.quantization.sizing.sensitivity import divergence_of, measure_divergences, weight_errors
+from mlx_tune.quantization.judging.accuracy import divergence_of
+from mlx_tune.quantization.judging.evaluation import Watched
+from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.sizing.sensitivity import measure_divergences, weight_errors
 
 
 def quiet(model: nn.Module, **kwargs) -> mt.QuantizationReport:
@@ -115,7 +118,7 @@ def test_a_mixed_choice_that_is_worse_is_rejected(monkeypatch) -> None:
         seen.append(plan)
         return float(-len(seen))  # the second, one format for all, comes out lower
 
-    monkeypatch.setattr(target, "_trial", trial)
+    monkeypatch.setattr(trial_of, "_trial", trial)
     report = quiet(toys.llama(tied=False), target_bpw=4.6, calibration=calibration())
     assert len({(x.bits, x.group_size) for x in report.layers}) == 1
     assert "rejected" in " ".join(report.notes)
@@ -125,8 +128,8 @@ def test_a_mixed_choice_that_is_worse_is_rejected(monkeypatch) -> None:
 def test_measured_divergence_is_that_of_the_layer_alone() -> None:
     model = toys.llama(tied=False)
     plan = mt.plan_quantization(model, 2, 64, method="nearest")
-    batches = target.read_batches(calibration(1), "calibration")
-    found = measure_divergences(model, plan.layers[:2], lambda layer: Format(2, 64), batches, method="nearest")
+    with Watched(model, read_batches(calibration(1), "calibration")) as divergence:
+        found = measure_divergences(plan.layers[:2], lambda layer: Format(2, 64), divergence, method="nearest")
     for layer in plan.layers[:2]:
         other = toys.llama(tied=False)
         report = mt.quantize_model(

@@ -8,11 +8,12 @@ import pytest
 import quantization_toys as toys
 
 import mlx_tune.quantization.sizing.target as target
-from mlx_tune.quantization.learning.coverage import Reach, count_experts, measure_reach, note_of_experts
-from mlx_tune.quantization.learning.moments import InputMoments
+from mlx_tune.quantization.dry_run import plan_quantization
+from mlx_tune.quantization.learning.experts import note_of_experts
+from mlx_tune.quantization.learning.moments import InputMoments, count_experts
 from mlx_tune.quantization.models.batches import read_batches
-from mlx_tune.quantization.planning.layout import plan_quantization
 from mlx_tune.quantization.quantize import quantize_model
+from mlx_tune.quantization.sizing.coverage import Coverage, measure_coverage
 
 
 class Block(nn.Module):
@@ -100,9 +101,9 @@ def test_the_row_says_so_for_methods_that_learn() -> None:
 def test_reach_is_what_layers_are_given() -> None:
     model = toys.qwen3_moe()
     layers = plan_quantization(model).layers
-    found = measure_reach(model, layers, read_batches([toys.tokens(2, 17), toys.tokens(1, 9)], "calibration"))
+    found = measure_coverage(model, layers, read_batches([toys.tokens(2, 17), toys.tokens(1, 9)], "calibration"))
     tokens = 2 * 16 + 8
-    assert found["model.embed_tokens"] == found["lm_head"] == Reach(tokens)
+    assert found["model.embed_tokens"] == found["lm_head"] == Coverage(tokens)
     stack = found["model.layers.0.mlp.switch_mlp.up_proj"]
     assert stack.experts is not None
     assert stack.inputs == sum(stack.experts) == 2 * tokens  # two experts a token
@@ -112,16 +113,16 @@ def test_reach_is_what_layers_are_given() -> None:
 @pytest.mark.parametrize(
     ("reach", "expected"),
     [
-        (Reach(0), False), (Reach(31), False), (Reach(32), True), (Reach(100, (50, 50, 0, 0)), False),
-        (Reach(100, (50, 40, 33, 1)), True), (Reach(4, (1, 1, 1, 1)), False),
+        (Coverage(0), False), (Coverage(31), False), (Coverage(32), True), (Coverage(100, (50, 50, 0, 0)), False),
+        (Coverage(100, (50, 40, 33, 1)), True), (Coverage(4, (1, 1, 1, 1)), False),
     ],
 )  # fmt: skip
-def test_enough_is_some_dozen_inputs_and_half_of_the_experts(reach: Reach, expected: bool) -> None:
+def test_enough_is_some_dozen_inputs_and_half_of_the_experts(reach: Coverage, expected: bool) -> None:
     assert reach.enough(most=1000) is expected
 
 
 def test_of_few_inputs_altogether_few_are_enough() -> None:
-    assert Reach(4).enough(most=4)
+    assert Coverage(4).enough(most=4)
 
 
 def test_experts_that_were_not_reached_are_named_and_shrunk_by_their_own_count(monkeypatch) -> None:

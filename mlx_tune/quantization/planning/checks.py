@@ -6,45 +6,20 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.lazy import number, read_array
+from mlx_tune.errors import BackendError, QuantizationError
+from mlx_tune.quantization.formats.lazy import read_array
 from mlx_tune.quantization.formats.magnitudes import largest_magnitude
-from mlx_tune.quantization.formats.modes import Format
-from mlx_tune.quantization.formats.scale_search import Effort
-from mlx_tune.quantization.learning.apply import PackedArrays, pack
-from mlx_tune.quantization.models.dense import dense_twin, dequantize_arrays
+from mlx_tune.quantization.formats.modes import Effort, Format
+from mlx_tune.quantization.formats.overflow import overflows
+from mlx_tune.quantization.formats.packed_arrays import not_finite, pack_weight
+from mlx_tune.quantization.formats.packing import dequantize_float32
+from mlx_tune.quantization.models.layers import dense_twin
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.units import format_names
 
 #: Weights below this share of the largest number cannot overflow: a group's span is twice its largest weight at most,
 #: and no scale spans twice that.
 _NEAR = 0.25
-
-
-def overflows(arrays: PackedArrays, wanted: Format, dtype: mx.Dtype) -> bool:
-    """True where unpacking meets numbers that the dtype does not hold.
-
-    MLX unpacks affine weights in the dtype of their scales, code times scale first, and those of other modes in that of
-    the inputs.
-
-    Args:
-        arrays: Packed weights, scales and biases.
-        wanted: Their format.
-        dtype: Of the inputs, which other modes are unpacked in.
-
-    Examples:
-        >>> weight = mx.array([[40000.0, -40000.0] * 32], dtype=mx.float16)
-        >>> [overflows(mx.quantize(weight.astype(t), 64, 4), Format(4, 64), t) for t in (mx.float16, mx.bfloat16)]
-        [True, False]
-    """
-    packed, scales, biases = arrays
-    if biases is None:
-        after = dequantize_arrays(packed, scales, None, **wanted.parts())
-        return not number((mx.abs(after) <= mx.finfo(dtype).max).all())
-    top, most = float(2**wanted.bits - 1), mx.finfo(scales.dtype).max
-    scale, bias = scales.astype(mx.float32), biases.astype(mx.float32)
-    fits = (mx.abs(scale * top) <= most) & (mx.abs(bias) <= most) & (mx.abs(bias + scale * top) <= most)
-    return not number(fits.all())
 
 
 def formats_that_fit(
@@ -66,7 +41,7 @@ def formats_that_fit(
     if largest_magnitude(weight) <= _NEAR * least:
         return formats
     how = "nearest" if method == "nearest" else "optimal"
-    return [f for f in formats if not overflows(pack(weight, f, how, effort, layer.energy)[0], f, weight.dtype)]
+    return [f for f in formats if not overflows(pack_weight(weight, f, how, effort, layer.energy)[0], f, weight.dtype)]
 
 
 def check_overflow(plan: QuantizationPlan, largest: Mapping[str, float]) -> None:
@@ -107,3 +82,53 @@ def note_of_range(plan: QuantizationPlan) -> tuple[str, ...]:
         f"float16 ends at 65,504: should one of the {len(short)} layers that are unpacked in it hold weights that "
         "overflow there, quantize_model refuses by that layer's name.",
     )
+
+
+def check_finite(plan: QuantizationPlan) -> dict[str, float]:
+    """Look for NaN and infinite weights, layer by layer, before anything is changed.
+
+    Returns:
+        The largest magnitude among each layer's weights, by path.
+
+    Raises:
+        QuantizationError: There are some; the text names the layers.
+    """
+    broken, largest = [], {}
+    for layer in plan.layers:
+        weight = read_array(dense_twin(layer.module)["weight"])
+        largest[layer.path] = largest_magnitude(weight)
+        count = not_finite(weight)
+        if count:
+            broken.append(f"{layer.path} ({count} of {layer.weights:,} weights)")
+    if broken:
+        more = f", and {len(broken) - 3} layers more" if len(broken) > 3 else ""
+        raise QuantizationError(
+            f"NaN or infinite weights in {', '.join(broken[:3])}{more}. Quantizing them would spread them over whole "
+            "groups. Look at the training run or the file they come from; nothing was changed."
+        )
+    return largest
+
+
+def check_backend(plan: QuantizationPlan) -> None:
+    """Run each packed format that the plan uses once, on a few numbers.
+
+    Raises:
+        BackendError: This backend has no kernel for one.
+    """
+    for wanted in {layer.format for layer in plan.layers if layer.format is not None}:
+        weight = mx.ones((wanted.group_size, 2 * wanted.group_size), dtype=mx.bfloat16)
+        inputs = mx.ones((2, 2 * wanted.group_size), dtype=mx.bfloat16)  # one row alone has a kernel of its own
+        try:
+            packed, scales, *biases = mx.quantize(weight, wanted.group_size, wanted.bits, mode=wanted.mode)
+            if wanted.quantize_input:
+                y = mx.qqmm(inputs, packed, scales, wanted.group_size, wanted.bits, wanted.mode)
+            else:
+                y = dequantize_float32(packed, scales, biases[0] if biases else None, **wanted.keywords())
+            mx.eval(y)
+        except (RuntimeError, ValueError) as error:
+            what = "quantize a layer's inputs" if wanted.quantize_input else "compute with packed weights"
+            advice = "Leave activations=True out" if wanted.quantize_input else "Use mode='affine'"
+            raise BackendError(
+                f"MLX cannot {what} in mode {wanted.mode!r} on this backend ({mx.default_device()}): "
+                f"{str(error).rstrip('.')}. {advice}."
+            ) from error

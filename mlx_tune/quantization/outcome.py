@@ -1,0 +1,87 @@
+"""The report of a plan that was carried out: what became of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from mlx_tune.memory import track_memory
+from mlx_tune.quantization.judging.accuracy import Accuracy
+from mlx_tune.quantization.judging.report import LayerReport, QuantizationReport
+from mlx_tune.quantization.judging.speed import SpeedComparison
+from mlx_tune.quantization.learning.one_layer import LayerOutcome
+from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
+
+#: Decibels below which a layer's error is more than half as large as its weights.
+_LOST_DB = 6.0
+
+
+def report_of(
+    plan: QuantizationPlan,
+    outcomes: Mapping[str, LayerOutcome],
+    memory: track_memory,
+    accuracy: Accuracy | None,
+    speed: SpeedComparison | None,
+    notes: tuple[str, ...],
+) -> QuantizationReport:
+    """Join what was planned and measured to one report.
+
+    Args:
+        plan: The plan.
+        outcomes: The outcome of each layer, by path.
+        memory: Time and memory of carrying it out.
+        accuracy: The cost on the evaluation.
+        speed: Time of the model before and now.
+        notes: Further remarks.
+    """
+    return QuantizationReport(
+        method=plan.method,
+        size_before_bytes=plan.size_before_bytes,
+        size_after_bytes=plan.size_after_bytes,
+        parameters=plan.parameters,
+        layers=tuple(layer_report(layer, outcomes[layer.path]) for layer in plan.layers),
+        skipped=tuple(layer_report(layer, None) for layer in plan.skipped),
+        rest_bytes=plan.rest_bytes,
+        accuracy=accuracy,
+        speed=speed,
+        seconds=memory.seconds,
+        peak_bytes=memory.peak_bytes,
+        notes=(*plan.notes, *_little_left(outcomes.values()), *notes),
+    )
+
+
+def layer_report(layer: LayerPlan, outcome: LayerOutcome | None) -> LayerReport:
+    """A planned layer and what became of it, if anything did."""
+    reasons = [text for text in (layer.reason, outcome.note if outcome else None) if text]
+    return LayerReport(
+        path=layer.path,
+        paths=layer.paths,
+        kind=layer.kind,
+        shape=layer.shape,
+        bits=layer.bits,
+        group_size=layer.group_size,
+        mode=layer.mode,
+        method=outcome.method if outcome else None,
+        bytes_before=layer.bytes_before,
+        bytes_after=layer.bytes_after,
+        snr_db=outcome.snr_db if outcome else None,
+        output_error=outcome.output_error if outcome else None,
+        optimal_output_error=outcome.optimal_output_error if outcome else None,
+        reason="; ".join(reasons) or None,
+        cost_bytes=layer.cost_bytes,
+    )
+
+
+def _little_left(outcomes: Iterable[LayerOutcome]) -> tuple[str, ...]:
+    """A warning where quantization left less than half of a layer's power, as where a mode's range ends before it.
+
+    Weights that meet next to no input may well be lost.
+    """
+    lost = [x for x in outcomes if (x.snr_db if x.input_snr_db is None else x.input_snr_db) < _LOST_DB]
+    if not lost:
+        return ()
+    named = ", ".join(f"{layer.path} ({layer.snr_db:.1f} dB)" for layer in lost[:3])
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return (
+        f"Warning: the error is more than half as large as the weights in {named}{more}: give them more bits, or "
+        "another mode.",
+    )
