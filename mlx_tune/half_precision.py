@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.progress import Bar
-from mlx_tune.trees import arrays_of
+from mlx_tune.trees import arrays_once
 
 _HALVES = ("bfloat16", "float16")
 
@@ -42,7 +42,7 @@ def slow_half_precision(
     if not computes_on_cpu():
         return []
     sizes: Counter[str] = Counter()
-    for array in arrays_of(state):
+    for array in arrays_once(state):
         sizes[str(array.dtype).removeprefix("mlx.core.")] += array.size
     dtype = max(sizes, key=sizes.__getitem__, default="")
     if dtype not in _HALVES:

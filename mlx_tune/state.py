@@ -12,13 +12,14 @@ import os
 import random
 import sys
 import weakref
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.scratch import ScratchFiles
+from mlx_tune.trees import arrays_of, containers_of, outermost, state_arrays
 
 
 class _Spilled:
@@ -59,12 +60,16 @@ class Snapshot:
         """Walk the state and note everything in it."""
         self._scratch = ScratchFiles("What trials put aside", name="state", folder=folder)
         self._file: Path | None = None
-        self._saved: list[tuple[Any, Any, dict[str, Any] | None]] = []  # container, its items, its attributes
+        self._saved: list[tuple[dict[Any, Any] | list[Any], Any]] = []  # a container and its items
         self._random = _RandomStreams()
         to_disk: dict[str, Any] = {}
         spilled_ids = _changing_arrays(state) if spill else {}
         for container in _containers(state):
-            self._saved.append(_shallow(container, spilled_ids, to_disk))
+            keep = partial(_kept, spilled_ids=spilled_ids, to_disk=to_disk)
+            if isinstance(container, dict):
+                self._saved.append((container, {name: keep(value) for name, value in container.items()}))
+            else:
+                self._saved.append((container, [keep(value) for value in container]))
         if to_disk:
             with uninterrupted():
                 try:
@@ -83,12 +88,12 @@ class Snapshot:
         with uninterrupted():
             on_disk = self._open()
             if on_disk:
-                for container, items, attributes in self._saved:
-                    _let_go(container, items, attributes)
+                for container, items in self._saved:
+                    _let_go(container, items)
             loaded: dict[str, Any] = {}
             copies: dict[int, Any] = {}
-            for container, items, attributes in self._saved:
-                _put_back(container, items, attributes, on_disk, loaded, copies)
+            for container, items in self._saved:
+                _put_back(container, items, on_disk, loaded, copies)
             loaded.clear()
             copies.clear()
             self._random.restore()
@@ -143,41 +148,11 @@ class _RandomStreams:
             sys.modules["numpy"].random.set_state(self._numpy)
 
 
-def _children(node: Any) -> Iterator[Any]:
-    """The children of a node of the state, one level down."""
-    if isinstance(node, dict):
-        yield from node.values()
-        yield from getattr(node, "__dict__", {}).values()  # a module's plain attributes
-    elif isinstance(node, (list, tuple)):
-        yield from node
-    elif _is_optimizer(node):
-        yield from vars(node).values()
-
-
-def _is_optimizer(node: Any) -> bool:
-    from mlx.optimizers import Optimizer
-
-    return isinstance(node, Optimizer)
-
-
-def _containers(state: Any) -> list[Any]:
-    """Every mutable container reachable from `state`, each once, outermost first."""
-    import mlx.core as mx
-
-    seen: set[int] = set()
-    found, arrays, waiting = [], 0, [state]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, mx.array):
-            arrays += 1
-            continue
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, (dict, list)) or _is_optimizer(node):
-            found.append(node)
-        waiting.extend(_children(node))
+def _containers(state: Any) -> list[dict[Any, Any] | list[Any]]:
+    """Every container of a state that a step can write to; refuses a state in which there is none."""
+    found = containers_of(state)
     if not found and state != ():
+        arrays = next(arrays_of(state), None) is not None
         what = "a bare array, which a step cannot change" if arrays else f"a {type(state).__name__}"
         raise InvalidArgumentError(
             f"state={what}: pass what the step updates, such as state=(model, optimizer), or state=() for nothing."
@@ -190,51 +165,30 @@ def _changing_arrays(state: Any) -> dict[int, str]:
     import mlx.core as mx
     import mlx.nn as nn
 
-    frozen: set[int] = set()
-    every: dict[int, str] = {}
-    for container in _containers(state):
-        if isinstance(container, nn.Module):
-            trainable = {id(a) for a in _leaves(container.trainable_parameters())}
-            frozen |= {id(a) for a in _leaves(container.parameters())} - trainable
-        for child in _children(container):
-            if isinstance(child, mx.array) and child.dtype != mx.float64:  # which safetensors files do not hold
-                every.setdefault(id(child), f"{len(every)}")
-    random_state = {id(a) for a in _leaves(mx.random.state)}
-    return {i: name for i, name in every.items() if i not in frozen and i not in random_state}
+    left: set[int] = {id(a) for a in arrays_of(mx.random.state)}
+    for module in outermost(state, nn.Module):
+        trainable = {id(a) for a in arrays_of(module.trainable_parameters())}
+        left |= {id(a) for a in arrays_of(module.parameters())} - trainable
+    slots = {id(slot.array): slot.array.dtype for slot in state_arrays(state)}
+    changing = (i for i, dtype in slots.items() if i not in left and dtype != mx.float64)  # which no such file holds
+    return {i: str(number) for number, i in enumerate(changing)}
 
 
-def _leaves(tree: Any) -> list[Any]:
-    from mlx.utils import tree_flatten
-
-    flat: Any = tree_flatten(tree)
-    return [leaf for _, leaf in flat]
-
-
-def _shallow(
-    container: Any, spilled_ids: dict[int, str], to_disk: dict[str, Any]
-) -> tuple[Any, Any, dict[str, Any] | None]:
-    """One container with what it holds, arrays kept by a handle of their own or noted for the disk."""
+def _kept(value: Any, spilled_ids: dict[int, str], to_disk: dict[str, Any]) -> Any:
+    """A value as it is put aside: arrays by a handle of their own, or noted for the disk."""
     import mlx.core as mx
 
-    def keep(value: Any) -> Any:
-        if isinstance(value, set):
-            return _KeptSet(value)
-        if not isinstance(value, mx.array):
-            return tuple(keep(v) for v in value) if type(value) is tuple else value
-        if id(value) in spilled_ids:
-            to_disk[spilled_ids[id(value)]] = value
-            return _Spilled(spilled_ids[id(value)])
-        # A handle of its own keeps the values even where the step writes into the array in place; no bytes are copied.
-        return _Kept(value)
-
-    attributes = None
-    if not isinstance(container, list) and hasattr(container, "__dict__"):
-        attributes = {name: keep(value) for name, value in vars(container).items()}
-    if isinstance(container, dict):
-        return container, {name: keep(value) for name, value in container.items()}, attributes
-    if isinstance(container, list):
-        return container, [keep(value) for value in container], attributes
-    return container, None, attributes
+    if isinstance(value, set):
+        return _KeptSet(value)
+    if type(value) is tuple:
+        return tuple(_kept(v, spilled_ids, to_disk) for v in value)
+    if not isinstance(value, mx.array):
+        return value
+    if id(value) in spilled_ids:
+        to_disk[spilled_ids[id(value)]] = value
+        return _Spilled(spilled_ids[id(value)])
+    # A handle of its own keeps the values even where the step writes into the array in place; no bytes are copied.
+    return _Kept(value)
 
 
 class _Kept:
@@ -259,31 +213,23 @@ class _KeptSet:
         return self.kept
 
 
-def _let_go(container: Any, items: Any, attributes: dict[str, Any] | None) -> None:
+def _let_go(container: Any, items: Any) -> None:
     """Drop what stands where spilled arrays go; kept arrays are held by the snapshot anyway."""
 
     def wait(value: Any) -> bool:
         return isinstance(value, _Spilled) or (type(value) is tuple and any(wait(v) for v in value))
 
-    if isinstance(container, dict):
-        for name in [name for name in container if name not in items or wait(items[name])]:
-            dict.__setitem__(container, name, None)
-    elif isinstance(container, list):
+    if isinstance(container, list):
         container[:] = [None] * len(items)
-    for name, value in (attributes or {}).items():
-        if wait(value):
-            vars(container)[name] = None
+        return
+    for name in [name for name in container if name not in items or wait(items[name])]:
+        dict.__setitem__(container, name, None)
 
 
 def _put_back(
-    container: Any,
-    items: Any,
-    attributes: dict[str, Any] | None,
-    on_disk: dict[str, Any],
-    loaded: dict[str, Any],
-    copies: dict[int, Any],
+    container: Any, items: Any, on_disk: dict[str, Any], loaded: dict[str, Any], copies: dict[int, Any]
 ) -> None:
-    """Give a container its items and attributes again; arrays that it shares with others stay shared."""
+    """Give a container its items again; arrays that it shares with others stay shared."""
 
     def back(value: Any) -> Any:
         if isinstance(value, _Spilled):
@@ -300,13 +246,9 @@ def _put_back(
             return value.back()
         return tuple(back(v) for v in value) if type(value) is tuple else value
 
-    if isinstance(container, dict):
-        wanted = {name: back(value) for name, value in items.items()}
-        dict.clear(container)
-        dict.update(container, wanted)
-    elif isinstance(container, list):
+    if isinstance(container, list):
         container[:] = [back(value) for value in items]
-    if attributes is not None:
-        wanted = {name: back(value) for name, value in attributes.items()}
-        vars(container).clear()
-        vars(container).update(wanted)
+        return
+    wanted = {name: back(value) for name, value in items.items()}
+    dict.clear(container)
+    dict.update(container, wanted)

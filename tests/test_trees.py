@@ -11,10 +11,13 @@ import mlx.optimizers as optim
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx.utils import tree_map
 
 import mlx_tune as mt
-from mlx_tune.batching.refusals import _models
-from mlx_tune.trees import arrays_of, walk
+from mlx_tune.graphs.tracing.trace import trace_step
+from mlx_tune.state import Snapshot
+from mlx_tune.trees import arrays_of, nbytes_of, outermost, state_arrays, walk
+from mlx_tune.wiring.limits import read_request
 
 
 class Block(nn.Module):
@@ -69,7 +72,7 @@ CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     ),
     "autofit": lambda model, step, state: mt.autofit(model, step, batch, target_batch=4, state=state, **LITTLE),
     "tightest_limit": lambda model, step, state: mt.tightest_limit(step, batch(2), state=state),
-    "models of a refusal": lambda model, step, state: _models(state) == [model] or pytest.fail("not found"),
+    "models of a refusal": lambda model, step, state: outermost(state, nn.Module) == [model] or pytest.fail("none"),
 }
 
 
@@ -130,3 +133,121 @@ def plainly(tree: Any) -> list[int]:
 @given(TREES)
 def test_the_walk_finds_what_recursion_finds(tree: Any) -> None:
     assert [node for node in walk(tree) if isinstance(node, int)] == plainly(tree)
+
+
+def adam(model: Any) -> Any:
+    return made(optim.AdamW(optim.cosine_decay(0.1, 10)), model)
+
+
+def several(model: Any) -> Any:
+    return made(
+        optim.MultiOptimizer([optim.SGD(0.1, momentum=0.9), optim.Adam(0.1)], [lambda name, _: "a" in name]), model
+    )
+
+
+class Averaging(optim.SGD):
+    """Keeps an average of the weights beside its state."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(0.1)
+        self.average = tree_map(mx.zeros_like, model.parameters())
+
+
+class OfOnesOwn:
+    """No optimizer of MLX's, but with a state like one."""
+
+    def __init__(self, model: Any) -> None:
+        self.state = tree_map(mx.zeros_like, model.parameters())
+
+
+def made(optimizer: Any, model: Any) -> Any:
+    optimizer.init(model.trainable_parameters())
+    return optimizer
+
+
+def in_a_module(model: Any) -> Any:
+    model.optimizer = adam(model)  # an attribute beside the parameters
+    return model
+
+
+def loose(model: Any) -> Any:
+    return [mx.zeros(3), {"shared": model.layers[0].a.weight, "again": (model.layers[0].a.weight,)}]
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "adam": adam,
+    "several": several,
+    "averaging": Averaging,
+    "one's own": OfOnesOwn,
+    "in a module": in_a_module,
+    "loose": loose,
+}
+
+
+def traced_bytes(state: Any) -> int:
+    """The bytes of a state by the graph of a step that replaces every array of it."""
+
+    def step(x: mx.array) -> mx.array:
+        for slot in state_arrays(state):
+            slot.put(slot.array + x.sum().astype(slot.array.dtype))
+        return x
+
+    graph = trace_step(step, [mx.ones(1)], state)
+    inputs = [graph.values[i] for i in graph.inputs()]
+    return sum(value.nbytes for value in inputs if value.role not in ("batch", "captured"))
+
+
+COUNTS: dict[str, Callable[[Any], int]] = {
+    "arrays": lambda state: sum(a.nbytes for a in {id(a): a for a in arrays_of(state)}.values()),
+    "places": lambda state: sum(a.nbytes for a in {id(s.array): s.array for s in state_arrays(state)}.values()),
+    "wired": lambda state: sum(read_request(state, 0.0, 0).arrays.values()),
+    "spilled": lambda state: _spilled(state),
+    "traced": traced_bytes,
+}
+
+
+def _spilled(state: Any) -> int:
+    snapshot = Snapshot(state, spill=True)
+    arrays: Any = mx.load(str(snapshot._file))
+    size = sum(array.nbytes for array in arrays.values())
+    snapshot.discard()
+    return size
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_function_finds_the_same_arrays_in_a_state(kind: str, count: str) -> None:
+    state = KINDS[kind](Net())
+    mx.eval(list(arrays_of(state)))
+    assert COUNTS[count](state) == nbytes_of(state) > 0
+
+
+@pytest.mark.parametrize("spill", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_array_that_is_found_comes_back(kind: str, spill: bool) -> None:
+    state = KINDS[kind](Net())
+    mx.eval(list(arrays_of(state)))
+    before = [(slot.label, slot.role, slot.array.tolist()) for slot in state_arrays(state)]
+    with Snapshot(state, spill=spill):
+        for slot in state_arrays(state):
+            slot.put(slot.array + mx.array(1, slot.array.dtype))
+    assert [(slot.label, slot.role, slot.array.tolist()) for slot in state_arrays(state)] == before
+
+
+def test_places_are_named_as_the_model_names_them() -> None:
+    model = Net()
+    found = [
+        (slot.role, slot.label) for slot in state_arrays((model, made(optim.Adam(0.1), model), {"loss": mx.zeros(1)}))
+    ]
+    assert found[0] == ("parameter", "layers.0.a.weight")
+    assert [place for place in found if place[0] == "optimizer"][:2] == [
+        ("optimizer", "optimizer.step"),
+        ("optimizer", "optimizer.learning_rate"),
+    ]
+    assert found[-1] == ("state", "loss")
+    two = [slot.label for slot in state_arrays([nn.Linear(1, 1), nn.Linear(1, 1, bias=False), mx.zeros(1)])]
+    assert two == ["state[0].weight", "state[0].bias", "state[1].weight", "state[2]"]
+
+
+def test_what_cannot_be_replaced_or_is_the_random_stream_has_no_place() -> None:
+    assert list(state_arrays([(mx.zeros(1),), mx.random.state])) == []

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mlx_tune.batching.probe import MakeBatch, Step
 from mlx_tune.errors import TrialError
 from mlx_tune.interrupts import interruptible
 from mlx_tune.memory import memory_limit
 from mlx_tune.trees import arrays_of, walk
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
 
 #: Losses of the same rows may differ by this share: sums are taken in another order, and half precision rounds.
 _SAME = 0.02
@@ -75,7 +78,7 @@ def _loss(
         out = step(batch)
         arrays = list(arrays_of(out))
         mx.eval(arrays, list(arrays_of(state)))
-    return float(arrays[0].astype(mx.float32).mean().item())
+    return cast(float, arrays[0].astype(mx.float32).mean().item())
 
 
 def _repeat(row: Any, size: int) -> Any:
@@ -94,7 +97,7 @@ def _repeat(row: Any, size: int) -> Any:
     return with_arrays(row, map(repeated, arrays_of(row)))
 
 
-def _modules(state: Any) -> list[Any]:
+def _modules(state: Any) -> list[nn.Module]:
     import mlx.nn as nn
 
     return [node for node in walk(state) if isinstance(node, nn.Module)]

@@ -15,7 +15,7 @@ from mlx_tune.interrupts import interruptible
 from mlx_tune.measuring.outcomes import count_items, fault_of, first_line, is_out_of_memory
 from mlx_tune.measuring.throttle import HOLDING, SHARES, Throttle
 from mlx_tune.memory import cache_room, held_limits, track_memory
-from mlx_tune.trees import arrays_of
+from mlx_tune.trees import arrays_of, nbytes_of
 from mlx_tune.units import format_bytes
 
 Step = Callable[..., Any]
@@ -90,11 +90,11 @@ class Probe:
             floor_bytes: The most that the step needs at its floor, where that is known. With every operation held back
                 a step takes several times as long, so where there is room it is only held to that.
         """
-        before = sum(array.nbytes for array in arrays_of(self.state))
+        before = nbytes_of(self.state)
         limit = 1 if floor_bytes is None or floor_bytes > _ROOMY * self.budget_bytes else floor_bytes
         self._run(self.agree(lambda: self._batch(size)), limit, Trial(size, None, limit_bytes=limit))
         self._warm = True
-        return bool(sum(array.nbytes for array in arrays_of(self.state)) != before)
+        return nbytes_of(self.state) != before
 
     def trial(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
         """Measure one batch size.

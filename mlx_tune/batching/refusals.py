@@ -9,7 +9,7 @@ from mlx_tune.batching.session import Session
 from mlx_tune.errors import BudgetError, CheckpointError, TraceError
 from mlx_tune.measuring.floors import StepFloor
 from mlx_tune.memory import MemoryBudget
-from mlx_tune.trees import arrays_of, children, walk
+from mlx_tune.trees import nbytes_of, outermost
 from mlx_tune.units import format_bytes
 
 
@@ -24,7 +24,7 @@ def used_up(budget: MemoryBudget, state: Any) -> None:
     held = mx.get_active_memory()
     if held < int(budget):
         return
-    own = sum(array.nbytes for array in {id(array): array for array in arrays_of(state)}.values())
+    own = nbytes_of(state)
     raise BudgetError(
         f"The budget of {budget} is used up before the first step: MLX's arrays hold {format_bytes(held)}, and the "
         f"model and optimizer in state= take {format_bytes(own)} once all of them are there. Give a larger budget, or "
@@ -83,23 +83,17 @@ def _advice(size: int, budget_bytes: int, estimated: tuple[Any, Any, Any] | None
 
 def _saved_by_checkpoints(size: int, estimated: tuple[Any, Any, Any]) -> tuple[int, int] | None:
     """The step's needs with every block checkpointed, and how much less that is; None where it is not less."""
+    import mlx.nn as nn
+
     from mlx_tune.checkpointing import checkpoint_blocks
 
     floor = StepFloor(*estimated)
     with ExitStack() as undone:
         try:
             plain = floor(size).bytes
-            for model in _models(estimated[2]):
+            for model in outermost(estimated[2], nn.Module):
                 undone.enter_context(checkpoint_blocks(model))
             needed = floor(size).bytes
         except (TraceError, CheckpointError):
             return None
     return (needed, plain - needed) if needed < plain else None
-
-
-def _models(state: Any) -> list[Any]:
-    """The outermost modules of a state."""
-    import mlx.nn as nn
-
-    found = walk(state, lambda node: iter(()) if isinstance(node, nn.Module) else children(node))
-    return [node for node in found if isinstance(node, nn.Module)]

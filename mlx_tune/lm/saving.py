@@ -12,7 +12,7 @@ from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 from mlx_tune.quantization import keeps_inputs, quantization_config, quantizes_inputs
 from mlx_tune.quantization.models.random_stream import same_random_stream
 from mlx_tune.scratch import writing
-from mlx_tune.trees import arrays_of
+from mlx_tune.trees import nbytes_of
 from mlx_tune.unfinished import beside
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def save_quantized(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidArgumentError(f"{str(target)!r} is there already and not empty: give a new folder.")
     described = _describe(model, config)
-    size = sum(array.nbytes for array in arrays_of(model.parameters()))
+    size = nbytes_of(model.parameters())
     with beside(target, instead=target) as made:
         with writing(target.parent, "The model", needed_bytes=size, way_out="Save it to a folder on a larger disk."):
             save_model(made, model)

@@ -18,7 +18,7 @@ from mlx_tune.lm.steps import as_rows, check_trainable, largest_batch, set_train
 from mlx_tune.lm.wired import wired_for_training
 from mlx_tune.memory import open_limit_bytes, track_memory
 from mlx_tune.scratch import writing
-from mlx_tune.trees import arrays_of
+from mlx_tune.trees import nbytes_of
 from mlx_tune.unfinished import beside
 
 if TYPE_CHECKING:
@@ -141,11 +141,7 @@ def _run(
         checkpointed = tuple(path for path, block in reversed(model.named_modules()) if mlx_tune.is_checkpointed(block))
         limit = open_limit_bytes()
         wired = around.enter_context(wired_for_training(model))
-        files = around.enter_context(
-            _appearing_whole(
-                Path(args.adapter_file), sum(array.nbytes for array in arrays_of(model.trainable_parameters()))
-            )
-        )
+        files = around.enter_context(_appearing_whole(Path(args.adapter_file), nbytes_of(model.trainable_parameters())))
 
         def iterate_batches(**options: Any) -> Iterator[Any]:
             wired.hold()  # mlx-lm has just wired all that the system recommends

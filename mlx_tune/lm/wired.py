@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_tune.memory import open_limit_bytes
+from mlx_tune.trees import nbytes_of
 from mlx_tune.units import format_bytes, format_limit
 from mlx_tune.wiring import wired_limit
 from mlx_tune.wiring.context import SLACK, registry
@@ -57,7 +58,7 @@ def wired_for_training(model: nn.Module) -> Iterator[Wired]:
     token = registry.make_token()
     try:
         before = registry.enter(token, Request(), capacity.cap_bytes)
-        limit, wanted = open_limit_bytes(), max(before, int((1 + _HEADROOM) * _bytes_of(model)))
+        limit, wanted = open_limit_bytes(), max(before, int((1 + _HEADROOM) * nbytes_of(model)))
         if limit is not None and limit < SLACK * wanted:
             text = (
                 f"not wired: the memory limit of {format_limit(limit)} leaves less than a quarter above the "
@@ -69,11 +70,3 @@ def wired_for_training(model: nn.Module) -> Iterator[Wired]:
             yield Wired(str(wired), registry.hold)
     finally:
         registry.leave(token)
-
-
-def _bytes_of(model: nn.Module) -> int:
-    """A model's parameters, tied ones once."""
-    from mlx.utils import tree_flatten
-
-    arrays: Any = tree_flatten(model.parameters())
-    return sum({id(array): array.nbytes for _, array in arrays}.values())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from mlx_tune.trees import arrays_of
+from mlx_tune.trees import nbytes_of
 
 #: State that the first trace foresaw to within this share of the floor needs no second one.
 _FORESEEN = 0.003
@@ -64,12 +64,12 @@ class StepFloor:
         gc.collect()
         held = mx.get_active_memory()
         batch = self.make_batch(size)
-        own = sum(array.nbytes for array in {id(array): array for array in arrays_of(batch)}.values())
+        own = nbytes_of(batch)
         graph, course = follow_step(self.step, (batch,), self.state)
         # State that a first step has yet to make is in the graph already, and will be beside the rest as well.
         of_state = [graph.values[i] for i in graph.inputs() if graph.values[i].role not in ("batch", "captured")]
         self._state_bytes = sum(value.nbytes for value in of_state)
-        to_come = max(0, self._state_bytes - _state_bytes(self.state))
+        to_come = max(0, self._state_bytes - nbytes_of(self.state))
         besides = max(0, held + to_come - (course.start_bytes - own))
         live = [course.start_bytes, *course.live]
         self._floor_bytes = course.peak_bytes + besides
@@ -78,11 +78,7 @@ class StepFloor:
     @property
     def stale(self) -> bool:
         """True where the state is not what the last trace reckoned with, so that it has to be traced again."""
-        return abs(_state_bytes(self.state) - self._state_bytes) > _FORESEEN * self._floor_bytes
-
-
-def _state_bytes(state: Any) -> int:
-    return sum(array.nbytes for array in {id(array): array for array in arrays_of(state)}.values())
+        return abs(nbytes_of(self.state) - self._state_bytes) > _FORESEEN * self._floor_bytes
 
 
 def pieces(low: tuple[int, Floor], high: tuple[int, Floor], last: int) -> dict[int, int] | None:

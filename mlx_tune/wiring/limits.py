@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_tune import devices
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.trees import children, walk
+from mlx_tune.trees import arrays_of, walk
 from mlx_tune.units import format_bytes, parse_bytes
 from mlx_tune.wiring.registry import Request
 
@@ -124,11 +124,11 @@ def _arrays(tree: Any) -> Iterator[Any]:
     """Every array of a model, an optimizer or a tree of them and of arrays, as often as it occurs."""
     import mlx.core as mx
 
-    def below(node: Any) -> Iterator[Any]:
-        parameters = getattr(node, "parameters", None)
-        return iter([parameters()]) if callable(parameters) else children(node)
-
-    return (node for node in walk(tree, below) if isinstance(node, mx.array))
+    for node in walk(tree):
+        if isinstance(node, mx.array):
+            yield node
+        elif not isinstance(node, dict) and callable(parameters := getattr(node, "parameters", None)):
+            yield from arrays_of(parameters())  # a model that is no module of MLX's
 
 
 def closeness_warning(model_bytes: int, capacity: Capacity) -> str | None:

@@ -22,7 +22,7 @@ from mlx_tune.errors import CheckpointError
 from mlx_tune.graphs.calls import taking
 from mlx_tune.interrupts import interruptible
 from mlx_tune.progress import Bar
-from mlx_tune.trees import arrays_of, walk
+from mlx_tune.trees import arrays_of, nbytes_of, outermost
 
 
 class Survey:
@@ -76,8 +76,7 @@ class Survey:
         self._batches: dict[int, Any] = {}
         # What is held beside the step counts towards its peak, and the estimate does not know of it.
         gc.collect()
-        known = {id(a): a.nbytes for a in arrays_of(state)}
-        self.beside_bytes = max(0, mx.get_active_memory() - sum(known.values()))
+        self.beside_bytes = max(0, mx.get_active_memory() - nbytes_of(state))
         initialize_optimizers(state, model)
 
     def chosen(self, choice: Choice) -> tuple[str, ...]:
@@ -196,6 +195,6 @@ def initialize_optimizers(state: Any, model: nn.Module) -> None:
         model: Whose trainable parameters they update. Of several new optimizers it cannot be told which updates
             what: then they are left as they are.
     """
-    new = [node for node in walk(state) if isinstance(node, Optimizer) and not node._initialized]
+    new = [optimizer for optimizer in outermost(state, Optimizer) if not optimizer._initialized]
     if len(new) == 1:
         new[0].init(model.trainable_parameters())

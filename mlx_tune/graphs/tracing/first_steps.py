@@ -7,7 +7,6 @@ needs means that one. The contents of the state are seen by tracing the first st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +15,7 @@ from mlx.utils import tree_map
 
 from mlx_tune.graphs.arguments import ArraySpec
 from mlx_tune.graphs.graph import dtype_name
-from mlx_tune.graphs.tracing.state_arrays import state_arrays
-from mlx_tune.trees import children, walk
+from mlx_tune.trees import state_arrays, walk
 
 
 class FirstStep:
@@ -78,8 +76,4 @@ class FirstStep:
 
 def _optimizers(state: Any) -> list[Optimizer]:
     """The optimizers of a state that make arrays themselves."""
-
-    def below(node: Any) -> Iterator[Any]:
-        return iter(node.optimizers) if isinstance(node, MultiOptimizer) else children(node)
-
-    return [n for n in walk(state, below) if isinstance(n, Optimizer) and not isinstance(n, MultiOptimizer)]
+    return [n for n in walk(state) if isinstance(n, Optimizer) and not isinstance(n, MultiOptimizer)]

@@ -22,11 +22,11 @@ from mlx_tune.graphs.tracing.fusion import fuse
 from mlx_tune.graphs.tracing.interception import Interception, compiles, intercepted
 from mlx_tune.graphs.tracing.recomputation import tracing
 from mlx_tune.graphs.tracing.standins import STAND_INS
-from mlx_tune.graphs.tracing.state_arrays import StateArray, state_arrays
 from mlx_tune.graphs.tracing.surroundings import Surroundings
 from mlx_tune.graphs.tracing.unmerge import unmerge
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.state import Snapshot
+from mlx_tune.trees import StateArray, state_arrays
 
 #: A step whose state is still another after so many of them is taken as it is then.
 _MOST_RETRACED = 3
