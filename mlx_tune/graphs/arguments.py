@@ -6,11 +6,13 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import mlx.core as mx
 
 from mlx_tune.errors import InvalidArgumentError
+
+Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class ArraySpec:
 
     Args:
         shape: The dimensions.
-        dtype: Any MLX dtype.
+        dtype: object MLX dtype.
 
     Raises:
         InvalidArgumentError: `shape` is no sequence of whole numbers from 0 up, or `dtype` no MLX dtype.
@@ -53,7 +55,10 @@ class ArraySpec:
         return prod(self.shape) * self.dtype.size
 
 
-def leaves(tree: Any, label: str, around: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:
+Leaf: TypeAlias = mx.array | ArraySpec
+
+
+def leaves(tree: object, label: str, around: frozenset[int] = frozenset()) -> Iterator[tuple[str, Leaf]]:
     """Every array or array description in a tree, with where it stands.
 
     Raises:
@@ -73,19 +78,22 @@ def leaves(tree: Any, label: str, around: frozenset[int] = frozenset()) -> Itera
             yield from leaves(child, f"{label}[{i}]", around)
 
 
-def arrays_of(tree: Any) -> list[mx.array]:
+def arrays_of(tree: object) -> list[mx.array]:
     """Every array in a tree, in order."""
-    return [leaf for _, leaf in leaves(tree, "")]
+    return [leaf for _, leaf in leaves(tree, "") if isinstance(leaf, mx.array)]
 
 
-def with_arrays(tree: Any, arrays: Iterator[mx.array]) -> Any:
+def with_arrays(tree: Tree, arrays: Iterator[mx.array]) -> Tree:
     """The same tree with every array or description replaced by the next of `arrays`; other leaves stay."""
-    if isinstance(tree, (mx.array, ArraySpec)):
-        return next(arrays)
-    if isinstance(tree, dict):
-        return {key: with_arrays(child, arrays) for key, child in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(with_arrays(child, arrays) for child in tree))
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(with_arrays(child, arrays) for child in tree)
-    return tree
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, (mx.array, ArraySpec)):
+            return next(arrays)
+        if isinstance(node, dict):
+            return {key: filled(child) for key, child in node.items()}
+        if isinstance(node, tuple) and hasattr(node, "_fields"):
+            return type(node)(*map(filled, node))
+        return type(node)(map(filled, node)) if isinstance(node, (list, tuple)) else node
+
+    result: Tree = filled(tree)
+    return result

@@ -21,7 +21,9 @@ from mlx_tune.upstream import TRANSFORMED, function_of
 _SETTLED = "__takes_a_batch__"
 
 
-def taking(step: Callable[..., Any], args: Sequence[Any], state: Any = (), *, first: Any = None) -> Callable[..., Any]:
+def taking(
+    step: Callable[..., object], args: Sequence[object], state: object = (), *, first: object = None
+) -> Callable[..., object]:
     """Make of a step a function that can be called with `args`, of which a single one may be a whole batch.
 
     A tuple, list or dictionary is handed over whole where the step takes one argument, and spread over several, by
@@ -65,14 +67,14 @@ def taking(step: Callable[..., Any], args: Sequence[Any], state: Any = (), *, fi
 
 
 def step_of_batches(
-    step: Callable[..., Any], make_batch: Callable[[int], Any], size: int, state: Any = ()
-) -> Callable[..., Any]:
+    step: Callable[..., object], make_batch: Callable[[int], object], size: int, state: object = ()
+) -> Callable[..., object]:
     """Make of a step a function of what `make_batch` returns, as `taking` does; a batch of `size` shows its form."""
     with interruptible():
         return taking(step, (make_batch(size),), state)
 
 
-def require_functions(step: Any, make_batch: Any) -> None:
+def require_functions(step: object, make_batch: object) -> None:
     """Refuse a step or a maker of batches that cannot be called, before any work is done with them.
 
     Args:
@@ -98,22 +100,22 @@ class _Way:
         spread: The batch's items are the arguments, by position or name; otherwise it is itself one.
     """
 
-    before: tuple[Any, ...] = ()
+    before: tuple[object, ...] = ()
     spread: bool = False
 
-    def arguments(self, args: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, args: Sequence[Any]) -> tuple[tuple[object, ...], dict[str, Any]]:
         """By position, and by name."""
         batch = args[0] if self.spread else tuple(args)
         return (self.before, dict(batch)) if isinstance(batch, dict) else ((*self.before, *batch), {})
 
-    def text(self, args: Sequence[Any]) -> str:
+    def text(self, args: Sequence[object]) -> str:
         """As it is written in Python."""
         given = "batch" if len(args) == 1 else "*args"
         stars = ("**" if isinstance(args[0], dict) else "*") if self.spread else ""
         return f"step({'model, ' if self.before else ''}{stars}{given})"
 
 
-def _ways(args: Sequence[Any], before: list[tuple[Any, ...]]) -> list[_Way]:
+def _ways(args: Sequence[object], before: list[tuple[object, ...]]) -> list[_Way]:
     """Those that the arguments allow, the plainest first."""
     batch = args[0] if len(args) == 1 else None
     by_name = isinstance(batch, dict) and not isinstance(batch, nn.Module) and all(isinstance(k, str) for k in batch)
@@ -121,7 +123,7 @@ def _ways(args: Sequence[Any], before: list[tuple[Any, ...]]) -> list[_Way]:
     return [_Way(first, spread) for spread in spreads for first in before]
 
 
-def _signature(step: Callable[..., Any], *, follow_wrapped: bool = False) -> inspect.Signature | None:
+def _signature(step: Callable[..., object], *, follow_wrapped: bool = False) -> inspect.Signature | None:
     """The signature of a function; None where that cannot be read.
 
     A decorator counts with its own arguments, not with those of the function that it passes for: it may add some.
@@ -141,7 +143,7 @@ def _plain(step: Any) -> Any:
     return MethodType(_plain(step.__func__), step.__self__) if isinstance(step, MethodType) else step
 
 
-def _binds(signature: inspect.Signature, way: _Way, args: Sequence[Any]) -> bool:
+def _binds(signature: inspect.Signature, way: _Way, args: Sequence[object]) -> bool:
     positional, named = way.arguments(args)
     try:
         signature.bind(*positional, **named)
@@ -150,7 +152,7 @@ def _binds(signature: inspect.Signature, way: _Way, args: Sequence[Any]) -> bool
     return True
 
 
-def _first_taken(step: Callable[..., Any], ways: list[_Way], args: Sequence[Any], state: Any) -> _Way:
+def _first_taken(step: Callable[..., object], ways: list[_Way], args: Sequence[object], state: object) -> _Way:
     """The first way that a trace of the step gets through, else the first that gets to what no trace can show.
 
     Of several such ways, one that the function inside a decorator takes as well comes first.
@@ -174,12 +176,12 @@ def _first_taken(step: Callable[..., Any], ways: list[_Way], args: Sequence[Any]
     raise furthest
 
 
-def _called(step: Callable[..., Any], way: _Way, count: int) -> Callable[..., Any]:
+def _called(step: Callable[..., object], way: _Way, count: int) -> Callable[..., object]:
     """The step, called in one of the ways."""
     if count != 1:
         return partial(step, *way.before)
 
-    def given(batch: Any) -> Any:
+    def given(batch: object) -> object:
         positional, named = way.arguments((batch,))
         return step(*positional, **named)
 
@@ -188,7 +190,7 @@ def _called(step: Callable[..., Any], way: _Way, count: int) -> Callable[..., An
     return given
 
 
-def _misfit(step: Any, signature: Any, ways: list[_Way], batch: Any) -> str:
+def _misfit(step: object, signature: object, ways: list[_Way], batch: Any) -> str:
     name = getattr(step, "__name__", None) or type(step).__name__
     holds = list(batch) if isinstance(batch, dict) else len(batch)
     return (

@@ -220,7 +220,7 @@ class MemoryEstimate(Tabular):
         return draw_memory(self.live_by_purpose, self.by_purpose, self.peak_operation, largest, path, dark=dark)
 
 
-def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> MemoryEstimate:
+def estimate_memory(step: Callable[..., object], *args: object, state: object = ()) -> MemoryEstimate:
     """Predict the least memory that one call of `step(*args)` needs, without evaluating anything.
 
     The step's Python runs once with placeholders for arrays. Its graph is then put in the order in which MLX would
@@ -261,7 +261,7 @@ def estimate_memory(step: Callable[..., Any], *args: Any, state: Any = ()) -> Me
         return _estimate(graph, course, time.perf_counter() - started)
 
 
-def follow_step(step: Callable[..., Any], args: Sequence[Any], state: Any) -> tuple[Graph, Course]:
+def follow_step(step: Callable[..., object], args: Sequence[object], state: object) -> tuple[Graph, Course]:
     """Trace a step and follow its memory: what `estimate_memory` does before it finds out whose memory that is.
 
     Args:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -22,6 +22,8 @@ from mlx_tune.graphs.graph import Mark
 
 #: Marks are the smallest numbers of float32, which no step computes with.
 _SMALLEST = 2.0**-149
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -50,8 +52,12 @@ def is_smooth(array: mx.array) -> bool:
 
 
 def called_with_gradient(
-    function: Callable[..., Any], gradient: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, marks: Marks
-) -> Any:
+    function: Callable[..., Result],
+    gradient: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: dict[str, Any],
+    marks: Marks,
+) -> Result:
     """Call a function so that a trace holds its own gradient too.
 
     Args:
@@ -91,7 +97,7 @@ def called_with_gradient(
     return with_arrays(made, iter(values))
 
 
-def derivative_of(function: Callable[..., Any]) -> Callable[..., Any]:
+def derivative_of(function: Callable[..., object]) -> Callable[..., object]:
     """The gradient that MLX gives a custom function that has none: the derivative of a second call.
 
     Args:
@@ -101,7 +107,7 @@ def derivative_of(function: Callable[..., Any]) -> Callable[..., Any]:
         A gradient as `called_with_gradient` takes it.
     """
 
-    def gradient(before: Any, cotangents: Any, outputs: Any, **kwargs: Any) -> list[mx.array]:
+    def gradient(before: object, cotangents: object, outputs: object, **kwargs: object) -> list[mx.array]:
         args = before if isinstance(before, tuple) else (before,)
 
         def pure(*arrays: mx.array) -> list[mx.array]:

@@ -7,8 +7,6 @@ needs means that one. The contents of the state are seen by tracing the first st
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
@@ -25,11 +23,11 @@ class FirstStep:
         state: Objects that the step changes.
     """
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: object) -> None:
         self._state = state
         # Some optimizers hold no more after their first step than before.
         self._new = [(new, set(vars(new)["_state"])) for new in _optimizers(state) if not new._initialized]
-        self._made: list[tuple[Optimizer, Any]] = []
+        self._made: list[tuple[Optimizer, object]] = []
         self._dtypes = {(slot.role, slot.label): slot.array.dtype for slot in state_arrays(state)}
         self._wider: dict[tuple[str, str], mx.Dtype] = {}
 
@@ -74,6 +72,6 @@ class FirstStep:
         return said
 
 
-def _optimizers(state: Any) -> list[Optimizer]:
+def _optimizers(state: object) -> list[Optimizer]:
     """The optimizers of a state that make arrays themselves."""
     return [n for n in walk(state) if isinstance(n, Optimizer) and not isinstance(n, MultiOptimizer)]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _thread = threading.local()
 _lock = threading.Lock()
 _depth = 0
-_originals: list[tuple[Any, str, Any]] = []
+_originals: list[tuple[object, str, object]] = []
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Interception:
     marks: Marks = field(default_factory=Marks)
     transforms: int = 0
     kinds: dict[int, str] = field(default_factory=dict)
-    alive: list[Any] = field(default_factory=list)
+    alive: list[object] = field(default_factory=list)
 
 
 @contextmanager
@@ -93,10 +93,10 @@ def _current() -> Interception | None:
     return getattr(_thread, "interception", None)
 
 
-def _checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpoint(original: Callable[..., object]) -> Callable[..., object]:
     """`mx.checkpoint` called inside the step, as mlx-lm's trainer does."""
 
-    def checkpoint(fun: Callable[..., Any]) -> Any:
+    def checkpoint(fun: Callable[..., object]) -> object:
         if _current() is None:
             return original(fun)
         return lambda *args, **kwargs: _write_out(fun, args, kwargs)
@@ -104,9 +104,9 @@ def _checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     return checkpoint
 
 
-def _write_out(fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _write_out(fun: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, Any]) -> object:
     """Call a checkpointed function of nested arrays so that its recomputation is in the graph."""
-    result: list[Any] = []
+    result: list[object] = []
 
     def pure(*arrays: mx.array) -> list[mx.array]:
         inner_args, inner_kwargs = with_arrays((args, kwargs), iter(arrays))
@@ -117,10 +117,10 @@ def _write_out(fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return with_arrays(result, iter(values))[0]
 
 
-def _call_transformed(original: Callable[..., Any]) -> Callable[..., Any]:
+def _call_transformed(original: Callable[..., object]) -> Callable[..., object]:
     """Calls of what `mx.compile`, `mx.checkpoint`, `mx.grad` and the like returned earlier."""
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: object, *args: object, **kwargs: object) -> object:
         interception = _current()
         if interception is None:
             return original(self, *args, **kwargs)
@@ -148,10 +148,10 @@ def _call_transformed(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _transforming(original: Callable[..., Any]) -> Callable[..., Any]:
+def _transforming(original: Callable[..., object]) -> Callable[..., object]:
     """Transformations that are done at once: what is compiled inside is traced through."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         interception = _current() or Interception()
         interception.transforms += 1
         try:
@@ -162,7 +162,13 @@ def _transforming(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _compiled(original: Callable[..., Any], function: Any, args: Any, kwargs: Any, interception: Interception) -> Any:
+def _compiled(
+    original: Callable[..., object],
+    function: object,
+    args: tuple[object, ...],
+    kwargs: dict[str, Any],
+    interception: Interception,
+) -> object:
     """Call a compiled function, and note what it reads and makes, the state that it was given included."""
     captured = referents(function)[:2]
 
@@ -189,7 +195,7 @@ def compiles() -> bool:
 _PROBE = mx.compile(lambda x: mx.sin(mx.cos(x)))
 
 
-def _kind(transformed: Any, interception: Interception) -> str:
+def _kind(transformed: object, interception: Interception) -> str:
     known = interception.kinds.get(id(transformed))
     if known is not None:
         return known
@@ -199,7 +205,7 @@ def _kind(transformed: Any, interception: Interception) -> str:
     return "unknown" if len(held) == 1 else "transform"
 
 
-def _is_custom(result: Any) -> bool:
+def _is_custom(result: object) -> bool:
     """True where the first array of a result was made by MLX's custom-gradient primitive, as checkpoints are."""
     arrays = arrays_of(result)
     if not arrays:
@@ -208,10 +214,10 @@ def _is_custom(result: Any) -> bool:
     return built.nodes[-1].name == "CustomTransforms" if built.nodes else False
 
 
-def _call_custom(original: Callable[..., Any]) -> Callable[..., Any]:
+def _call_custom(original: Callable[..., object]) -> Callable[..., object]:
     """Calls of a `mx.custom_function`, which MLX cannot export: its function and its gradient are traced instead."""
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: object, *args: object, **kwargs: object) -> object:
         interception = _current()
         if interception is None:
             return original(self, *args, **kwargs)
@@ -226,7 +232,7 @@ def _call_custom(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _is_gradient(function: Any) -> bool:
+def _is_gradient(function: Callable[..., object]) -> bool:
     """True where it takes primals, cotangents and outputs; a `jvp` or `vmap` takes two arguments."""
     try:
         positional = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
@@ -235,11 +241,11 @@ def _is_gradient(function: Any) -> bool:
     return len(positional) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in positional)
 
 
-def _stand_in(stand_in: StandIn) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _stand_in(stand_in: StandIn) -> Callable[[Callable[..., object]], Callable[..., object]]:
     """Route calls of an operation to its stand-in where this thread's trace asked for it."""
 
-    def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+    def replacement(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
             interception = _current()
             if interception is None or stand_in.name not in interception.stand_ins:
                 return original(*args, **kwargs)

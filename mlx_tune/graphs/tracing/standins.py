@@ -23,14 +23,14 @@ class StandIn:
     `function` takes the original and the trace's marks before the arguments.
     """
 
-    owner: Any
+    owner: object
     name: str
-    function: Callable[..., Any]
+    function: Callable[..., object]
     words: str
 
 
 def gather_mm(
-    original: Callable[..., Any], marks: Marks, a: mx.array, b: mx.array, *args: Any, **kwargs: Any
+    original: Callable[..., mx.array], marks: Marks, a: mx.array, b: mx.array, *args: Any, **kwargs: Any
 ) -> mx.array:
     """Expert products of sorted tokens, whose weight gradient is SegmentedMM.
 
@@ -41,9 +41,9 @@ def gather_mm(
     lhs = kwargs.get("lhs_indices", args[0] if args else None)
     rows = lhs is None and experts is not None and b.ndim == 3 and a.ndim == 3 and a.shape[0] == experts.size
     if not rows or not kwargs.get("sorted_indices", False):
-        return original(a, b, *args, **kwargs)  # type: ignore[no-any-return]
+        return original(a, b, *args, **kwargs)
 
-    def gradient(before: Any, cotangent: mx.array, _: mx.array) -> list[mx.array]:
+    def gradient(before: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> list[mx.array]:
         a, b = before
         counts = mx.zeros((b.shape[0],), mx.uint32).at[experts].add(a.shape[1])
         ends = mx.cumsum(counts, inclusive=True)
@@ -56,7 +56,7 @@ def gather_mm(
 
 
 def cross_entropy(
-    _: Callable[..., Any], __: Marks, logits: mx.array, targets: mx.array, *args: Any, **kwargs: Any
+    _: Callable[..., mx.array], __: Marks, logits: mx.array, targets: mx.array, *args: object, **kwargs: object
 ) -> mx.array:
     """The fused loss of a GPU: nothing of the logits' size in the forward pass, one such array in the backward."""
     score = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
@@ -64,7 +64,7 @@ def cross_entropy(
 
 
 def attention(
-    original: Callable[..., Any], _: Marks, q: mx.array, k: mx.array, v: mx.array, *args: Any, **kwargs: Any
+    original: Callable[..., mx.array], _: Marks, q: mx.array, k: mx.array, v: mx.array, *args: object, **kwargs: object
 ) -> mx.array:
     """Fused attention of a GPU: queries, keys, values and output are held; each gradient is one array of its size."""
 
@@ -81,12 +81,12 @@ def attention(
     return traced_checkpoint(pure, [q, k, v])[0]
 
 
-def unfused(original: Callable[..., Any], _: Marks, *args: Any, **kwargs: Any) -> Any:
+def unfused(original: Callable[..., mx.array], _: Marks, *args: object, **kwargs: object) -> mx.array:
     """An operation of `mx.fast` as the CPU has it, where it is made of others: the same arrays, and some in between."""
     return original(*args, **kwargs | {"stream": mx.cpu})
 
 
-def contiguous(_: Callable[..., Any], __: Marks, a: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+def contiguous(_: Callable[..., mx.array], __: Marks, a: mx.array, *args: object, **kwargs: object) -> mx.array:
     """A view where the array lies in a row, else a copy, as reshapes make them."""
     return a.reshape(-1).reshape(a.shape)
 

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.errors import InvalidArgumentError, TraceError
-from mlx_tune.graphs.arguments import ArraySpec, leaves, with_arrays
+from mlx_tune.graphs.arguments import ArraySpec, Leaf, arrays_of, leaves, with_arrays
 from mlx_tune.graphs.graph import CompiledCall, Graph, Node, Value, dtype_name
 from mlx_tune.graphs.tracing.built import BuiltGraph, made_by_operations
 from mlx_tune.graphs.tracing.compiled_calls import fuse_compiled_calls
@@ -32,7 +32,7 @@ from mlx_tune.trees import StateArray, state_arrays
 _MOST_RETRACED = 3
 
 
-def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -> Graph:
+def trace_step(step: Callable[..., object], args: Sequence[object], state: object = ()) -> Graph:
     """Describe one call of `step(*args)` as a graph, without evaluating anything.
 
     Args:
@@ -65,7 +65,7 @@ def trace_step(step: Callable[..., Any], args: Sequence[Any], state: Any = ()) -
     return graph
 
 
-def _traced(step: Callable[..., Any], args: Sequence[Any], state: Any, first: FirstStep) -> Graph:
+def _traced(step: Callable[..., object], args: Sequence[object], state: object, first: FirstStep) -> Graph:
     """Trace until every operation that MLX cannot export has its stand-in."""
     slots = list(state_arrays(state))
     batch = list(leaves(args, "args"))
@@ -89,10 +89,10 @@ class _RefusedError(Exception):
 
 
 def _trace(
-    step: Callable[..., Any],
-    args: Sequence[Any],
-    state: Any,
-    batch: list[tuple[str, Any]],
+    step: Callable[..., object],
+    args: Sequence[object],
+    state: object,
+    batch: list[tuple[str, Leaf]],
     slots: list[StateArray],
     interception: Interception,
     first: FirstStep,
@@ -159,11 +159,11 @@ class _Recorder:
 
     def trace(
         self,
-        step: Callable[..., Any],
-        args: Sequence[Any],
-        batch: list[tuple[str, Any]],
+        step: Callable[..., object],
+        args: Sequence[object],
+        batch: list[tuple[str, Leaf]],
         slots: list[StateArray],
-        state: Any,
+        state: object,
         interception: Interception,
     ) -> None:
         unique: dict[int, int] = {}
@@ -195,7 +195,7 @@ class _Recorder:
                 slot.put(place[id(slot.array)])
             with interruptible():
                 result = step(*with_arrays(args, (tracers[i] for i in positions)))
-            outputs = [leaf for _, leaf in leaves(result, "result")]
+            outputs = arrays_of(result)
             if not outputs:
                 raise TraceError(_without_arrays(result))
             self.graph.results = len(outputs)
@@ -243,7 +243,7 @@ class _Recorder:
                 graph.values[index] = Value(tuple(array.shape), array.dtype, "captured", "a captured array")
                 graph.held.add(index)
 
-    def _value(self, described: tuple[str, Any, mx.Dtype]) -> int:
+    def _value(self, described: tuple[str, Sequence[int], mx.Dtype]) -> int:
         name, shape, dtype = described
         index = self._names.get(name)
         if index is None:
@@ -258,7 +258,7 @@ def _listed(places: list[str]) -> str:
     return shown if len(places) <= 5 else f"{shown} and {len(places) - 5} more"
 
 
-def _without_arrays(result: Any) -> str:
+def _without_arrays(result: object) -> str:
     """The text of the error for a result in which there is no array."""
     if inspect.iscoroutine(result):
         result.close()  # or Python warns that it was never awaited
