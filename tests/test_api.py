@@ -16,8 +16,8 @@ PACKAGE = Path(mlx_tune.__file__).parent
 
 #: The rooms from the ground up. A module may import from rooms below its own, and from its own.
 FLOORS = [
-    ["errors", "unfinished", "upstream", "substitution", "pareto"],
-    ["units", "tables", "trees", "interrupts", "garbage"],
+    ["errors", "unfinished", "substitution", "pareto"],
+    ["units", "upstream", "tables", "trees", "interrupts", "garbage"],
     ["scratch", "tabular"],
     ["progress", "plotting", "reach"],
     ["devices"],

@@ -67,13 +67,15 @@ def _loss(
 ) -> float:
     import mlx.core as mx
 
+    from mlx_tune.upstream import set_mode
+
     training = _modules(state)
     modes = [module.training for module in training]
     restore()
     if move_stream:  # what is drawn at random comes out otherwise than the first time
         mx.eval(mx.random.uniform())
     for module, mode in zip(training, modes, strict=True):
-        module._training = mode  # restoring puts the training flag back, too
+        set_mode(module, mode)  # restoring puts the training flag back, too
     with memory_limit(limit_bytes), interruptible():
         out = step(batch)
         arrays = list(arrays_of(out))
@@ -106,12 +108,14 @@ def _modules(state: Any) -> list[nn.Module]:
 @contextmanager
 def _dropout_off(state: Any) -> Iterator[None]:
     """Evaluation mode while the block runs, and every module's own mode afterwards."""
+    from mlx_tune.upstream import set_mode
+
     modules = _modules(state)
     modes = [module.training for module in modules]
     for module in modules:
-        module._training = False
+        set_mode(module, False)
     try:
         yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
-            module._training = mode
+            set_mode(module, mode)

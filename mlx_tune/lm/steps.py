@@ -12,6 +12,7 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.graphs import is_tracing
 from mlx_tune.lm.adapters import integer_parameters
 from mlx_tune.state import Snapshot
+from mlx_tune.upstream import set_mode
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -136,7 +137,7 @@ def check_trainable(model: nn.Module) -> None:
 def set_training(flags: list[tuple[nn.Module, bool]]) -> None:
     """Put back each module's own training flag: `model.train()` sets the same one everywhere."""
     for module, training in flags:
-        module._training = training
+        set_mode(module, training)
 
 
 def _compiled_step(

@@ -8,8 +8,6 @@ does not tell Python which inputs are constants, but it writes graphs down.
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, TypeVar
@@ -18,13 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.reach.notes import Note, Ref
+from mlx_tune.upstream import drawing, frozen, leaves_in, operations_in
 
 T = TypeVar("T")
-
-_LEAF = re.compile(r'\{ rank=source; "(\w+)"; \}')
-_OPERATION = re.compile(r'\{ (\d+) \[label ="(.*)", shape=rectangle\]; \}')
-_INPUT = re.compile(r'"(\w+)" -> (\d+)')
-_OUTPUT = re.compile(r'(\d+) -> "(\w+)"')
 
 
 class Refusals:
@@ -115,41 +109,29 @@ def constants(arrays: Sequence[mx.array], among: Iterable[int]) -> tuple[set[int
         {1, 2} {0}
     """
     names = {f"n{index}": index for index in among}
-    text = io.StringIO()
-    mx.export_to_dot(text, **{name: arrays[index] for name, index in names.items()})
-    traced: set[str] = set()  # operations by number, arrays by name
-    tracers: set[str] = set()
-    stopped: set[str] = set()
-    certain: set[str] = set()
-    for line in text.getvalue().splitlines():
-        # Operations come after everything that leads to them.
-        if match := _LEAF.fullmatch(line):
-            certain.add(match[1])
-        elif match := _OPERATION.fullmatch(line):
-            if _tracer() in ("", match[2]):
-                tracers.add(match[1])
-            if match[2] == "StopGradient":
-                stopped.add(match[1])
-        elif match := _INPUT.fullmatch(line):
-            if (match[1] in traced or match[1] in tracers) and match[2] not in stopped:
-                traced.add(match[2])
-        elif match := _OUTPUT.fullmatch(line):
-            (traced if match[1] in traced else tracers if match[1] in tracers else certain).add(match[2])
+    drawn = drawing(**{name: arrays[index] for name, index in names.items()})
+    certain, traced, tracers = set(leaves_in(drawn)), set[str](), set[str]()
+    for operation, read, made in operations_in(drawn):
+        if operation != "StopGradient" and not (traced.isdisjoint(read) and tracers.isdisjoint(read)):
+            traced.update(made)
+        elif _tracer() in ("", operation):
+            tracers.update(made)
+        else:
+            certain.update(made)
     return {names[name] for name in certain & names.keys()}, {names[name] for name in tracers & names.keys()}
 
 
 @cache
 def _tracer() -> str:
     """The operation by which MLX marks what is differentiated; empty where that cannot be told."""
-    text = io.StringIO()
+    drawn: list[str] = []
 
     def look(x: mx.array) -> mx.array:
-        mx.export_to_dot(text, x)
+        drawn.append(drawing(x))
         return x
 
     mx.grad(look)(mx.array(0.0))
-    found = _OPERATION.search(text.getvalue())
-    return found[2] if found else ""
+    return next((operation for operation, _, _ in operations_in(drawn[0])), "")
 
 
 def _untrained(notes: list[Note]) -> set[int]:
@@ -158,8 +140,8 @@ def _untrained(notes: list[Note]) -> set[int]:
     found: set[int] = set()
     for note in notes:
         if isinstance(note.place.held, nn.Module):
-            frozen = vars(note.place.held).get("_no_grad", ())
+            untrained = frozen(note.place.held)
             for key, mark in note.marks.items():
                 if type(mark) is Ref:
-                    (found if key in frozen or str(key).startswith("_") else trained).add(mark.index)
+                    (found if key in untrained or str(key).startswith("_") else trained).add(mark.index)
     return found - trained

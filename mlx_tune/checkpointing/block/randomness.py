@@ -10,12 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
-from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.errors import BackendError
+from mlx_tune import upstream
 
 
 class _End:
@@ -45,9 +43,6 @@ def _end_with_thread() -> None:
 def thread_stream() -> list[mx.array]:
     """The list of one key that MLX's draws on this thread split from, itself and not a copy.
 
-    `mx.random.state` is a stand-in for every thread's own list since MLX 0.32.1, and cannot be assigned to. Its
-    iterator runs over the list itself, and an iterator tells what it runs over, as pickling needs.
-
     Returns:
         The list; putting another uint32 key of shape [2] into it moves the stream.
 
@@ -62,17 +57,7 @@ def thread_stream() -> list[mx.array]:
         [0, 3]
     """
     _end_with_thread()
-    state: Any = mx.random.state
-    if isinstance(state, list):  # MLX up to 0.32.0
-        return state
-    held = iter(state).__reduce__()[1]
-    stream = held[0] if held else None
-    if not isinstance(stream, list) or len(stream) != 1:
-        raise BackendError(
-            f"mlx {version('mlx')} keeps its random stream in a way mlx_tune does not know "
-            f"({type(state).__name__}), so draws cannot be repeated. Use mlx 0.32.4, or report this version."
-        )
-    return stream
+    return upstream.thread_stream()
 
 
 @contextmanager

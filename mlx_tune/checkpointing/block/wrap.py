@@ -20,6 +20,7 @@ from mlx_tune.checkpointing.block.constants import Refusals
 from mlx_tune.checkpointing.block.recompute import call_checkpointed
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
 from mlx_tune.substitution import Substitute, plain_class, subclass, substitute
+from mlx_tune.upstream import has_mode
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -155,7 +156,7 @@ def require_initialized(modules: Iterable[tuple[str, nn.Module]]) -> None:
         CheckpointError: The class of one never calls `super().__init__()`.
     """
     for path, module in modules:
-        if "_training" not in vars(module):
+        if not has_mode(module):
             raise CheckpointError(
                 f"{type(module).__name__}{path and f' at {path!r}'} was made without nn.Module's own __init__, so it "
                 f"has no training mode to ask for. Call super().__init__() first thing in its __init__."

@@ -6,7 +6,6 @@ most, so arrays are found another way: by an operation that reads them all, in t
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import count
@@ -14,11 +13,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-#: The line of an array that no operation makes.
-_SOURCE = re.compile(r'{ rank=source; "\w+"; }\n')
-#: The place where the lines of one operation begin: `{ 123 [label ="Add", shape=rectangle]; }`. Then come the arrays
-#: that it reads, `"A" -> 123`, and for each that it makes `{ "B"; }` and `123 -> "B"`.
-_OPERATION = '[label ="'
+from mlx_tune.upstream import drawing, operations_in
 
 
 class BuiltNode(NamedTuple):
@@ -51,18 +46,10 @@ class BuiltGraph:
         """Read the graph, once; nothing is evaluated."""
         wanted = mx.depends(mx.array(0.0), [*inputs, *outputs])
         last = mx.depends(wanted, list(others))
-        text: list[str] = []
-        mx.export_to_dot(_Writer(text), last)
         numbers: defaultdict[str, int] = defaultdict(count().__next__)
         number, nodes = numbers.__getitem__, list[BuiltNode]()
-        operations = _SOURCE.sub("", "".join(text)).split(_OPERATION)
-        del operations[0], text
-        for lines in operations:
-            quoted = lines.split('"')
-            made = 2 - 2 * lines.count("; }")  # from the end: each made array is quoted in two lines
-            names = quoted[2::2]
-            read = tuple(map(number, names[:made]))
-            nodes.append(BuiltNode(quoted[0], read, tuple(map(number, names[made::2]))))
+        for name, read, made in operations_in(drawing(last)):
+            nodes.append(BuiltNode(name, tuple(map(number, read)), tuple(map(number, made))))
         self.count = len(numbers)
         # The walk is depth first: whatever comes after the operation on the wanted arrays, only the others need.
         beyond = nodes.pop()
@@ -74,11 +61,6 @@ class BuiltGraph:
         if others:
             known.update(*(node.inputs for node in self.nodes), *(node.outputs for node in self.nodes))
         self.others = [name if name in known else None for name in beyond.inputs[1:]]
-
-
-class _Writer:
-    def __init__(self, text: list[str]) -> None:
-        self.write = text.append
 
 
 def made_by_operations(arrays: Iterable[mx.array]) -> set[int]:

@@ -19,7 +19,7 @@ from mlx_tune.graphs.arguments import arrays_of, with_arrays
 from mlx_tune.graphs.tracing.built import BuiltGraph
 from mlx_tune.graphs.tracing.custom_gradients import Marks, called_with_gradient, derivative_of
 from mlx_tune.graphs.tracing.recomputation import traced_checkpoint
-from mlx_tune.upstream import function_of, referents
+from mlx_tune.upstream import FUNCTION, function_of, kind_of, referents, state_of
 
 if TYPE_CHECKING:
     from mlx_tune.graphs.tracing.standins import StandIn
@@ -69,11 +69,10 @@ def intercepted(interception: Interception, stand_ins: Iterable[StandIn]) -> Ite
 
 
 def _install(stand_ins: Iterable[StandIn]) -> None:
-    transformed = type(mx.checkpoint(lambda: None))
     operations = {(s.owner, s.name): _stand_in(s) for s in stand_ins}
     for owner, name, replacement in [
         (mx, "checkpoint", _checkpoint),
-        (transformed, "__call__", _call_transformed),
+        (FUNCTION, "__call__", _call_transformed),
         (mx.custom_function, "__call__", _call_custom),
         (mx, "vjp", _transforming),
         (mx, "jvp", _transforming),
@@ -170,7 +169,7 @@ def _compiled(
     interception: Interception,
 ) -> object:
     """Call a compiled function, and note what it reads and makes, the state that it was given included."""
-    captured = referents(function)[:2]
+    captured = state_of(function)
 
     def state() -> list[mx.array]:
         key: Any = mx.random.state[0]  # type: ignore[index]  # MLX's stubs call the list an object
@@ -196,13 +195,7 @@ _PROBE = mx.compile(lambda x: mx.sin(mx.cos(x)))
 
 
 def _kind(transformed: object, interception: Interception) -> str:
-    known = interception.kinds.get(id(transformed))
-    if known is not None:
-        return known
-    held = referents(transformed)
-    if len(held) == 3 and not isinstance(held[0], int):
-        return "compile"  # its captured inputs and outputs, then the function; vmap has its axes there
-    return "unknown" if len(held) == 1 else "transform"
+    return interception.kinds.get(id(transformed)) or kind_of(transformed)
 
 
 def _is_custom(result: object) -> bool:

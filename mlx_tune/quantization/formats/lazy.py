@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import mlx.core as mx
+
+from mlx_tune.upstream import is_lazy
 
 
 def is_unevaluated(array: mx.array) -> bool:
@@ -16,10 +17,7 @@ def is_unevaluated(array: mx.array) -> bool:
         >>> is_unevaluated(x), mx.eval(x), is_unevaluated(x)
         (True, None, False)
     """
-    # MLX has no such question in Python; the drawing of an evaluated array's graph has no operation in it.
-    drawing = io.StringIO()
-    mx.export_to_dot(drawing, array)
-    return "label" in drawing.getvalue()
+    return is_lazy(array)  # MLX has no such question in Python
 
 
 def read_array(array: mx.array) -> mx.array:

@@ -17,6 +17,7 @@ from mlx_tune.quantization.models.batches import widen
 from mlx_tune.quantization.models.layers import dense_twin, has_dense_class, is_quantized
 from mlx_tune.quantization.models.sites import Site, own_arrays, walk
 from mlx_tune.substitution import subclass, substituted
+from mlx_tune.upstream import has_mode, set_mode
 
 #: Memory that an evaluation may take beside the model before MLX is held back from queueing ahead.
 ROOM_BYTES = 256 << 20
@@ -66,18 +67,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _evaluating(sites: Sequence[Site]) -> Iterator[None]:
     # A module whose class forgets `super().__init__()`, as mlx-lm's RecurrentGemma, has no mode until it is given one.
-    modes = [(site.module, getattr(site.module, "_training", True)) for site in sites]
+    modes = [(site.module, site.module.training if has_mode(site.module) else True) for site in sites]
     items = [(site.module, dict(site.module)) for site in sites]
     with uninterrupted():
         try:
             # Set flag by flag: Module.train() of a layer with quantized inputs would requantize its weights.
             for module, _ in modes:
-                module._training = False
+                set_mode(module, False)
             with interruptible():
                 yield
         finally:
             for module, mode in modes:
-                module._training = mode
+                set_mode(module, mode)
             for module, before in items:
                 _put_back(module, before)
 

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.formats.packing import PackedArrays, dequantize_float32
+from mlx_tune.upstream import freeze_also, frozen, set_mode
 
 #: Modules that tokens are looked up in, packed and not.
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
@@ -131,7 +132,7 @@ def dense_twin(module: nn.Module, dtype: mx.Dtype | None = None, *, after: mx.ar
     for name, value in vars(module).items():  # such as a fused layer's split points
         if name not in vars(twin) and name not in ("bits", "group_size", "mode", "biases", "global_scale"):
             vars(twin)[name] = value
-    twin._training = module._training
+    set_mode(twin, module.training)
     return twin
 
 
@@ -192,15 +193,15 @@ def quantized_module(module: nn.Module, wanted: Format, arrays: PackedArrays) ->
         options["mode"] = wanted.mode
     if wanted.quantize_input:
         options["quantize_input"] = True
-        hollow._training = False  # in training mode MLX's layer would keep, and use, unquantized weights
+        set_mode(hollow, False)  # in training mode MLX's layer would keep, and use, unquantized weights
     made: nn.Module = hollow.to_quantized(**options)
     weight, scales, biases = arrays
     made["weight"], made["scales"] = weight, scales
     if biases is not None:
         made["biases"] = biases
-    made._no_grad = set(made._no_grad) | (set(module._no_grad) & set(made))
+    freeze_also(made, frozen(module) & set(made))
     if not wanted.quantize_input:
-        made._training = module._training
+        set_mode(made, module.training)
     return made
 
 

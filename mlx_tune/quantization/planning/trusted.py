@@ -26,6 +26,7 @@ from mlx_tune.quantization.planning.kernel_trials import backend, fault_in
 from mlx_tune.quantization.planning.kernels import Fault, Use, combinations, note_of
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan, notes_of
 from mlx_tune.quantization.planning.sieve import FaultOf
+from mlx_tune.upstream import frozen
 
 
 def fault_finder(model: nn.Module) -> FaultOf:
@@ -129,7 +130,7 @@ def unpack_faulty(model: nn.Module, *, evaluate: bool = True) -> tuple[str, ...]
         with mx.stream(mx.cpu):  # where unpacking is right, whatever the device does
             twin = dense_twin(site.module, getattr(mx, dtype))
         # Packed weights are frozen, and so is what stands for them: the same parameters are trained as before.
-        twin.freeze(recurse=False, keys=[name for name in twin if name in site.module._no_grad])
+        twin.freeze(recurse=False, keys=[name for name in twin if name in frozen(site.module)])
         if evaluate:
             mx.eval(twin["weight"])
         for path in site.paths:
