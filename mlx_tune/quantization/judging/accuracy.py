@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlx_tune.quantization.judging.statistics import Bucket, Estimate
+from mlx_tune.quantization.judging.statistics import Bucket, Estimate, finite_or_none
 from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_count, format_percent
 
@@ -76,7 +76,7 @@ class LanguageAccuracy(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON: figures that are no numbers become None."""
-        figures = {k: _json(v) for k, v in asdict(self).items() if k not in ("buckets", "warnings")}
+        figures = {k: finite_or_none(v) for k, v in asdict(self).items() if k not in ("buckets", "warnings")}
         return {
             "kind": "tokens",
             **figures,
@@ -164,7 +164,7 @@ class LossAccuracy(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
-        figures = {k: _json(v) for k, v in asdict(self).items() if k != "warnings"}
+        figures = {k: finite_or_none(v) for k, v in asdict(self).items() if k != "warnings"}
         return {"kind": "loss", **figures, "warnings": list(self.warnings)}
 
     def summary(self) -> str:
@@ -217,7 +217,7 @@ class OutputAccuracy(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
-        figures = {k: _json(v) for k, v in asdict(self).items() if k != "warnings"}
+        figures = {k: finite_or_none(v) for k, v in asdict(self).items() if k != "warnings"}
         return {"kind": "outputs", **figures, "warnings": list(self.warnings)}
 
     def summary(self) -> str:
@@ -256,7 +256,3 @@ def divergence_of(accuracy: Accuracy) -> float:
     if isinstance(accuracy, LossAccuracy):
         return accuracy.loss_after
     return accuracy.relative_error**2
-
-
-def _json(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

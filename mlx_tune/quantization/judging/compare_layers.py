@@ -6,11 +6,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.lazy import read_array
 from mlx_tune.quantization.formats.packed_arrays import signal_to_noise_db_between
 from mlx_tune.quantization.judging.report import COMPARED, LayerReport, QuantizationReport
-from mlx_tune.quantization.models.layers import current_format, dense_twin, is_quantized, parameter_count, weight_shape
+from mlx_tune.quantization.models.layers import (
+    current_format,
+    is_quantized,
+    read_weight,
+    weight_shape,
+)
 from mlx_tune.quantization.models.sites import module_at, own_arrays, walk
+from mlx_tune.quantization.planning.layout import totals
 
 
 def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport:
@@ -39,8 +44,8 @@ def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport
         now = current_format(module) if packed else None
         snr = None
         if packed:
-            weight = read_array(dense_twin(before)["weight"])
-            snr = signal_to_noise_db_between(weight, read_array(dense_twin(module, mx.float32)["weight"]))
+            weight = read_weight(before)
+            snr = signal_to_noise_db_between(weight, read_weight(module, mx.float32))
         (layers if packed else skipped).append(
             LayerReport(
                 path=site.path,
@@ -57,8 +62,8 @@ def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport
                 reason=None if packed else "not quantized",
             )
         )
-    size_before, parameters = _totals(reference)
-    size_after, _ = _totals(model)
+    size_before, parameters = totals(site.module for site in walk(reference))
+    size_after, _ = totals(site.module for site in walk(model))
     return QuantizationReport(
         method=COMPARED,
         size_before_bytes=size_before,
@@ -87,15 +92,3 @@ def _new_bytes(module: nn.Module, counted: set[int]) -> int:
     arrays = [a for a in own_arrays(module).values() if id(a) not in counted]
     counted.update(id(a) for a in arrays)
     return sum(a.nbytes for a in arrays)
-
-
-def _totals(model: nn.Module) -> tuple[int, int]:
-    """All bytes, and how many unquantized parameters they stand for; tied arrays once."""
-    counted: set[int] = set()
-    size = parameters = 0
-    for site in walk(model):
-        arrays = {n: a for n, a in own_arrays(site.module).items() if id(a) not in counted}
-        counted.update(id(a) for a in arrays.values())
-        size += sum(a.nbytes for a in arrays.values())
-        parameters += parameter_count(site.module, arrays)
-    return size, parameters

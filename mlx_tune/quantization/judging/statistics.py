@@ -94,7 +94,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, float | None]:
         """The same, ready for JSON."""
-        return {"mean": _json(self.mean), "error": _json(self.error)}
+        return {"mean": finite_or_none(self.mean), "error": finite_or_none(self.error)}
 
 
 def clustered_mean(values: Floats, clusters: Integers) -> Estimate:
@@ -159,8 +159,8 @@ class Bucket:
             "low": self.low,
             "high": self.high,
             "tokens": self.tokens,
-            "mean_kl": _json(self.mean_kl),
-            "same_top": _json(self.same_top),
+            "mean_kl": finite_or_none(self.mean_kl),
+            "same_top": finite_or_none(self.same_top),
         }
 
 
@@ -220,5 +220,6 @@ def overlap(evaluation: list[Any], calibration: list[Any], window: int = 32) -> 
     return float(np.isin(asked, seen).mean())
 
 
-def _json(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def finite_or_none(value: Any) -> Any:
+    """A figure ready for JSON, which has neither NaN nor infinity; anything else as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

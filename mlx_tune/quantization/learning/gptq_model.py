@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import Bar, progress_bar
-from mlx_tune.quantization.formats.lazy import number, read_array
+from mlx_tune.quantization.formats.lazy import number
 from mlx_tune.quantization.formats.magnitudes import in_range
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.overflow import overflows
@@ -29,7 +29,7 @@ from mlx_tune.quantization.learning.propagation import Propagation
 from mlx_tune.quantization.models.arithmetic import running
 from mlx_tune.quantization.models.batches import Batch, in_parts
 from mlx_tune.quantization.models.interception import FindBlocks, Step, forward_steps, no_blocks
-from mlx_tune.quantization.models.layers import dense_twin
+from mlx_tune.quantization.models.layers import read_weight
 from mlx_tune.quantization.planning.plan import LayerPlan
 
 Arrays = tuple[mx.array, mx.array, mx.array]
@@ -179,9 +179,8 @@ class _Run:
     @staticmethod
     def _standing_for(layer: LayerPlan, arrays: Arrays) -> mx.array:
         """The weights that packed arrays stand for, as the step computes with them."""
-        assert layer.format is not None
         cpu = mx.default_device() == mx.Device(mx.cpu)
-        weight = dequantize_float32(*arrays, group_size=layer.format.group_size, bits=layer.format.bits)
+        weight = dequantize_float32(*arrays, group_size=layer.wanted.group_size, bits=layer.wanted.bits)
         weight = weight if cpu else weight.astype(arrays[1].dtype)
         mx.eval(weight)
         return weight
@@ -201,15 +200,14 @@ class _Run:
         moments = learned.of(layer.path)
         if moments is None:
             return self._optimal(layer, "no calibration input reached it")
-        assert layer.format is not None
         self._bar.update(text=layer.path)
         if not number(mx.isfinite(moments).all()):
             raise QuantizationError(
                 f"{layer.path} was given calibration inputs that are not finite, or whose squares are not. Look at the "
                 "weights before it, or use method='optimal', which needs no inputs."
             )
-        weight, unit = in_range(read_array(dense_twin(layer.module)["weight"]))
-        bits, size = layer.format.bits, layer.format.group_size
+        weight, unit = in_range(read_weight(layer.module))
+        bits, size = layer.wanted.bits, layer.wanted.group_size
         drift = learned.drift_of(layer.path)
         metric = learned if judged is None or judged.of(layer.path) is None else judged
         test, test_drift = metric.of(layer.path), metric.drift_of(layer.path)
@@ -234,7 +232,7 @@ class _Run:
         found: Arrays = tuple(mx.stack(list(a)) if stacked else a[0] for a in columns)  # type: ignore[assignment]
         made = {"optimal": optimal, "nearest": nearest, "gptq": found}
         for name in ("nearest", "gptq"):
-            if overflows(made[name], layer.format, weight.dtype):
+            if overflows(made[name], layer.wanted, weight.dtype):
                 del made[name]
         errors = {name: _error(weight, arrays, test, test_drift, bits, size) for name, arrays in made.items()}
         best = min(made, key=lambda name: errors[name])  # of equals the first
@@ -256,13 +254,12 @@ class _Run:
         return outcome
 
     def _optimal(self, layer: LayerPlan, why: str) -> tuple[CalibratedLayer, Arrays]:
-        arrays = self._packed(read_array(dense_twin(layer.module)["weight"]), layer, "optimal", layer.energy)
+        arrays = self._packed(read_weight(layer.module), layer, "optimal", layer.energy)
         self._bar.advance()
         return CalibratedLayer(layer.path, "optimal", None, None, f"kept 'optimal': {why}"), arrays
 
     def _packed(self, weight: mx.array, layer: LayerPlan, method: str, energy: mx.array | None) -> Arrays:
-        assert layer.format is not None
-        (packed, scales, biases), _ = pack_weight(weight, layer.format, method, self._effort, energy)
+        (packed, scales, biases), _ = pack_weight(weight, layer.wanted, method, self._effort, energy)
         assert biases is not None
         return packed, scales, biases
 

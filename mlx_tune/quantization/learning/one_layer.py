@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.quantization.formats.lazy import read_array
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packed_arrays import pack_weight, signal_to_noise_db, unpacked
 from mlx_tune.quantization.formats.packing import PackedArrays
 from mlx_tune.quantization.learning.input_samples import sampled_output_error
-from mlx_tune.quantization.models.layers import dense_twin, quantized_module
+from mlx_tune.quantization.models.layers import quantized_module, read_weight
 from mlx_tune.quantization.models.sites import module_at
 from mlx_tune.quantization.models.transaction import original, swap
 from mlx_tune.quantization.planning.plan import LayerPlan
@@ -49,12 +48,11 @@ def install(layer: LayerPlan, arrays: PackedArrays) -> None:
         layer: A layer of a plan, with a format.
         arrays: Its packed weights, scales and biases.
     """
-    assert layer.format is not None
     made: dict[int, nn.Module] = {}
     olds = [module_at(layer.model, path) for path in layer.paths]
     for path, old in zip(layer.paths, olds, strict=True):
         if id(old) not in made:
-            made[id(old)] = quantized_module(old, layer.format, arrays)
+            made[id(old)] = quantized_module(old, layer.wanted, arrays)
         swap(layer.model, path, made[id(old)])
 
 
@@ -73,21 +71,20 @@ def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
     Returns:
         The loss of the layer.
     """
-    assert layer.format is not None
-    weight = read_array(dense_twin(layer.module)["weight"])
-    packed, used = pack_weight(weight, layer.format, method, effort, layer.energy)
+    weight = read_weight(layer.module)
+    packed, used = pack_weight(weight, layer.wanted, method, effort, layer.energy)
     mx.eval(packed)
     error = optimal_error = note = None
     inputs = layer.inputs() if layer.inputs is not None and used == "optimal" else None
     if inputs is not None:
-        plain, _ = pack_weight(weight, layer.format, "nearest")
+        plain, _ = pack_weight(weight, layer.wanted, "nearest")
         error = optimal_error = _output_error(layer, inputs, weight, packed)
         nearest = _output_error(layer, inputs, weight, plain)
-        if nearest < error and not overflows(plain, layer.format, weight.dtype):
+        if nearest < error and not overflows(plain, layer.wanted, weight.dtype):
             note = f"kept 'nearest': the output error of 'optimal' was {error:.3g} against {nearest:.3g}"
             packed, used, error = plain, "nearest", nearest
-    snr = signal_to_noise_db(weight, packed, layer.format)
-    weighted = None if layer.energy is None else signal_to_noise_db(weight, packed, layer.format, layer.energy)
+    snr = signal_to_noise_db(weight, packed, layer.wanted)
+    weighted = None if layer.energy is None else signal_to_noise_db(weight, packed, layer.wanted, layer.energy)
     del weight
     install(layer, packed)
     return LayerOutcome(layer.path, used, snr, error, optimal_error, note, weighted)
@@ -110,14 +107,12 @@ def outcome_of(
         output_error: As in `LayerOutcome`.
         optimal_output_error: As in `LayerOutcome`.
     """
-    assert layer.format is not None
     now = layer.module
-    weight = read_array(dense_twin(original(layer.model, layer.path))["weight"])
-    snr = signal_to_noise_db(weight, (now["weight"], now["scales"], now.get("biases")), layer.format)
+    weight = read_weight(original(layer.model, layer.path))
+    snr = signal_to_noise_db(weight, (now["weight"], now["scales"], now.get("biases")), layer.wanted)
     return LayerOutcome(layer.path, method, snr, output_error, optimal_output_error, note)
 
 
 def _output_error(layer: LayerPlan, inputs: mx.array, weight: mx.array, arrays: PackedArrays) -> float:
-    assert layer.format is not None
     lookups = isinstance(layer.module, nn.Embedding)
-    return sampled_output_error(inputs, weight, unpacked(arrays, layer.format), lookups=lookups)
+    return sampled_output_error(inputs, weight, unpacked(arrays, layer.wanted), lookups=lookups)

@@ -19,7 +19,7 @@ from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packing import unpack
 from mlx_tune.quantization.models.layers import dense_twin, has_dense_class, is_quantized
-from mlx_tune.quantization.models.sites import Site, put_module, walk
+from mlx_tune.quantization.models.sites import Site, in_places, walk
 from mlx_tune.substitution import subclass, substitute
 
 #: Names of the two trained arrays of a layer.
@@ -51,15 +51,8 @@ def trained_in_place(model: nn.Module, sites: Sequence[Site], dtype: mx.Dtype) -
         The trainable layers, in the order of the sites.
     """
     made = [_trainable(site.module, dtype) for site in sites]
-    try:
-        for site, layer in zip(sites, made, strict=True):
-            for path in site.paths:
-                put_module(model, path, layer)
+    with in_places(model, {path: new for site, new in zip(sites, made, strict=True) for path in site.paths}):
         yield made
-    finally:
-        for site in sites:
-            for path in site.paths:
-                put_module(model, path, site.module)
 
 
 def stored_pair(layer: Any) -> tuple[mx.array, mx.array]:

@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.modes import Format
+from mlx_tune.quantization.formats.lazy import read_array
+from mlx_tune.quantization.formats.modes import Format, dtype_name
 from mlx_tune.quantization.formats.packing import PackedArrays, dequantize_float32
 from mlx_tune.upstream import freeze_also, frozen, set_mode
 
@@ -64,7 +65,7 @@ def why_not_quantizable(module: nn.Module, mode: str) -> str | None:
     if weight.ndim < 2:
         return f"its weight has {weight.ndim} axis, MLX packs two or more"
     if weight.dtype not in _FLOATS:
-        return f"its weight is {_name(weight.dtype)}, not a floating point number"
+        return f"its weight is {dtype_name(weight.dtype)}, not a floating point number"
     if mode != "affine" and not takes_mode(module.to_quantized):
         return f"{name} can be quantized in mode 'affine' only"
     return None
@@ -134,6 +135,16 @@ def dense_twin(module: nn.Module, dtype: mx.Dtype | None = None, *, after: mx.ar
             vars(twin)[name] = value
     set_mode(twin, module.training)
     return twin
+
+
+def read_weight(module: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
+    """The weights of a layer as numbers, packed or not, evaluated; what the layer holds stays as it is.
+
+    Args:
+        module: The layer.
+        dtype: Of the result, where the layer is quantized; that of its scales by default, where they are floats.
+    """
+    return read_array(dense_twin(module, dtype)["weight"])
 
 
 def has_dense_class(quantized: type) -> bool:
@@ -213,7 +224,3 @@ def _hollow_copy(module: nn.Module, weight: mx.array) -> nn.Module:
         dict.__setitem__(twin, name, value)
     twin["weight"] = mx.zeros(weight.shape, dtype=weight.dtype)  # not evaluated, now or later
     return twin
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).rpartition(".")[2]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_tune.interrupts import interruptible, uninterrupted
 
 _FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
@@ -82,6 +85,21 @@ def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
         parent[int(name)] = module
     else:
         parent[name] = module
+
+
+@contextmanager
+def in_places(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Have other modules stand at some paths of a model while the block runs."""
+    olds = {path: module_at(model, path) for path in modules}
+    with uninterrupted():
+        try:
+            for path, module in modules.items():
+                put_module(model, path, module)
+            with interruptible():
+                yield
+        finally:
+            for path, old in olds.items():
+                put_module(model, path, old)
 
 
 def own_arrays(module: nn.Module) -> dict[str, mx.array]:

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from mlx_tune.errors import BackendError, QuantizationError
-from mlx_tune.quantization.formats.lazy import read_array
 from mlx_tune.quantization.formats.magnitudes import largest_magnitude
 from mlx_tune.quantization.formats.modes import Effort, Format
 from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packed_arrays import not_finite, pack_weight
 from mlx_tune.quantization.formats.packing import dequantize_float32
-from mlx_tune.quantization.models.layers import dense_twin
+from mlx_tune.quantization.models.layers import read_weight
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.units import format_names
 
@@ -37,7 +36,7 @@ def formats_that_fit(
     least = min(mx.finfo(getattr(mx, wanted.scale_dtype or layer.dtype)).max for wanted in formats)
     if largest is not None and largest <= _NEAR * least:
         return formats
-    weight = read_array(dense_twin(layer.module)["weight"])
+    weight = read_weight(layer.module)
     if largest_magnitude(weight) <= _NEAR * least:
         return formats
     how = "nearest" if method == "nearest" else "optimal"
@@ -56,14 +55,12 @@ def check_overflow(plan: QuantizationPlan, largest: Mapping[str, float]) -> None
     """
     broken = []
     for layer in plan.layers:
-        assert layer.format is not None
-        if not formats_that_fit(layer, [layer.format], plan.method, plan.effort, largest.get(layer.path)):
+        if not formats_that_fit(layer, [layer.wanted], plan.method, plan.effort, largest.get(layer.path)):
             broken.append(layer)
     if not broken:
         return
     first = broken[0]
-    assert first.format is not None
-    dtype = first.dtype if first.mode != "affine" else first.format.scale_dtype or first.dtype
+    dtype = first.dtype if first.mode != "affine" else first.wanted.scale_dtype or first.dtype
     named = format_names([layer.path for layer in broken], most=3)
     wider = "store scales in bfloat16 with mode='affine' and scale_dtype='bfloat16', or " if dtype == "float16" else ""
     raise QuantizationError(
@@ -95,7 +92,7 @@ def check_finite(plan: QuantizationPlan) -> dict[str, float]:
     """
     broken, largest = [], {}
     for layer in plan.layers:
-        weight = read_array(dense_twin(layer.module)["weight"])
+        weight = read_weight(layer.module)
         largest[layer.path] = largest_magnitude(weight)
         count = not_finite(weight)
         if count:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.modes import ACTIVATION_MODES, ITEM_BYTES, Effort, Format, check_format
+from mlx_tune.quantization.formats.modes import ACTIVATION_MODES, ITEM_BYTES, Effort, Format, check_format, dtype_name
 from mlx_tune.quantization.models.layers import current_format, dense_twin, is_quantized, parameter_count
 from mlx_tune.quantization.models.sites import Site, own_arrays, walk
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan, notes_of
@@ -59,13 +59,7 @@ def lay_out(
     if not layers:
         raise QuantizationError(_nothing_left(skipped))
     # Everything else: loose parameters, norms, and biases of unquantized modules without a matrix.
-    size = parameters = 0
-    seen: set[int] = set()
-    for site in sites:
-        arrays = {n: a for n, a in own_arrays(site.module).items() if id(a) not in seen}
-        seen.update(id(a) for a in arrays.values())
-        size += sum(a.nbytes for a in arrays.values())
-        parameters += parameter_count(site.module, arrays)
+    size, parameters = totals(site.module for site in sites)
     rest = size - sum(x.bytes_before for x in (*layers, *skipped))
     return QuantizationPlan(
         tuple(layers), tuple(skipped), rest, parameters, method, effort, size, notes_of(layers, skipped), scales
@@ -95,6 +89,18 @@ def _check(
     return replace(base, quantize_input=activations)
 
 
+def totals(modules: Iterable[nn.Module]) -> tuple[int, int]:
+    """All bytes of some modules' own arrays, and how many unquantized parameters they stand for; tied arrays once."""
+    seen: set[int] = set()
+    size = parameters = 0
+    for module in modules:
+        arrays = {n: a for n, a in own_arrays(module).items() if id(a) not in seen}
+        seen.update(id(a) for a in arrays.values())
+        size += sum(a.nbytes for a in arrays.values())
+        parameters += parameter_count(module, arrays)
+    return size, parameters
+
+
 @dataclass(frozen=True)
 class _Draft:
     site: Site
@@ -118,7 +124,7 @@ def _draft(site: Site, rules: Rules, requantize: bool) -> _Draft:
 
 
 def _scale_dtype(given: mx.Dtype | str | None) -> str | None:
-    name = str(given).rpartition(".")[2] if isinstance(given, mx.Dtype) else given
+    name = dtype_name(given) if isinstance(given, mx.Dtype) else given
     if name is not None and name not in ITEM_BYTES:
         raise QuantizationError(
             f"scale_dtype={given!r}: scales are {', '.join(ITEM_BYTES)}, or None as the weights are."
@@ -170,7 +176,7 @@ def _layer(model: nn.Module, base: Format, group: list[_Draft], ledger: _Ledger,
     shape = tuple(weight.shape) if isinstance(weight, mx.array) else ()
     if not shape:
         shape = max((tuple(a.shape) for a in own_arrays(first.twin).values()), key=len)
-    dtype = str(weight.dtype if isinstance(weight, mx.array) else mx.float32).rpartition(".")[2]
+    dtype = dtype_name(weight.dtype if isinstance(weight, mx.array) else mx.float32)
     chosen, decision = first.decision.format, first.decision
     own = [item for draft in group for item in own_arrays(draft.site.module).items()]
     before = ledger.before(array for _, array in own)

@@ -60,6 +60,12 @@ class LayerPlan:
         return module_at(self.model, self.path)
 
     @property
+    def wanted(self) -> Format:
+        """The format that it gets, of a layer that is not left as it is."""
+        assert self.format is not None
+        return self.format
+
+    @property
     def bits(self) -> int | None:
         """Bits of a code, or None where the layer is left alone."""
         return None if self.format is None else self.format.bits

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.quantization.formats.packing import PackedArrays
 from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.calls import outline, resolve
 from mlx_tune.quantization.models.layers import quantized_module
-from mlx_tune.quantization.models.sites import module_at, put_module
+from mlx_tune.quantization.models.sites import in_places, module_at
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 
 
@@ -61,7 +59,12 @@ def check_runs(model: nn.Module, layers: Sequence[LayerPlan], batch: Batch, loss
     expected = outline(model, batch, loss)
 
     def fault_with(chosen: Sequence[LayerPlan]) -> Exception | None:
-        with _packed(model, chosen):
+        packed = {
+            path: quantized_module(module_at(model, path), layer.wanted, _hollow(layer))
+            for layer in chosen
+            for path in layer.paths
+        }
+        with in_places(model, packed):
             found = outline(model, batch, loss)
         if isinstance(found, Exception):
             return found
@@ -91,30 +94,12 @@ def _guilty(
     return [layer for half in (layers[:middle], layers[middle:]) for layer in _guilty(half, fault_with)]
 
 
-@contextmanager
-def _packed(model: nn.Module, layers: Sequence[LayerPlan]) -> Iterator[None]:
-    """Have packed layers of no content in the model while the block runs."""
-    olds = [(path, module_at(model, path)) for layer in layers for path in layer.paths]
-    with uninterrupted():
-        try:
-            for layer in layers:
-                for path in layer.paths:
-                    assert layer.format is not None
-                    put_module(model, path, quantized_module(module_at(model, path), layer.format, _hollow(layer)))
-            with interruptible():
-                yield
-        finally:
-            for path, old in olds:
-                put_module(model, path, old)
-
-
 def _hollow(layer: LayerPlan) -> PackedArrays:
     """Packed arrays of a layer's shape that hold no memory unless they are evaluated."""
-    assert layer.format is not None
     *outer, inner = layer.shape
-    groups = (*outer, inner // layer.format.group_size)
-    packed = mx.zeros((*outer, inner * layer.format.bits // 32), dtype=mx.uint32)
-    if layer.format.mode != "affine":
+    groups = (*outer, inner // layer.wanted.group_size)
+    packed = mx.zeros((*outer, inner * layer.wanted.bits // 32), dtype=mx.uint32)
+    if layer.wanted.mode != "affine":
         return packed, mx.zeros(groups, dtype=mx.uint8), None
-    dtype = getattr(mx, layer.format.scale_dtype or layer.dtype)
+    dtype = getattr(mx, layer.wanted.scale_dtype or layer.dtype)
     return packed, mx.zeros(groups, dtype=dtype), mx.zeros(groups, dtype=dtype)

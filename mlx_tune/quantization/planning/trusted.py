@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlx_tune.errors import BackendError
 from mlx_tune.progress import progress_bar
-from mlx_tune.quantization.formats.modes import ITEM_BYTES, Format
+from mlx_tune.quantization.formats.modes import ITEM_BYTES, Format, dtype_name
 from mlx_tune.quantization.models.layers import (
     EMBEDDINGS,
     current_format,
@@ -75,9 +75,8 @@ def keep_unpacked(
     faults: dict[str, Fault] = {}
     with progress_bar("trying kernels", len(plan.layers), enabled=progress) as bar:
         for layer in plan.layers:
-            assert layer.format is not None
             bar.update(text=layer.path)
-            fault = fault_of(layer, layer.format) if among(layer) else None
+            fault = fault_of(layer, layer.wanted) if among(layer) else None
             if fault is not None:
                 faults[layer.path] = fault
             bar.advance()
@@ -119,7 +118,7 @@ def unpack_faulty(model: nn.Module, *, evaluate: bool = True) -> tuple[str, ...]
         if not is_quantized(site.module):
             continue
         scales = site.module["scales"].dtype
-        dtype = _name(scales) if _name(scales) in ITEM_BYTES else others
+        dtype = dtype_name(scales) if dtype_name(scales) in ITEM_BYTES else others
         wanted = current_format(site.module)
         fault = _first_fault(uses_of(site.module, tied), weight_shape(site.module), wanted, dtype)
         if fault is None:
@@ -194,10 +193,6 @@ def _methods(kind: type) -> Iterator[FunctionType]:
 
 def _float_dtype(model: nn.Module) -> str:
     """The commonest floating point dtype of a model's unpacked arrays."""
-    counts = Counter(_name(a.dtype) for site in walk(model) for a in own_arrays(site.module).values())
+    counts = Counter(dtype_name(a.dtype) for site in walk(model) for a in own_arrays(site.module).values())
     found = [(count, name) for name, count in counts.items() if name in ITEM_BYTES]
     return max(found)[1] if found else "bfloat16"
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).rpartition(".")[2]

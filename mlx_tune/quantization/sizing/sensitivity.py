@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.progress import progress_bar
-from mlx_tune.quantization.formats.lazy import read_array
 from mlx_tune.quantization.formats.modes import Effort, Format
 from mlx_tune.quantization.formats.packed_arrays import pack_weight, signal_to_noise_db
 from mlx_tune.quantization.formats.packing import PackedArrays
-from mlx_tune.quantization.models.layers import dense_twin, quantized_module
-from mlx_tune.quantization.models.sites import module_at, put_module
+from mlx_tune.quantization.models.layers import quantized_module, read_weight
+from mlx_tune.quantization.models.sites import in_places, module_at
 from mlx_tune.quantization.planning.plan import LayerPlan
 
 #: Weights of a layer that are looked at to learn how wrong a format makes them: over a thousand groups.
@@ -31,7 +28,7 @@ def weight_errors(layer: LayerPlan, formats: Sequence[Format], method: str) -> d
         formats: Formats to try.
         method: "nearest", or anything else for "optimal".
     """
-    weight = read_array(dense_twin(layer.module)["weight"])
+    weight = read_weight(layer.module)
     rows = weight.reshape(-1, weight.shape[-1])
     step = max(1, rows.shape[0] * rows.shape[1] // _SAMPLE_WEIGHTS)
     sample = mx.contiguous(rows[::step])
@@ -79,13 +76,14 @@ def measure_divergences(
         for layer in layers:
             bar.update(text=layer.path)
             wanted = probe(layer)
-            weight = read_array(dense_twin(layer.module)["weight"])
+            weight = read_weight(layer.module)
             arrays, _ = pack_weight(
                 weight, wanted, "nearest" if method == "nearest" else "optimal", effort, layer.energy
             )
             error = _relative_error(weight, arrays, wanted, layer.energy)
             del weight
-            with _in_place(layer, wanted, arrays):
+            packed = {path: quantized_module(module_at(layer.model, path), wanted, arrays) for path in layer.paths}
+            with in_places(layer.model, packed):
                 moved = divergence()
             found[layer.path] = (max(0.0, moved), error)
             bar.advance()
@@ -94,18 +92,3 @@ def measure_divergences(
 
 def _relative_error(weight: mx.array, arrays: PackedArrays, wanted: Format, energy: mx.array | None) -> float:
     return 10 ** (-signal_to_noise_db(weight, arrays, wanted, energy) / 10)
-
-
-@contextmanager
-def _in_place(layer: LayerPlan, wanted: Format, arrays: PackedArrays) -> Iterator[None]:
-    """Have one layer quantized for the time of the block."""
-    olds = [(path, module_at(layer.model, path)) for path in layer.paths]
-    with uninterrupted():
-        try:
-            for path, old in olds:
-                put_module(layer.model, path, quantized_module(old, wanted, arrays))
-            with interruptible():
-                yield
-        finally:
-            for path, old in olds:
-                put_module(layer.model, path, old)
