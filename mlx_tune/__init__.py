@@ -10,7 +10,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mlx_tune.version import __version__
 
 # A library writes to its log, and leaves it to the program whether anybody reads it.
 logging.getLogger(__name__).addHandler(logging.NullHandler())

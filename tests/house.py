@@ -29,6 +29,7 @@ class House:
     """
 
     def __init__(self, root: Path = ROOT, package: str = "mlx_tune") -> None:
+        self.root = root
         self.files = {
             ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
             for path in sorted((root / package).rglob("*.py"))
@@ -90,7 +91,7 @@ class House:
 
     def files_by_folder(self) -> Counter[str]:
         """The number of files in each folder."""
-        return Counter(path.parent.name for path in self.files.values())
+        return Counter(str(path.parent.relative_to(self.root)) for path in self.files.values())
 
     def lines(self) -> Counter[str]:
         """The number of lines of each file."""

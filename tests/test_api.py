@@ -16,7 +16,7 @@ PACKAGE = Path(mlx_tune.__file__).parent
 
 #: The rooms from the ground up. A module may import from rooms below its own, and from its own.
 FLOORS = [
-    ["errors", "unfinished", "substitution", "pareto"],
+    ["errors", "unfinished", "substitution", "pareto", "version"],
     ["units", "upstream", "tables", "trees", "interrupts", "garbage"],
     ["scratch", "tabular"],
     ["progress", "plotting", "reach"],

@@ -8,7 +8,7 @@ import pytest
 from house import House
 
 #: What has been reached. Lower them when it gets better.
-LONGEST_CHAIN, CIRCLES, MOST_FILES, MOST_LINES = 28, 3, 52, 402
+LONGEST_CHAIN, CIRCLES, MOST_FILES, MOST_LINES = 22, 1, 22, 402
 
 
 @pytest.fixture(scope="module")
@@ -56,5 +56,5 @@ def test_what_is_counted(tmp_path: Path) -> None:
     house = House(tmp_path, "p")
     assert house.circles() == [["p.other", "p.side"]]
     assert house.longest_chain() == ["p.top", "p.middle", "p.bottom", "p.room"]
-    assert house.files_by_folder() == {"p": 6, "room": 2}
+    assert house.files_by_folder() == {"p": 6, "p/room": 2}
     assert house.questions() == (1, 1)

@@ -13,9 +13,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mlx_tune import __version__
 from mlx_tune.cli.arguments import Subcommand
 from mlx_tune.errors import MlxTuneError
+from mlx_tune.version import __version__
 
 #: The subcommands in the order in which help lists them; each is a module here with `add_parser` and `run`.
 SUBCOMMANDS = ("demo", "doctor", "estimate", "autobatch", "quantize", "checkpoint", "fit", "lora")

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import mlx_tune
 from mlx_tune import devices
 from mlx_tune.diagnosis import check, child
 from mlx_tune.diagnosis.check import Check
@@ -19,6 +18,7 @@ from mlx_tune.diagnosis.checks import distributions
 from mlx_tune.diagnosis.report import CheckResult, Diagnosis
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.progress import progress_bar
+from mlx_tune.version import __version__
 
 #: What a check in a child process may take before it counts as hung.
 CHECK_SECONDS, BENCH_SECONDS = 120, 600
@@ -140,7 +140,7 @@ def _answer(output: str) -> dict[str, Any] | None:
 
 def child_environment() -> dict[str, str]:
     """This process's environment, with the folder that this library was imported from on the path."""
-    home = str(Path(mlx_tune.__file__).parent.parent)
+    home = str(Path(__file__).parents[2])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, home])}
 
@@ -151,7 +151,7 @@ def versions() -> dict[str, str]:
     names = ("mlx", *distributions.BACKENDS, "mlx-lm")
     listed = {name: found[name].version for name in names if name in found}
     return {
-        "mlx_tune": mlx_tune.__version__,
+        "mlx_tune": __version__,
         "Python": platform.python_version(),
         **listed,
         "on": f"{devices.system_name()} {platform.machine()}",

@@ -124,7 +124,7 @@ def estimate_memory(
     """
     from mlx_lm.tuner.trainer import TrainingArgs
 
-    import mlx_tune
+    from mlx_tune.graphs import estimate_memory as trace
 
     args = TrainingArgs() if args is None else args
     with (
@@ -133,10 +133,10 @@ def estimate_memory(
     ):
         batch = ready.make_batch(args.batch_size)
         if ready.kept is None:
-            return mlx_tune.estimate_memory(ready.step, batch, state=ready.state)
+            return trace(ready.step, batch, state=ready.state)
         # What is kept counts among what the step is given.
         accumulating = partial(_accumulating, ready.step)
-        return mlx_tune.estimate_memory(accumulating, batch, ready.kept, state=ready.state)
+        return trace(accumulating, batch, ready.kept, state=ready.state)
 
 
 def _accumulating(step: Callable[..., Any], batch: Any, kept: Any) -> Any:
@@ -244,7 +244,7 @@ def plan_checkpoints(
     """
     from mlx_lm.tuner.trainer import TrainingArgs
 
-    import mlx_tune
+    from mlx_tune.checkpointing import plan_checkpoints as plan
 
     args = TrainingArgs() if args is None else args
     with training_step(model, _optimizer(optimizer), dataset, args, loss=loss) as ready:
@@ -253,7 +253,7 @@ def plan_checkpoints(
                 f"A plan is made on one machine, and here are {ready.multiple_of} ranks: call lm.autofit(..., "
                 f"min_batch={args.batch_size}, max_batch={args.batch_size}), which agrees across them."
             )
-        return mlx_tune.plan_checkpoints(
+        return plan(
             model,
             ready.step,
             ready.make_batch,
@@ -286,13 +286,11 @@ def verify_checkpoint(model: nn.Module, dataset: Any, args: Any = None, *, loss:
     """
     from mlx_lm.tuner.trainer import TrainingArgs, default_loss
 
-    import mlx_tune
+    from mlx_tune.checkpointing import verify_checkpoint as verify
 
     args = TrainingArgs() if args is None else args
     with training_step(model, _optimizer(None), dataset, args, loss=loss) as ready, awake_adapters(model) as awake:
-        report = mlx_tune.verify_checkpoint(
-            model, default_loss if loss is None else loss, *ready.make_batch(args.batch_size)
-        )
+        report = verify(model, default_loss if loss is None else loss, *ready.make_batch(args.batch_size))
     if not awake:
         return report
     note = f"{len(awake)} adapter parameters that are zero had small values for the comparison, and are zero again."
@@ -307,9 +305,9 @@ def _optimizer(optimizer: Optimizer | None) -> Optimizer:
 
 def _checkpointed(model: nn.Module, args: Any) -> AbstractContextManager[Any]:
     """Every block checkpointed for as long as the search runs, where the arguments ask for it."""
-    import mlx_tune
+    from mlx_tune.checkpointing import checkpoint_blocks
 
-    return mlx_tune.checkpoint_blocks(model) if args.grad_checkpoint else nullcontext()
+    return checkpoint_blocks(model) if args.grad_checkpoint else nullcontext()
 
 
 def _refuse_accumulation(args: Any) -> None:

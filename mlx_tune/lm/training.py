@@ -129,7 +129,7 @@ def _run(
     import mlx.core as mx
     from mlx_lm.tuner import trainer
 
-    import mlx_tune
+    from mlx_tune.checkpointing import checkpoint_blocks, is_checkpointed
 
     log = _recorder(training_callback)
     with ExitStack() as around:
@@ -137,8 +137,8 @@ def _run(
         if fit is not None:
             around.enter_context(fit.applied())
         if every_block:
-            around.enter_context(mlx_tune.checkpoint_blocks(model))
-        checkpointed = tuple(path for path, block in reversed(model.named_modules()) if mlx_tune.is_checkpointed(block))
+            around.enter_context(checkpoint_blocks(model))
+        checkpointed = tuple(path for path, block in reversed(model.named_modules()) if is_checkpointed(block))
         limit = open_limit_bytes()
         wired = around.enter_context(wired_for_training(model))
         files = around.enter_context(_appearing_whole(Path(args.adapter_file), nbytes_of(model.trainable_parameters())))
