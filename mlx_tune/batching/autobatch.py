@@ -19,7 +19,8 @@ from mlx_tune.batching.shared_runner import SharedRunner
 from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.garbage import quick_collections
-from mlx_tune.graphs.calls import require_functions, step_of_batches
+from mlx_tune.graphs.calls import require_functions
+from mlx_tune.graphs.tracing.trace import step_of_batches
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.measuring.floors import StepFloor

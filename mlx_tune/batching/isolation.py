@@ -177,7 +177,7 @@ def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) 
     from dataclasses import asdict
 
     from mlx_tune.batching.probe import Probe
-    from mlx_tune.graphs.calls import step_of_batches
+    from mlx_tune.graphs.tracing.trace import step_of_batches
 
     step = step_of_batches(step, make_batch, request["size"], state)
     probe = Probe(step, make_batch, state, request["budget_bytes"])
@@ -195,7 +195,7 @@ def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) 
 
 def _knots(request: dict[str, Any], step: Any, make_batch: Any, state: Any) -> dict[str, Any]:
     from mlx_tune.batching.probe import Probe
-    from mlx_tune.graphs.calls import step_of_batches
+    from mlx_tune.graphs.tracing.trace import step_of_batches
     from mlx_tune.measuring.floors import StepFloor
     from mlx_tune.measuring.forecast import read_ahead
 

@@ -62,7 +62,7 @@ def _advice(size: int, budget_bytes: int, estimated: tuple[Any, Any, Any] | None
     plain = "Shorter rows, or mlx_tune.checkpoint_blocks(model), may bring it down."
     if estimated is None:
         return f" {plain}"
-    from mlx_tune.graphs import estimate_memory
+    from mlx_tune.graphs.estimate import estimate_memory
 
     step, make_batch, state = estimated
     try:

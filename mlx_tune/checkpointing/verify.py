@@ -17,7 +17,7 @@ from mlx_tune.checkpointing.block.wrap import checkpoint, is_checkpointed, kept_
 from mlx_tune.checkpointing.blocks import checkpoint_blocks
 from mlx_tune.checkpointing.verified import VERDICTS, GradientDifference, VerifyReport
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.graphs.calls import taking
+from mlx_tune.graphs.tracing.trace import taking
 from mlx_tune.reach.walk import Walk
 from mlx_tune.state import Snapshot
 

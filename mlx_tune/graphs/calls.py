@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,66 +11,38 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_tune.errors import InvalidArgumentError, TraceError
-from mlx_tune.graphs.tracing.trace import trace_step
-from mlx_tune.interrupts import interruptible
+from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.upstream import TRANSFORMED, function_of
 
 #: The attribute of functions for which it is decided how they are given a batch.
 _SETTLED = "__takes_a_batch__"
 
 
-def taking(
-    step: Callable[..., object], args: Sequence[object], state: object = (), *, first: object = None
-) -> Callable[..., object]:
-    """Make of a step a function that can be called with `args`, of which a single one may be a whole batch.
-
-    A tuple, list or dictionary is handed over whole where the step takes one argument, and spread over several, by
-    position or by name, where its signature asks for that. The signature is read through `mx.compile`, `mx.grad`,
-    `functools.partial`, methods and objects that can be called. Where it allows both, or cannot be read, the step is
-    traced with one and then the other, with nothing evaluated, and the first that it takes counts.
+def fitting_ways(step: Callable[..., object], args: Sequence[object], first: object = None) -> list[Way]:
+    """The ways of calling a step that its signature allows; none where it is called as it is.
 
     Args:
         step: The function.
-        args: The arguments that it is going to be called with, or something of the same form.
-        state: Objects that it changes; needed where it has to be traced.
+        args: The arguments that it is going to be called with.
         first: An argument that comes before the others if the step asks for one more.
-
-    Returns:
-        A function of `args`: the step itself where nothing has to be done.
 
     Raises:
         InvalidArgumentError: The step's arguments are neither one batch nor what the batch holds.
-        Exception: Whatever the step raises where it was traced and took the batch in no way.
-
-    Examples:
-        >>> step = lambda x, y: (x * y).sum()
-        >>> batch = (mx.ones(3), mx.full(3, 2.0))
-        >>> taking(step, [batch])(batch).item()
-        6.0
-        >>> named = dict(zip("yx", batch))
-        >>> taking(mx.compile(step), [named])(named).item()
-        6.0
     """
     ways = _ways(args, [()] if first is None else [(), (first,)])
     if len(ways) == 1 or not callable(step) or getattr(step, _SETTLED, False):
-        return step
+        return []
     signature = _signature(step)
     fitting = [way for way in ways if signature is None or _binds(signature, way, args)]
     if not fitting and ways[-1].spread:
         raise InvalidArgumentError(_misfit(step, signature, ways, args[0]))
-    if not fitting or fitting == ways[:1]:
-        return step  # where arguments are missing, calling it says which
-    way = fitting[0] if len(fitting) == 1 else _first_taken(step, fitting, args, state)
-    return _called(step, way, len(args))
+    return [] if fitting == ways[:1] else fitting  # where arguments are missing, calling it says which
 
 
-def step_of_batches(
-    step: Callable[..., object], make_batch: Callable[[int], object], size: int, state: object = ()
-) -> Callable[..., object]:
-    """Make of a step a function of what `make_batch` returns, as `taking` does; a batch of `size` shows its form."""
-    with interruptible():
-        return taking(step, (make_batch(size),), state)
+def fits_inside(step: Callable[..., object], way: Way, args: Sequence[object]) -> bool:
+    """True where the function inside a decorator takes its arguments that way as well."""
+    signature = _signature(step, follow_wrapped=True)
+    return signature is not None and _binds(signature, way, args)
 
 
 def require_functions(step: object, make_batch: object) -> None:
@@ -92,7 +63,7 @@ def require_functions(step: object, make_batch: object) -> None:
 
 
 @dataclass(frozen=True)
-class _Way:
+class Way:
     """One way of calling the step.
 
     Attributes:
@@ -115,12 +86,12 @@ class _Way:
         return f"step({'model, ' if self.before else ''}{stars}{given})"
 
 
-def _ways(args: Sequence[object], before: list[tuple[object, ...]]) -> list[_Way]:
+def _ways(args: Sequence[object], before: list[tuple[object, ...]]) -> list[Way]:
     """Those that the arguments allow, the plainest first."""
     batch = args[0] if len(args) == 1 else None
     by_name = isinstance(batch, dict) and not isinstance(batch, nn.Module) and all(isinstance(k, str) for k in batch)
     spreads = (False, True) if by_name or isinstance(batch, (tuple, list)) else (False,)
-    return [_Way(first, spread) for spread in spreads for first in before]
+    return [Way(first, spread) for spread in spreads for first in before]
 
 
 def _signature(step: Callable[..., object], *, follow_wrapped: bool = False) -> inspect.Signature | None:
@@ -143,7 +114,7 @@ def _plain(step: Any) -> Any:
     return MethodType(_plain(step.__func__), step.__self__) if isinstance(step, MethodType) else step
 
 
-def _binds(signature: inspect.Signature, way: _Way, args: Sequence[object]) -> bool:
+def _binds(signature: inspect.Signature, way: Way, args: Sequence[object]) -> bool:
     positional, named = way.arguments(args)
     try:
         signature.bind(*positional, **named)
@@ -152,31 +123,7 @@ def _binds(signature: inspect.Signature, way: _Way, args: Sequence[object]) -> b
     return True
 
 
-def _first_taken(step: Callable[..., object], ways: list[_Way], args: Sequence[object], state: object) -> _Way:
-    """The first way that a trace of the step gets through, else the first that gets to what no trace can show.
-
-    Of several such ways, one that the function inside a decorator takes as well comes first.
-    """
-    failures: list[tuple[int, Exception]] = []
-    untraced: list[_Way] = []
-    for way in ways:
-        try:
-            trace_step(_called(step, way, len(args)), args, state)
-        except TraceError:
-            untraced.append(way)
-        except Exception as error:
-            failures.append((-sum(1 for _ in traceback.walk_tb(error.__traceback__)), error))
-        else:
-            return way
-    if untraced:
-        inner = _signature(step, follow_wrapped=True)
-        return next((way for way in untraced if inner is not None and _binds(inner, way, args)), untraced[0])
-    _, furthest = min(failures, key=lambda failure: failure[0])
-    furthest.add_note(f"The step was tried as {' and as '.join(way.text(args) for way in ways)}; none of them works.")
-    raise furthest
-
-
-def _called(step: Callable[..., object], way: _Way, count: int) -> Callable[..., object]:
+def called(step: Callable[..., object], way: Way, count: int) -> Callable[..., object]:
     """The step, called in one of the ways."""
     if count != 1:
         return partial(step, *way.before)
@@ -190,7 +137,7 @@ def _called(step: Callable[..., object], way: _Way, count: int) -> Callable[...,
     return given
 
 
-def _misfit(step: object, signature: object, ways: list[_Way], batch: Any) -> str:
+def _misfit(step: object, signature: object, ways: list[Way], batch: Any) -> str:
     name = getattr(step, "__name__", None) or type(step).__name__
     holds = list(batch) if isinstance(batch, dict) else len(batch)
     return (

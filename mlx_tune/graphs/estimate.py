@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_tune.garbage import no_collections
 from mlx_tune.graphs.belonging import modules_of
-from mlx_tune.graphs.calls import taking
 from mlx_tune.graphs.graph import Graph, dtype_name
 from mlx_tune.graphs.simulating.allocator import PURPOSES, Buffer
 from mlx_tune.graphs.simulating.course import Course, simulate
 from mlx_tune.graphs.simulating.order import evaluation_order
-from mlx_tune.graphs.tracing.trace import trace_step
+from mlx_tune.graphs.tracing.trace import taking, trace_step
 from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_percent, format_seconds
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.graphs import is_tracing
+from mlx_tune.graphs.tracing.recomputation import is_tracing
 from mlx_tune.lm.adapters import integer_parameters
 from mlx_tune.state import Snapshot
 from mlx_tune.upstream import set_mode

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.garbage import quick_collections
-from mlx_tune.graphs.calls import taking
+from mlx_tune.graphs.tracing.trace import taking
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.measuring.step import StepTrial, run_step

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mlx_tune as mt
-from mlx_tune.graphs.calls import taking
+from mlx_tune.graphs.tracing.trace import taking
 
 pytestmark = pytest.mark.usefixtures("quick_garbage")
 

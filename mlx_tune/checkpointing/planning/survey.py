@@ -11,7 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
-from mlx_tune import graphs
 from mlx_tune.checkpointing.block.wrap import is_checkpointed
 from mlx_tune.checkpointing.blocks import Select, find_blocks
 from mlx_tune.checkpointing.planning.choose import Choice, calibrated
@@ -19,7 +18,8 @@ from mlx_tune.checkpointing.planning.costs import Calls, forward_seconds, kind_o
 from mlx_tune.checkpointing.planning.planned import apply_choice
 from mlx_tune.checkpointing.planning.schedule import frontier
 from mlx_tune.errors import CheckpointError
-from mlx_tune.graphs.calls import taking
+from mlx_tune.graphs.estimate import estimate_memory
+from mlx_tune.graphs.tracing.trace import taking
 from mlx_tune.interrupts import interruptible
 from mlx_tune.progress import Bar
 from mlx_tune.trees import arrays_of, nbytes_of, outermost
@@ -98,7 +98,7 @@ class Survey:
     def _estimated(self, choice: Choice, size: int) -> int:
         undo = apply_choice(self.model, self.chosen(choice))
         try:
-            estimate = graphs.estimate_memory(self.step, self._batch(size), state=self.state)
+            estimate = estimate_memory(self.step, self._batch(size), state=self.state)
         finally:
             undo()
         return int(estimate.floor_bytes + self.beside_bytes)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import mlx.core as mx
 
 from mlx_tune.errors import InvalidArgumentError, TraceError
-from mlx_tune.graphs.arguments import ArraySpec, Leaf, arrays_of, leaves, with_arrays
-from mlx_tune.graphs.graph import CompiledCall, Graph, Node, Value, dtype_name
-from mlx_tune.graphs.tracing.built import BuiltGraph, made_by_operations
+from mlx_tune.graphs.arguments import Leaf, leaves
+from mlx_tune.graphs.calls import Way, called, fits_inside, fitting_ways
+from mlx_tune.graphs.graph import Graph, dtype_name
 from mlx_tune.graphs.tracing.compiled_calls import fuse_compiled_calls
-from mlx_tune.graphs.tracing.custom_gradients import Marks
 from mlx_tune.graphs.tracing.failures import explain_failure, refused_primitive
 from mlx_tune.graphs.tracing.first_steps import FirstStep
 from mlx_tune.graphs.tracing.folding import fold_written_out
 from mlx_tune.graphs.tracing.fusion import fuse
 from mlx_tune.graphs.tracing.interception import Interception, compiles, intercepted
 from mlx_tune.graphs.tracing.recomputation import tracing
+from mlx_tune.graphs.tracing.recorder import Recorder
 from mlx_tune.graphs.tracing.standins import STAND_INS
 from mlx_tune.graphs.tracing.surroundings import Surroundings
 from mlx_tune.graphs.tracing.unmerge import unmerge
@@ -65,6 +61,52 @@ def trace_step(step: Callable[..., object], args: Sequence[object], state: objec
     return graph
 
 
+def taking(
+    step: Callable[..., object], args: Sequence[object], state: object = (), *, first: object = None
+) -> Callable[..., object]:
+    """Make of a step a function that can be called with `args`, of which a single one may be a whole batch.
+
+    A tuple, list or dictionary is handed over whole where the step takes one argument, and spread over several, by
+    position or by name, where its signature asks for that. The signature is read through `mx.compile`, `mx.grad`,
+    `functools.partial`, methods and objects that can be called. Where it allows both, or cannot be read, the step is
+    traced with one and then the other, with nothing evaluated, and the first that it takes counts.
+
+    Args:
+        step: The function.
+        args: The arguments that it is going to be called with, or something of the same form.
+        state: Objects that it changes; needed where it has to be traced.
+        first: An argument that comes before the others if the step asks for one more.
+
+    Returns:
+        A function of `args`: the step itself where nothing has to be done.
+
+    Raises:
+        InvalidArgumentError: The step's arguments are neither one batch nor what the batch holds.
+        Exception: Whatever the step raises where it was traced and took the batch in no way.
+
+    Examples:
+        >>> step = lambda x, y: (x * y).sum()
+        >>> batch = (mx.ones(3), mx.full(3, 2.0))
+        >>> taking(step, [batch])(batch).item()
+        6.0
+        >>> named = dict(zip("yx", batch))
+        >>> taking(mx.compile(step), [named])(named).item()
+        6.0
+    """
+    fitting = fitting_ways(step, args, first)
+    if not fitting:
+        return step
+    return called(step, fitting[0] if len(fitting) == 1 else _first_taken(step, fitting, args, state), len(args))
+
+
+def step_of_batches(
+    step: Callable[..., object], make_batch: Callable[[int], object], size: int, state: object = ()
+) -> Callable[..., object]:
+    """Make of a step a function of what `make_batch` returns, as `taking` does; a batch of `size` shows its form."""
+    with interruptible():
+        return taking(step, (make_batch(size),), state)
+
+
 def _traced(step: Callable[..., object], args: Sequence[object], state: object, first: FirstStep) -> Graph:
     """Trace until every operation that MLX cannot export has its stand-in."""
     slots = list(state_arrays(state))
@@ -100,7 +142,7 @@ def _trace(
     """One attempt, after which everything is as before."""
     with uninterrupted():  # a Ctrl-C comes in the step, or when everything is back
         surroundings = Surroundings(step, state)
-        recorder = _Recorder()
+        recorder = Recorder()
         snapshot = Snapshot(state)
         try:
             with tracing(), intercepted(interception, STAND_INS.values()):
@@ -133,7 +175,7 @@ def _trace(
     return _as_evaluated(recorder, dict(interception.stand_ins))
 
 
-def _as_evaluated(recorder: _Recorder, stand_ins: dict[str, str]) -> Graph:
+def _as_evaluated(recorder: Recorder, stand_ins: dict[str, str]) -> Graph:
     """From what the exporter reported to what MLX evaluates: merged and fused where, and only where, it is compiled."""
     simplified = recorder.graph
     simplified.compiled, simplified.stand_ins = bool(recorder.compiled_calls), stand_ins
@@ -147,128 +189,30 @@ def _as_evaluated(recorder: _Recorder, stand_ins: dict[str, str]) -> Graph:
     return fuse(graph) if graph is simplified else fuse_compiled_calls(graph)
 
 
-class _Recorder:
-    """Takes what MLX's exporter reports and turns it into a graph."""
+def _first_taken(step: Callable[..., object], ways: list[Way], args: Sequence[object], state: object) -> Way:
+    """The first way that a trace of the step gets through, else the first that gets to what no trace can show.
 
-    def __init__(self) -> None:
-        self.graph = Graph()
-        self.compiled_calls: list[CompiledCall] = []
-        self.marks = Marks()
-        self._names: dict[str, int] = {}
-        self._inputs: list[Value] = []
-
-    def trace(
-        self,
-        step: Callable[..., object],
-        args: Sequence[object],
-        batch: list[tuple[str, Leaf]],
-        slots: list[StateArray],
-        state: object,
-        interception: Interception,
-    ) -> None:
-        unique: dict[int, int] = {}
-        arrays: list[mx.array] = []
-        positions: list[int] = []
-        for label, leaf in batch:
-            array = mx.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, ArraySpec) else leaf
-            # The same array twice is one array; the same description twice describes two.
-            position = unique.get(id(leaf), len(arrays)) if array is leaf else len(arrays)
-            positions.append(position)
-            if position == len(arrays):
-                arrays.append(array)
-                self._inputs.append(Value(tuple(array.shape), array.dtype, "batch", label))
-                if array is leaf:
-                    unique[id(leaf)] = position
-        for slot in slots:
-            if id(slot.array) not in unique:
-                unique[id(slot.array)] = len(arrays)
-                arrays.append(slot.array)
-                self._inputs.append(Value(tuple(slot.array.shape), slot.array.dtype, slot.role, slot.label))
-        kept: set[int] = set()
-        self.marks = interception.marks
-
-        def flat(*tracers: mx.array) -> list[mx.array]:
-            # Writing into an array in place gives the same object another value: these are the ones before.
-            inputs = [copy.copy(tracer) for tracer in tracers]
-            place = {key: tracers[i] for key, i in unique.items()}
-            for slot in slots:
-                slot.put(place[id(slot.array)])
-            with interruptible():
-                result = step(*with_arrays(args, (tracers[i] for i in positions)))
-            outputs = arrays_of(result)
-            if not outputs:
-                raise TraceError(_without_arrays(result))
-            self.graph.results = len(outputs)
-            written = made_by_operations(tracers)
-            untouched = {id(place[id(s.array)]): id(s.array) for s in slots if id(place[id(s.array)]) not in written}
-            after = list(state_arrays(state))
-            kept.update(untouched[id(slot.array)] for slot in after if id(slot.array) in untouched)
-            updated = [slot for slot in after if id(slot.array) not in untouched]
-            self.graph.updated = [slot.label for slot in updated]
-            everything = [*outputs, *(slot.array for slot in updated)]
-            around = [array for call in interception.compiled_calls for side in call for array in side]
-            self.built = BuiltGraph(inputs, everything, around)
-            names = iter(self.built.others)
-            self.compiled_calls = [
-                CompiledCall(*(tuple(name for _ in side if (name := next(names)) is not None) for side in call))
-                for call in interception.compiled_calls
-            ]
-            return everything
-
-        if not arrays:
-            arrays, unique[0] = [mx.array(0.0)], 0
-            self._inputs.append(Value((), mx.float32, "captured", "nothing"))
-        mx.export_function(self._see, flat, *arrays)
-        self.graph.held |= {*positions, *(unique[key] for key in kept)}
-
-    def _see(self, event: dict[str, Any]) -> None:
-        kind = event["type"]
-        graph = self.graph
-        if kind == "primitive":
-            names, place = self._names, self._value
-            read = tuple([names[a[0]] if a[0] in names else place(a) for a in event["inputs"]])
-            made = tuple(map(place, event["outputs"]))
-            graph.nodes.append(Node(event["name"], read, made, tuple(event["arguments"])))
-        elif kind == "inputs":
-            for (name, _, _), value in zip(event["inputs"], self._inputs, strict=True):
-                self._names[name] = len(graph.values)
-                graph.values.append(value)
-        elif kind == "outputs":
-            graph.outputs = [self._value(o) for o in event["outputs"]]
-        elif kind == "constants":
-            for name, array in event["constants"]:
-                index = self._value((name, tuple(array.shape), array.dtype))
-                if mark := self.marks.find(array):
-                    graph.marks[index] = mark
-                graph.values[index] = Value(tuple(array.shape), array.dtype, "captured", "a captured array")
-                graph.held.add(index)
-
-    def _value(self, described: tuple[str, Sequence[int], mx.Dtype]) -> int:
-        name, shape, dtype = described
-        index = self._names.get(name)
-        if index is None:
-            index = self._names[name] = len(self.graph.values)
-            self.graph.values.append(Value(tuple(shape), dtype))
-        return index
+    Of several such ways, one that the function inside a decorator takes as well comes first.
+    """
+    failures: list[tuple[int, Exception]] = []
+    untraced: list[Way] = []
+    for way in ways:
+        try:
+            trace_step(called(step, way, len(args)), args, state)
+        except TraceError:
+            untraced.append(way)
+        except Exception as error:
+            failures.append((-sum(1 for _ in traceback.walk_tb(error.__traceback__)), error))
+        else:
+            return way
+    if untraced:
+        return next((way for way in untraced if fits_inside(step, way, args)), untraced[0])
+    _, furthest = min(failures, key=lambda failure: failure[0])
+    furthest.add_note(f"The step was tried as {' and as '.join(way.text(args) for way in ways)}; none of them works.")
+    raise furthest
 
 
 def _listed(places: list[str]) -> str:
     """The first few of some places, and how many more there are."""
     shown = ", ".join(places[:5])
     return shown if len(places) <= 5 else f"{shown} and {len(places) - 5} more"
-
-
-def _without_arrays(result: object) -> str:
-    """The text of the error for a result in which there is no array."""
-    if inspect.iscoroutine(result):
-        result.close()  # or Python warns that it was never awaited
-    if inspect.isgenerator(result) or inspect.iscoroutine(result):
-        return (
-            f"The step returned a {type(result).__name__}: calling it runs nothing of it. Pass a function that returns "
-            "the loss, without `yield` or `async`."
-        )
-    shown = repr(result) if isinstance(result, (int, float, str, type(None))) else f"a {type(result).__name__}"
-    return (
-        f"The step returned {shown:.80}, in which there is no array. Return the loss first, as in `return loss`: the "
-        "loss is what says which part of the step is evaluated. Arrays are found in lists, tuples and dictionaries."
-    )

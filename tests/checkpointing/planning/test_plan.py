@@ -260,7 +260,7 @@ def test_the_plan_is_the_fastest_of_all_choices_on_a_made_up_machine(monkeypatch
     machine = Machine(training, seconds)
     monkeypatch.setattr(measuring, "run_step", machine.run_step)
     monkeypatch.setattr(surveying, "forward_seconds", machine.forward_seconds)
-    monkeypatch.setattr(surveying, "graphs", machine)
+    monkeypatch.setattr(surveying, "estimate_memory", machine.estimate_memory)
     for share in (0.2, 0.5, 0.8):
         budget = between((machine.floors[(False,) * 4], min(machine.floors.values())), share)
         machine.beside = training.beside()
