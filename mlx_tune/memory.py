@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, contextmanager
+from contextlib import ContextDecorator, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
@@ -249,9 +249,9 @@ def cache_room(budget_bytes: int, peak_bytes: int) -> int | None:
 
 
 @contextmanager
-def held_limits(limit_bytes: int, cache_limit_bytes: int | None) -> Iterator[None]:
-    """Hold MLX's memory limit, and its cache limit unless that is None, while the block runs."""
-    with memory_limit(limit_bytes), held_cache(cache_limit_bytes):
+def held_limits(limit_bytes: int | None, cache_limit_bytes: int | None) -> Iterator[None]:
+    """Hold MLX's memory limit and its cache limit, each unless it is None, while the block runs."""
+    with nullcontext() if limit_bytes is None else memory_limit(limit_bytes), held_cache(cache_limit_bytes):
         yield
 
 

@@ -136,9 +136,7 @@ def autobatch(
             ranks.agree(lambda: used_up(allowed, state))
             with uninterrupted(), quick_collections(), ranks.agree(lambda: Snapshot(state, spill=True)) as before:
                 step = ranks.agree(partial(step_of_batches, step, make_batch, sizes[0], state))
-                probe = Probe(step, make_batch, state, int(allowed), restore=before.restore)
-                if ranks.size > 1:
-                    probe.agree, probe.largest = ranks.agree, lambda value: -ranks.smallest(-value)
+                probe = Probe(step, make_batch, state, int(allowed), restore=before.restore, ranks=ranks)
                 session = Session(_through(probe, note, ranks), sizes, int(allowed), steps, bar)
                 session.notes += slow_half_precision(state, bar)
                 floor = StepFloor(step, make_batch, state)

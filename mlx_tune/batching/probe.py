@@ -13,8 +13,10 @@ from mlx_tune.batching.result import Trial
 from mlx_tune.errors import TrialError
 from mlx_tune.interrupts import interruptible
 from mlx_tune.measuring.outcomes import count_items, fault_of, first_line, is_out_of_memory
+from mlx_tune.measuring.ranks import Ranks
+from mlx_tune.measuring.step import StepTrial, run_step
 from mlx_tune.measuring.throttle import HOLDING, SHARES, Throttle
-from mlx_tune.memory import cache_room, held_limits, track_memory
+from mlx_tune.memory import cache_room
 from mlx_tune.trees import arrays_of, nbytes_of
 from mlx_tune.units import format_bytes
 
@@ -40,16 +42,6 @@ _LOWER = (HOLDING, 0.6, 0.0)
 _SWAP_SHARE, _SWAP_BYTES = 0.02, 64 << 20
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """The cost of one step, and the memory limit it ran under."""
-
-    limit_bytes: int
-    peak_bytes: int
-    seconds: float
-    loss: Any
-
-
 @dataclass
 class Probe:
     """Runs trials, and remembers from one to the next how a step's peak follows its memory limit.
@@ -61,9 +53,8 @@ class Probe:
         budget_bytes: The limit of peak and cache.
         throttle: The knowledge of limits so far.
         restore: Puts the state back as it was before the first trial.
-        agree: Runs a function on every rank; where it raises on one, it raises on all.
-        largest: The largest of all ranks' numbers. Every step that one rank takes, all take: what decides how many
-            goes through here.
+        ranks: The processes that search. Every step that one rank takes, all take: what decides how many goes through
+            here.
         unit: The unit of `Trial.items`: "tokens" or "rows".
         seen: For each size, the memory limit and the peak of every step so far.
     """
@@ -74,8 +65,7 @@ class Probe:
     budget_bytes: int
     throttle: Throttle = field(default_factory=Throttle)
     restore: Callable[[], None] | None = None
-    agree: Callable[[Callable[[], Any]], Any] = lambda function: function()
-    largest: Callable[[int], int] = lambda value: value
+    ranks: Ranks = field(default_factory=Ranks.alone)
     unit: str = "rows"
     seen: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     _warm: bool = False
@@ -92,7 +82,7 @@ class Probe:
         """
         before = nbytes_of(self.state)
         limit = 1 if floor_bytes is None or floor_bytes > _ROOMY * self.budget_bytes else floor_bytes
-        self._run(self.agree(lambda: self._batch(size)), limit, Trial(size, None, limit_bytes=limit))
+        self._run(self.ranks.agree(lambda: self._batch(size)), limit, Trial(size, None, limit_bytes=limit))
         self._warm = True
         return nbytes_of(self.state) != before
 
@@ -136,14 +126,14 @@ class Probe:
         import mlx.core as mx
 
         trial = trials[0]
-        batch = self.agree(lambda: self._batch(trial.batch_size))
+        batch = self.ranks.agree(lambda: self._batch(trial.batch_size))
         items, self.unit = count_items(batch, trial.batch_size)
         trial = trials[0] = replace(trial, items=items)
         mx.clear_cache()
         if not self._warm:
             self._run(batch, 1, trial)
             self._warm = True
-        base = self.largest(mx.get_active_memory())
+        base = self.ranks.largest(mx.get_active_memory())
         small = trial.predicted_bytes is None or trial.predicted_bytes - base < _SMALL * (self.budget_bytes - base)
         unknown = not self.throttle.worst or (small and SHARES[-1] not in self.throttle.worst)
         holding = None if unknown else self.throttle.holding_share
@@ -158,8 +148,9 @@ class Probe:
         while floor <= self.budget_bytes:
             share = self._share(room, failed)
             limit = self.throttle.limit_at(share, base, floor, self.budget_bytes)
-            if share == holding and readings[0].limit_bytes <= self.budget_bytes:
-                limit = readings[0].limit_bytes  # the same share, of what was expected beforehand
+            held_at = readings[0].limit_bytes
+            if share == holding and held_at is not None and held_at <= self.budget_bytes:
+                limit = held_at  # the same share, of what was expected beforehand
             taken = [reading for reading in readings if reading.limit_bytes == limit]
             if failed is not None:  # one step within the budget, after one that was not, may be a low one
                 taken, steps = [], max(steps, 2)
@@ -171,7 +162,7 @@ class Probe:
             failed = share
             trials.append(trial)  # not under this limit: once more under a lower one
 
-    def _needed(self, readings: list[_Reading], base: int, predicted: int | None) -> tuple[int, int]:
+    def _needed(self, readings: list[StepTrial], base: int, predicted: int | None) -> tuple[int, int]:
         """The floor that readings show, and the peak to reckon with at the floor.
 
         Single peaks scatter upwards. How far, several readings show; where there is but one, what earlier ones showed
@@ -198,7 +189,7 @@ class Probe:
         lower = [share for share in _LOWER if share < failed and self.throttle.worst.get(share, 0.0) <= room]
         return max(lower, default=0.0)
 
-    def _steps(self, trial: Trial, batch: Any, steps: int, taken: list[_Reading]) -> Trial:
+    def _steps(self, trial: Trial, batch: Any, steps: int, taken: list[StepTrial]) -> Trial:
         """Take real steps under the trial's limit, those taken already included, until one is above the budget.
 
         Peaks scatter, and a limit that is raised brings none down: what was seen at this size under the limit, or a
@@ -223,10 +214,10 @@ class Probe:
         """The highest peak seen so far at a trial's size, under its limit or a lower one."""
         return max((peak for limit, peak in self.seen[trial.batch_size] if limit <= trial.limit_bytes), default=0)
 
-    def _learn(self, batch: Any, base: int, trial: Trial) -> list[_Reading]:
+    def _learn(self, batch: Any, base: int, trial: Trial) -> list[StepTrial]:
         """Read the floor a few times, and see how peaks rise with the limit while there is room for that."""
-        readings: list[_Reading] = []
-        others: list[_Reading] = []
+        readings: list[StepTrial] = []
+        others: list[StepTrial] = []
         expected = 0 if trial.predicted_bytes is None else _SPREAD * trial.predicted_bytes
 
         def floor() -> int:
@@ -265,7 +256,7 @@ class Probe:
                 break
         return readings + others
 
-    def _floor(self, batch: Any, base: int, trial: Trial) -> list[_Reading]:
+    def _floor(self, batch: Any, base: int, trial: Trial) -> list[StepTrial]:
         """Peaks held to the floor: one, or a few where the first surprises."""
         limit, expected, added = 1, self.budget_bytes, 0
         if trial.predicted_bytes is not None:
@@ -317,64 +308,27 @@ class Probe:
         self._rows = rows if self._rows is None else self._rows & rows
         return batch
 
-    def _run(self, batch: Any, limit: int, trial: Trial, cache: int | None = None) -> _Reading:
+    def _run(self, batch: Any, limit: int, trial: Trial, cache: int | None = None) -> StepTrial:
         """Take one step under a limit and read the counters; see that it computed a loss."""
         reading = self._together(batch, limit, trial.batch_size, cache)
-        if self.largest(fault_of(reading.loss) is not None) and self.restore is not None:
+        if reading.fault is not None and self.restore is not None:
             # Many steps on the same rows may have driven the loss to zero, or off: look again from where it began.
             self.restore()
             reading = self._together(batch, limit, trial.batch_size, cache)
-
-        def see() -> None:
-            fault = fault_of(reading.loss)
-            if fault is not None:
-                raise TrialError(fault.format(size=trial.batch_size))
-
-        self.agree(see)
+        if reading.fault is not None:
+            raise TrialError(reading.fault.format(size=trial.batch_size))
         self.seen.setdefault(trial.batch_size, []).append((limit, reading.peak_bytes))
         return reading
 
-    def _together(self, batch: Any, limit: int, size: int, cache: int | None) -> _Reading:
-        """A step that all ranks take at once: the highest peak and the longest time count."""
+    def _together(self, batch: Any, limit: int, size: int, cache: int | None) -> StepTrial:
+        """A step that all ranks take at once."""
+        return self.ranks.step(lambda: self._step_once(batch, limit, size, cache))
 
-        def step() -> _Reading | Exception:
-            try:
-                return self._step_once(batch, limit, size, cache)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                return error
-
-        own: _Reading | Exception = self.agree(step)
-        if self.largest(isinstance(own, Exception)):
-            raise own if isinstance(own, Exception) else MemoryError("out of memory on another rank")
-        assert isinstance(own, _Reading)
-        micros = self.largest(round(own.seconds * 1e6))
-        return replace(own, peak_bytes=self.largest(own.peak_bytes), seconds=max(own.seconds, micros / 1e6))
-
-    def _step_once(self, batch: Any, limit: int, size: int, cache: int | None) -> _Reading:
-        import mlx.core as mx
-
-        gc.collect()
-        before = mx.get_active_memory()
-        with held_limits(limit, cache), track_memory() as memory, interruptible():
-            out = self.step(batch)
-            arrays = list(arrays_of(out))
-            mx.eval(arrays, list(arrays_of(self.state)))
-            mx.synchronize()
-        mx.eval(mx.zeros(1) + 1)  # on Metal, an error that was stored by the work above comes out here (mlx#4174)
-        if not arrays:
-            raise TrialError(
-                f"step(batch) returned {_described(out)}: it must return arrays, the loss first, so that a trial "
-                f"knows what to evaluate."
-            )
-        if memory.peak_bytes <= before:
+    def _step_once(self, batch: Any, limit: int, size: int, cache: int | None) -> StepTrial:
+        reading = run_step(self.step, (batch,), self.state, limit, cache_limit_bytes=cache, judge=fault_of)
+        if reading.peak_bytes <= reading.base_bytes:
             raise TrialError(
                 f"A trial at batch size {size} ran no operation: step(batch) returned without computing anything, so "
                 f"every size would seem to fit. step must run the forward pass, the gradients and the update."
             )
-        return _Reading(limit, memory.peak_bytes, memory.seconds, arrays[0])
-
-
-def _described(out: Any) -> str:
-    return "None" if out is None else f"a {type(out).__name__} without arrays"
+        return reading

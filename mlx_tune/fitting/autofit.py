@@ -17,7 +17,6 @@ from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
 from mlx_tune.fitting.result import Fit, Setting
 from mlx_tune.fitting.search import Search
-from mlx_tune.fitting.together import Together
 from mlx_tune.fitting.trials import Candidate, Trials
 from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.calls import require_functions
@@ -132,10 +131,16 @@ def autofit(
         progress_bar("autofit", enabled=progress and ranks.rank == 0) as bar,
     ):
         notes += slow_half_precision(whole, bar)
-        together = Together(ranks, before.restore)
-        survey = Survey(model, step, make_batch, sizes[0], whole, select, bar, together.largest, blocks)
+        survey = Survey(model, step, make_batch, sizes[0], whole, select, bar, ranks.largest_figure, blocks)
         trials = Trials(
-            survey, allowed, steps=steps, throttle=may_throttle, tolerance=tolerance, together=together, bar=bar
+            survey,
+            allowed,
+            steps=steps,
+            throttle=may_throttle,
+            tolerance=tolerance,
+            ranks=ranks,
+            recover=before.restore,
+            bar=bar,
         )
         search = Search(survey, sizes, trials, bar)
         best = search.run(keep_usual=target_batch is None)

@@ -72,7 +72,7 @@ class Search:
         survey.batch_size = studied
         survey.study()
         count = partial(_count, survey, studied)
-        items, self.unit = self.trials.together.everywhere(count)
+        items, self.unit = self.trials.ranks.agree(count)
         self.items_per_row = items / studied
         self.bar.update(text="largest batch with no block checkpointed")
         self.collect(self.largest(survey.none), largest)

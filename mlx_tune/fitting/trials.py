@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +16,17 @@ from mlx_tune.checkpointing.planning.choose import Choice
 from mlx_tune.checkpointing.planning.measure import LEAST_RUNS, Measured, Measurements
 from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.errors import BudgetError
-from mlx_tune.fitting.together import Together
 from mlx_tune.interrupts import interruptible
+from mlx_tune.measuring.outcomes import is_out_of_memory
+from mlx_tune.measuring.ranks import Ranks
+from mlx_tune.measuring.step import StepTrial
 from mlx_tune.measuring.turns import Standing, race
 from mlx_tune.progress import Bar
 from mlx_tune.trees import arrays_of
 from mlx_tune.units import format_bytes
 
+#: The time that a step which ran out of memory is said to have taken: longer than any that did not.
+OUT_OF_MEMORY_SECONDS = 1e6
 #: How often a limit is lowered for a setting whose peak went over the budget after all.
 _SECOND_CHANCES = 2
 
@@ -60,7 +66,7 @@ class Candidate:
     @property
     def died(self) -> bool:
         """True where it ran out of memory, so that nothing was measured."""
-        return self.measured is not None and self.measured.seconds >= Together.OUT_OF_MEMORY_SECONDS
+        return self.measured is not None and self.measured.seconds >= OUT_OF_MEMORY_SECONDS
 
     @property
     def held_back(self) -> bool:
@@ -92,7 +98,8 @@ class Trials:
         steps: Real steps for each setting and limit.
         throttle: True where the memory limit may be below the budget.
         tolerance: Differences in rate up to this share do not count.
-        together: The ranks that search.
+        ranks: The processes that search.
+        recover: Puts back what a step changes; called after one that ran out of memory in the middle.
         bar: Told what is going on.
     """
 
@@ -104,12 +111,13 @@ class Trials:
         steps: int,
         throttle: bool,
         tolerance: float,
-        together: Together,
+        ranks: Ranks,
+        recover: Callable[[], None],
         bar: Bar,
     ) -> None:
         """Note what to run; nothing is run yet."""
         self.survey, self.budget, self.steps, self.throttle = survey, budget_bytes, steps, throttle
-        self.tolerance, self.together, self.bar = tolerance, together, bar
+        self.tolerance, self.ranks, self.recover, self.bar = tolerance, ranks, recover, bar
         self._real: dict[int, Measurements] = {}
 
     def measure(self, candidate: Candidate) -> None:
@@ -167,12 +175,25 @@ class Trials:
                 self.steps,
                 self.bar,
                 throttle=self.throttle,
-                share=partial(self.together.trial, budget_bytes=self.budget),
+                share=self._on_all_ranks,
             )
         if self._real[size].batch is None:
             for other in self._real.values():
                 other.batch = None
-            self._real[size].batch = self.together.everywhere(lambda: _made(survey.make_batch, size))
+            self._real[size].batch = self.ranks.agree(lambda: _made(survey.make_batch, size))
+
+    def _on_all_ranks(self, run: Callable[[], StepTrial]) -> StepTrial:
+        """A step of all ranks; one that runs out of memory on any of them has a peak of twice the budget."""
+        try:
+            return self.ranks.step(run)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the arrays that did not fit
+        self.recover()  # the model waits for what the step was to compute
+        gc.collect()
+        mx.clear_cache()
+        return StepTrial(None, 2 * self.budget, OUT_OF_MEMORY_SECONDS)
 
     def nothing_fits(self, least: Candidate) -> BudgetError:
         """The estimate said that it fits, and the measurement that it does not."""

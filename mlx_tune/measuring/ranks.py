@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
 from mlx_tune.measuring.floors import Floor
+from mlx_tune.measuring.outcomes import is_out_of_memory
+from mlx_tune.measuring.step import StepTrial
 
 T = TypeVar("T")
+
+#: Figures travel as 64-bit whole numbers: times in millionths of a second, and up to 9 TB still fit.
+_MICRO = 1_000_000
 
 
 class Ranks:
@@ -32,6 +38,13 @@ class Ranks:
         self.group = group
         self.size: int = 1 if group is None else group.size()
         self.rank: int = 0 if group is None else group.rank()
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """A process that agrees with itself, wherever it was started."""
+        self = cls.__new__(cls)
+        self.group, self.size, self.rank = None, 1, 0
+        return self
 
     def _gather(self, row: Sequence[int]) -> list[list[int]]:
         import mlx.core as mx
@@ -60,6 +73,35 @@ class Ranks:
     def smallest(self, value: int) -> int:
         """The smallest of all ranks' values."""
         return min(row[0] for row in self._gather([value]))
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        return max(row[0] for row in self._gather([value]))
+
+    def largest_figure(self, figure: Callable[[], float]) -> float:
+        """The largest of all ranks' figures: bytes as they are, seconds to the microsecond; errors as for `agree`."""
+        own = self.agree(figure)
+        return own if self.size == 1 else self.largest(round(own * _MICRO)) / _MICRO
+
+    def step(self, run: Callable[[], StepTrial]) -> StepTrial:
+        """Run a step on every rank at once: the highest peak and the longest time count, and a fault on any.
+
+        Raises:
+            MemoryError: It ran out of memory on another rank. Where it did here, that exception.
+            TrialError: It raised anything else on another rank. Where it did here, that exception.
+        """
+        own, error = self._attempt(run)
+        died = isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error)
+        row = [int(died), 0, 0, 0] if own is None else [0, own.peak_bytes, round(own.seconds * _MICRO), bool(own.fault)]
+        rows = self._share([int(figure) for figure in row], None if died else error)
+        if died and error is not None:
+            raise error
+        if any(figures[0] for figures in rows):
+            raise MemoryError("out of memory on another rank")
+        assert own is not None
+        _, peak, micros, faulty = (max(figures) for figures in zip(*rows, strict=True))
+        fault = own.fault or ("The loss at batch size {size} is faulty on another rank." if faulty else None)
+        return replace(own, peak_bytes=peak, seconds=max(own.seconds, micros / _MICRO), fault=fault)
 
     def same(self, **values: object) -> None:
         """See that every rank was given the same: what decides where a search goes must not differ.

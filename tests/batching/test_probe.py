@@ -57,8 +57,8 @@ def test_peak_and_cache_stay_within_the_budget_together():
 @pytest.mark.parametrize(
     ("step", "text"),
     [
-        (lambda x: None, r"step\(batch\) returned None: it must return arrays, the loss first"),
-        (lambda x: {"loss": 1.5}, r"step\(batch\) returned a dict without arrays"),
+        (lambda x: None, r"step returned None: it must return arrays, the loss first"),
+        (lambda x: {"loss": 1.5}, r"step returned a dict without arrays"),
         (lambda x: x, r"A trial at batch size 1 ran no operation: step\(batch\) returned without computing anything"),
         (lambda x: x.sum() * math.nan, r"The loss at batch size 1 is not finite.*do not diverge"),
         (lambda x: x.sum() * 0, r"The loss at batch size 1 is zero.*mlx#4134"),

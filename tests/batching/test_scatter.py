@@ -3,28 +3,35 @@
 import random
 from dataclasses import replace
 
-import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tune.batching.probe import Probe, _Reading
+from mlx_tune.batching.probe import Probe
 from mlx_tune.batching.session import Session
 from mlx_tune.measuring.floors import Floor
+from mlx_tune.measuring.ranks import Ranks
+from mlx_tune.measuring.step import StepTrial
 from mlx_tune.progress import Bar
 
 pytestmark = pytest.mark.usefixtures("quick_garbage")
 
 BASE, ROW = 100_000, 1000
 #: What is held apart from the machine's own rows, such as arrays of other tests.
-LOSS = mx.array(1.0)
+
+
+class Holding(Ranks):
+    """A process in which so much is held before every step."""
+
+    def largest(self, value):
+        return BASE
 
 
 class Machine(Probe):
     """Steps that peak at their floor when held back, above the limit when it is higher, and now and then higher yet."""
 
     def __init__(self, budget, seed=0, often=0.0, much=0.0, overshoot=0.05, ahead=1.3):
-        super().__init__(None, None, (), budget, largest=lambda value: BASE)
+        super().__init__(None, None, (), budget, ranks=Holding.alone())
         self.random, self.often, self.much = random.Random(seed), often, much
         self.overshoot, self.ahead = overshoot, ahead
         self.runs = []  # sizes, limits and peaks
@@ -42,7 +49,7 @@ class Machine(Probe):
     def _together(self, batch, limit, size, cache):
         peak = self.peak(size, limit)
         self.runs.append((size, limit, peak))
-        return _Reading(limit, peak, size * 1e-3, LOSS)
+        return StepTrial(limit, peak, size * 1e-3)
 
 
 def searched(machine, estimate=lambda n: BASE + n * ROW, steps=2):

@@ -12,7 +12,6 @@ import mlx_tune.checkpointing.planning.measure as measuring
 from mlx_tune import BudgetError, is_checkpointed
 from mlx_tune.fitting.autofit import _setting
 from mlx_tune.fitting.search import EVERY, PLAIN, USUAL, Search
-from mlx_tune.fitting.together import Together
 from mlx_tune.fitting.trials import Trials
 from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.measuring.step import StepTrial
@@ -107,7 +106,7 @@ class Machine:
     def search(self, budget, sizes=range(1, 1 << 32), keep_usual=True, recover=lambda: None, **options):
         bar = Bar()
         options = {"steps": 2, "throttle": True, "tolerance": 0.01, **options}
-        trials = Trials(self.survey, budget, together=Together(Ranks(None), recover), bar=bar, **options)
+        trials = Trials(self.survey, budget, ranks=Ranks(None), recover=recover, bar=bar, **options)
         search = Search(self.survey, sizes, trials, bar)
         return search, search.run(keep_usual)
 

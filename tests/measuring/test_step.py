@@ -46,7 +46,7 @@ def test_the_limit_holds_during_the_step_only():
 
 
 def test_a_step_without_arrays_is_an_error():
-    with pytest.raises(TrialError, match="returned no array"):
+    with pytest.raises(TrialError, match="step returned a dict without arrays: it must return arrays, the loss first"):
         run_step(lambda: {"loss": 1.0}, ())
 
 

@@ -162,7 +162,7 @@ def test_a_step_that_raises_leaves_everything_as_it_was(training):
 
 
 def test_a_step_without_arrays_is_an_error():
-    with pytest.raises(TrialError, match="returned no array"):
+    with pytest.raises(TrialError, match="step returned None: it must return arrays, the loss first"):
         tightest_limit(lambda: None, progress=False)
 
 

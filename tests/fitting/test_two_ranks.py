@@ -8,34 +8,6 @@ from pathlib import Path
 import pytest
 
 from mlx_tune.errors import TrialError
-from mlx_tune.fitting.together import Together
-from mlx_tune.measuring.step import StepTrial
-
-
-class Other:
-    """Stands for the ranks of a search whose other rank always has these figures."""
-
-    size, rank = 2, 0
-
-    def __init__(self, *figures):
-        self.figures = list(figures)
-
-    def agree(self, function):
-        return function()
-
-    def smallest(self, value):
-        return min(value, self.figures.pop(0))
-
-
-@pytest.mark.parametrize(("own", "other"), [(2.5, 3.25), (3.25, 2.5), (80e9, 24e9)])
-def test_the_largest_figure_counts(own, other):
-    assert Together(Other(-round(other * 1e6))).largest(lambda: own) == max(own, other)
-
-
-def test_the_highest_peak_and_the_longest_time_count():
-    together = Together(Other(-500, -2_000_000))
-    assert together.trial(lambda: StepTrial(1000, 700, 1.0), budget_bytes=9000) == StepTrial(1000, 700, 2.0)
-
 
 SCRIPT = """
 import json, sys
