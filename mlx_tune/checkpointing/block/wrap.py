@@ -46,7 +46,8 @@ def checkpoint(block: Any, *, keep: Iterable[str] = ()) -> Any:
 
     Values and gradients are those of the plain block: its random draws are repeated, what it writes (running
     statistics, caches) is written once, integers, keys, strings and None may be arguments, and arrays that it takes
-    from its attributes, closures, defaults, and the globals, classes and modules that it names get their gradients.
+    from its attributes, closures, defaults, and the globals, classes and modules that it names or holds get their
+    gradients.
     `mx.checkpoint` promises none of these. Arrays out of its sight (held by compiled extensions, or looked up by a
     computed name) count as constants: `verify_checkpoint` finds them.
 

@@ -280,6 +280,39 @@ def function_of_a_module(w):
     return lambda x: OTHER.sine(x)
 
 
+def module_in_an_attribute(w):
+    OTHER.W = w
+
+    class Holder:
+        def __init__(self):
+            self.kit = OTHER
+
+        def run(self, x):
+            return self.kit.sine(x)
+
+    return Holder().run
+
+
+def value_of_a_module_in_an_item(w):
+    OTHER.W = w
+    kits = {"other": [PACKAGE]}
+
+    def block(x):
+        kit = kits["other"][0].other
+        return mx.sin(x * kit.W).sum()
+
+    return block
+
+
+def module_handed_on(w):
+    OTHER.W = w
+
+    def inner(kit, x):
+        return kit.sine(x)
+
+    return lambda x: inner(OTHER, x)
+
+
 def in_a_set(w):
     held = {w}
     return lambda x: mx.sin(x * next(iter(held))).sum()
@@ -381,6 +414,9 @@ PLACES = [
     member_of_an_enumeration,
     value_of_a_module,
     function_of_a_module,
+    module_in_an_attribute,
+    value_of_a_module_in_an_item,
+    module_handed_on,
     in_a_set,
     in_a_frozen_set,
     in_a_user_dict,
