@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlx_tune.graphs.graph import Node
@@ -14,7 +14,7 @@ def convolution(m: Allocator, node: Node) -> None:
     """Convolution by one matrix product over unfolded, padded float32 patches, as far as the shapes allow."""
     value, weight, out = *node.inputs[:2], node.outputs[0]
     m.allocate(out)
-    low, high, dilation, in_dilation, groups, flip = _convolution_arguments(node)
+    _, low, high, dilation, in_dilation, groups, flip = node.arguments[:7]  # the strides do not matter to memory
     shape, kernel = m.shape(value), m.shape(weight)
     plain = all(d == 1 for d in [*dilation, *in_dilation])
     if not plain or (groups > 1 and (len(shape) > 3 or flip)):
@@ -30,9 +30,3 @@ def convolution(m: Allocator, node: Node) -> None:
         m.temporary(4 * prod(kernel), out)
     if m.itemsize(out) != 4:
         m.temporary(4 * prod(m.shape(out)), out)
-
-
-def _convolution_arguments(node: Node) -> tuple[Any, ...]:
-    """Padding below and above, kernel and input dilation, groups, flip; the strides do not matter to memory."""
-    _, low, high, dilation, in_dilation, groups, flip = node.arguments[:7]
-    return low, high, dilation, in_dilation, groups, bool(flip)

@@ -18,7 +18,7 @@ from mlx_tune.interrupts import interruptible
 from mlx_tune.trees import StateArray, state_arrays
 
 if TYPE_CHECKING:
-    from mlx_tune.graphs.tracing.interception import Interception
+    from mlx_tune.graphs.tracing.replaced_calls import ReplacedCalls
 
 
 class Recorder:
@@ -44,7 +44,7 @@ class Recorder:
         batch: list[tuple[str, Leaf]],
         slots: list[StateArray],
         state: object,
-        interception: Interception,
+        replaced: ReplacedCalls,
     ) -> None:
         unique: dict[int, int] = {}
         arrays: list[mx.array] = []
@@ -65,7 +65,7 @@ class Recorder:
                 arrays.append(slot.array)
                 self._inputs.append(Value(tuple(slot.array.shape), slot.array.dtype, slot.role, slot.label))
         kept: set[int] = set()
-        self.marks = interception.marks
+        self.marks = replaced.marks
 
         def flat(*tracers: mx.array) -> list[mx.array]:
             # Writing into an array in place gives the same object another value: these are the ones before.
@@ -86,12 +86,12 @@ class Recorder:
             updated = [slot for slot in after if id(slot.array) not in untouched]
             self.graph.updated = [slot.label for slot in updated]
             everything = [*outputs, *(slot.array for slot in updated)]
-            around = [array for call in interception.compiled_calls for side in call for array in side]
+            around = [array for call in replaced.compiled_calls for side in call for array in side]
             self.built = BuiltGraph(inputs, everything, around)
             names = iter(self.built.others)
             self.compiled_calls = [
                 CompiledCall(*(tuple(name for _ in side if (name := next(names)) is not None) for side in call))
-                for call in interception.compiled_calls
+                for call in replaced.compiled_calls
             ]
             return everything
 

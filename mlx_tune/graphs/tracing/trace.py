@@ -14,9 +14,9 @@ from mlx_tune.graphs.tracing.failures import explain_failure, refused_primitive
 from mlx_tune.graphs.tracing.first_steps import FirstStep
 from mlx_tune.graphs.tracing.folding import fold_written_out
 from mlx_tune.graphs.tracing.fusion import fuse
-from mlx_tune.graphs.tracing.interception import Interception, compiles, intercepted
 from mlx_tune.graphs.tracing.recomputation import tracing
 from mlx_tune.graphs.tracing.recorder import Recorder
+from mlx_tune.graphs.tracing.replaced_calls import ReplacedCalls, compiles, replacing_calls
 from mlx_tune.graphs.tracing.standins import STAND_INS
 from mlx_tune.graphs.tracing.surroundings import Surroundings
 from mlx_tune.graphs.tracing.unmerge import unmerge
@@ -113,9 +113,9 @@ def _traced(step: Callable[..., object], args: Sequence[object], state: object, 
     batch = list(leaves(args, "args"))
     stand_ins: dict[str, str] = {}
     while True:
-        interception = Interception(compiles=compiles(), stand_ins=dict(stand_ins))
+        replaced = ReplacedCalls(compiles=compiles(), stand_ins=dict(stand_ins))
         try:
-            return _trace(step, args, state, batch, slots, interception, first)
+            return _trace(step, args, state, batch, slots, replaced, first)
         except _RefusedError as refused:
             # The exporter gives up at the first operation it does not know: trace again with its equivalent.
             stand_in = STAND_INS[refused.primitive]
@@ -136,7 +136,7 @@ def _trace(
     state: object,
     batch: list[tuple[str, Leaf]],
     slots: list[StateArray],
-    interception: Interception,
+    replaced: ReplacedCalls,
     first: FirstStep,
 ) -> Graph:
     """One attempt, after which everything is as before."""
@@ -145,12 +145,12 @@ def _trace(
         recorder = Recorder()
         snapshot = Snapshot(state)
         try:
-            with tracing(), intercepted(interception, STAND_INS.values()):
-                recorder.trace(step, args, batch, slots, state, interception)
+            with tracing(), replacing_calls(replaced, STAND_INS.values()):
+                recorder.trace(step, args, batch, slots, state, replaced)
             first.note()
         except BaseException as error:
             primitive = refused_primitive(error)
-            if primitive in STAND_INS and STAND_INS[primitive].name not in interception.stand_ins:
+            if primitive in STAND_INS and STAND_INS[primitive].name not in replaced.stand_ins:
                 raise _RefusedError(primitive) from None
             problem = explain_failure(error)
             if problem is not None:
@@ -172,7 +172,7 @@ def _trace(
             f"The step leaves arrays outside of what it was said to change: {_listed(left_behind)}. "
             "Return them, or pass what holds them in state=(model, optimizer, ...). Everything was put back."
         )
-    return _as_evaluated(recorder, dict(interception.stand_ins))
+    return _as_evaluated(recorder, dict(replaced.stand_ins))
 
 
 def _as_evaluated(recorder: Recorder, stand_ins: dict[str, str]) -> Graph:

@@ -10,12 +10,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 
-import mlx_tune.graphs.tracing.interception as interception
+import mlx_tune.graphs.tracing.replaced_calls as replaced
 from mlx_tune.errors import TraceError
 from mlx_tune.graphs import ArraySpec, estimate_memory
 from mlx_tune.graphs.tracing.custom_gradients import Marks
-from mlx_tune.graphs.tracing.interception import Interception, intercepted
 from mlx_tune.graphs.tracing.recomputation import tracing
+from mlx_tune.graphs.tracing.replaced_calls import ReplacedCalls, replacing_calls
 from mlx_tune.graphs.tracing.standins import STAND_INS
 from mlx_tune.trees import arrays_of
 
@@ -120,7 +120,7 @@ class Refusing:
         self.called.clear()
         self.export(*args)
         for name, primitive in self.refused.items():
-            if name in self.called and name not in interception._current().stand_ins:
+            if name in self.called and name not in replaced._current().stand_ins:
                 raise ValueError(f"[export_function] Unable to get state for primitive {primitive}")
 
 
@@ -202,7 +202,7 @@ def test_gated_delta_is_made_of_single_operations(monkeypatch: pytest.MonkeyPatc
 
 def test_a_stand_in_is_used_only_where_it_was_asked_for() -> None:
     original = mx.contiguous
-    with tracing(), intercepted(Interception(), STAND_INS.values()):
+    with tracing(), replacing_calls(ReplacedCalls(), STAND_INS.values()):
         assert mx.contiguous is not original
         text: list[str] = []
         mx.export_to_dot(type("Writer", (), {"write": staticmethod(text.append)}), mx.contiguous(mx.zeros((2, 3)).T))

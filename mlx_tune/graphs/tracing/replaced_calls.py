@@ -31,7 +31,7 @@ _originals: list[tuple[object, str, object]] = []
 
 
 @dataclass
-class Interception:
+class ReplacedCalls:
     """The record of a trace: what compiled functions read and made, and which stand-ins were used, with why."""
 
     compiles: bool = True
@@ -44,11 +44,11 @@ class Interception:
 
 
 @contextmanager
-def intercepted(interception: Interception, stand_ins: Iterable[StandIn]) -> Iterator[None]:
+def replacing_calls(replaced: ReplacedCalls, stand_ins: Iterable[StandIn]) -> Iterator[None]:
     """Route this thread's calls through those of the trace for the body.
 
     Args:
-        interception: The record of the trace, and which stand-ins it asks for.
+        replaced: The record of the trace, and which stand-ins it asks for.
         stand_ins: All that there are.
     """
     global _depth
@@ -56,12 +56,12 @@ def intercepted(interception: Interception, stand_ins: Iterable[StandIn]) -> Ite
         if _depth == 0:
             _install(stand_ins)
         _depth += 1
-    previous = getattr(_thread, "interception", None)
-    _thread.interception = interception
+    previous = getattr(_thread, "replaced", None)
+    _thread.replaced = replaced
     try:
         yield
     finally:
-        _thread.interception = previous
+        _thread.replaced = previous
         with _lock:
             _depth -= 1
             if _depth == 0:
@@ -88,8 +88,8 @@ def _uninstall() -> None:
         setattr(*_originals.pop())
 
 
-def _current() -> Interception | None:
-    return getattr(_thread, "interception", None)
+def _current() -> ReplacedCalls | None:
+    return getattr(_thread, "replaced", None)
 
 
 def _checkpoint(original: Callable[..., object]) -> Callable[..., object]:
@@ -120,26 +120,26 @@ def _call_transformed(original: Callable[..., object]) -> Callable[..., object]:
     """Calls of what `mx.compile`, `mx.checkpoint`, `mx.grad` and the like returned earlier."""
 
     def call(self: object, *args: object, **kwargs: object) -> object:
-        interception = _current()
-        if interception is None:
+        replaced = _current()
+        if replaced is None:
             return original(self, *args, **kwargs)
-        kind = _kind(self, interception)
+        kind = _kind(self, replaced)
         if kind == "compile":
             # MLX compiles only what is not already inside a transformation; there it traces through.
-            if interception.transforms or not interception.compiles:
+            if replaced.transforms or not replaced.compiles:
                 return original(self, *args, **kwargs)
-            return _compiled(original, self, args, kwargs, interception)
+            return _compiled(original, self, args, kwargs, replaced)
         if kind == "checkpoint":
             return _write_out(function_of(self), args, kwargs)
-        interception.transforms += 1
+        replaced.transforms += 1
         try:
             result = original(self, *args, **kwargs)
         finally:
-            interception.transforms -= 1
+            replaced.transforms -= 1
         if kind == "unknown":
             kind = "checkpoint" if _is_custom(result) else "transform"
-            interception.kinds[id(self)] = kind
-            interception.alive.append(self)
+            replaced.kinds[id(self)] = kind
+            replaced.alive.append(self)
             if kind == "checkpoint":
                 return _write_out(function_of(self), args, kwargs)
         return result
@@ -151,12 +151,12 @@ def _transforming(original: Callable[..., object]) -> Callable[..., object]:
     """Transformations that are done at once: what is compiled inside is traced through."""
 
     def call(*args: object, **kwargs: object) -> object:
-        interception = _current() or Interception()
-        interception.transforms += 1
+        replaced = _current() or ReplacedCalls()
+        replaced.transforms += 1
         try:
             return original(*args, **kwargs)
         finally:
-            interception.transforms -= 1
+            replaced.transforms -= 1
 
     return call
 
@@ -166,7 +166,7 @@ def _compiled(
     function: object,
     args: tuple[object, ...],
     kwargs: dict[str, Any],
-    interception: Interception,
+    replaced: ReplacedCalls,
 ) -> object:
     """Call a compiled function, and note what it reads and makes, the state that it was given included."""
     captured = state_of(function)
@@ -176,12 +176,12 @@ def _compiled(
         return [key, *arrays_of(captured)]
 
     inputs = [*arrays_of((args, kwargs)), *state()]
-    interception.transforms += 1
+    replaced.transforms += 1
     try:
         result = original(function, *args, **kwargs)
     finally:
-        interception.transforms -= 1
-    interception.compiled_calls.append((inputs, [*arrays_of(result), *state()]))
+        replaced.transforms -= 1
+    replaced.compiled_calls.append((inputs, [*arrays_of(result), *state()]))
     return result
 
 
@@ -194,8 +194,8 @@ def compiles() -> bool:
 _PROBE = mx.compile(lambda x: mx.sin(mx.cos(x)))
 
 
-def _kind(transformed: object, interception: Interception) -> str:
-    return interception.kinds.get(id(transformed)) or kind_of(transformed)
+def _kind(transformed: object, replaced: ReplacedCalls) -> str:
+    return replaced.kinds.get(id(transformed)) or kind_of(transformed)
 
 
 def _is_custom(result: object) -> bool:
@@ -211,16 +211,16 @@ def _call_custom(original: Callable[..., object]) -> Callable[..., object]:
     """Calls of a `mx.custom_function`, which MLX cannot export: its function and its gradient are traced instead."""
 
     def call(self: object, *args: object, **kwargs: object) -> object:
-        interception = _current()
-        if interception is None:
+        replaced = _current()
+        if replaced is None:
             return original(self, *args, **kwargs)
         function, *others = referents(self)
         if not others:
             return function(*args, **kwargs)  # a plain function, to MLX too
         name = f"custom_function {getattr(function, '__name__', '')}".strip()
         gradient = next(filter(_is_gradient, others), None)
-        interception.stand_ins[name] = "the function, and its gradient called with placeholders"
-        return called_with_gradient(function, gradient or derivative_of(function), args, kwargs, interception.marks)
+        replaced.stand_ins[name] = "the function, and its gradient called with placeholders"
+        return called_with_gradient(function, gradient or derivative_of(function), args, kwargs, replaced.marks)
 
     return call
 
@@ -239,10 +239,10 @@ def _stand_in(stand_in: StandIn) -> Callable[[Callable[..., object]], Callable[.
 
     def replacement(original: Callable[..., object]) -> Callable[..., object]:
         def call(*args: object, **kwargs: object) -> object:
-            interception = _current()
-            if interception is None or stand_in.name not in interception.stand_ins:
+            replaced = _current()
+            if replaced is None or stand_in.name not in replaced.stand_ins:
                 return original(*args, **kwargs)
-            return stand_in.function(original, interception.marks, *args, **kwargs)
+            return stand_in.function(original, replaced.marks, *args, **kwargs)
 
         return call
 
