@@ -20,6 +20,7 @@ from mlx_tune.interrupts import interruptible
 from mlx_tune.measuring.outcomes import is_out_of_memory
 from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.measuring.step import StepTrial
+from mlx_tune.measuring.throttle import lowered
 from mlx_tune.measuring.turns import Standing, race
 from mlx_tune.progress import Bar
 from mlx_tune.trees import arrays_of
@@ -155,7 +156,7 @@ class Trials:
             seconds = self._real[candidate.batch_size].once(measured)
             if measured.fits:
                 return max(1e-9, seconds) / candidate.batch_size
-            lower = measured.limit_bytes - max(round(1.25 * (measured.peak_bytes - self.budget)), 1)
+            lower = lowered(measured.limit_bytes, measured.peak_bytes, self.budget)
             if not (chances and self.throttle) or lower < 0.7 * candidate.floor_bytes:
                 break
             measured.limit_bytes, measured.peak_bytes, measured.seconds = lower, 0, math.inf

@@ -111,19 +111,16 @@ def compare(
         >>> compare(lambda: 1.0, lambda: 1.5, threshold=1.02).ratio
         1.5
     """
-    logs: list[float] = []
+    ways = (first, second)
+    seconds: tuple[list[float], list[float]] = ([], [])
     while True:
-        if len(logs) % 2:
-            b, a = second(), first()
-        else:
-            a, b = first(), second()
-        logs.append(math.log(b / a))
-        middle = statistics.median(logs)
-        # 1.253 is how much wider the median of a normal sample scatters than its mean.
-        error = 1.253 * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
-        clear = len(logs) > 2 and abs(middle - math.log(threshold)) > 2 * error
-        if clear or len(logs) >= most_turns:
-            return Comparison(math.exp(middle), error, len(logs))
+        turns = len(seconds[0])
+        for i in (0, 1) if turns % 2 == 0 else (1, 0):
+            seconds[i].append(ways[i]())
+        log, error = _compared(seconds[1], seconds[0])
+        clear = turns + 1 >= _LEAST_TURNS and abs(log - math.log(threshold)) > 2 * error
+        if clear or turns + 1 >= most_turns:
+            return Comparison(math.exp(log), error, turns + 1)
 
 
 def _fastest(seconds: list[list[float]], running: list[int]) -> int:

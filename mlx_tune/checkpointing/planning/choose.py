@@ -10,15 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mlx_tune.checkpointing.planning.schedule import BlockCost, Chain
-from mlx_tune.measuring.step import StepTrial
 
 Choice = tuple[bool, ...]
 
 #: How far an estimate may be below the truth. The measured figures are in docs/measurements/estimates.md.
 ESTIMATE_MARGIN = 0.03
-
-#: How far above its limit a step's peak lies at most, commonly. MLX looks at the limit after it has allocated.
-OVERSHOOT = 0.2
 
 
 def calibrated(saved_bytes: Sequence[int], extra_seconds: Sequence[float], plain_bytes: int, all_bytes: int) -> Chain:
@@ -95,55 +91,3 @@ def relaxed(
             choice = fewer
         else:
             tried.add(kind)
-
-
-def limit_trials(
-    run: Callable[[int], StepTrial], floor_bytes: int, budget_bytes: int, most: int = 4
-) -> list[StepTrial]:
-    """Look for the highest memory limit under which a step's peak stays within the budget.
-
-    Begins low enough for a common overshoot, and moves the limit by what was measured.
-
-    Args:
-        run: Measures a step under a limit.
-        floor_bytes: The step's needs in any case.
-        budget_bytes: The limit of the peak.
-        most: The most limits to try.
-
-    Returns:
-        The trials in the order tried.
-    """
-    limit = min(budget_bytes, max(floor_bytes, int(budget_bytes / (1 + OVERSHOOT))))
-    trials: list[StepTrial] = []
-    while len(trials) < most:
-        trials.append(run(limit))
-        peak = trials[-1].peak_bytes
-        if peak <= budget_bytes:
-            # An overshoot is the size of what was queued last: about the same under a slightly higher limit.
-            higher = budget_bytes - round(1.25 * (peak - limit))
-            higher = min(higher, (limit + _broken(trials, budget_bytes)) // 2)
-            if peak <= limit or higher < 1.02 * limit:
-                break
-            limit = higher
-        else:
-            if any(t.peak_bytes <= budget_bytes for t in trials) or limit < 0.7 * floor_bytes:
-                break
-            limit = max(1, limit - round(max(1.25 * (peak - budget_bytes), 0.1 * limit)))
-    return trials
-
-
-def best_trial(trials: Sequence[StepTrial], budget_bytes: int) -> StepTrial | None:
-    """The trial with the highest limit among those that stay within the budget: less throttling is never slower.
-
-    Peaks scatter: a limit under which one stayed within the budget is no better than a lower one under which one did
-    not.
-    """
-    broken = _broken(trials, budget_bytes)
-    fitting = [t for t in trials if t.peak_bytes <= budget_bytes and (t.limit_bytes or 0) < broken]
-    return max(fitting, key=lambda t: t.limit_bytes or 0, default=None)
-
-
-def _broken(trials: Sequence[StepTrial], budget_bytes: int) -> int:
-    """The lowest limit under which a peak left the budget; twice the budget where none did."""
-    over = [t.limit_bytes or 0 for t in trials if t.peak_bytes > budget_bytes]
-    return min(over, default=2 * budget_bytes)

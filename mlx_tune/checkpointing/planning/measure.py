@@ -9,9 +9,10 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_tune.checkpointing.planning.choose import Choice, best_trial, limit_trials
+from mlx_tune.checkpointing.planning.choose import Choice
 from mlx_tune.checkpointing.planning.planned import apply_choice
 from mlx_tune.measuring.step import StepTrial, run_step
+from mlx_tune.measuring.throttle import best_trial, limit_trials, lowered
 from mlx_tune.measuring.turns import compare
 from mlx_tune.memory import cache_room, held_cache
 from mlx_tune.progress import Bar
@@ -151,10 +152,10 @@ class Measurements:
             for _ in range(4 if self.throttle else 0):
                 if measured.fits:
                     break
-                over = measured.peak_bytes - self.budget_bytes
-                limit = measured.limit_bytes - max(round(1.25 * over), measured.limit_bytes // 50)
+                least = measured.limit_bytes // 50
+                limit = lowered(measured.limit_bytes, measured.peak_bytes, self.budget_bytes, least=least)
                 measured.peak_bytes, measured.seconds = 0, math.inf
-                self._again(measured, max(1, limit))
+                self._again(measured, limit)
         finally:
             undo()
         return measured
