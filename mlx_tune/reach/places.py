@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from operator import is_
 from types import ModuleType
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
@@ -280,22 +279,3 @@ class Attributes(Held):
                     assign(self.held, name, items[name])
             elif now is not _MISSING:
                 remove(self.held, name)
-
-
-_slots: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
-
-
-def slot_names(kind: type) -> tuple[str, ...]:
-    """The attributes that a class keeps in `__slots__`, under the names they have outside the class."""
-    if kind in _slots:
-        return _slots[kind]
-    names: list[str] = []
-    for base in kind.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name in ("__dict__", "__weakref__"):
-                continue
-            private = name.startswith("__") and not name.endswith("__")
-            names.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
-    _slots[kind] = tuple(names)
-    return _slots[kind]

@@ -6,7 +6,7 @@ everything that the step wrote. So before a call everything reachable is noted: 
 closures, defaults, classes, and the globals and modules that the code names. The walk knows arrays by identity; a
 tied weight is one array in two places.
 
-What is entered: everything but the code and the objects of foreign libraries (`reach.code`). Foreign functions are
+What is entered: everything but the code and the objects of foreign libraries (`reach.facts`). Foreign functions are
 followed to what they were given (`functools.wraps`, `nn.value_and_grad`), MLX's modules and optimizers and Python's
 containers to what they hold. A module is followed to those of its names that the code in reach reads or assigns of
 anything.
@@ -27,10 +27,8 @@ from weakref import CallableProxyType, ProxyType, ref
 
 import mlx.core as mx
 
-from mlx_tune.reach.classes import OPEN, facts_of, referent
-from mlx_tune.reach.code import Names as CodeNames
-from mlx_tune.reach.code import is_foreign
-from mlx_tune.reach.facts import Facts
+from mlx_tune.reach.facts import OPEN, Facts, facts_of, is_foreign, referent
+from mlx_tune.reach.facts import Names as CodeNames
 from mlx_tune.reach.following import follow_class, follow_function, follow_names
 from mlx_tune.reach.notes import Note, Path, Ref, Remade
 from mlx_tune.reach.places import (

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import pytest
 
 import mlx_tune as mt
+from mlx_tune.reach.facts import slot_names
 from mlx_tune.reach.places import (
     Attributes,
     Cell,
@@ -19,7 +20,6 @@ from mlx_tune.reach.places import (
     Names,
     PartialArguments,
     Sequence,
-    slot_names,
 )
 
 
