@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_tune.reach.facts import MAKING, contents_of, functions_of, imported_by, is_foreign, names_in
-from mlx_tune.reach.notes import Path
 from mlx_tune.reach.places import PLAIN, Attributes, Cell, Defaults, Items, Names
 
 if TYPE_CHECKING:
+    from mlx_tune.reach.notes import Path
     from mlx_tune.reach.walk import Walk
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_tune.reach.places import Held
+if TYPE_CHECKING:
+    from mlx_tune.reach.places import Held
 
 #: The place of a value, link by link from the value up: that of its holder, how the holder writes a key, and the key.
 Path = tuple[Any, str, Any]
