@@ -5,7 +5,7 @@ Pure numbers: the floor of a size and a choice is asked for, times are given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -61,60 +61,6 @@ def pace_through(points: Sequence[tuple[int, float]]) -> Pace:
             return Pace(mean_seconds, 0.0)
     size_squares = sum(size * size for size, _ in points)
     return Pace(0.0, sum(size * seconds for size, seconds in points) / size_squares)
-
-
-def largest_fitting(sizes: Sequence[int], floor: Callable[[int], int], limit_bytes: int) -> int | None:
-    """The largest size whose floor is within the limit, with few questions where the floor is nearly a line.
-
-    Args:
-        sizes: Ascending, at least one.
-        floor: The estimated floor of a size; never falls as sizes grow.
-        limit_bytes: The limit.
-
-    Returns:
-        The size; None where the smallest does not fit.
-
-    Examples:
-        >>> largest_fitting(range(1, 1000), lambda n: 100 + 10 * n, 5000)
-        490
-    """
-    low, high = 0, len(sizes) - 1
-    at_low = floor(sizes[low])
-    if at_low > limit_bytes:
-        return None
-    at_high: int | None = None
-    probe = min(high, max(1, low + 1)) if high else 0
-    while low < high and at_high is None:  # go up by doubling, so that no size far beyond the limit is built
-        value = floor(sizes[probe])
-        if value > limit_bytes:
-            high, at_high = probe, value
-        else:
-            low, at_low = probe, value
-            guess = _interpolated(sizes, floor, 0, low, limit_bytes)
-            probe = min(high, max(low + 1, min(guess + 1, 8 * max(1, low))))
-    if at_high is None:
-        return sizes[low]
-    bisect = False
-    while high - low > 1:  # `low` fits, `high` does not
-        share = (limit_bytes - at_low) / max(1, at_high - at_low)
-        middle = (low + high) // 2 if bisect else low + int(share * (high - low))
-        middle = min(high - 1, max(low + 1, middle))
-        value = floor(sizes[middle])
-        before = high - low
-        if value <= limit_bytes:
-            low, at_low = middle, value
-        else:
-            high, at_high = middle, value
-        bisect = high - low > before / 2
-    return sizes[low]
-
-
-def _interpolated(sizes: Sequence[int], floor: Callable[[int], int], first: int, last: int, limit_bytes: int) -> int:
-    """Where the line through two positions meets the limit."""
-    rise = floor(sizes[last]) - floor(sizes[first])
-    if last == first or rise <= 0:
-        return 2 * last + 1
-    return first + int((limit_bytes - floor(sizes[first])) / rise * (last - first))
 
 
 def thinned(sizes: Sequence[int], low: int, high: int, most: int) -> list[int]:

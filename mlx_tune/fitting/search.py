@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
-from mlx_tune.checkpointing.planning.choose import ESTIMATE_MARGIN, Choice, cheapest_fitting, relaxed
+from mlx_tune.checkpointing.planning.choose import Choice, relaxed
 from mlx_tune.checkpointing.planning.plan import does_not_fit
 from mlx_tune.checkpointing.planning.survey import Survey
-from mlx_tune.fitting.predict import Pace, largest_fitting, pace_through, thinned
+from mlx_tune.fitting.predict import Pace, pace_through, thinned
 from mlx_tune.fitting.trials import Candidate, Trials
 from mlx_tune.interrupts import interruptible
+from mlx_tune.measuring.forecast import ESTIMATE_MARGIN, cheapest_fitting, largest_fitting
 from mlx_tune.measuring.outcomes import count_items
 from mlx_tune.measuring.throttle import OVERSHOOT
 from mlx_tune.progress import Bar

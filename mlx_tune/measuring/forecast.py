@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from mlx_tune.measuring.floors import Floor, pieces
 
@@ -20,6 +21,11 @@ _CLOSE = 0.03
 _STRAIGHT = 0.003
 #: A reading that was foreseen vouches for sizes up to so many times its own.
 _VOUCHED = 1.125
+
+#: How far an estimate may be below the truth. The measured figures are in docs/measurements/estimates.md.
+ESTIMATE_MARGIN = 0.03
+
+T = TypeVar("T")
 
 
 class Forecast:
@@ -158,3 +164,80 @@ def read_ahead(
     if known[first].bytes > budget_bytes / _STRIDE and sizes[0] not in known:  # another stride would go far beyond it
         known[sizes[0]] = estimate(sizes[0])
     return Forecast(estimate, sizes, budget_bytes, known)
+
+
+def cheapest_fitting(choices: Sequence[T], floor: Callable[[T], int], limit_bytes: int) -> int | None:
+    """Bisect choices that need less and less memory for the first one that fits.
+
+    Args:
+        choices: From the fastest to the leanest.
+        floor: The estimated floor of the whole step under a choice.
+        limit_bytes: The limit.
+
+    Returns:
+        The index of the first that fits; None where the leanest does not.
+    """
+    if floor(choices[-1]) > limit_bytes:
+        return None
+    low, high = 0, len(choices) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if floor(choices[middle]) <= limit_bytes:
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def largest_fitting(sizes: Sequence[int], floor: Callable[[int], int], limit_bytes: int) -> int | None:
+    """The largest size whose floor is within the limit, with few questions where the floor is nearly a line.
+
+    Args:
+        sizes: Ascending, at least one.
+        floor: The estimated floor of a size; never falls as sizes grow.
+        limit_bytes: The limit.
+
+    Returns:
+        The size; None where the smallest does not fit.
+
+    Examples:
+        >>> largest_fitting(range(1, 1000), lambda n: 100 + 10 * n, 5000)
+        490
+    """
+    low, high = 0, len(sizes) - 1
+    at_low = floor(sizes[low])
+    if at_low > limit_bytes:
+        return None
+    at_high: int | None = None
+    probe = min(high, max(1, low + 1)) if high else 0
+    while low < high and at_high is None:  # go up by doubling, so that no size far beyond the limit is built
+        value = floor(sizes[probe])
+        if value > limit_bytes:
+            high, at_high = probe, value
+        else:
+            low, at_low = probe, value
+            guess = _interpolated(sizes, floor, 0, low, limit_bytes)
+            probe = min(high, max(low + 1, min(guess + 1, 8 * max(1, low))))
+    if at_high is None:
+        return sizes[low]
+    bisect = False
+    while high - low > 1:  # `low` fits, `high` does not
+        share = (limit_bytes - at_low) / max(1, at_high - at_low)
+        middle = (low + high) // 2 if bisect else low + int(share * (high - low))
+        middle = min(high - 1, max(low + 1, middle))
+        value = floor(sizes[middle])
+        before = high - low
+        if value <= limit_bytes:
+            low, at_low = middle, value
+        else:
+            high, at_high = middle, value
+        bisect = high - low > before / 2
+    return sizes[low]
+
+
+def _interpolated(sizes: Sequence[int], floor: Callable[[int], int], first: int, last: int, limit_bytes: int) -> int:
+    """Where the line through two positions meets the limit."""
+    rise = floor(sizes[last]) - floor(sizes[first])
+    if last == first or rise <= 0:
+        return 2 * last + 1
+    return first + int((limit_bytes - floor(sizes[first])) / rise * (last - first))

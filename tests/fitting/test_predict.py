@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tune.fitting.predict import Pace, largest_fitting, pace_through, thinned
+from mlx_tune.fitting.predict import Pace, pace_through, thinned
+from mlx_tune.measuring.forecast import largest_fitting
 
 
 @given(st.floats(0, 10), st.floats(0.001, 10), st.lists(st.integers(1, 500), min_size=2, max_size=5, unique=True))

@@ -13,9 +13,6 @@ from mlx_tune.checkpointing.planning.schedule import BlockCost, Chain
 
 Choice = tuple[bool, ...]
 
-#: How far an estimate may be below the truth. The measured figures are in docs/measurements/estimates.md.
-ESTIMATE_MARGIN = 0.03
-
 
 def calibrated(saved_bytes: Sequence[int], extra_seconds: Sequence[float], plain_bytes: int, all_bytes: int) -> Chain:
     """The chain whose sums agree with what is known of the whole step.
@@ -39,29 +36,6 @@ top_bytes=12, backward_bytes=(15, 15))
     top = min(all_bytes, plain_bytes - held)
     own = min(all_bytes, plain_bytes - (held - blocks[-1].saved_bytes))
     return Chain(blocks, top, (own,) * len(blocks))
-
-
-def cheapest_fitting(choices: Sequence[Choice], floor: Callable[[Choice], int], limit_bytes: int) -> int | None:
-    """Bisect choices that need less and less memory for the first one that fits.
-
-    Args:
-        choices: From the fastest to the leanest.
-        floor: The estimated floor of the whole step under a choice.
-        limit_bytes: The limit.
-
-    Returns:
-        The index of the first that fits; None where the leanest does not.
-    """
-    if floor(choices[-1]) > limit_bytes:
-        return None
-    low, high = 0, len(choices) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if floor(choices[middle]) <= limit_bytes:
-            high = middle
-        else:
-            low = middle + 1
-    return high
 
 
 def relaxed(

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.checkpointing.blocks import Select, find_blocks
-from mlx_tune.checkpointing.planning.choose import ESTIMATE_MARGIN, Choice, cheapest_fitting, relaxed
+from mlx_tune.checkpointing.planning.choose import Choice, relaxed
 from mlx_tune.checkpointing.planning.measure import Measured, Measurements
 from mlx_tune.checkpointing.planning.planned import CheckpointPlan, MeasuredChoice, PlannedBlock
 from mlx_tune.checkpointing.planning.survey import Survey
@@ -19,6 +19,7 @@ from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.calls import require_functions
 from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import interruptible, uninterrupted
+from mlx_tune.measuring.forecast import ESTIMATE_MARGIN, cheapest_fitting
 from mlx_tune.measuring.throttle import OVERSHOOT
 from mlx_tune.memory import cache_room, resolve_budget
 from mlx_tune.progress import progress_bar

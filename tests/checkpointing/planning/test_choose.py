@@ -5,8 +5,9 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tune.checkpointing.planning.choose import calibrated, cheapest_fitting, relaxed
+from mlx_tune.checkpointing.planning.choose import calibrated, relaxed
 from mlx_tune.checkpointing.planning.schedule import frontier, price
+from mlx_tune.measuring.forecast import cheapest_fitting
 
 
 @given(
