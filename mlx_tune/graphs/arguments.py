@@ -78,9 +78,9 @@ def leaves(tree: object, label: str, around: frozenset[int] = frozenset()) -> It
             yield from leaves(child, f"{label}[{i}]", around)
 
 
-def arrays_of(tree: object) -> list[mx.array]:
+def arrays_of(tree: object, label: str = "result") -> list[mx.array]:
     """Every array in a tree, in order."""
-    return [leaf for _, leaf in leaves(tree, "") if isinstance(leaf, mx.array)]
+    return [leaf for _, leaf in leaves(tree, label) if isinstance(leaf, mx.array)]
 
 
 def with_arrays(tree: Tree, arrays: Iterator[mx.array]) -> Tree:

@@ -85,6 +85,7 @@ def taking(
         Exception: Whatever the step raises where it was traced and took the batch in no way.
 
     Examples:
+        >>> import mlx.core as mx
         >>> step = lambda x, y: (x * y).sum()
         >>> batch = (mx.ones(3), mx.full(3, 2.0))
         >>> taking(step, [batch])(batch).item()
