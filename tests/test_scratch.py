@@ -170,7 +170,8 @@ def run_limited(tmp_path, code):
     place.mkdir()
     waiting.mkdir()
     program = PREAMBLE + f"PLACE = {str(place)!r}\n" + code
-    environment = {**os.environ, "TMPDIR": str(waiting)}
+    # Python would cut what it compiles of modules short at the limit, and the next process could not import them.
+    environment = {**os.environ, "TMPDIR": str(waiting), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     return done, place, waiting
 
