@@ -95,7 +95,15 @@ def operations_in(drawn: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def is_lazy(array: mx.array) -> bool:
-    """True where an array is made by an operation that has not been evaluated."""
+    """True where an array is made by an operation that has not been evaluated, and so holds no memory yet.
+
+    MLX has no such question in Python.
+
+    Examples:
+        >>> x = mx.ones(3) + 1
+        >>> is_lazy(x), mx.eval(x), is_lazy(x)
+        (True, None, False)
+    """
     return _OPERATION in drawing(array)
 
 

@@ -10,12 +10,12 @@ import quantization_toys as toys
 import mlx_tune as mt
 from mlx_tune.errors import BackendError, QuantizationError
 from mlx_tune.quantization import quantization_config, quantizes_inputs
-from mlx_tune.quantization.formats.lazy import is_unevaluated
 from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.formats.packed_arrays import signal_to_noise_db_between
 from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
 from mlx_tune.quantization.models.layers import dense_twin, dequantized_weight, quantized_module
 from mlx_tune.quantization.models.sites import module_at
+from mlx_tune.upstream import is_lazy
 
 
 def quiet(model: nn.Module, *args, **kwargs) -> mt.QuantizationReport:
@@ -282,7 +282,7 @@ def test_a_lazily_loaded_model_stays_lazy_after_a_failure(tmp_path, monkeypatch)
     monkeypatch.setattr(quantize, "report_of", fail)
     with pytest.raises(RuntimeError, match="late"):
         quiet(model, 4, 64, method="nearest")
-    assert all(is_unevaluated(layer.weight) for layer in model.layers)
+    assert all(is_lazy(layer.weight) for layer in model.layers)
     assert toys.same_arrays(expected, toys.arrays_of(model))
 
 

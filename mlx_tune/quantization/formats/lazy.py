@@ -9,17 +9,6 @@ import mlx.core as mx
 from mlx_tune.upstream import is_lazy
 
 
-def is_unevaluated(array: mx.array) -> bool:
-    """True where the array is still a recipe (a file to read, values to compute) and holds no memory.
-
-    Examples:
-        >>> x = mx.ones(3) + 1
-        >>> is_unevaluated(x), mx.eval(x), is_unevaluated(x)
-        (True, None, False)
-    """
-    return is_lazy(array)  # MLX has no such question in Python
-
-
 def read_array(array: mx.array) -> mx.array:
     """The array's values in a new handle, evaluated; an unevaluated array stays unevaluated.
 
@@ -36,10 +25,10 @@ def read_array(array: mx.array) -> mx.array:
 
     Examples:
         >>> x = mx.ones(3) + 1
-        >>> read_array(x).tolist(), is_unevaluated(x)
+        >>> read_array(x).tolist(), is_lazy(x)
         ([2.0, 2.0, 2.0], True)
     """
-    if not is_unevaluated(array):
+    if not is_lazy(array):
         return array
     # Output arrays themselves are not copied by mx.compile, their inputs are; so one harmless operation on top.
     copy = mx.compile(lambda: mx.stop_gradient(array))()

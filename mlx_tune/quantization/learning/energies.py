@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.interrupts import interruptible, uninterrupted
-from mlx_tune.quantization.formats.lazy import is_unevaluated, number, read_array
+from mlx_tune.quantization.formats.lazy import number, read_array
 from mlx_tune.quantization.learning.input_samples import InputSamples
 from mlx_tune.quantization.models.arithmetic import running
 from mlx_tune.quantization.models.batches import Batch
@@ -23,6 +23,7 @@ from mlx_tune.quantization.models.interception import FindBlocks, ModuleCall, in
 from mlx_tune.quantization.models.layers import EMBEDDINGS
 from mlx_tune.quantization.models.sites import Site, walk
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
+from mlx_tune.upstream import is_lazy
 
 #: Random tokens that a model without calibration is run on: rows and their length.
 RANDOM_ROWS, RANDOM_LENGTH = 4, 64
@@ -216,7 +217,7 @@ def _read(module: nn.Module) -> Iterator[None]:
         try:
             for site in walk(module):
                 for name, value in dict(site.module).items():
-                    if isinstance(value, mx.array) and is_unevaluated(value):
+                    if isinstance(value, mx.array) and is_lazy(value):
                         olds.append((site.module, name, value))
                         dict.__setitem__(site.module, name, read_array(value))
             with interruptible():

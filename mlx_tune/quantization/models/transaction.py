@@ -14,9 +14,9 @@ import mlx.nn as nn
 
 from mlx_tune.errors import DiskError
 from mlx_tune.interrupts import uninterrupted
-from mlx_tune.quantization.formats.lazy import is_unevaluated
 from mlx_tune.quantization.models.sites import module_at, own_arrays, put_module, walk
 from mlx_tune.scratch import ScratchFiles, in_memory
+from mlx_tune.upstream import is_lazy
 
 _log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Transaction:
             if group is not None and group in self._parked_shared:
                 slots[name] = self._parked_shared[group]
                 continue
-            if id(array) in kept or is_unevaluated(array) or name.startswith("_"):
+            if id(array) in kept or is_lazy(array) or name.startswith("_"):
                 slots[name] = _Slot(array=array)
             else:
                 to_disk[name] = array

@@ -16,13 +16,13 @@ from mlx.utils import tree_flatten
 import mlx_tune as mt
 from mlx_tune.quantization import quantize as quantize_of
 from mlx_tune.quantization.dry_run import plan_quantization
-from mlx_tune.quantization.formats.lazy import is_unevaluated
 from mlx_tune.quantization.judging.evaluation import Watched
 from mlx_tune.quantization.judging.guard import Guard
 from mlx_tune.quantization.learning import energies as energies_of
 from mlx_tune.quantization.learning.energies import with_energies
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.quantize import blocks_of
+from mlx_tune.upstream import is_lazy
 
 WIDTH, VOCABULARY = 64, 200
 LARGE = (3, 40)
@@ -134,7 +134,7 @@ def test_a_lazily_loaded_model_stays_so(tmp_path: Path) -> None:
     toy.load_weights(str(tmp_path / "w.safetensors"))
     plan, _ = with_energies(plan_quantization(toy, 4, 32), [], blocks_of=blocks_of)
     large = [array for _, array in tree_flatten(toy.parameters()) if array.ndim == 2]
-    assert all(is_unevaluated(array) for array in large)
+    assert all(is_lazy(array) for array in large)
     for layer, before in zip(plan.layers, expected.layers, strict=True):
         if before.energy is not None:
             assert mx.array_equal(layer.energy, before.energy).item()  # type: ignore[arg-type]

@@ -15,11 +15,11 @@ import quantization_toys as toys
 
 import mlx_tune as mt
 import mlx_tune.quantization.models.transaction as transaction_module
-from mlx_tune.quantization.formats.lazy import is_unevaluated
 from mlx_tune.quantization.judging.evaluation import Evaluation
 from mlx_tune.quantization.learning import one_layer
 from mlx_tune.quantization.models.sites import module_at
 from mlx_tune.quantization.models.transaction import Transaction, original, swap
+from mlx_tune.upstream import is_lazy
 
 
 class FailedError(Exception):
@@ -153,7 +153,7 @@ def test_a_lazily_loaded_model_is_lazy_again_after_a_failure(tmp_path: Path) -> 
     with failing(model):
         for i in range(4):
             swap(model, f"layers.{i}", nn.ReLU())
-    assert all(is_unevaluated(layer.weight) for layer in model.layers)
+    assert all(is_lazy(layer.weight) for layer in model.layers)
     assert toys.same_arrays(expected, toys.arrays_of(model))
 
 
