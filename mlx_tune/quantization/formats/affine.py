@@ -17,6 +17,7 @@ import os
 
 import mlx.core as mx
 
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.packing import check_affine, dequantize_float32
@@ -78,7 +79,7 @@ def quantize_affine(
     experts = math.prod(lead)
     stack = weight.reshape(experts, rows, columns)
     energies = _energies(importance, experts, columns, tuple(lead))
-    cpu = mx.default_device() == mx.Device(mx.cpu)
+    cpu = computes_on_cpu()
     per_chunk = max(1, (_CPU_GROUPS if cpu else _GPU_GROUPS) // (columns // group_size))
     solve = Solver(bits, group_size, plan_search(bits, effort), scale_dtype or weight.dtype)
     streams = _streams() if cpu else [mx.default_stream(mx.default_device())]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.quantization.formats.magnitudes import unit_of
 from mlx_tune.quantization.formats.modes import FIXED_MODES, Effort
 from mlx_tune.quantization.formats.packing import pack
@@ -131,4 +132,4 @@ def _improver(mode: str, steps: tuple[int, ...]) -> Callable[..., tuple[mx.array
         return mx.where(moved, anew, kept).reshape(packed.shape), chosen.astype(mx.uint8)
 
     # On a CPU compiling starts a C++ compiler for every kernel, which takes longer than most models do.
-    return improve if mx.default_device() == mx.Device(mx.cpu) else mx.compile(improve)
+    return improve if computes_on_cpu() else mx.compile(improve)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.quantization.formats.affine import quantize_affine
 from mlx_tune.quantization.formats.float_modes import quantize_float
 from mlx_tune.quantization.formats.lazy import number
@@ -99,7 +100,7 @@ def not_finite(weight: mx.array) -> int:
 def _row_chunks(weight: mx.array) -> list[slice]:
     """Slices over the rows of all leading axes together."""
     rows = math.prod(weight.shape[:-1])
-    at_once = _CHUNK_WEIGHTS if mx.default_device() == mx.Device(mx.cpu) else _CHUNK_WEIGHTS_GPU
+    at_once = _CHUNK_WEIGHTS if computes_on_cpu() else _CHUNK_WEIGHTS_GPU
     step = max(1, at_once // max(1, weight.shape[-1]))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.quantization.formats.magnitudes import unit_of
 from mlx_tune.quantization.formats.packing import pack
 
@@ -99,7 +100,7 @@ class Solver:
     def __init__(self, bits: int, group_size: int, search: SearchExtent, dtype: mx.Dtype) -> None:
         self._bits, self._size, self._search, self._dtype = bits, group_size, search, dtype
         self._top = mx.array(float(2**bits - 1))
-        cpu = mx.default_device() == mx.Device(mx.cpu)
+        cpu = computes_on_cpu()
         self._kernels = _kernels(cpu, can_compile(mx.default_device().type), dtype)
 
     def __call__(self, part: mx.array, energy: mx.array | None, on_grid: bool) -> tuple[mx.array, mx.array, mx.array]:

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.formats.lazy import number
@@ -150,7 +151,7 @@ class Evaluation:
         if unpacked_on_cpu(reference):
             self.no_noise_floor = "not measured: MLX multiplies by packed weights slowly on CPUs"
             return
-        left = _FLOOR_TOKENS_CPU if mx.default_device() == mx.Device(mx.cpu) else _FLOOR_TOKENS
+        left = _FLOOR_TOKENS_CPU if computes_on_cpu() else _FLOOR_TOKENS
         rows: list[TokenFigures] = []
         for part in self.parts:
             inputs, targets = part.shifted

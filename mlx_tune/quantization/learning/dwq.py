@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import CheckpointError, QuantizationError
 from mlx_tune.memory import memory_budget, track_memory
 from mlx_tune.progress import Bar, progress_bar
@@ -173,7 +174,7 @@ def train_dwq(
     sites = trainable_sites(model)
     if not sites:
         raise QuantizationError("Nothing to train: no layer of the model has affine scales and biases.")
-    cpu = mx.default_device() == mx.Device(mx.cpu)
+    cpu = computes_on_cpu()
     dtype = mx.float32 if cpu else sites[0].module["scales"].dtype
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.formats.lazy import number
@@ -179,7 +180,7 @@ class _Run:
     @staticmethod
     def _standing_for(layer: LayerPlan, arrays: Arrays) -> mx.array:
         """The weights that packed arrays stand for, as the step computes with them."""
-        cpu = mx.default_device() == mx.Device(mx.cpu)
+        cpu = computes_on_cpu()
         weight = dequantize_float32(*arrays, group_size=layer.wanted.group_size, bits=layer.wanted.bits)
         weight = weight if cpu else weight.astype(arrays[1].dtype)
         mx.eval(weight)

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.memory import memory_limit
 from mlx_tune.quantization.formats.packing import dequantize_float32
@@ -48,7 +49,7 @@ def running(model: nn.Module) -> Iterator[None]:
     sites = walk(model)
     with ExitStack() as stack:
         stack.enter_context(_evaluating(sites))
-        if mx.default_device() == mx.Device(mx.cpu):
+        if computes_on_cpu():
             stack.enter_context(_computing_in_float32(sites))
         yield
 
@@ -105,7 +106,7 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _computing_in_float32(sites: Sequence[Site]) -> Iterator[None]:
-    unpack = mx.default_device() == mx.Device(mx.cpu)
+    unpack = computes_on_cpu()
     stand_in = functools.cache(_stand_in)  # for this block: one that stays would keep the classes' models alive
     pairs = ((s.module, stand_in(type(s.module), unpack and _unpackable(s.module))) for s in sites)
     with uninterrupted(), substituted((module, kind) for module, kind in pairs if kind is not None), interruptible():
@@ -114,7 +115,7 @@ def _computing_in_float32(sites: Sequence[Site]) -> Iterator[None]:
 
 def unpacked_on_cpu(model: nn.Module) -> bool:
     """True where `float32_arithmetic` evaluates this model through unpacked weights here."""
-    return mx.default_device() == mx.Device(mx.cpu) and any(_unpackable(s.module) for s in walk(model))
+    return computes_on_cpu() and any(_unpackable(s.module) for s in walk(model))
 
 
 def _unpackable(module: nn.Module) -> bool:

@@ -61,7 +61,7 @@ def fault_in(combination: Combination) -> Fault | None:
 
 def backend() -> devices.Backend:
     """The backend of the default device: on a machine with a GPU, the processor where work was sent there."""
-    return "cpu" if mx.default_device() == mx.Device(mx.cpu) else devices.machine().backend
+    return "cpu" if devices.computes_on_cpu() else devices.machine().backend
 
 
 def measure(combination: Combination, trial: Trial, kernels: Kernels = MLX) -> float:
