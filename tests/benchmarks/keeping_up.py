@@ -9,6 +9,7 @@ something to do.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,21 @@ def keep_up() -> None:
     for task in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(task.name), {core})
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def in_own_process(file: str, *arguments: str) -> str:
+    """Run a file of the tests in a process of its own, and return what it prints.
+
+    Args:
+        file: The file, which calls `keep_up()` where it is run as a program.
+        arguments: What it is to do.
+    """
+    folders = [*sys.path, os.path.dirname(__file__)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    done = subprocess.run([sys.executable, file, *arguments], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{Path(file).name} {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
+    return done.stdout
 
 
 def throttled_peak(run: Callable[[], Any]) -> int:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import keeping_up
@@ -280,13 +277,7 @@ def floors(request: pytest.FixtureRequest) -> dict[str, int]:
     """Those of the cases that are going to run, measured where nothing else runs: see keeping_up.py."""
     chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     names = [name for name in CASES if {"name": name} in chosen]
-    folders = [str(Path(__file__).parents[1]), str(Path(keeping_up.__file__).parent)]
-    folders += filter(None, [os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    done = subprocess.run(
-        [sys.executable, __file__, *names], check=True, capture_output=True, text=True, env=environment
-    )
-    return json.loads(done.stdout)
+    return json.loads(keeping_up.in_own_process(__file__, *names))
 
 
 @pytest.mark.skipif(not keeping_up.CAN_KEEP_UP, reason="threads cannot choose their core here")
