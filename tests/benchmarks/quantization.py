@@ -3,7 +3,7 @@
     python tests/benchmarks/quantization.py --model PATH [--text FILE] [--calibration FILE] [--bits 8 6 4 3 2]
                                             [--group 64] [--bpw 5 4.5 4 3.5] [--quick]
                                             [--methods nearest optimal gptq dwq mixed] [--mlx-lm] [--json FILE]
-                                            [--keep FOLDER]
+                                            [--keep FOLDER] [--skip LAYER ...]
 
 PATH is any folder that mlx-lm loads. FILE is a text, or an array of tokens (`.npy`); by default the model's folder
 holds `heldout_tokens.npy` and `calibration_tokens.npy`. Every figure is from text that no method saw: windows spread
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2])
     parser.add_argument("--bpw", type=float, nargs="*", default=[5, 4.5, 4, 3.5], help="targets of mixed precision")
     parser.add_argument("--methods", nargs="+", default=["nearest", "optimal", "gptq", "dwq", "mixed"])
+    parser.add_argument("--skip", nargs="+", default=[], help="layers that stay as they are (this library's methods)")
     parser.add_argument("--mlx-lm", action="store_true", help="mlx-lm's own methods, too (slow on a CPU)")
     parser.add_argument("--heldout-tokens", type=int, default=49152)
     parser.add_argument("--calibration-tokens", type=int, default=131072)
@@ -95,14 +96,16 @@ class Run:
 
     def uniform(self, bits: int) -> None:
         """Every method at the same bits everywhere."""
+        skip = tuple(self.options.skip)
         asked, after_gptq = f"{bits} bits", self.kept(bits)
+        asked += "".join(f" -{name}" for name in skip)
         for method in self.options.methods:
             if method == "dwq" and after_gptq is not None:  # it starts from there, so that need not be done again
                 model, seconds = after_gptq
                 more = functools.partial(dwq_after_gptq, self.options.model, calibration=self.calibration)
                 self.measure(method, asked, more, model, seconds)
             elif method != "mixed":
-                done = self.measure(method, asked, ours(method, bits, self.options.group, self.calibration))
+                done = self.measure(method, asked, ours(method, bits, self.options.group, self.calibration, skip))
                 if method == "gptq" and done is not None:
                     after_gptq = done
                     self.keep(bits, *done)

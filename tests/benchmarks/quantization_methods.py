@@ -20,14 +20,16 @@ GROUP = 64
 THEIRS = ("mlx-lm gptq", "mlx-lm awq", "mlx-lm dwq")
 
 
-def ours(method: str, bits: int, group: int, calibration: list[mx.array]) -> Callable[[nn.Module], nn.Module]:
+def ours(
+    method: str, bits: int, group: int, calibration: list[mx.array], skip: tuple[str, ...] = ()
+) -> Callable[[nn.Module], nn.Module]:
     """One of this library's methods."""
     name, _, effort = method.partition(" ")
 
     def quantize(model: nn.Module) -> nn.Module:
         learn = calibration if name in ("gptq", "dwq") else None
         report = mt.quantize_model(
-            model, bits, group, method=name, effort=effort or "fast", calibration=learn, progress=False
+            model, bits, group, method=name, effort=effort or "fast", calibration=learn, skip=skip, progress=False
         )
         _tell(report.notes)
         return model
