@@ -25,7 +25,7 @@ import mlx.core as mx
 from workloads import WORKLOADS
 
 import mlx_tune as mt
-from mlx_tune.plotting import COLORS, ink, new_figure, save_figure
+from mlx_tune.presentation.plotting import COLORS, ink, new_figure, save_figure
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.files.scratch import ScratchFiles
 from mlx_tune.interrupts import uninterrupted
-from mlx_tune.scratch import ScratchFiles
 from mlx_tune.trees import arrays_of, containers_of, outermost, state_arrays
 
 

@@ -16,13 +16,13 @@ PACKAGE = Path(mlx_tune.__file__).parent
 
 #: The rooms from the ground up. A module may import from rooms below its own, and from its own.
 FLOORS = [
-    ["errors", "unfinished", "substitution", "pareto", "version"],
-    ["units", "upstream", "tables", "trees", "interrupts", "garbage"],
-    ["scratch", "tabular"],
-    ["progress", "plotting", "reach"],
+    ["errors", "substitution", "pareto", "version"],
+    ["units", "upstream", "trees", "interrupts", "garbage"],
+    ["files"],
+    ["presentation", "progress", "reach"],
     ["devices"],
     ["memory", "state"],
-    ["graphs", "wiring", "half_precision"],
+    ["graphs", "wiring"],
     ["measuring"],
     ["checkpointing"],
     ["batching", "quantization"],

@@ -8,7 +8,7 @@ import pytest
 from house import House
 
 #: What has been reached. Lower them when it gets better.
-LONGEST_CHAIN, CIRCLES, MOST_FILES, MOST_LINES = 22, 1, 22, 402
+LONGEST_CHAIN, CIRCLES, MOST_FILES, MOST_LINES = 21, 1, 15, 402
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from mlx_tune.batching.journal import Journal
 from mlx_tune.batching.records import interrupted
 from mlx_tune.batching.result import Trial
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
+from mlx_tune.files.scratch import writing
+from mlx_tune.files.unfinished import own_folder
 from mlx_tune.measuring.throttle import Throttle
-from mlx_tune.scratch import writing
-from mlx_tune.unfinished import own_folder
 from mlx_tune.units import format_seconds
 
 #: How much of what the child wrote to standard error goes into an error.

@@ -10,8 +10,8 @@ from typing import Protocol
 from mlx_tune.batching import records
 from mlx_tune.batching.result import Trial
 from mlx_tune.errors import DiskError, InvalidArgumentError
+from mlx_tune.files.scratch import writing
 from mlx_tune.memory import MemoryBudget
-from mlx_tune.scratch import writing
 from mlx_tune.units import format_bytes
 
 _ELSEWHERE = "Name a journal on another disk; a copy of this one goes on from what it holds."

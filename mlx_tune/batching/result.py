@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.memory import held_limits
-from mlx_tune.tabular import Table, Tabular
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_limit, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class AutobatchResult(Tabular):
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        from mlx_tune.plotting import COLORS, bytes_unit, ink, new_figure, save_figure
+        from mlx_tune.presentation.plotting import COLORS, bytes_unit, ink, new_figure, save_figure
 
         figure, axes = new_figure(dark=dark)
         scale, unit = bytes_unit(self.budget_bytes)

@@ -27,8 +27,8 @@ from mlx_tune.checkpointing.block.wrap import (
     unwrap,
 )
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.substitution import plain_class
-from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import whole_number
 
 #: A pattern on the path (`"encoder.layers.*"`), or a function of path and module.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlx_tune.tabular import Table, Tabular
+from mlx_tune.presentation.tabular import Table, Tabular
 
 #: In the order in which a reader wants them.
 VERDICTS = ("different", "not tested", "equal")

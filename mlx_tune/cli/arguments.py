@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mlx_tune.tables import fold
+from mlx_tune.presentation.tables import fold
 
 
 class Subcommand(argparse.ArgumentParser):

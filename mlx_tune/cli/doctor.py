@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _list(as_json: bool) -> str:
     from mlx_tune.diagnosis.check import all_checks
-    from mlx_tune.tabular import Table
+    from mlx_tune.presentation.tabular import Table
 
     if as_json:
         listed = [

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tune.errors import BudgetError, DiskError, InvalidArgumentError
-from mlx_tune.scratch import writing
-from mlx_tune.tables import fit_to, fold
-from mlx_tune.unfinished import beside
+from mlx_tune.files.scratch import writing
+from mlx_tune.files.unfinished import beside
+from mlx_tune.presentation.tables import fit_to, fold
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from mlx_tune.graphs.simulating.allocator import PURPOSES, Buffer
 from mlx_tune.graphs.simulating.course import Course, simulate
 from mlx_tune.graphs.simulating.order import evaluation_order
 from mlx_tune.graphs.tracing.trace import taking, trace_step
-from mlx_tune.tabular import Table, Tabular
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:

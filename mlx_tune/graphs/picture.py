@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mlx_tune.plotting import COLORS, bytes_unit, ink, new_figure, save_figure
+from mlx_tune.presentation.plotting import COLORS, bytes_unit, ink, new_figure, save_figure
 from mlx_tune.units import format_bytes
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_tune.tabular import Table, Tabular
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class GenerationBatchResult(Tabular):
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        from mlx_tune.plotting import COLORS, ink, new_figure, save_figure
+        from mlx_tune.presentation.plotting import COLORS, ink, new_figure, save_figure
 
         figure, axes = new_figure(dark=dark)
         points = [(1000 * t.seconds, t.tokens_per_second, t.batch_size) for t in self.trials if t.fits]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlx_tune.tabular import Table, Tabular
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_count, format_limit, format_seconds
 
 #: More lines of losses than this say no more; the table then shows some of them, the first and the last included.

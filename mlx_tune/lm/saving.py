@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
+from mlx_tune.files.scratch import writing
+from mlx_tune.files.unfinished import beside
 from mlx_tune.quantization import keeps_inputs, quantization_config, quantizes_inputs
 from mlx_tune.quantization.models.random_stream import same_random_stream
-from mlx_tune.scratch import writing
 from mlx_tune.trees import nbytes_of
-from mlx_tune.unfinished import beside
 
 if TYPE_CHECKING:
     import mlx.nn as nn

@@ -10,14 +10,14 @@ from typing import Any
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.tracing.trace import taking
-from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import uninterrupted
+from mlx_tune.measuring.half_precision import slow_half_precision
 from mlx_tune.measuring.step import StepTrial, run_step
 from mlx_tune.measuring.turns import compare
 from mlx_tune.memory import held_limits
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
-from mlx_tune.tabular import Table, Tabular
 from mlx_tune.trees import arrays_of
 from mlx_tune.units import format_bytes, format_percent, format_seconds, whole_number
 

@@ -162,7 +162,7 @@ def curves() -> None:
     """Search a thousand curves of each kind, with and without a shape, and print what it took."""
     import importlib.util
 
-    from mlx_tune.tables import render_table
+    from mlx_tune.presentation.tables import render_table
 
     path = Path(__file__).parents[1] / "batching" / "test_search.py"
     spec = importlib.util.spec_from_file_location("test_search", path)
@@ -208,7 +208,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments.child)))
         return
-    from mlx_tune.tables import render_table
+    from mlx_tune.presentation.tables import render_table
 
     rows = []
     for name in arguments.only or (QUICK if arguments.quick else NAMES):

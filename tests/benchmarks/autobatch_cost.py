@@ -141,7 +141,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments.child, arguments.layers)))
         return
-    from mlx_tune.tables import render_table
+    from mlx_tune.presentation.tables import render_table
 
     rows = []
     for name in arguments.only:

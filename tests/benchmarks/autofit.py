@@ -29,8 +29,8 @@ from mlx_tune.checkpointing import find_blocks
 from mlx_tune.checkpointing.planning.planned import apply_choice
 from mlx_tune.measuring.step import run_step
 from mlx_tune.memory import memory_limit
+from mlx_tune.presentation.tables import render_table
 from mlx_tune.state import Snapshot
-from mlx_tune.tables import render_table
 from mlx_tune.units import format_seconds
 
 MODELS = {

@@ -30,7 +30,7 @@ from mlx_lm.models import llama
 from mlx_lm.tuner.trainer import grad_checkpoint
 
 import mlx_tune as mt
-from mlx_tune.tables import render_table
+from mlx_tune.presentation.tables import render_table
 
 SIZES = {
     "full": {"hidden": 192, "layers": 6, "vocabulary": 1024, "batch": 2, "length": 257},

@@ -27,7 +27,7 @@ from workload_models import language_model
 
 import mlx_tune as mt
 from mlx_tune.devices import footprint_bytes
-from mlx_tune.tables import render_table
+from mlx_tune.presentation.tables import render_table
 
 #: The formats of `batches`: a name, whether inputs are quantized too, and what MLX is told.
 FORMATS: list[tuple[str, bool, dict[str, Any]]] = [

@@ -68,7 +68,7 @@ def main() -> None:
     """Measure every workload in a child process of its own and print the table."""
     from workloads import WORKLOADS
 
-    from mlx_tune.tables import render_table
+    from mlx_tune.presentation.tables import render_table
     from mlx_tune.units import format_bytes
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 import mlx_tune as mt
 from mlx_tune.devices import machine
-from mlx_tune.tables import render_table
+from mlx_tune.presentation.tables import render_table
 from mlx_tune.units import format_seconds
 
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 from gpu_measuring import note, release
 
 import mlx_tune as mt
-from mlx_tune.tables import render_table
+from mlx_tune.presentation.tables import render_table
 from mlx_tune.units import format_bytes
 
 

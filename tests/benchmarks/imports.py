@@ -46,7 +46,7 @@ def main() -> None:
     runs = [{name: seconds(code) for name, code in CASES.items()} for _ in range(arguments.runs)]
     medians = {name: statistics.median(run[name] for run in runs) for name in CASES}
     reference = next(iter(CASES))
-    from mlx_tune.tables import render_table
+    from mlx_tune.presentation.tables import render_table
     from mlx_tune.units import format_seconds
 
     rows = [

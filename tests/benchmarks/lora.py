@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_tune.tables import render_table
+from mlx_tune.presentation.tables import render_table
 from mlx_tune.units import format_bytes, format_seconds
 
 #: Runs mlx-lm's own `run` in a process of its own, and prints what it reported and what the process took.

@@ -30,9 +30,9 @@ from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.measuring.forecast import cheapest_fitting
 from mlx_tune.measuring.step import StepTrial, run_step
 from mlx_tune.measuring.throttle import best_trial, limit_trials
+from mlx_tune.presentation.tables import render_table
 from mlx_tune.progress import Bar
 from mlx_tune.state import Snapshot
-from mlx_tune.tables import render_table
 
 
 class Stage(nn.Module):

@@ -13,11 +13,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import mlx_tune as mt
+from mlx_tune.presentation.tables import render_table
 from mlx_tune.quantization.formats.packing import dequantize_float32
 from mlx_tune.quantization.models.layers import dequantized_weight, is_quantized
 from mlx_tune.quantization.models.sites import walk
 from mlx_tune.quantization.models.stored_outputs import OutputStore
-from mlx_tune.tables import render_table
 
 WINDOW = 256
 

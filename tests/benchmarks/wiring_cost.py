@@ -20,7 +20,7 @@ from metal_stand_in import MetalStandIn
 from mlx_lm.generate import wired_limit as mlx_lm_wired_limit
 
 import mlx_tune as mt
-from mlx_tune.tables import render_table
+from mlx_tune.presentation.tables import render_table
 
 
 def seconds_per_block(make_block, model, repeats: int) -> float:

@@ -80,7 +80,7 @@ def test_what_a_killed_run_left_in_the_adapter_folder_is_cleared(toy, rows, argu
     killed = f"""
 import os, signal
 from pathlib import Path
-from mlx_tune.unfinished import beside
+from mlx_tune.files.unfinished import beside
 with beside(Path({str(place / "adapters.safetensors")!r})) as folder:
     (folder / "adapters.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)

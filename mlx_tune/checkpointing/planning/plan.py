@@ -17,9 +17,9 @@ from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.errors import BudgetError
 from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.calls import require_functions
-from mlx_tune.half_precision import slow_half_precision
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.measuring.forecast import ESTIMATE_MARGIN, cheapest_fitting
+from mlx_tune.measuring.half_precision import slow_half_precision
 from mlx_tune.measuring.throttle import OVERSHOOT
 from mlx_tune.memory import cache_room, resolve_budget
 from mlx_tune.progress import progress_bar

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_tune.checkpointing.block.wrap import checkpoint, is_checkpointed, unwrap
 from mlx_tune.errors import CheckpointError
 from mlx_tune.memory import held_limits
-from mlx_tune.tabular import Table, Tabular
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_seconds
 
 

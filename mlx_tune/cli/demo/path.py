@@ -16,12 +16,12 @@ from mlx_tune.cli.demo.corpus import Corpus, read_corpus
 from mlx_tune.cli.output import folded
 from mlx_tune.devices import machine
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.files.scratch import writing
 from mlx_tune.lm import load, save_quantized, small, token_batches
 from mlx_tune.memory import resolve_budget
+from mlx_tune.presentation.tabular import Table
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization import LanguageAccuracy, QuantizationReport
-from mlx_tune.scratch import writing
-from mlx_tune.tabular import Table
 from mlx_tune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from mlx_tune.devices import CgroupMemory
 from mlx_tune.diagnosis.check import Finding, check, failed, passed, skipped, warned
 from mlx_tune.diagnosis.checks import readings
 from mlx_tune.diagnosis.checks.readings import Neighbour
-from mlx_tune.scratch import free_bytes
+from mlx_tune.files.scratch import free_bytes
 from mlx_tune.units import format_bytes
 from mlx_tune.wiring.limits import reserve_bytes
 

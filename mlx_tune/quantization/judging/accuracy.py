@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.quantization.judging.statistics import Bucket, Estimate, finite_or_none
-from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_count, format_percent
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlx_tune.plotting import COLORS, ink, new_figure, save_figure
+from mlx_tune.presentation.plotting import COLORS, ink, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,10 +7,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.quantization.judging.accuracy import Accuracy
 from mlx_tune.quantization.judging.picture import DrawnLayer
 from mlx_tune.quantization.judging.speed import SpeedComparison
-from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_count, format_percent, format_seconds
 
 if TYPE_CHECKING:

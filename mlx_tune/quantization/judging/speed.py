@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_tune.tabular import Table, Tabular
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_seconds
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_tune.files.scratch import ScratchFiles
 from mlx_tune.quantization.formats.lazy import number
-from mlx_tune.scratch import ScratchFiles
 
 #: Rows of each layer's inputs that are kept.
 ROWS = 512

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.scratch import ScratchFiles
+from mlx_tune.files.scratch import ScratchFiles
 
 
 class OutputStore:

@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import DiskError
+from mlx_tune.files.scratch import ScratchFiles, in_memory
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.quantization.models.sites import module_at, own_arrays, put_module, walk
-from mlx_tune.scratch import ScratchFiles, in_memory
 from mlx_tune.upstream import is_lazy
 
 _log = logging.getLogger(__name__)

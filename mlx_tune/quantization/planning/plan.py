@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.quantization.formats.modes import ITEM_BYTES, Effort, Format
 from mlx_tune.quantization.models.sites import module_at
-from mlx_tune.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_count
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_tune.errors import InvalidArgumentError, MissingDependencyError
-from mlx_tune.scratch import writing
+from mlx_tune.files.scratch import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ import mlx.optimizers as optim
 import pytest
 
 import mlx_tune as mt
-from mlx_tune.half_precision import slow_half_precision, times_slower
+from mlx_tune.measuring.half_precision import slow_half_precision, times_slower
 from mlx_tune.progress import PlainBar
 
 
@@ -36,7 +36,7 @@ def test_most_of_the_numbers_count_and_float32_is_not_measured() -> None:
 
 
 def test_a_gpu_is_left_alone(monkeypatch) -> None:
-    monkeypatch.setattr("mlx_tune.half_precision.computes_on_cpu", lambda: False)
+    monkeypatch.setattr("mlx_tune.measuring.half_precision.computes_on_cpu", lambda: False)
     assert slow_half_precision(mx.zeros((8, 8), mx.bfloat16), slower=never) == []
 
 
@@ -46,7 +46,7 @@ def test_the_measurement_is_a_ratio_of_two_times() -> None:
 
 @pytest.mark.parametrize("search", ["autobatch", "autofit", "plan_checkpoints", "tightest_limit"])
 def test_every_search_says_it_at_its_start_and_in_its_result(search: str, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("mlx_tune.half_precision.times_slower", lambda dtype: 9.0)
+    monkeypatch.setattr("mlx_tune.measuring.half_precision.times_slower", lambda dtype: 9.0)
     model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2)])
     model.set_dtype(mx.bfloat16)
     optimizer = optim.SGD(learning_rate=0.01)

@@ -13,13 +13,13 @@ import pytest
 
 import mlx_tune as mt
 from mlx_tune.cli.output import save_plot, write_whole
-from mlx_tune.scratch import ScratchFiles
-from mlx_tune.unfinished import UNFINISHED, beside, own_folder
+from mlx_tune.files.scratch import ScratchFiles
+from mlx_tune.files.unfinished import UNFINISHED, beside, own_folder
 
 HOLDER = """
 import sys
 from pathlib import Path
-from mlx_tune.unfinished import own_folder
+from mlx_tune.files.unfinished import own_folder
 with own_folder(Path(sys.argv[1]), sys.argv[2]) as folder:
     (folder / "half").write_text("half of it")
     print(folder, flush=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_tune import scratch
 from mlx_tune.errors import DiskError
+from mlx_tune.files import scratch
 
 
 @pytest.mark.parametrize("variable", ["", "elsewhere"])

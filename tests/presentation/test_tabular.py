@@ -14,8 +14,8 @@ import mlx.optimizers as optim
 import pytest
 
 import mlx_tune as mt
+from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.quantization.judging.speed import SpeedComparison
-from mlx_tune.tabular import Table, Tabular
 
 
 class Cells(HTMLParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies
 
-from mlx_tune.tables import fit_to, fold, render_table
+from mlx_tune.presentation.tables import fit_to, fold, render_table
 
 
 def test_numbers_go_right_words_left_and_nothing_trails():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from mlx_tune.tables import numeric, render_table, texts_of
+from mlx_tune.presentation.tables import numeric, render_table, texts_of
 
 
 class Tabular:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tune.errors import DiskError
-from mlx_tune.unfinished import own_folder
+from mlx_tune.files.unfinished import own_folder
 from mlx_tune.units import format_bytes
 
 #: Disk that is left free for others.
