@@ -6,7 +6,6 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 
 @contextmanager
@@ -46,7 +45,7 @@ def no_collections() -> Iterator[None]:
         gc.enable()
 
 
-def is_frozen(thing: Any) -> bool:
+def is_frozen(thing: object) -> bool:
     """True where `gc.freeze` has put an object, which collections would look at, out of their sight.
 
     Args:

@@ -56,13 +56,13 @@ class Snapshot:
         True
     """
 
-    def __init__(self, state: Any, *, spill: bool = False, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, state: object, *, spill: bool = False, folder: str | os.PathLike[str] | None = None) -> None:
         """Walk the state and note everything in it."""
         self._scratch = ScratchFiles("What trials put aside", name="state", folder=folder)
         self._file: Path | None = None
-        self._saved: list[tuple[dict[Any, Any] | list[Any], Any]] = []  # a container and its items
+        self._saved: list[tuple[dict[object, object] | list[object], object]] = []  # a container and its items
         self._random = _RandomStreams()
-        to_disk: dict[str, Any] = {}
+        to_disk: dict[str, object] = {}
         spilled_ids = _changing_arrays(state) if spill else {}
         for container in _containers(state):
             keep = partial(_kept, spilled_ids=spilled_ids, to_disk=to_disk)
@@ -90,8 +90,8 @@ class Snapshot:
             if on_disk:
                 for container, items in self._saved:
                     _let_go(container, items)
-            loaded: dict[str, Any] = {}
-            copies: dict[int, Any] = {}
+            loaded: dict[str, object] = {}
+            copies: dict[int, object] = {}
             for container, items in self._saved:
                 _put_back(container, items, on_disk, loaded, copies)
             loaded.clear()
@@ -116,13 +116,13 @@ class Snapshot:
             finally:
                 self.discard()
 
-    def _open(self) -> dict[str, Any]:
+    def _open(self) -> dict[str, object]:
         """The spilled arrays, not read yet; raises before anything is touched if the file is gone."""
         if self._file is None:
             return {}
         import mlx.core as mx
 
-        arrays: dict[str, Any] = mx.load(str(self._file))  # type: ignore[assignment]
+        arrays: dict[str, object] = mx.load(str(self._file))  # type: ignore[assignment]
         return arrays
 
 
@@ -148,7 +148,7 @@ class _RandomStreams:
             sys.modules["numpy"].random.set_state(self._numpy)
 
 
-def _containers(state: Any) -> list[dict[Any, Any] | list[Any]]:
+def _containers(state: Any) -> list[dict[object, object] | list[object]]:
     """Every container of a state that a step can write to; refuses a state in which there is none."""
     found = containers_of(state)
     if not found and state != ():
@@ -160,7 +160,7 @@ def _containers(state: Any) -> list[dict[Any, Any] | list[Any]]:
     return found
 
 
-def _changing_arrays(state: Any) -> dict[int, str]:
+def _changing_arrays(state: object) -> dict[int, str]:
     """Names for the arrays that training replaces, by identity: all but modules' frozen ones."""
     import mlx.core as mx
     import mlx.nn as nn
@@ -174,7 +174,7 @@ def _changing_arrays(state: Any) -> dict[int, str]:
     return {i: str(number) for number, i in enumerate(changing)}
 
 
-def _kept(value: Any, spilled_ids: dict[int, str], to_disk: dict[str, Any]) -> Any:
+def _kept(value: object, spilled_ids: dict[int, str], to_disk: dict[str, object]) -> object:
     """A value as it is put aside: arrays by a handle of their own, or noted for the disk."""
     import mlx.core as mx
 
@@ -194,7 +194,7 @@ def _kept(value: Any, spilled_ids: dict[int, str], to_disk: dict[str, Any]) -> A
 class _Kept:
     """An array object, and a second handle on the values it has now."""
 
-    def __init__(self, array: Any) -> None:
+    def __init__(self, array: object) -> None:
         self.array = array
         self.values = copy.copy(array)
 
@@ -202,11 +202,11 @@ class _Kept:
 class _KeptSet:
     """A set, such as the names of a module's frozen parameters, and what is in it now."""
 
-    def __init__(self, kept: set[Any]) -> None:
+    def __init__(self, kept: set[object]) -> None:
         self.kept = kept
         self.items = frozenset(kept)
 
-    def back(self) -> set[Any]:
+    def back(self) -> set[object]:
         """The same set, with what was in it."""
         self.kept.clear()
         self.kept.update(self.items)
@@ -216,7 +216,7 @@ class _KeptSet:
 def _let_go(container: Any, items: Any) -> None:
     """Drop what stands where spilled arrays go; kept arrays are held by the snapshot anyway."""
 
-    def wait(value: Any) -> bool:
+    def wait(value: object) -> bool:
         return isinstance(value, _Spilled) or (type(value) is tuple and any(wait(v) for v in value))
 
     if isinstance(container, list):
@@ -227,11 +227,11 @@ def _let_go(container: Any, items: Any) -> None:
 
 
 def _put_back(
-    container: Any, items: Any, on_disk: dict[str, Any], loaded: dict[str, Any], copies: dict[int, Any]
+    container: Any, items: Any, on_disk: dict[str, object], loaded: dict[str, object], copies: dict[int, object]
 ) -> None:
     """Give a container its items again; arrays that it shares with others stay shared."""
 
-    def back(value: Any) -> Any:
+    def back(value: object) -> object:
         if isinstance(value, _Spilled):
             if value.name not in loaded:
                 import mlx.core as mx

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 #: The attribute of the classes made here that holds the class which they stand in for.
 _PLAIN = "_substituted_class"
@@ -19,11 +18,11 @@ class Substitute:
 
     __slots__ = ()
 
-    def __init_subclass__(cls, **_: Any) -> None:
+    def __init_subclass__(cls, **_: object) -> None:
         """Say nothing to a class that notes its subclasses, say under their names, or asks something of them."""
 
 
-def subclass(plain: type, methods: Mapping[str, Any], first: type = Substitute) -> type:
+def subclass(plain: type, methods: Mapping[str, object], first: type = Substitute) -> type:
     """A subclass that passes for its class, under the same name, but for some methods.
 
     Args:
@@ -64,7 +63,7 @@ def is_substitute(kind: type) -> bool:
     return _PLAIN in vars(kind)
 
 
-def substitute(thing: Any, kind: type) -> None:
+def substitute(thing: object, kind: type) -> None:
     """Give a module another class, past any `__setattr__` of its own.
 
     Raises:
@@ -74,14 +73,14 @@ def substitute(thing: Any, kind: type) -> None:
 
 
 @contextmanager
-def substituted(pairs: Iterable[tuple[Any, type]]) -> Iterator[None]:
+def substituted(pairs: Iterable[tuple[object, type]]) -> Iterator[None]:
     """Give modules other classes for the body; each has its own again afterwards.
 
     Args:
         pairs: Modules and their classes, which may be made while they are asked for. Of a module that comes twice the
             first class counts.
     """
-    changed: dict[int, tuple[Any, type]] = {}
+    changed: dict[int, tuple[object, type]] = {}
     try:
         for thing, kind in pairs:
             if id(thing) not in changed:

@@ -182,7 +182,7 @@ def find_blocks(model: nn.Module, select: Select | None = None) -> tuple[Stack, 
     return tuple(stacks)
 
 
-def _children(module: Any) -> list[tuple[str, Any]]:
+def _children(module: object) -> list[tuple[str, object]]:
     """The members of a module, list, tuple or dictionary, by name."""
     if isinstance(module, dict):
         return [(str(key), value) for key, value in module.items()]
@@ -200,13 +200,13 @@ def _has_modules(module: nn.Module) -> bool:
     return any(isinstance(child, nn.Module) or _holds_module(child) for _, child in _children(module))
 
 
-def _holds_module(value: Any) -> bool:
+def _holds_module(value: object) -> bool:
     return isinstance(value, list | tuple | dict) and any(
         isinstance(child, nn.Module) or _holds_module(child) for _, child in _children(value)
     )
 
 
-def _collect_stacks(path: str, holder: Any, stacks: list[Stack]) -> None:
+def _collect_stacks(path: str, holder: object, stacks: list[Stack]) -> None:
     for name, child in _children(holder):
         below = _joined(path, name)
         if isinstance(child, nn.Module):
@@ -223,7 +223,7 @@ def _collect_stacks(path: str, holder: Any, stacks: list[Stack]) -> None:
                 _collect_stacks(below, child, stacks)
 
 
-def _collect_siblings(path: str, holder: Any, stacks: list[Stack]) -> None:
+def _collect_siblings(path: str, holder: object, stacks: list[Stack]) -> None:
     """Attributes of one module that share a class with modules in it."""
     children = [(_joined(path, name), child) for name, child in _children(holder)]
     blocks = [(p, c) for p, c in children if isinstance(c, nn.Module) and _has_modules(c)]
@@ -237,7 +237,7 @@ def _collect_siblings(path: str, holder: Any, stacks: list[Stack]) -> None:
             _collect_siblings(p, child, stacks)
 
 
-def _takes_two(select: Any) -> bool:
+def _takes_two(select: object) -> bool:
     if not callable(select):
         return False
     try:
@@ -261,7 +261,7 @@ def _selected(model: nn.Module, select: Select) -> tuple[Stack, ...]:
     def wanted(path: str, module: nn.Module) -> bool:
         return fnmatchcase(path, select) if isinstance(select, str) else bool(select(path, module))
 
-    def visit(path: str, holder: Any) -> None:
+    def visit(path: str, holder: object) -> None:
         for name, child in _children(holder):
             below = _joined(path, name)
             if isinstance(child, nn.Module) and wanted(below, child):
@@ -281,7 +281,7 @@ def _looked_at(model: nn.Module) -> str:
     """The paths and classes of the modules below a model, the first few of them."""
     seen: list[str] = []
 
-    def visit(path: str, holder: Any) -> None:
+    def visit(path: str, holder: object) -> None:
         for name, child in _children(holder):
             below = _joined(path, name)
             if isinstance(child, nn.Module):

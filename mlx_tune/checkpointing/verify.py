@@ -24,7 +24,7 @@ from mlx_tune.state import Snapshot
 _RELATIVE = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}
 
 
-def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) -> VerifyReport:
+def verify_checkpoint(model: nn.Module, loss: Callable[..., object], *args: object) -> VerifyReport:
     """Compare a model's gradients with and without checkpointing, with the same random draws.
 
     Three gradients are taken: two with every block plain, which tells what this machine does not repeat by itself,
@@ -78,7 +78,7 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., Any], *args: Any) ->
         wrapped = {path or "(model)": block for path, block in sorted(found, key=lambda item: _in_order(item[0]))}
         run = _Runs(model, args)
 
-        def scalar(*args: Any) -> Any:
+        def scalar(*args: object) -> object:
             value = loss(*args)
             first = value[0] if isinstance(value, tuple) and value else value
             if not isinstance(first, mx.array) or first.shape != ():
@@ -137,7 +137,7 @@ def _in_order(path: str) -> list[tuple[int, str]]:
 class _Runs:
     """Each run starts from the same state and draws, on copies, and leaves everything as it found it."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, args: tuple[object, ...]) -> None:
         self._walk = Walk()
         self._walk.add(model)
         self._walk.add(args)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from mlx_tune.diagnosis import installer
 from mlx_tune.diagnosis.report import CheckResult, Status
@@ -29,8 +28,8 @@ class Finding:
     status: Status
     summary: str
     fix: str = ""
-    values: dict[str, Any] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
+    figures: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Check:
         summary = " ".join(finding.summary.split())
         return CheckResult(self.name, self.theme, finding.status, summary, fix, finding.figures)
 
-    def run(self, **planted: Any) -> CheckResult:
+    def run(self, **planted: object) -> CheckResult:
         """Make the check in this process. A crash of it is its own failure.
 
         Args:
@@ -123,25 +122,33 @@ def all_checks() -> tuple[Check, ...]:
     return tuple(_registered.values())
 
 
-def passed(summary: str, *, figures: Mapping[str, Any] | None = None) -> Finding:
+def passed(summary: str, *, figures: Mapping[str, object] | None = None) -> Finding:
     """It is as it should be."""
     return Finding("pass", summary, figures=dict(figures or {}))
 
 
-def skipped(summary: str, *, figures: Mapping[str, Any] | None = None) -> Finding:
+def skipped(summary: str, *, figures: Mapping[str, object] | None = None) -> Finding:
     """It does not apply here, and why."""
     return Finding("skip", summary, figures=dict(figures or {}))
 
 
 def warned(
-    summary: str, fix: str = "", values: Mapping[str, Any] | None = None, *, figures: Mapping[str, Any] | None = None
+    summary: str,
+    fix: str = "",
+    values: Mapping[str, object] | None = None,
+    *,
+    figures: Mapping[str, object] | None = None,
 ) -> Finding:
     """It works, but not well."""
     return Finding("warn", summary, fix, dict(values or {}), dict(figures or {}))
 
 
 def failed(
-    summary: str, fix: str = "", values: Mapping[str, Any] | None = None, *, figures: Mapping[str, Any] | None = None
+    summary: str,
+    fix: str = "",
+    values: Mapping[str, object] | None = None,
+    *,
+    figures: Mapping[str, object] | None = None,
 ) -> Finding:
     """It does not work."""
     return Finding("fail", summary, fix, dict(values or {}), dict(figures or {}))

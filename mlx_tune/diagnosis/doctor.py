@@ -133,7 +133,7 @@ def run_in_child(one: Check, python: str | None = None, environment: dict[str, s
 def _answer(output: str) -> dict[str, Any] | None:
     for line in reversed(output.splitlines()):
         if line.startswith(child.MARK):
-            answer: dict[str, Any] = json.loads(line.removeprefix(child.MARK))
+            answer: dict[str, object] = json.loads(line.removeprefix(child.MARK))
             return answer
     return None
 

@@ -35,7 +35,7 @@ class CheckResult:
     status: Status
     summary: str
     fix: str = ""
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, object] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""

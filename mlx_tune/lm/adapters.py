@@ -21,7 +21,7 @@ def add_adapters(
     fine_tune_type: str = "lora",
     *,
     num_layers: int = 16,
-    lora_parameters: Mapping[str, Any] | None = None,
+    lora_parameters: Mapping[str, object] | None = None,
 ) -> nn.Module:
     """Freeze a model, and make its last blocks trainable as `mlx_lm.lora` does.
 
@@ -91,7 +91,7 @@ def integer_parameters(model: nn.Module) -> list[str]:
 
 
 def make_optimizer(
-    name: str = "adam", learning_rate: Any = 1e-5, settings: Mapping[str, Any] | None = None
+    name: str = "adam", learning_rate: Any = 1e-5, settings: Mapping[str, object] | None = None
 ) -> Optimizer:
     """An optimizer by mlx-lm's name for it.
 

@@ -28,11 +28,11 @@ Loss = Callable[..., tuple["mx.array", "mx.array"]]
 
 def autobatch(
     model: nn.Module,
-    dataset: Any,
+    dataset: object,
     args: Any = None,
     *,
     optimizer: Optimizer | None = None,
-    valid_set: Any = None,
+    valid_set: object = None,
     loss: Loss | None = None,
     budget: Budget = None,
     max_batch: int | None = None,
@@ -98,7 +98,7 @@ def autobatch(
 
 def estimate_memory(
     model: nn.Module,
-    dataset: Any,
+    dataset: object,
     args: Any = None,
     *,
     optimizer: Optimizer | None = None,
@@ -139,17 +139,17 @@ def estimate_memory(
         return trace(accumulating, batch, ready.kept, state=ready.state)
 
 
-def _accumulating(step: Callable[..., Any], batch: Any, kept: Any) -> Any:
+def _accumulating(step: Callable[..., Any], batch: object, kept: object) -> object:
     return step(batch, kept=kept)
 
 
 def autofit(
     model: nn.Module,
-    dataset: Any,
+    dataset: object,
     args: Any = None,
     *,
     optimizer: Optimizer | None = None,
-    valid_set: Any = None,
+    valid_set: object = None,
     loss: Loss | None = None,
     budget: Budget = None,
     target_batch: int | None = None,
@@ -264,7 +264,7 @@ def plan_checkpoints(
         )
 
 
-def verify_checkpoint(model: nn.Module, dataset: Any, args: Any = None, *, loss: Loss | None = None) -> VerifyReport:
+def verify_checkpoint(model: nn.Module, dataset: object, args: Any = None, *, loss: Loss | None = None) -> VerifyReport:
     """Compare a model's gradients with and without checkpointing, on the longest batch of its data.
 
     An adapter begins with one factor at zero, and then the gradient of the other is zero both ways and says nothing. So
@@ -303,7 +303,7 @@ def _optimizer(optimizer: Optimizer | None) -> Optimizer:
     return Adam(learning_rate=1e-5) if optimizer is None else optimizer
 
 
-def _checkpointed(model: nn.Module, args: Any) -> AbstractContextManager[Any]:
+def _checkpointed(model: nn.Module, args: Any) -> AbstractContextManager[object]:
     """Every block checkpointed for as long as the search runs, where the arguments ask for it."""
     from mlx_tune.checkpointing import checkpoint_blocks
 

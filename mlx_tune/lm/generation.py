@@ -241,7 +241,7 @@ class _Rows:
             tokens = tokens[:, self._prefill :]
         return caches if self._bits is None else self._quantized(caches)
 
-    def _quantized(self, caches: list[Any]) -> list[Any]:
+    def _quantized(self, caches: list[object]) -> list[Any]:
         done = []
         for cache in caches:
             if not hasattr(cache, "to_quantized"):
@@ -326,7 +326,7 @@ class _Rows:
             generator.close()
 
 
-def _repeated(cache: Any, rows: int) -> Any:
+def _repeated(cache: Any, rows: int) -> object:
     """A cache of one row as one of several equal rows."""
     import mlx.core as mx
     from mlx.utils import tree_map

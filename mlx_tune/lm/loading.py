@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def load(
     model: str | os.PathLike[str],
     *,
-    tokenizer_config: Mapping[str, Any] | None = None,
-    model_config: Mapping[str, Any] | None = None,
+    tokenizer_config: Mapping[str, object] | None = None,
+    model_config: Mapping[str, object] | None = None,
     adapter_path: str | os.PathLike[str] | None = None,
     lazy: bool = False,
     revision: str | None = None,

@@ -28,7 +28,7 @@ def lora_parser(prog: str, *, without: Container[str] = ()) -> argparse.Argument
     return parser
 
 
-def reporting_callback(settings: Mapping[str, Any]) -> Any:
+def reporting_callback(settings: Mapping[str, object]) -> Any:
     """The callback that `report_to` names, as `mlx_lm.lora` makes it; None where it names none.
 
     Raises:

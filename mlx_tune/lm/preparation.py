@@ -38,16 +38,16 @@ class FineTuning:
     """
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: object
     optimizer: Optimizer
-    train_set: Any
-    valid_set: Any
-    test_set: Any
+    train_set: object
+    valid_set: object
+    test_set: object
     args: Any
-    settings: dict[str, Any]
+    settings: dict[str, object]
 
 
-def read_settings(given: Mapping[str, Any], config: str | Path | None = None) -> dict[str, Any]:
+def read_settings(given: Mapping[str, object], config: str | Path | None = None) -> dict[str, Any]:
     """Settings as `mlx_lm.lora` makes them: what was given, then the configuration file, then mlx-lm's defaults.
 
     Args:
@@ -78,11 +78,11 @@ def read_settings(given: Mapping[str, Any], config: str | Path | None = None) ->
         if not isinstance(written, dict):
             raise InvalidArgumentError(f"The configuration file {str(config)!r} holds no settings.")
         settings = written | settings
-    defaults: dict[str, Any] = copy.deepcopy(CONFIG_DEFAULTS)
+    defaults: dict[str, object] = copy.deepcopy(CONFIG_DEFAULTS)
     return defaults | {"num_layers": None} | settings
 
 
-def names_data(settings: Mapping[str, Any]) -> bool:
+def names_data(settings: Mapping[str, object]) -> bool:
     """True where somebody chose the data: mlx-lm's default is a download that nobody asked for."""
     from mlx_lm.lora import CONFIG_DEFAULTS
 
@@ -180,7 +180,7 @@ def _vocabulary(config: Mapping[str, Any]) -> int:
     return int(size)
 
 
-def _training_args(settings: Mapping[str, Any]) -> Any:
+def _training_args(settings: Mapping[str, Any]) -> object:
     from mlx_lm.tuner.trainer import TrainingArgs
 
     return TrainingArgs(
@@ -198,11 +198,11 @@ def _training_args(settings: Mapping[str, Any]) -> Any:
     )
 
 
-def _data(settings: Mapping[str, Any], tokenizer: Any) -> tuple[Any, Any, Any]:
+def _data(settings: Mapping[str, object], tokenizer: object) -> tuple[object, object, object]:
     from mlx_lm.tuner.datasets import load_dataset
 
     try:
-        return cast(tuple[Any, Any, Any], load_dataset(SimpleNamespace(**settings), tokenizer))
+        return cast(tuple[object, object, object], load_dataset(SimpleNamespace(**settings), tokenizer))
     except json.JSONDecodeError as error:
         raise InvalidArgumentError(f"A file below {settings['data']!r} is not JSON lines: {error}.") from error
     except (ValueError, KeyError, TypeError, ImportError, OSError, ConnectionError) as error:

@@ -70,7 +70,7 @@ class TrainingResult(Tabular):
     losses: tuple[LossReport, ...]
     validation_losses: tuple[LossReport, ...]
     adapter_file: str
-    fit: dict[str, Any] | None = None
+    fit: dict[str, object] | None = None
 
     def loss_at(self, tokens: int) -> float:
         """The training loss once so many tokens were trained on: for comparing runs with different batches.

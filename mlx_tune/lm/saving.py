@@ -23,7 +23,7 @@ def save_quantized(
     path: str | os.PathLike[str],
     model: nn.Module,
     tokenizer: Any = None,
-    config: dict[str, Any] | None = None,
+    config: dict[str, object] | None = None,
     *,
     source: str | os.PathLike[str] | None = None,
 ) -> Path:
@@ -91,7 +91,7 @@ def save_quantized(
     return target
 
 
-def _describe(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+def _describe(model: nn.Module, config: dict[str, object]) -> dict[str, object]:
     """The configuration with what belongs to the model as it is quantized now."""
     described = copy.deepcopy(config)
     described["quantization"] = quantization_config(model)
@@ -113,7 +113,7 @@ def _describe(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     return described
 
 
-def _check_loads(folder: Path, described: dict[str, Any]) -> None:
+def _check_loads(folder: Path, described: dict[str, object]) -> None:
     """Let mlx-lm load what was written, its weights left on disk."""
     from mlx_lm.utils import load_model
 

@@ -105,7 +105,7 @@ def perplexity(model: nn.Module, batches: Iterable[mx.array]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int) -> str:
+def generate_text(model: nn.Module, tokenizer: object, prompt: str, max_tokens: int) -> str:
     """Continue a prompt greedily with mlx-lm's own generator."""
     import mlx_lm
 

@@ -45,17 +45,17 @@ class TrainingStep:
     max_batch: int
     multiple_of: int
     accumulation_steps: int
-    kept: Any = None
+    kept: object = None
 
 
 @contextmanager
 def training_step(
     model: nn.Module,
     optimizer: Optimizer,
-    train_set: Any,
+    train_set: object,
     args: Any,
     *,
-    valid_set: Any = None,
+    valid_set: object = None,
     loss: Callable[..., tuple[mx.array, mx.array]] | None = None,
     evaluate: bool = True,
 ) -> Iterator[TrainingStep]:
@@ -141,7 +141,7 @@ def set_training(flags: list[tuple[nn.Module, bool]]) -> None:
 
 
 def _compiled_step(
-    model: nn.Module, optimizer: Optimizer, loss: Callable[..., Any] | None, accumulation: int, kept: Any
+    model: nn.Module, optimizer: Optimizer, loss: Callable[..., object] | None, accumulation: int, kept: object
 ) -> Callable[..., tuple[mx.array, mx.array]]:
     import mlx.core as mx
     import mlx.nn as nn
@@ -165,7 +165,7 @@ def _compiled_step(
 
     compiled: dict[bool, tuple[tuple[type, ...], Any]] = {}
 
-    def step(batch: Any, *, kept: Any = kept) -> tuple[mx.array, mx.array]:
+    def step(batch: object, *, kept: object = kept) -> tuple[mx.array, mx.array]:
         kinds = tuple(type(module) for module in model.modules())
         tracing = is_tracing()
         if compiled.get(tracing, ((), None))[0] != kinds:

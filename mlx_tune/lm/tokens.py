@@ -19,7 +19,7 @@ Source = str | os.PathLike[str]
 
 
 def token_batches(
-    tokenizer: Any,
+    tokenizer: object,
     sources: Source | Iterable[Source],
     *,
     batch_size: int = 8,
@@ -134,7 +134,7 @@ def _documents(file: Path, text: str) -> Iterator[str]:
             )
 
 
-def _tokens(tokenizer: Any, paths: list[Source], enough: int | None) -> np.ndarray:
+def _tokens(tokenizer: object, paths: list[Source], enough: int | None) -> np.ndarray:
     """All tokens of the sources, or the first `enough`."""
     import numpy as np
 

@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 def train(
     model: nn.Module,
     optimizer: Optimizer,
-    train_set: Any,
-    valid_set: Any = None,
+    train_set: object,
+    valid_set: object = None,
     args: Any = None,
     *,
     fit: Fit | AutobatchResult | CheckpointPlan | Literal["auto"] | None = None,
     budget: Budget = None,
     target_batch: int | None = None,
     loss: Loss | None = None,
-    training_callback: Any = None,
+    training_callback: object = None,
 ) -> TrainingResult:
     """Train with mlx-lm's own trainer, under the batch, checkpoints and limit that were found, and say what it took.
 
@@ -117,8 +117,8 @@ def train(
 def _run(
     model: nn.Module,
     optimizer: Optimizer,
-    train_rows: Any,
-    valid_rows: Any,
+    train_rows: object,
+    valid_rows: object,
     args: Any,
     fit: Fit | AutobatchResult | CheckpointPlan | None,
     every_block: bool,
@@ -143,7 +143,7 @@ def _run(
         wired = around.enter_context(wired_for_training(model))
         files = around.enter_context(_appearing_whole(Path(args.adapter_file), nbytes_of(model.trainable_parameters())))
 
-        def iterate_batches(**options: Any) -> Iterator[Any]:
+        def iterate_batches(**options: object) -> Iterator[object]:
             wired.hold()  # mlx-lm has just wired all that the system recommends
             for batch in trainer.iterate_batches(**options):
                 files.publish()

@@ -21,7 +21,7 @@ OFF_VARIABLE = "MLX_TUNE_NO_WIRING"
 #: A memory limit below this many times the wired bytes counts as tight.
 SLACK = 1.25
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def _set_limit(limit: int) -> int:
@@ -85,7 +85,7 @@ class wired_limit:  # noqa: N801 - used as a function
         19660
     """
 
-    def __init__(self, model: Any = None, headroom: float | str = "20%", streams: Iterable[Any] = ()) -> None:
+    def __init__(self, model: object = None, headroom: float | str = "20%", streams: Iterable[Any] = ()) -> None:
         """Check the arguments. The parameters of a model are read when the block is entered."""
         limits.check_wanted(model)
         self._model = model
@@ -177,18 +177,18 @@ class wired_limit:  # noqa: N801 - used as a function
 
         Every call is a block of its own, so recursion and threads are no matter.
         """
-        wrapped: Any
+        wrapped: object
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
-            async def wrapped(*args: Any, **kwargs: Any) -> Any:
+            async def wrapped(*args: object, **kwargs: object) -> object:
                 with self._again():
                     return await function(*args, **kwargs)
 
         elif inspect.isasyncgenfunction(function):
 
             @functools.wraps(function)
-            async def wrapped(*args: Any, **kwargs: Any) -> Any:
+            async def wrapped(*args: object, **kwargs: object) -> object:
                 with self._again():
                     async with contextlib.aclosing(function(*args, **kwargs)) as items:
                         try:
@@ -208,14 +208,14 @@ class wired_limit:  # noqa: N801 - used as a function
         elif inspect.isgeneratorfunction(function):
 
             @functools.wraps(function)
-            def wrapped(*args: Any, **kwargs: Any) -> Any:
+            def wrapped(*args: object, **kwargs: object) -> Any:
                 with self._again():
                     return (yield from function(*args, **kwargs))
 
         else:
 
             @functools.wraps(function)
-            def wrapped(*args: Any, **kwargs: Any) -> Any:
+            def wrapped(*args: object, **kwargs: object) -> object:
                 with self._again():
                     return function(*args, **kwargs)
 

@@ -114,13 +114,13 @@ def check_wanted(wanted: Any) -> None:
         )
 
 
-def _is_size(wanted: Any) -> bool:
+def _is_size(wanted: object) -> bool:
     import mlx.core as mx
 
     return isinstance(wanted, str | float) or (hasattr(wanted, "__index__") and not isinstance(wanted, mx.array))
 
 
-def _arrays(tree: Any) -> Iterator[Any]:
+def _arrays(tree: object) -> Iterator[Any]:
     """Every array of a model, an optimizer or a tree of them and of arrays, as often as it occurs."""
     import mlx.core as mx
 

@@ -24,7 +24,7 @@ class Request:
     arrays: Mapping[Any, int] = field(default_factory=dict)
     headroom: float = 0.0
     extra_bytes: int = 0
-    keys: tuple[Any, ...] = ()
+    keys: tuple[object, ...] = ()
 
 
 def total_bytes(requests: Iterable[Request]) -> int:
@@ -44,7 +44,7 @@ def total_bytes(requests: Iterable[Request]) -> int:
         extra += request.extra_bytes
         by_headroom.setdefault(request.headroom, []).append(request)
     # The largest headroom first: an array that was counted under it is not counted again.
-    seen: dict[Any, int] = {}
+    seen: dict[object, int] = {}
     total = 0
     for headroom in sorted(by_headroom, reverse=True):
         before = sum(seen.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,9 +28,9 @@ class Refusals:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], tuple[set[int], set[int]]] = {}
+        self._known: dict[tuple[object, ...], tuple[set[int], set[int]]] = {}
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Pickle as an empty one: a copy remembers no constants."""
         return (Refusals, ())
 
@@ -72,7 +72,7 @@ class Refusals:
         return found, certain | refusing
 
 
-def _like(arrays: Sequence[mx.array]) -> tuple[Any, ...]:
+def _like(arrays: Sequence[mx.array]) -> tuple[object, ...]:
     """The common key of calls with the same inputs in the same order."""
     return tuple((array.shape, array.dtype) for array in arrays)
 

@@ -63,7 +63,7 @@ class Rewound:
                 note.place.put(before)
 
 
-def _left_over(place: Held, before: Any, started_from: Any) -> Any:
+def _left_over(place: Held, before: Any, started_from: Any) -> object:
     """The contents of a place after a second run: those before it, with what that run counted and logged.
 
     Args:
@@ -85,7 +85,7 @@ def _left_over(place: Held, before: Any, started_from: Any) -> Any:
     return _carried(before, started_from, now)
 
 
-def _holds_arrays(value: Any, depth: int = 4) -> bool:
+def _holds_arrays(value: object, depth: int = 4) -> bool:
     """True where there are arrays in a value; a module's own do not count, it is no part of what holds it."""
     if isinstance(value, mx.array):
         return True
@@ -98,7 +98,7 @@ def _holds_arrays(value: Any, depth: int = 4) -> bool:
     return _holds_arrays(getattr(value, "__dict__", None), depth - 1)
 
 
-def _carried_list(before: list[Any], start: list[Any], now: list[Any]) -> list[Any]:
+def _carried_list(before: list[object], start: list[object], now: list[object]) -> list[object]:
     if len(now) == len(start) == len(before):
         return [_carried_item(*items) for items in zip(before, start, now, strict=True)]
     if len(now) > len(start) and same_items(now[: len(start)], start):
@@ -106,7 +106,9 @@ def _carried_list(before: list[Any], start: list[Any], now: list[Any]) -> list[A
     return before
 
 
-def _carried(before: dict[Any, Any], start: dict[Any, Any], now: dict[Any, Any]) -> dict[Any, Any]:
+def _carried(
+    before: dict[object, object], start: dict[object, object], now: dict[object, object]
+) -> dict[object, object]:
     kept = dict(before)
     for key, value in now.items():
         old = start.get(key, _MISSING)
@@ -118,7 +120,7 @@ def _carried(before: dict[Any, Any], start: dict[Any, Any], now: dict[Any, Any])
     return kept
 
 
-def _carried_item(before: Any, start: Any, now: Any) -> Any:
+def _carried_item(before: object, start: Any, now: object) -> object:
     if now is start:
         return before
     if not isinstance(now, _PLAIN):

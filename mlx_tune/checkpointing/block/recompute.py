@@ -82,10 +82,10 @@ def is_differentiable(array: mx.array) -> bool:
 
 
 def call_checkpointed(
-    body: Callable[..., Any],
-    owner: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    body: Callable[..., object],
+    owner: object,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     keep: frozenset[str],
     refusals: Refusals,
 ) -> Any:
@@ -120,7 +120,7 @@ class _Outputs:
         template: The stand-in for the returned value.
     """
 
-    def __init__(self, result: Any, notes: list[Note], started: list[Any], seen: dict[int, Any]) -> None:
+    def __init__(self, result: object, notes: list[Note], started: list[object], seen: dict[int, object]) -> None:
         walk = Walk(seen, is_differentiable, made=True)
         self.written: list[tuple[Held, Any]] = []
         self.changed: set[int] = set()
@@ -132,7 +132,7 @@ class _Outputs:
         self.made = [note for note in walk.notes if note.marks]
         self.arrays = walk.arrays
 
-    def _add_changes(self, walk: Walk, place: Held, old: Any) -> None:
+    def _add_changes(self, walk: Walk, place: Held, old: object) -> None:
         now = place.get()
         found = False
         for key in _changed_keys(old, now):
@@ -143,7 +143,7 @@ class _Outputs:
         if found:
             self.written.append((place, now))
 
-    def put(self, arrays: list[mx.array]) -> Any:
+    def put(self, arrays: list[mx.array]) -> object:
         """Put these arrays where they belong, and return the value with them in it."""
         for place, items in self.written:
             if isinstance(items, dict):
@@ -155,7 +155,7 @@ class _Outputs:
         return filled(self.template, arrays)
 
 
-def _changed_keys(old: Any, new: Any) -> list[Any]:
+def _changed_keys(old: Any, new: Any) -> list[object]:
     if isinstance(new, dict):
         return [key for key, value in new.items() if old.get(key, _MISSING) is not value]
     return [i for i, value in enumerate(new) if i >= len(old) or old[i] is not value]
@@ -166,10 +166,10 @@ class _Call:
 
     def __init__(
         self,
-        body: Callable[..., Any],
-        owner: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        body: Callable[..., object],
+        owner: object,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
         keep: frozenset[str],
         refusals: Refusals,
     ) -> None:
@@ -194,7 +194,7 @@ class _Call:
         self.shapes: list[tuple[tuple[int, ...], mx.Dtype]] = []
         self.outputs: _Outputs | None = None
         # Only for the first run, dropped with it: these hold arrays.
-        self._first: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
+        self._first: tuple[tuple[object, ...], dict[str, object]] | None = (args, kwargs)
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         """Run the block on these arrays; the first time as it stands, which is what they were taken from."""
@@ -341,7 +341,7 @@ class _Call:
         # these is all that has been computed so far.
         return mx.vjp(again, [*tied, *outputs[ends:]], wanted)[1][: len(tied)]
 
-    def result(self, arrays: Sequence[mx.array]) -> Any:
+    def result(self, arrays: Sequence[mx.array]) -> object:
         """The results and writes of the first run, with these arrays as its outputs."""
         outputs = self.outputs
         self.outputs = None
@@ -391,7 +391,7 @@ def _shapes(arrays: list[mx.array]) -> list[tuple[tuple[int, ...], mx.Dtype]]:
     return [(a.shape, a.dtype) for a in arrays]
 
 
-def _name(body: Callable[..., Any]) -> str:
+def _name(body: Callable[..., object]) -> str:
     owner = getattr(body, "__self__", None)
     return type(owner).__name__ if owner is not None else getattr(body, "__qualname__", repr(body))
 

@@ -34,14 +34,14 @@ _REFUSALS = "_checkpoint_refusals"  # the one with the inputs that have no gradi
 _MARK = "_checkpoint_trace"
 _serials: dict[frozenset[str], int] = {}  # the array's length stands for the names to keep
 _classes: WeakValueDictionary[type, type] = WeakValueDictionary()
-_functions: WeakSet[Callable[..., Any]] = WeakSet()
+_functions: WeakSet[Callable[..., object]] = WeakSet()
 
 
 @overload
 def checkpoint(block: M, *, keep: Iterable[str] = ()) -> M: ...
 @overload
 def checkpoint(block: Callable[P, R], *, keep: Iterable[str] = ()) -> Callable[P, R]: ...
-def checkpoint(block: Any, *, keep: Iterable[str] = ()) -> Any:
+def checkpoint(block: object, *, keep: Iterable[str] = ()) -> Any:
     """Trade time for memory: run a block again for its gradient instead of holding what it computed.
 
     Values and gradients are those of the plain block: its random draws are repeated, what it writes (running
@@ -126,7 +126,7 @@ def uncheckpoint(model: nn.Module) -> int:
     return undone
 
 
-def is_checkpointed(block: Any) -> bool:
+def is_checkpointed(block: object) -> bool:
     """Tell whether a module or function is checkpointed itself. Blocks below it do not count.
 
     Args:
@@ -208,13 +208,13 @@ def _checkpointed_class(plain: type) -> type:
     if found is not None:
         return found
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+    def __call__(self: Any, *args: object, **kwargs: object) -> object:  # noqa: N807
         body = super(kind, self).__call__
         if not self.training:
             return body(*args, **kwargs)
         return call_checkpointed(body, self, args, kwargs, kept_names(self), vars(self).get(_REFUSALS) or Refusals())
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+    def __reduce_ex__(self: object, protocol: Any) -> object:  # noqa: N807
         # The subclass cannot be found by its name, so what is written down is how to make it from the plain one.
         made, *rest = super(kind, self).__reduce_ex__(max(2, protocol))
         if made is copyreg.__newobj__ and rest[0][0] is kind:  # type: ignore[attr-defined]
@@ -233,7 +233,7 @@ def _checkpointed_class(plain: type) -> type:
     return cast(type, kind)
 
 
-def _new_checkpointed(plain: type, *args: Any) -> Any:
+def _new_checkpointed(plain: type, *args: object) -> object:
     kind = _checkpointed_class(plain)
     return kind.__new__(kind, *args)
 

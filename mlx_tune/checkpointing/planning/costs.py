@@ -37,7 +37,7 @@ class Calls:
         first: The number of calls of blocks before this block's first one.
     """
 
-    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    inputs: list[tuple[tuple[object, ...], dict[str, object]]] = field(default_factory=list)
     first: int = -1
 
 
@@ -55,7 +55,7 @@ def recorded(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
     count = itertools.count()
 
     def recording(kind: Any, noted: Calls) -> Any:
-        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        def __call__(self: Any, *args: object, **kwargs: object) -> object:  # noqa: N807
             noted.inputs.append((_shapes(args), _shapes(kwargs)))
             order = next(count)
             noted.first = order if noted.first < 0 else noted.first
@@ -67,7 +67,7 @@ def recorded(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Calls]]:
         yield calls
 
 
-def _shapes(tree: Any) -> Any:
+def _shapes(tree: object) -> Any:
     return tree_map(lambda a: ArraySpec(tuple(a.shape), a.dtype) if isinstance(a, mx.array) else a, tree)
 
 
@@ -89,12 +89,12 @@ def kind_of(block: nn.Module, calls: Calls) -> tuple[Any, ...]:
     return type(block), parameters, arguments
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
+def _leaves(tree: object) -> list[tuple[str, Any]]:
     # MLX's stubs know of the form that returns a dictionary too.
-    return cast(list[tuple[str, Any]], tree_flatten(tree))
+    return cast(list[tuple[str, object]], tree_flatten(tree))
 
 
-def _described(leaf: Any) -> str:
+def _described(leaf: object) -> str:
     # Objects such as caches are told apart by their class: their addresses differ from block to block.
     return repr(leaf) if isinstance(leaf, (ArraySpec, str, int, float, bool, type(None))) else type(leaf).__name__
 
@@ -128,7 +128,7 @@ def forward_seconds(path: str, block: nn.Module, calls: Calls) -> float:
     return total
 
 
-def _fastest(block: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> float:
+def _fastest(block: nn.Module, args: list[object], kwargs: dict[str, object]) -> float:
     best = math.inf
     for turn in range(RUNS + 1):
         started = time.perf_counter()
@@ -142,7 +142,7 @@ def _fastest(block: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> float
     return best
 
 
-def _filled(leaf: Any) -> Any:
+def _filled(leaf: object) -> object:
     """An array for a shape: small numbers, true, and zeros for indices, which exist in any table."""
     if not isinstance(leaf, ArraySpec):
         return leaf
@@ -152,6 +152,6 @@ def _filled(leaf: Any) -> Any:
     return mx.ones(leaf.shape, leaf.dtype) if leaf.dtype == mx.bool_ else mx.zeros(leaf.shape, leaf.dtype)
 
 
-def _described_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _described_call(args: tuple[object, ...], kwargs: dict[str, object]) -> str:
     shown = [_described(leaf) for _, leaf in _leaves([list(args), dict(kwargs)])]
     return "(" + ", ".join(shown) + ")"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.nn as nn
 
@@ -52,9 +51,9 @@ class Measurements:
         self,
         model: nn.Module,
         paths: tuple[str, ...],
-        step: Callable[[Any], Any],
-        batch: Any,
-        state: Any,
+        step: Callable[[object], object],
+        batch: object,
+        state: object,
         budget_bytes: int,
         steps: int,
         bar: Bar,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,12 +34,12 @@ SLACKS = (ESTIMATE_MARGIN, 0.1, OVERSHOOT)
 
 def plan_checkpoints(
     model: nn.Module,
-    step: Callable[..., Any],
-    make_batch: Callable[[int], Any],
+    step: Callable[..., object],
+    make_batch: Callable[[int], object],
     *,
     batch_size: int,
     budget: str | SupportsIndex | float | None = None,
-    state: Any = (),
+    state: object = (),
     select: Select | None = None,
     steps: int = 2,
     progress: bool = True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,10 +41,10 @@ class Survey:
     def __init__(
         self,
         model: nn.Module,
-        step: Callable[..., Any],
-        make_batch: Callable[[int], Any],
+        step: Callable[..., object],
+        make_batch: Callable[[int], object],
         batch_size: int,
-        state: Any,
+        state: object,
         select: Select | None,
         bar: Bar,
         share: Callable[[Callable[[], float]], float] = lambda figure: figure(),
@@ -73,7 +72,7 @@ class Survey:
         self.extra_seconds: list[float] = []
         self.choices: list[Choice] = []
         self._floors: dict[tuple[Choice, int], int] = {}
-        self._batches: dict[int, Any] = {}
+        self._batches: dict[int, object] = {}
         # What is held beside the step counts towards its peak, and the estimate does not know of it.
         gc.collect()
         self.beside_bytes = max(0, mx.get_active_memory() - nbytes_of(state))
@@ -103,7 +102,7 @@ class Survey:
             undo()
         return int(estimate.floor_bytes + self.beside_bytes)
 
-    def _batch(self, size: int) -> Any:
+    def _batch(self, size: int) -> object:
         if size not in self._batches:
             self._batches.clear()  # estimates for one size follow each other
             with interruptible():
@@ -172,7 +171,7 @@ class Survey:
             )
 
     def _number_kinds(self, calls: dict[str, Calls]) -> list[int]:
-        numbers: dict[Any, int] = {}
+        numbers: dict[object, int] = {}
         return [numbers.setdefault(kind_of(self.blocks[p], calls[p]), len(numbers)) for p in self.paths]
 
     def _saved_bytes(self, i: int) -> int:
@@ -187,7 +186,7 @@ class Survey:
         return max(0, self.floor(self.none) - self.floor(alone), self.floor(missing) - self.floor(self.all))
 
 
-def initialize_optimizers(state: Any, model: nn.Module) -> None:
+def initialize_optimizers(state: object, model: nn.Module) -> None:
     """Give optimizers that have not run yet the state that they hold from the second step on; nothing is evaluated.
 
     Args:

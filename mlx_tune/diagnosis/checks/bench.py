@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from mlx_tune import devices
 from mlx_tune.diagnosis.check import Finding, check, passed, skipped, warned
@@ -18,7 +17,7 @@ from mlx_tune.wiring.limits import read_capacity
 THEME = "bench"
 
 
-def _timed(work: Callable[[], Any], repeats: int = 5) -> float:
+def _timed(work: Callable[[], object], repeats: int = 5) -> float:
     """The best time of `work`, whose arrays are evaluated, after one run to warm up."""
     import mlx.core as mx
 

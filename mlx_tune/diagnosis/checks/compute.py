@@ -37,11 +37,11 @@ def _operations() -> list[Operation]:
     import mlx.core as mx
     import numpy as np
 
-    def softmax(a: Any) -> Any:
+    def softmax(a: Any) -> object:
         e = np.exp(a - a.max(-1, keepdims=True))
         return e / e.sum(-1, keepdims=True)
 
-    def quantized(a: Any, b: Any) -> Any:
+    def quantized(a: Any, b: Any) -> object:
         return mx.quantized_matmul(a, *mx.quantize(b, 64, 8), group_size=64, bits=8)
 
     # TF32, which MLX uses for float32 on CUDA, keeps ten bits of a factor.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mlx_tune import devices
 from mlx_tune.diagnosis.check import Finding, check, failed, passed, skipped, warned
@@ -53,7 +52,7 @@ def gpu_present(count: int | None = None, system: str | None = None) -> Finding:
     remedies={"real": "Measure speed and memory on real hardware; in a virtual machine only test that things run."},
     in_child=True,
 )
-def virtual_machine(info: Mapping[str, Any] | None = None) -> Finding:
+def virtual_machine(info: Mapping[str, object] | None = None) -> Finding:
     """The GPU is not a virtual machine's.
 
     An "Apple Paravirtual device" is slow, has a small working set, lacks features, and MLX turns its heap off there.
