@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 #: What has members; of these a tuple cannot be written to.
-Holder = dict[Any, Any] | list[Any] | tuple[Any, ...]
+Holder = dict[object, object] | list[object] | tuple[object, ...]
 
 #: Most of what there is in a list of tokens.
 _PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
@@ -41,7 +41,9 @@ class Entry:
 
     __slots__ = ("above", "holder", "key", "node")
 
-    def __init__(self, node: Any, holder: Holder | None = None, key: Any = None, above: Entry | None = None) -> None:
+    def __init__(
+        self, node: object, holder: Holder | None = None, key: object = None, above: Entry | None = None
+    ) -> None:
         """Note where a node stands."""
         self.node, self.holder, self.key, self.above = node, holder, key, above
 
@@ -59,7 +61,9 @@ class StateArray:
 
     __slots__ = ("array", "holder", "key", "label", "role")
 
-    def __init__(self, holder: dict[Any, Any] | list[Any], key: Any, array: mx.array, role: str, label: str) -> None:
+    def __init__(
+        self, holder: dict[object, object] | list[object], key: Any, array: mx.array, role: str, label: str
+    ) -> None:
         """Note where an array stands."""
         self.holder, self.key, self.array, self.role, self.label = holder, key, array, role, label
 
@@ -91,19 +95,19 @@ def holders(node: Any) -> list[Holder]:
     return [state] if isinstance(state, dict) else []
 
 
-def _is_optimizer(node: Any) -> bool:
+def _is_optimizer(node: object) -> bool:
     optimizers = sys.modules.get("mlx.optimizers")  # where nobody has imported them, there is none
     return optimizers is not None and isinstance(node, optimizers.Optimizer)
 
 
-def entries(tree: Any, stop: type | tuple[type, ...] = ()) -> Iterator[Entry]:
+def entries(tree: object, stop: type | tuple[type, ...] = ()) -> Iterator[Entry]:
     """A tree and everything in it, with places: each container once, before its members, in order.
 
     Args:
         tree: Any nesting; one that contains itself has an end all the same.
         stop: Nodes of these classes are not entered.
     """
-    seen: dict[int, Any] = {}  # kept, so that no other object gets the identity of one that was made on the way
+    seen: dict[int, object] = {}  # kept, so that no other object gets the identity of one that was made on the way
     waiting = [iter([Entry(tree)])]
     while waiting:
         entry = next(waiting[-1], None)
@@ -129,7 +133,7 @@ def _members(above: Entry, held: list[Holder]) -> Iterator[Entry]:
             yield Entry(child, holder, key, above)
 
 
-def walk(tree: Any, stop: type | tuple[type, ...] = ()) -> Iterator[Any]:
+def walk(tree: object, stop: type | tuple[type, ...] = ()) -> Iterator[Any]:
     """A tree and everything in it: each container once, before its members; arrays and values as often as they occur.
 
     Args:
@@ -145,7 +149,7 @@ def walk(tree: Any, stop: type | tuple[type, ...] = ()) -> Iterator[Any]:
     return (entry.node for entry in entries(tree, stop))
 
 
-def outermost(tree: Any, kind: type[T]) -> list[T]:
+def outermost(tree: object, kind: type[T]) -> list[T]:
     """The nodes of a class that are in no other node of that class.
 
     Examples:
@@ -155,7 +159,7 @@ def outermost(tree: Any, kind: type[T]) -> list[T]:
     return [node for node in walk(tree, stop=kind) if isinstance(node, kind)]
 
 
-def containers_of(tree: Any) -> list[dict[Any, Any] | list[Any]]:
+def containers_of(tree: object) -> list[dict[Any, Any] | list[Any]]:
     """Every dictionary and list of a tree that can be written to, each once, the outermost first.
 
     Examples:
@@ -166,7 +170,7 @@ def containers_of(tree: Any) -> list[dict[Any, Any] | list[Any]]:
     return list(found.values())
 
 
-def arrays_of(tree: Any) -> Iterator[mx.array]:
+def arrays_of(tree: object) -> Iterator[mx.array]:
     """Every array of a tree, as often as it occurs.
 
     Examples:
@@ -179,12 +183,12 @@ def arrays_of(tree: Any) -> Iterator[mx.array]:
     return (node for node in walk(tree) if isinstance(node, mx.array))
 
 
-def arrays_once(tree: Any) -> list[mx.array]:
+def arrays_once(tree: object) -> list[mx.array]:
     """Every array of a tree, those that are shared once, such as tied weights."""
     return list({id(array): array for array in arrays_of(tree)}.values())
 
 
-def nbytes_of(tree: Any) -> int:
+def nbytes_of(tree: object) -> int:
     """The bytes of a tree's arrays, those that are shared once.
 
     Examples:
@@ -196,7 +200,7 @@ def nbytes_of(tree: Any) -> int:
     return sum(array.nbytes for array in arrays_once(tree))
 
 
-def state_arrays(state: Any) -> Iterator[StateArray]:
+def state_arrays(state: object) -> Iterator[StateArray]:
     """Every array of a state that can be replaced, with its place, in a fixed order.
 
     MLX's random stream is none of the state's own, and nothing can be put into a tuple: arrays there are left out.

@@ -31,22 +31,22 @@ FUNCTION: type = type(mx.checkpoint(abs))
 TRANSFORMED = frozenset({FUNCTION, mx.custom_function})
 
 
-def referents(held: Any) -> list[Any]:
+def referents(held: object) -> list[Any]:
     """The objects that something of MLX holds, in MLX's order, apart from its class."""
     return [thing for thing in gc.get_referents(held) if not isinstance(thing, type)]
 
 
-def function_of(transformed: Any) -> Any:
+def function_of(transformed: object) -> Any:
     """The function inside what `mx.compile`, `mx.grad`, `mx.checkpoint` or `mx.custom_function` returned."""
     return referents(transformed)[0 if isinstance(transformed, mx.custom_function) else -1]
 
 
-def state_of(compiled: Any) -> list[Any]:
+def state_of(compiled: object) -> list[Any]:
     """The inputs and outputs that `mx.compile` was given besides the arguments."""
     return referents(compiled)[:2]
 
 
-def kind_of(transformed: Any) -> str:
+def kind_of(transformed: object) -> str:
     """The kind of transformation: `compile`, `transform`, or `unknown`, since `mx.checkpoint` looks like `mx.grad`."""
     held = referents(transformed)
     if len(held) == 3 and not isinstance(held[0], int):

@@ -41,14 +41,14 @@ def autobatch(
     max_batch: int | None = None,
     multiple_of: int = 1,
     target_batch: int | None = None,
-    state: Any = (),
+    state: object = (),
     steps: int = 2,
     slowdown: float | None = None,
     canary: bool = False,
     isolate: str | None = None,
     trial_timeout: float | None = None,
     journal: str | os.PathLike[str] | None = None,
-    group: Any = None,
+    group: object = None,
     progress: bool = True,
 ) -> AutobatchResult:
     """Find the largest batch that fits a budget, exactly, and the memory limit that it fits under.
@@ -174,7 +174,7 @@ def autobatch(
 
 def autobatch_by_length(
     step: Step,
-    make_batch: Callable[[int, int], Any],
+    make_batch: Callable[[int, int], object],
     lengths: Sequence[int],
     *,
     budget: str | SupportsIndex | float | None = None,
@@ -220,7 +220,7 @@ def autobatch_by_length(
     return {length: results[length] for length in sorted(results)}
 
 
-def _swapped(make_batch: Callable[[int, int], Any], length: int, n: int) -> Any:
+def _swapped(make_batch: Callable[[int, int], object], length: int, n: int) -> object:
     return make_batch(n, length)
 
 
@@ -237,7 +237,7 @@ def _choose(session: Session, answer: int, slowdown: float | None) -> int:
 
 
 def _canary(
-    step: Step, make_batch: MakeBatch, state: Any, before: Snapshot, ranks: Ranks
+    step: Step, make_batch: MakeBatch, state: object, before: Snapshot, ranks: Ranks
 ) -> Callable[[Trial], str | None]:
     def accept(trial: Trial) -> str | None:
         def wrong() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from mlx_tune.batching.probe import MakeBatch, Step
 from mlx_tune.errors import TrialError
@@ -22,7 +22,7 @@ _SAME = 0.02
 def check(
     step: Step,
     make_batch: MakeBatch,
-    state: Any,
+    state: object,
     size: int,
     limit_bytes: int,
     restore: Callable[[], None],
@@ -63,7 +63,13 @@ def check(
 
 
 def _loss(
-    step: Step, batch: Any, state: Any, limit_bytes: int, restore: Callable[[], None], *, move_stream: bool = False
+    step: Step,
+    batch: object,
+    state: object,
+    limit_bytes: int,
+    restore: Callable[[], None],
+    *,
+    move_stream: bool = False,
 ) -> float:
     import mlx.core as mx
 
@@ -83,7 +89,7 @@ def _loss(
     return cast(float, arrays[0].astype(mx.float32).mean().item())
 
 
-def _repeat(row: Any, size: int) -> Any:
+def _repeat(row: object, size: int) -> object:
     import mlx.core as mx
 
     from mlx_tune.graphs.arguments import arrays_of, with_arrays
@@ -99,14 +105,14 @@ def _repeat(row: Any, size: int) -> Any:
     return with_arrays(row, map(repeated, arrays_of(row)))
 
 
-def _modules(state: Any) -> list[nn.Module]:
+def _modules(state: object) -> list[nn.Module]:
     import mlx.nn as nn
 
     return [node for node in walk(state) if isinstance(node, nn.Module)]
 
 
 @contextmanager
-def _dropout_off(state: Any) -> Iterator[None]:
+def _dropout_off(state: object) -> Iterator[None]:
     """Evaluation mode while the block runs, and every module's own mode afterwards."""
     from mlx_tune.upstream import set_mode
 

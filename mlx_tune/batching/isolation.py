@@ -102,7 +102,7 @@ class IsolatedProbe:
             with words.open("w") as stderr:
                 code = self._wait(str(folder), stderr, request.get("size"))
             if code == 0 and answer.exists():
-                read: dict[str, Any] = json.loads(answer.read_text())
+                read: dict[str, object] = json.loads(answer.read_text())
                 return read
             if code is None or code < 0:
                 return _how_it_died(code, self.timeout)
@@ -153,7 +153,7 @@ def load_factory(factory: str) -> Callable[[], Any]:
     import importlib
 
     module, _, function = factory.partition(":")
-    found: Callable[[], Any] | None = getattr(importlib.import_module(module), function, None)
+    found: Callable[[], object] | None = getattr(importlib.import_module(module), function, None)
     if not callable(found):
         raise InvalidArgumentError(f"isolate={factory!r}: module {module!r} has no function {function!r}.")
     return found
@@ -173,7 +173,7 @@ def _child(folder: Path) -> None:
         (folder / "answer.json").write_text(json.dumps(answer))
 
 
-def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) -> dict[str, Any]:
+def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: object) -> dict[str, object]:
     from dataclasses import asdict
 
     from mlx_tune.batching.probe import Probe
@@ -193,7 +193,7 @@ def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: Any) 
     }
 
 
-def _knots(request: dict[str, Any], step: Any, make_batch: Any, state: Any) -> dict[str, Any]:
+def _knots(request: dict[str, Any], step: Any, make_batch: Any, state: object) -> dict[str, object]:
     from mlx_tune.batching.probe import Probe
     from mlx_tune.graphs.tracing.trace import step_of_batches
     from mlx_tune.measuring.floors import StepFloor

@@ -6,7 +6,6 @@ import gc
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from mlx_tune import devices
 from mlx_tune.batching.result import Trial
@@ -20,8 +19,8 @@ from mlx_tune.memory import cache_room
 from mlx_tune.trees import arrays_of, nbytes_of
 from mlx_tune.units import format_bytes
 
-Step = Callable[..., Any]
-MakeBatch = Callable[[int], Any]
+Step = Callable[..., object]
+MakeBatch = Callable[[int], object]
 
 #: How many readings a floor is taken from at the most; single ones spread upwards.
 _FLOOR_READINGS = 3
@@ -61,7 +60,7 @@ class Probe:
 
     step: Step
     make_batch: MakeBatch
-    state: Any
+    state: object
     budget_bytes: int
     throttle: Throttle = field(default_factory=Throttle)
     restore: Callable[[], None] | None = None
@@ -69,7 +68,7 @@ class Probe:
     unit: str = "rows"
     seen: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     _warm: bool = False
-    _shapes: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    _shapes: dict[tuple[object, ...], int] = field(default_factory=dict)
     _rows: set[tuple[int, int]] | None = None  # axes that were as long as the size, every time
 
     def warm(self, size: int, floor_bytes: int | None = None) -> bool:
@@ -189,7 +188,7 @@ class Probe:
         lower = [share for share in _LOWER if share < failed and self.throttle.worst.get(share, 0.0) <= room]
         return max(lower, default=0.0)
 
-    def _steps(self, trial: Trial, batch: Any, steps: int, taken: list[StepTrial]) -> Trial:
+    def _steps(self, trial: Trial, batch: object, steps: int, taken: list[StepTrial]) -> Trial:
         """Take real steps under the trial's limit, those taken already included, until one is above the budget.
 
         Peaks scatter, and a limit that is raised brings none down: what was seen at this size under the limit, or a
@@ -214,7 +213,7 @@ class Probe:
         """The highest peak seen so far at a trial's size, under its limit or a lower one."""
         return max((peak for limit, peak in self.seen[trial.batch_size] if limit <= trial.limit_bytes), default=0)
 
-    def _learn(self, batch: Any, base: int, trial: Trial) -> list[StepTrial]:
+    def _learn(self, batch: object, base: int, trial: Trial) -> list[StepTrial]:
         """Read the floor a few times, and see how peaks rise with the limit while there is room for that."""
         readings: list[StepTrial] = []
         others: list[StepTrial] = []
@@ -256,7 +255,7 @@ class Probe:
                 break
         return readings + others
 
-    def _floor(self, batch: Any, base: int, trial: Trial) -> list[StepTrial]:
+    def _floor(self, batch: object, base: int, trial: Trial) -> list[StepTrial]:
         """Peaks held to the floor: one, or a few where the first surprises."""
         limit, expected, added = 1, self.budget_bytes, 0
         if trial.predicted_bytes is not None:
@@ -280,7 +279,7 @@ class Probe:
         """The cache limit with which arrays of `held_bytes` and cached buffers stay within the budget together."""
         return cache_room(self.budget_bytes, held_bytes)
 
-    def _batch(self, size: int) -> Any:
+    def _batch(self, size: int) -> object:
         """Make a batch, and see that its shapes depend on the size that was asked for."""
         import mlx.core as mx
 
@@ -308,7 +307,7 @@ class Probe:
         self._rows = rows if self._rows is None else self._rows & rows
         return batch
 
-    def _run(self, batch: Any, limit: int, trial: Trial, cache: int | None = None) -> StepTrial:
+    def _run(self, batch: object, limit: int, trial: Trial, cache: int | None = None) -> StepTrial:
         """Take one step under a limit and read the counters; see that it computed a loss."""
         reading = self._together(batch, limit, trial.batch_size, cache)
         if reading.fault is not None and self.restore is not None:
@@ -320,11 +319,11 @@ class Probe:
         self.seen.setdefault(trial.batch_size, []).append((limit, reading.peak_bytes))
         return reading
 
-    def _together(self, batch: Any, limit: int, size: int, cache: int | None) -> StepTrial:
+    def _together(self, batch: object, limit: int, size: int, cache: int | None) -> StepTrial:
         """A step that all ranks take at once."""
         return self.ranks.step(lambda: self._step_once(batch, limit, size, cache))
 
-    def _step_once(self, batch: Any, limit: int, size: int, cache: int | None) -> StepTrial:
+    def _step_once(self, batch: object, limit: int, size: int, cache: int | None) -> StepTrial:
         reading = run_step(self.step, (batch,), self.state, limit, cache_limit_bytes=cache, judge=fault_of)
         if reading.peak_bytes <= reading.base_bytes:
             raise TrialError(

@@ -59,7 +59,7 @@ def ended(size: int, trials: list[Trial]) -> str:
     return _line({"ended": size, "trials": [trial.to_dict() for trial in trials]})
 
 
-def _line(record: dict[str, Any]) -> str:
+def _line(record: dict[str, object]) -> str:
     return json.dumps(record) + "\n"
 
 
@@ -106,7 +106,7 @@ def read_records(content: bytes, name: str) -> Records | None:
     return records
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, object] | None:
     """The object on a line, or None."""
     try:
         record = json.loads(line.decode())
@@ -115,7 +115,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _first(record: dict[str, Any] | None, name: str) -> Records:
+def _first(record: dict[str, object] | None, name: str) -> Records:
     """The contents of the first line."""
     version = None if record is None else record.get("mlx_tune_autobatch")
     if record is None or not _whole(version):
@@ -130,7 +130,7 @@ def _first(record: dict[str, Any] | None, name: str) -> Records:
     raise InvalidArgumentError(f"{name}, line 1: {wrong}. It was left as it is: name another file.")
 
 
-def _take(records: Records, record: dict[str, Any] | None) -> None:
+def _take(records: Records, record: dict[str, object] | None) -> None:
     """Add what one line says.
 
     Raises:
@@ -151,7 +151,7 @@ def _take(records: Records, record: dict[str, Any] | None) -> None:
         records.open_sizes.discard(size)
 
 
-def _trials(size: int, values: Any) -> list[Trial]:
+def _trials(size: int, values: object) -> list[Trial]:
     if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
         raise ValueError(f"batch size {size} ended without trials")
     return [_trial(size, value) for value in values]
@@ -172,12 +172,12 @@ def _trial(size: int, value: dict[str, Any]) -> Trial:
     return trial
 
 
-def _whole(value: Any) -> TypeGuard[int]:
+def _whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST
 
 
 #: What a trial's attributes may be, by their types in `Trial`.
-_KINDS: dict[str, Callable[[Any], bool]] = {
+_KINDS: dict[str, Callable[[object], bool]] = {
     "int": _whole,
     "float": lambda value: _whole(value) or (isinstance(value, float) and math.isfinite(value) and value >= 0),
     "bool": lambda value: isinstance(value, bool),

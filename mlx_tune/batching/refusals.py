@@ -13,7 +13,7 @@ from mlx_tune.trees import nbytes_of, outermost
 from mlx_tune.units import format_bytes
 
 
-def used_up(budget: MemoryBudget, state: Any) -> None:
+def used_up(budget: MemoryBudget, state: object) -> None:
     """See that what is held already leaves something of the budget.
 
     Raises:
@@ -34,7 +34,9 @@ def used_up(budget: MemoryBudget, state: Any) -> None:
     )
 
 
-def too_large(session: Session, budget: MemoryBudget, *, estimated: tuple[Any, Any, Any] | None = None) -> BudgetError:
+def too_large(
+    session: Session, budget: MemoryBudget, *, estimated: tuple[object, object, object] | None = None
+) -> BudgetError:
     """The error for a smallest size that does not fit.
 
     Args:
@@ -57,7 +59,7 @@ def too_large(session: Session, budget: MemoryBudget, *, estimated: tuple[Any, A
     )
 
 
-def _advice(size: int, budget_bytes: int, estimated: tuple[Any, Any, Any] | None) -> str:
+def _advice(size: int, budget_bytes: int, estimated: tuple[Any, Any, object] | None) -> str:
     """Things that could be given up, and their savings according to the graph."""
     plain = "Shorter rows, or mlx_tune.checkpoint_blocks(model), may bring it down."
     if estimated is None:
@@ -81,7 +83,7 @@ def _advice(size: int, budget_bytes: int, estimated: tuple[Any, Any, Any] | None
     return f" {format_bytes(kept)} of it are activations kept for the backward pass. {plain}"
 
 
-def _saved_by_checkpoints(size: int, estimated: tuple[Any, Any, Any]) -> tuple[int, int] | None:
+def _saved_by_checkpoints(size: int, estimated: tuple[Any, Any, object]) -> tuple[int, int] | None:
     """The step's needs with every block checkpointed, and how much less that is; None where it is not less."""
     import mlx.nn as nn
 

@@ -17,7 +17,7 @@ _EXAMPLES = """\
       --target-batch 64 --json"""
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(subparsers: object) -> argparse.ArgumentParser:
     """Add `autobatch` and its options."""
     parser = make_parser(
         subparsers,

@@ -18,7 +18,7 @@ _EXAMPLES = """\
 _EXIT_CODES = {"equal": 0, "different": 1, "not tested": 3}
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(subparsers: object) -> argparse.ArgumentParser:
     """Add `checkpoint` and its options."""
     parser = make_parser(
         subparsers,
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
             code=lambda report: _EXIT_CODES[report.verdict],
         )
 
-    def find(ready: Any) -> Any:
+    def find(ready: Any) -> object:
         return lm.plan_checkpoints(
             ready.model, ready.train_set, ready.args, optimizer=ready.optimizer, budget=arguments.memory_budget
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
 
 from mlx_tune.cli.arguments import add_json, make_parser
 from mlx_tune.cli.output import folded, print_result
@@ -22,7 +21,7 @@ exit codes: 0 no check failed (warnings are no failures), or the error is known;
 explain is not known; 2 not a check's name"""
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(subparsers: object) -> argparse.ArgumentParser:
     """Add the subcommand."""
     parser = make_parser(
         subparsers,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from mlx_tune.cli.arguments import make_parser
 from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning, prepare_run
@@ -20,7 +19,7 @@ _EXAMPLES = """\
       --memory-budget 24GB && echo it fits"""
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(subparsers: object) -> argparse.ArgumentParser:
     """Add `estimate` and its options."""
     parser = make_parser(
         subparsers,

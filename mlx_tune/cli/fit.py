@@ -16,7 +16,7 @@ _EXAMPLES = """\
   mlx-tune fit --model models/mine --max-seq-length 4096 --json > fit.json"""
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(subparsers: object) -> argparse.ArgumentParser:
     """Add `fit` and its options."""
     parser = make_parser(
         subparsers,
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Search and print the choice. Returns 1 where nothing fits, else 0."""
     from mlx_tune import lm
 
-    def find(ready: Any) -> Any:
+    def find(ready: Any) -> object:
         return lm.autofit(
             ready.model,
             ready.train_set,

@@ -70,7 +70,7 @@ class _Parser(Subcommand):
         return f"{head}{options}\nexamples:\n{examples}"
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(subparsers: object) -> argparse.ArgumentParser:
     """Add `lora` and its options."""
     parser = make_parser(
         subparsers,
@@ -183,7 +183,7 @@ def _settings(arguments: argparse.Namespace, read_settings: Any) -> dict[str, An
     return settings
 
 
-def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
+def _numbers(settings: dict[str, object]) -> dict[str, object]:
     """Values for mlx-lm's arguments until the search has found them."""
     return {
         "batch_size": _ranks() if settings["batch_size"] in _SEARCHES else settings["batch_size"],
@@ -217,7 +217,7 @@ def _train(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace, 
     )
 
 
-def _choose(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace) -> Any:
+def _choose(ready: Any, settings: dict[str, object], arguments: argparse.Namespace) -> Any:
     """The search that belongs to what was left to us; None where nothing was."""
     from mlx_tune import lm
 
@@ -240,18 +240,18 @@ def _choose(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace)
     return None
 
 
-def _lora_parameters(settings: dict[str, Any]) -> Any:
+def _lora_parameters(settings: dict[str, object]) -> object:
     return None if settings["fine_tune_type"] == "full" else settings["lora_parameters"]
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+def _plain(settings: dict[str, object]) -> dict[str, object]:
     """Settings as JSON can hold them."""
     return {
         k: v if isinstance(v, (str, int, float, bool, list, dict, type(None))) else str(v) for k, v in settings.items()
     }
 
 
-def _equivalent(final: dict[str, Any], fit: Any, settings: dict[str, Any], typed: Sequence[str]) -> str:
+def _equivalent(final: dict[str, Any], fit: object, settings: dict[str, object], typed: Sequence[str]) -> str:
     """The plain command that comes nearest, and what it cannot say."""
     words = ["mlx_lm.lora", *typed, "--batch-size", str(final["batch_size"])]
     if final["grad_accumulation_steps"] > 1 and "--grad-accumulation-steps" not in typed:
@@ -272,7 +272,7 @@ def _equivalent(final: dict[str, Any], fit: Any, settings: dict[str, Any], typed
     return "\n".join(["The plain command that comes nearest:", command, *map(folded, lines)])
 
 
-def checkpointed_paths(fit: Any) -> tuple[str, ...]:
+def checkpointed_paths(fit: object) -> tuple[str, ...]:
     """The blocks that a fit or a plan checkpoints; nothing for a batch search."""
     plan = getattr(fit, "plan", fit)
     return tuple(getattr(plan, "paths", ()))

@@ -44,7 +44,7 @@ def print_result(result: Any, *, as_json: bool) -> None:
     print(folded(result))
 
 
-def folded(result: Any) -> str:
+def folded(result: object) -> str:
     """The text of a result, tables and all, with no line wider than the terminal, where its words allow that."""
     with fit_to(columns()):
         text = str(result)

@@ -37,7 +37,7 @@ _EXAMPLES = """\
       --override '*.down_proj=bits:8' --skip '*.layers.0.*' --plan"""
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(subparsers: object) -> argparse.ArgumentParser:
     """Add `quantize` and its options."""
     parser = make_parser(
         subparsers,
@@ -214,7 +214,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         return pattern, value == "true"
     parts = dict(part.split(":", 1) for part in value.split(",") if part.count(":") == 1)
     whole = {name: int(number) for name, number in parts.items() if name != "mode" and number.isdecimal()}
-    whole_or_mode: dict[str, Any] = {**whole, **({"mode": parts["mode"]} if "mode" in parts else {})}
+    whole_or_mode: dict[str, object] = {**whole, **({"mode": parts["mode"]} if "mode" in parts else {})}
     known = set(whole_or_mode) <= {"bits", "group_size", "mode"}
     if not pattern or not whole_or_mode or not known or len(whole_or_mode) != len(value.split(",")):
         raise InvalidArgumentError(
@@ -239,7 +239,7 @@ def _check_places(target: Path | None, arguments: argparse.Namespace) -> None:
     check_place("--mlx-path", target)
 
 
-def _batches(tokenizer: Any, source: str | None, samples: int, arguments: argparse.Namespace) -> Any:
+def _batches(tokenizer: object, source: str | None, samples: int, arguments: argparse.Namespace) -> Any:
     """Rows of text, at most so many, in batches; None where there is no text."""
     if source is None:
         return None

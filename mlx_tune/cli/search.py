@@ -24,7 +24,7 @@ _OF_SEARCHES = ("memory_budget", "target_batch")
 
 def search_and_print(
     arguments: argparse.Namespace,
-    find: Callable[[Any], Any],
+    find: Callable[[Any], object],
     *,
     code: Callable[[Any], int] = lambda result: 0,
     trains_with: Sequence[str] = (),

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import mlx.nn as nn
 
@@ -32,13 +32,13 @@ from mlx_tune.units import whole_number
 
 def autofit(
     model: nn.Module,
-    step: Callable[..., Any],
-    make_batch: Callable[[int], Any],
+    step: Callable[..., object],
+    make_batch: Callable[[int], object],
     *,
     budget: str | SupportsIndex | float | None = None,
     target_batch: int | None = None,
     tolerance: float = 0.01,
-    state: Any = (),
+    state: object = (),
     min_batch: int = 1,
     max_batch: int | None = None,
     multiple_of: int = 1,
@@ -46,7 +46,7 @@ def autofit(
     select: Select | None = None,
     throttle: bool | None = None,
     steps: int = 2,
-    group: Any = None,
+    group: object = None,
     progress: bool = True,
 ) -> Fit:
     """Choose checkpoints, batch size, accumulation and memory limit together, for the most tokens a second.

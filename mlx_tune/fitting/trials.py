@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 
@@ -211,7 +210,7 @@ class Trials:
         )
 
 
-def _made(make_batch: Callable[[int], Any], size: int) -> Any:
+def _made(make_batch: Callable[[int], object], size: int) -> object:
     """A batch that exists."""
     with interruptible():
         batch = make_batch(size)

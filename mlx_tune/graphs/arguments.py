@@ -86,7 +86,7 @@ def arrays_of(tree: object, label: str = "result") -> list[mx.array]:
 def with_arrays(tree: Tree, arrays: Iterator[mx.array]) -> Tree:
     """The same tree with every array or description replaced by the next of `arrays`; other leaves stay."""
 
-    def filled(node: Any) -> Any:
+    def filled(node: object) -> Any:
         if isinstance(node, (mx.array, ArraySpec)):
             return next(arrays)
         if isinstance(node, dict):

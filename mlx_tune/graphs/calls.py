@@ -105,7 +105,7 @@ def _signature(step: Callable[..., object], *, follow_wrapped: bool = False) -> 
         return None
 
 
-def _plain(step: Any) -> Any:
+def _plain(step: object) -> Any:
     """The Python function inside MLX's transformations: what those say of their arguments leaves some kinds out."""
     if isinstance(step, tuple(TRANSFORMED)):
         return _plain(function_of(step))

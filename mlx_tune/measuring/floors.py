@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 from mlx_tune.trees import nbytes_of
 
@@ -46,7 +45,7 @@ class StepFloor:
         state: Objects that the step updates.
     """
 
-    def __init__(self, step: Callable[..., Any], make_batch: Callable[[int], Any], state: Any) -> None:
+    def __init__(self, step: Callable[..., object], make_batch: Callable[[int], object], state: object) -> None:
         """Keep the step; nothing is traced yet."""
         self.step, self.make_batch, self.state = step, make_batch, state
         self._state_bytes = self._floor_bytes = 0  # by the last trace

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.progress import Bar
@@ -22,7 +21,7 @@ _WIDTH = 256
 
 
 def slow_half_precision(
-    state: Any, bar: Bar | None = None, *, slower: Callable[[str], float] | None = None
+    state: object, bar: Bar | None = None, *, slower: Callable[[str], float] | None = None
 ) -> list[str]:
     """Say that training in half precision is slow here, where it is.
 

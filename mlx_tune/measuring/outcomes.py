@@ -37,7 +37,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(part in text for part in _OUT_OF_MEMORY)
 
 
-def count_items(batch: Any, size: int) -> tuple[int, str]:
+def count_items(batch: object, size: int) -> tuple[int, str]:
     """The work in a batch: its tokens where its first array is `[batch, length]` of integers, else its rows."""
     import mlx.core as mx
 

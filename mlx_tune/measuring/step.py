@@ -40,9 +40,9 @@ class StepTrial:
 
 
 def run_step(
-    step: Callable[..., Any],
-    args: Sequence[Any],
-    state: Any = (),
+    step: Callable[..., object],
+    args: Sequence[object],
+    state: object = (),
     limit_bytes: int | None = None,
     *,
     cache_limit_bytes: int | None = None,

@@ -127,9 +127,9 @@ class TightestLimit(Tabular):
 
 
 def tightest_limit(
-    step: Callable[..., Any],
-    *args: Any,
-    state: Any = (),
+    step: Callable[..., object],
+    *args: object,
+    state: object = (),
     slowdown: float = 0.02,
     repeats: int = 6,
     progress: bool = True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,7 +29,7 @@ def plan_quantization(
     method: str = "optimal",
     mode: str = "affine",
     effort: Effort = "fast",
-    overrides: Mapping[str, bool | Mapping[str, Any]] | None = None,
+    overrides: Mapping[str, bool | Mapping[str, object]] | None = None,
     skip: Iterable[str] | str | None = None,
     target_bpw: float | None = None,
     target_bytes: int | str | None = None,
@@ -38,8 +37,8 @@ def plan_quantization(
     requantize: bool = False,
     scale_dtype: mx.Dtype | str | None = None,
     verify_kernels: bool = True,
-    calibration: Iterable[Any] | None = None,
-    evaluation: Iterable[Any] | None = None,
+    calibration: Iterable[object] | None = None,
+    evaluation: Iterable[object] | None = None,
     progress: bool = True,
 ) -> QuantizationPlan:
     """Work out what `quantize_model` would do, without touching the model or reading a weight.

@@ -137,7 +137,7 @@ def _scales(module: Any) -> tuple[mx.array, mx.array]:
     return module["scales"], module["biases"]
 
 
-def _same_scales(module: Any, before: tuple[mx.array, mx.array]) -> bool:
+def _same_scales(module: object, before: tuple[mx.array, mx.array]) -> bool:
     return all(mx.array_equal(a, b).item() for a, b in zip(_scales(module), before, strict=True))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,7 +54,7 @@ def quantize_model(
     method: str = "optimal",
     mode: str = "affine",
     effort: Effort = "fast",
-    overrides: Mapping[str, bool | Mapping[str, Any]] | None = None,
+    overrides: Mapping[str, bool | Mapping[str, object]] | None = None,
     skip: Iterable[str] | str | None = None,
     target_bpw: float | None = None,
     target_bytes: int | str | None = None,
@@ -62,8 +62,8 @@ def quantize_model(
     requantize: bool = False,
     scale_dtype: mx.Dtype | str | None = None,
     verify_kernels: bool = True,
-    calibration: Iterable[Any] | None = None,
-    evaluation: Iterable[Any] | None = None,
+    calibration: Iterable[object] | None = None,
+    evaluation: Iterable[object] | None = None,
     loss: Loss | None = None,
     progress: bool = True,
 ) -> QuantizationReport:
@@ -207,9 +207,9 @@ def quantize_model(
 def quantization_report(
     model: nn.Module,
     reference: nn.Module,
-    evaluation: Iterable[Any],
+    evaluation: Iterable[object],
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[object] | None = None,
     loss: Loss | None = None,
     progress: bool = True,
 ) -> QuantizationReport:

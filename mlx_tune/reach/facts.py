@@ -27,9 +27,9 @@ class Facts(dict[int, T]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._alive: dict[int, Any] = {}
+        self._alive: dict[int, object] = {}
 
-    def learn(self, thing: Any, fact: T) -> T:
+    def learn(self, thing: object, fact: T) -> T:
         """Remember, and give it back. The fact must not refer to the thing, or it is never forgotten."""
         key = id(thing)
         self._alive[key] = ref(thing, lambda _: self._forget(key))
@@ -256,7 +256,7 @@ def referent(weak: Any) -> tuple[Any, ...]:
         return ()
 
 
-def functions_of(value: Any) -> tuple[Any, ...]:
+def functions_of(value: object) -> tuple[Any, ...]:
     """The functions behind one entry of a class."""
     if isinstance(value, staticmethod | classmethod):
         return (value.__func__,)

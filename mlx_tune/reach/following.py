@@ -74,14 +74,14 @@ def follow_function(walk: Walk, value: FunctionType, path: Path | None) -> None:
         walk.look(module)
 
 
-def _closed_over(function: FunctionType, name: str) -> Any:
+def _closed_over(function: FunctionType, name: str) -> object:
     """The value of a variable that a function closes over, None where there is no such variable or it has no value."""
     if name not in function.__code__.co_freevars or function.__closure__ is None:
         return None
     return next(iter(Cell(function.__closure__[function.__code__.co_freevars.index(name)]).get()), None)
 
 
-def _placed(walk: Walk, name: str, value: Any, attributes: tuple[str, ...]) -> None:
+def _placed(walk: Walk, name: str, value: object, attributes: tuple[str, ...]) -> None:
     """A class or function that code assigns attributes of, new ones among them."""
     walk.path = (None, "{}", name)
     if isinstance(value, type):
@@ -91,7 +91,7 @@ def _placed(walk: Walk, name: str, value: Any, attributes: tuple[str, ...]) -> N
 
 
 def _named(
-    walk: Walk, scope: dict[str, Any], loaded: Iterable[str], stored: Iterable[str], path: Path | None, form: str
+    walk: Walk, scope: dict[str, object], loaded: Iterable[str], stored: Iterable[str], path: Path | None, form: str
 ) -> None:
     """The objects that names stand for in a module."""
     noted = dict.fromkeys(stored)

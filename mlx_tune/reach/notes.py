@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mlx_tune.reach.places import Held
 
 #: The place of a value, link by link from the value up: that of its holder, how the holder writes a key, and the key.
-Path = tuple[Any, str, Any]
+Path = tuple[object, str, object]
 
 
 class Ref:
@@ -27,13 +27,13 @@ class Remade:
 
     __slots__ = ("attributes", "items", "kind")
 
-    def __init__(self, kind: type, items: list[Any], attributes: dict[str, Any] | None) -> None:
+    def __init__(self, kind: type, items: list[object], attributes: dict[str, object] | None) -> None:
         self.kind = kind
         self.items = items
         self.attributes = attributes
 
 
-def filled(template: Any, arrays: list[mx.array]) -> Any:
+def filled(template: object, arrays: list[mx.array]) -> Any:
     """A value with the arrays that its template stands for."""
     if type(template) is Ref:
         return arrays[template.index]
@@ -68,7 +68,7 @@ class Note:
         self.form = form
         self.home = home
         self.items: Any = place.get()
-        self.marks: dict[Any, Any] = {}
+        self.marks: dict[object, object] = {}
 
     def filled(self, arrays: list[mx.array]) -> Any:
         """The items with these arrays in them."""

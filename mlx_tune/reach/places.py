@@ -28,7 +28,7 @@ class Place(Protocol):
     def get(self) -> Any:
         """The contents, as a dictionary or list of its own."""
 
-    def put(self, items: Any) -> None:
+    def put(self, items: object) -> None:
         """Hold this again."""
 
 
@@ -41,7 +41,7 @@ class Held:
 
     __slots__ = ("held",)
 
-    def __init__(self, held: Any) -> None:
+    def __init__(self, held: object) -> None:
         self.held: Any = held
 
     def get(self) -> Any:
@@ -75,15 +75,15 @@ class Items(Held):
 
     __slots__ = ("kind",)
 
-    def __init__(self, held: dict[Any, Any]) -> None:
+    def __init__(self, held: dict[Any, object]) -> None:
         super().__init__(held)
-        self.kind: type[dict[Any, Any]] = OrderedDict if isinstance(held, OrderedDict) else dict
+        self.kind: type[dict[object, object]] = OrderedDict if isinstance(held, OrderedDict) else dict
 
     def get(self) -> dict[Any, Any]:
         """A copy."""
         return dict.copy(self.held) if self.kind is dict else dict(OrderedDict.items(self.held))
 
-    def same(self, items: dict[Any, Any]) -> bool:
+    def same(self, items: dict[object, object]) -> bool:
         """Compared where it lies."""
         held, kind = self.held, self.kind
         return (
@@ -92,7 +92,7 @@ class Items(Held):
             and all(map(is_, kind.__iter__(held), items))
         )
 
-    def put(self, items: dict[Any, Any]) -> None:
+    def put(self, items: dict[object, object]) -> None:
         """Set what differs; where keys were added, removed or renamed, rebuild so that the order is the old one too."""
         held, kind = self.held, self.kind
         if len(held) != len(items) or not all(map(is_, kind.__iter__(held), items)):
@@ -119,11 +119,11 @@ class Sequence(Held):
         """A copy as a list."""
         return list(self.held)
 
-    def same(self, items: list[Any]) -> bool:
+    def same(self, items: list[object]) -> bool:
         """Compared where it lies."""
         return len(self.held) == len(items) and all(map(is_, self.held, items))
 
-    def put(self, items: list[Any]) -> None:
+    def put(self, items: list[object]) -> None:
         """Replace the whole, where anything differs."""
         if not self.same(items):
             self.held.clear()
@@ -139,11 +139,11 @@ class Members(Held):
         """Its members in some order."""
         return list(self.held)
 
-    def same(self, items: list[Any]) -> bool:
+    def same(self, items: list[object]) -> bool:
         """True where these are its members, in any order."""
         return len(self.held) == len(items) and set(map(id, self.held)) == set(map(id, items))
 
-    def put(self, items: list[Any]) -> None:
+    def put(self, items: list[object]) -> None:
         """Replace the whole, where anything differs."""
         if not self.same(items):
             self.held.clear()
@@ -162,7 +162,7 @@ class Cell(Held):
         except ValueError:
             return []
 
-    def put(self, items: list[Any]) -> None:
+    def put(self, items: list[object]) -> None:
         """Bind it again, or unbind it."""
         if items:
             self.held.cell_contents = items[0]
@@ -179,7 +179,7 @@ class Defaults(Held):
         """The defaults in order."""
         return list(self.held.__defaults__ or ())
 
-    def put(self, items: list[Any]) -> None:
+    def put(self, items: list[object]) -> None:
         """Set them where any differs."""
         if not self.same(items):
             self.held.__defaults__ = tuple(items) or None
@@ -194,7 +194,7 @@ class PartialArguments(Held):
         """The function, the positional and the named arguments, under their attributes' names."""
         return {"func": self.held.func, "args": self.held.args, "keywords": self.held.keywords}
 
-    def put(self, items: dict[str, Any]) -> None:
+    def put(self, items: dict[str, object]) -> None:
         """Set them where any differs."""
         if not self.same(items):
             self.held.__setstate__((*items.values(), self.held.__dict__ or None))
@@ -205,7 +205,7 @@ class ContextValue(Held):
 
     __slots__ = ()
 
-    def __init__(self, held: ContextVar[Any]) -> None:
+    def __init__(self, held: ContextVar[object]) -> None:
         super().__init__(held)
 
     def get(self) -> list[Any]:
@@ -215,7 +215,7 @@ class ContextValue(Held):
         except LookupError:
             return []
 
-    def put(self, items: list[Any]) -> None:
+    def put(self, items: list[object]) -> None:
         """Set it; one that had no value keeps the one it has, since context variables cannot be unset."""
         if items and not self.same(items):
             self.held.set(items[0])
@@ -226,7 +226,7 @@ class Names(Held):
 
     __slots__ = ("names",)
 
-    def __init__(self, held: dict[str, Any], names: tuple[str, ...]) -> None:
+    def __init__(self, held: dict[str, object], names: tuple[str, ...]) -> None:
         super().__init__(held)
         self.names = names
 
@@ -235,7 +235,7 @@ class Names(Held):
         held = self.held
         return {name: held[name] for name in self.names if name in held}
 
-    def put(self, items: dict[str, Any]) -> None:
+    def put(self, items: dict[str, object]) -> None:
         """Set or remove these names, and no others."""
         for name in self.names:
             if name not in items:
@@ -251,7 +251,7 @@ class Attributes(Held):
 
     __slots__ = ("names",)
 
-    def __init__(self, held: Any, names: tuple[str, ...]) -> None:
+    def __init__(self, held: object, names: tuple[str, ...]) -> None:
         super().__init__(held)
         self.names = names
 
@@ -264,7 +264,7 @@ class Attributes(Held):
         found = {name: getattr(self.held, name, _MISSING) for name in self.names}
         return {name: value for name, value in found.items() if value is not _MISSING}
 
-    def put(self, items: dict[str, Any]) -> None:
+    def put(self, items: dict[str, object]) -> None:
         """Set or remove these, past any `__setattr__` that a frozen class defines."""
         assign, remove = (
             (type.__setattr__, type.__delattr__)

@@ -73,7 +73,7 @@ class Walk:
 
     def __init__(
         self,
-        known: Mapping[int, Any] | None = None,
+        known: Mapping[int, object] | None = None,
         wanted: Callable[[mx.array], bool] | None = None,
         made: bool = False,
         room: int = sys.maxsize,
@@ -81,9 +81,9 @@ class Walk:
         self.arrays: list[mx.array] = []
         self.paths: list[Path | None] = []
         self.notes: list[Note] = []
-        self.seen: dict[int, Any] = {}
-        self.iterators: list[tuple[Any, Path | None]] = []
-        self.generators: list[tuple[Any, Path | None]] = []
+        self.seen: dict[int, object] = {}
+        self.iterators: list[tuple[object, Path | None]] = []
+        self.generators: list[tuple[object, Path | None]] = []
         self.room = room
         self._known = known or {}
         self._wanted = wanted
@@ -98,14 +98,14 @@ class Walk:
         self.noted: dict[int, set[str]] = {}
         self.asked = (0, 0)
 
-    def add(self, value: Any, path: Path | None = None) -> Any:
+    def add(self, value: object, path: Path | None = None) -> Any:
         """Note a value and everything below it; returns what stands for it."""
         self.path = path
         template = self.look(value)
         self._finish()
         return template
 
-    def add_code_of(self, values: Iterable[Any]) -> None:
+    def add_code_of(self, values: Iterable[object]) -> None:
         """Follow what the code of functions names, and of the classes of objects, without entering those themselves."""
         for value in values:
             if isinstance(value, FunctionType):
@@ -125,7 +125,7 @@ class Walk:
             elif not self.holders or not follow_names(self):
                 return
 
-    def look(self, value: Any) -> Any:
+    def look(self, value: object) -> Any:
         """The stand-in for a value: a template, or the value itself."""
         kind = type(value)
         if kind in PLAIN:
@@ -155,7 +155,7 @@ class Walk:
             self.room -= 1 + size
             self.notes.append(note)
 
-    def visit(self, value: Any) -> bool:
+    def visit(self, value: object) -> bool:
         """True the first time."""
         seen, identity = self.seen, id(value)
         if identity in seen or identity in self._known:
@@ -167,7 +167,7 @@ class Walk:
 # Handlers: each notes a value, and returns a template where one has to stand for it.
 
 
-def _leave(walk: Walk, value: Any) -> None:
+def _leave(walk: Walk, value: object) -> None:
     """Leave the value alone: it has no parts to enter."""
 
 
@@ -193,12 +193,12 @@ def _tuple(walk: Walk, value: Any) -> Remade | None:
     return Remade(type(value), items, getattr(value, "__dict__", None))
 
 
-def _set(walk: Walk, value: set[Any]) -> None:
+def _set(walk: Walk, value: set[object]) -> None:
     if walk.visit(value):
         walk.push(Members(value), "")
 
 
-def _list(walk: Walk, value: Any) -> None:
+def _list(walk: Walk, value: object) -> None:
     if walk.visit(value):
         walk.push(Sequence(value), "[{!r}]")
         if type(value) is not list:
@@ -217,12 +217,12 @@ def _dict_like(walk: Walk, value: Any) -> None:
         _own(walk, value)
 
 
-def _object(walk: Walk, value: Any) -> None:
+def _object(walk: Walk, value: object) -> None:
     if walk.visit(value):
         _own(walk, value)
 
 
-def _own(walk: Walk, value: Any) -> None:
+def _own(walk: Walk, value: object) -> None:
     """Attributes of an object, and what its class's code names."""
     kind = type(value)
     facts, home = facts_of(kind), walk.home
@@ -243,7 +243,7 @@ def _own(walk: Walk, value: Any) -> None:
     walk.home = home
 
 
-def _is_plain(attributes: dict[str, Any]) -> bool:
+def _is_plain(attributes: dict[str, object]) -> bool:
     """True where there is nothing in them to enter."""
     return all(type(value) in PLAIN or (not value and type(value) is set) for value in attributes.values())
 
@@ -271,13 +271,13 @@ def _builtin(walk: Walk, value: BuiltinMethodType) -> None:
     walk.look(value.__self__)  # such as the list of its append
 
 
-def _partial(walk: Walk, value: Any) -> None:
+def _partial(walk: Walk, value: object) -> None:
     # A partial's arguments are read-only, but __setstate__ replaces them.
     if walk.visit(value):
         walk.push(PartialArguments(value), ".{}")
 
 
-def _transformed(walk: Walk, value: Any) -> None:
+def _transformed(walk: Walk, value: object) -> None:
     # mx.compile, mx.checkpoint, mx.grad and the like hold the function they wrap, and compile the state it was given
     # as inputs=.
     if walk.visit(value):
@@ -285,18 +285,18 @@ def _transformed(walk: Walk, value: Any) -> None:
             walk.look(held)
 
 
-def _weak(walk: Walk, value: Any) -> None:
+def _weak(walk: Walk, value: object) -> None:
     for held in referent(value):
         if not isinstance(held, mx.array):
             walk.look(held)
 
 
-def _context(walk: Walk, value: ContextVar[Any]) -> None:
+def _context(walk: Walk, value: ContextVar[object]) -> None:
     if walk.visit(value):
         walk.push(ContextValue(value), "")
 
 
-def _iterator(walk: Walk, value: Any) -> None:
+def _iterator(walk: Walk, value: object) -> None:
     if walk.visit(value):
         walk.iterators.append((value, walk.path))
         if isinstance(value, zip | map | filter | enumerate):
@@ -306,7 +306,7 @@ def _iterator(walk: Walk, value: Any) -> None:
                 walk.look(held)
 
 
-def _generator(walk: Walk, value: Any) -> None:
+def _generator(walk: Walk, value: object) -> None:
     if walk.visit(value):
         walk.generators.append((value, walk.path))
 
@@ -321,7 +321,7 @@ def _function(walk: Walk, value: FunctionType) -> None:
         walk._functions.append((value, walk.path))
 
 
-_HANDLERS: dict[type, Callable[[Walk, Any], Any]] = {
+_HANDLERS: dict[type, Callable[[Walk, Any], object]] = {
     **dict.fromkeys(PLAIN, _leave),
     **dict.fromkeys(TRANSFORMED, _transformed),
     mx.array: _array,
@@ -344,15 +344,15 @@ _HANDLERS: dict[type, Callable[[Walk, Any], Any]] = {
     ContextVar: _context,
     local: _object,
 }
-_handlers: Facts[Callable[[Walk, Any], Any]] = Facts()
+_handlers: Facts[Callable[[Walk, object], object]] = Facts()
 
 
-def _handler(kind: type) -> Callable[[Walk, Any], Any]:
+def _handler(kind: type) -> Callable[[Walk, object], object]:
     """The function that walks instances of a class."""
     return _HANDLERS.get(kind) or _handlers.get(id(kind)) or _handlers.learn(kind, _choose(kind))
 
 
-def _choose(kind: type) -> Callable[[Walk, Any], Any]:
+def _choose(kind: type) -> Callable[[Walk, Any], object]:
     if issubclass(kind, type):
         return _class
     for bases, handler in (

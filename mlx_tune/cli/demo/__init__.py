@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from mlx_tune.cli.arguments import add_json, make_parser
 
@@ -13,7 +12,7 @@ _EXAMPLES = """\
   mlx-tune demo --budget 1GB --out model/  with more memory, into a named folder"""
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(subparsers: object) -> argparse.ArgumentParser:
     """Add `demo` and its options."""
     parser = make_parser(
         subparsers,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx_tune as mt
 from mlx_tune.cli.demo.corpus import Corpus, read_corpus
@@ -43,7 +43,7 @@ class _Run:
 
     say: Callable[[object], None]
     out: Path
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, object] = field(default_factory=dict)
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
@@ -83,7 +83,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     return 0 if trained else 1
 
 
-def _tokens(run: _Run, corpus: Corpus, seed: int) -> tuple[Any, list[mx.array], list[mx.array]]:
+def _tokens(run: _Run, corpus: Corpus, seed: int) -> tuple[object, list[mx.array], list[mx.array]]:
     """A tokenizer of the text, rows to train on and held-out batches."""
     with progress_bar("training a tokenizer"):
         tokenizer = small.train_tokenizer(corpus.training[::4] or corpus.training, _VOCABULARY, run.out / "tokenizer")
@@ -169,7 +169,12 @@ def _train(
 
 
 def _quantize(
-    run: _Run, model: nn.Module, config: dict[str, Any], tokenizer: Any, rows: list[mx.array], held_out: list[mx.array]
+    run: _Run,
+    model: nn.Module,
+    config: dict[str, object],
+    tokenizer: object,
+    rows: list[mx.array],
+    held_out: list[mx.array],
 ) -> None:
     """Quantize copies at several widths, save the 4-bit one, load it with stock mlx-lm, let it write."""
     reports, saved = {}, None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -55,7 +55,7 @@ def called_with_gradient(
     function: Callable[..., Result],
     gradient: Callable[..., object],
     args: tuple[object, ...],
-    kwargs: dict[str, Any],
+    kwargs: dict[str, object],
     marks: Marks,
 ) -> Result:
     """Call a function so that a trace holds its own gradient too.

@@ -103,7 +103,7 @@ def _checkpoint(original: Callable[..., object]) -> Callable[..., object]:
     return checkpoint
 
 
-def _write_out(fun: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, Any]) -> object:
+def _write_out(fun: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
     """Call a checkpointed function of nested arrays so that its recomputation is in the graph."""
     result: list[object] = []
 
@@ -165,7 +165,7 @@ def _compiled(
     original: Callable[..., object],
     function: object,
     args: tuple[object, ...],
-    kwargs: dict[str, Any],
+    kwargs: dict[str, object],
     replaced: ReplacedCalls,
 ) -> object:
     """Call a compiled function, and note what it reads and makes, the state that it was given included."""

@@ -30,7 +30,7 @@ class StandIn:
 
 
 def gather_mm(
-    original: Callable[..., mx.array], marks: Marks, a: mx.array, b: mx.array, *args: Any, **kwargs: Any
+    original: Callable[..., mx.array], marks: Marks, a: mx.array, b: mx.array, *args: object, **kwargs: Any
 ) -> mx.array:
     """Expert products of sorted tokens, whose weight gradient is SegmentedMM.
 

@@ -39,7 +39,7 @@ class Surroundings:
         state: Objects that it is expected to change. Their own arrays and numbers are put back elsewhere.
     """
 
-    def __init__(self, step: Callable[..., Any], state: Any) -> None:
+    def __init__(self, step: Callable[..., object], state: object) -> None:
         # Objects that the state holds are part of it: what is written there is put back and no fault.
         self._state = Walk(made=True, room=MOST_ITEMS)
         self._state.add(state)
@@ -101,7 +101,7 @@ class Surroundings:
         return root not in _MODELS and root != self._home and _is_installed(root)
 
 
-def _draws(generator: Any) -> Any:
+def _draws(generator: Any) -> object:
     """The state of a random generator."""
     if hasattr(generator, "bit_generator"):
         return generator.bit_generator.state
@@ -118,7 +118,7 @@ def _draw_again(generator: Any, state: Any) -> None:
         generator.set_state(state)
 
 
-def _position(iterator: Any) -> Any:
+def _position(iterator: object) -> object:
     """The position of an iterator; the same only while nothing was taken from it."""
     if isinstance(iterator, GeneratorType):
         return iterator.gi_frame.f_lasti if iterator.gi_frame is not None else None

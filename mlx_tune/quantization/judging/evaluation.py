@@ -286,7 +286,7 @@ def perplexity(model: nn.Module, batches: list[Batch]) -> float:
     return math.exp(total / count)
 
 
-def _call(model: nn.Module, batch: Batch) -> Any:
+def _call(model: nn.Module, batch: Batch) -> object:
     try:
         output = batch.call(model, through=widen)
         mx.eval(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 
@@ -72,7 +71,7 @@ def part_of(batches: list[Batch]) -> list[Batch]:
     return rows[:: max(1, len(rows) // wanted)][:wanted]
 
 
-def _rounded(call: ModuleCall, wanted: Format | None) -> Any:
+def _rounded(call: ModuleCall, wanted: Format | None) -> object:
     """A layer's call with weights rounded to nearest, which live no longer than the call."""
     assert wanted is not None
     weight, x = call.module["weight"], call.arguments[0]

@@ -184,7 +184,7 @@ def by_confidence(confidence: Floats, kl: Floats, same_top: Floats) -> tuple[Buc
     return tuple(buckets)
 
 
-def overlap(evaluation: list[Any], calibration: list[Any], window: int = 32) -> float:
+def overlap(evaluation: list[object], calibration: list[Any], window: int = 32) -> float:
     """The share of the evaluation's windows of tokens that stand in the calibration too.
 
     Args:
@@ -211,7 +211,7 @@ def overlap(evaluation: list[Any], calibration: list[Any], window: int = 32) -> 
     # Hashes of windows: a dot product with fixed random odd numbers, modulo 2^64.
     factors = np.random.default_rng(0).integers(1, 2**63, size=window, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
-    def hashes(rows: Any, step: int) -> Any:
+    def hashes(rows: Any, step: int) -> object:
         views = np.lib.stride_tricks.sliding_window_view(rows.astype(np.uint64), window, axis=1)[:, ::step]
         return (views * factors).sum(axis=-1, dtype=np.uint64).reshape(-1)
 
@@ -220,6 +220,6 @@ def overlap(evaluation: list[Any], calibration: list[Any], window: int = 32) -> 
     return float(np.isin(asked, seen).mean())
 
 
-def finite_or_none(value: Any) -> Any:
+def finite_or_none(value: object) -> Any:
     """A figure ready for JSON, which has neither NaN nor infinity; anything else as it is."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

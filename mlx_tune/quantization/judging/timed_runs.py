@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +23,7 @@ _SECONDS, _PATIENCE = 1.0, 10.0
 
 
 def measure_before(
-    model: nn.Module, batch: Batch, *, tokens_in: bool, loss: Callable[..., Any] | None = None
+    model: nn.Module, batch: Batch, *, tokens_in: bool, loss: Callable[..., object] | None = None
 ) -> list[Speed]:
     """Time the unquantized model with its weights as they are stored.
 
@@ -49,7 +48,7 @@ def measure_before(
 
 
 def measure_after(
-    model: nn.Module, batch: Batch, before: list[Speed], *, loss: Callable[..., Any] | None = None
+    model: nn.Module, batch: Batch, before: list[Speed], *, loss: Callable[..., object] | None = None
 ) -> SpeedComparison:
     """Time the quantized model likewise, with the longest prompt that it takes in reasonable time.
 
@@ -82,7 +81,7 @@ def _with_prompts(model: nn.Module, tokens: mx.array, lengths: list[int], *, eve
     return [*found, Speed(1, one, one)]
 
 
-def _median_seconds(run: Callable[[], Any]) -> float:
+def _median_seconds(run: Callable[[], object]) -> float:
     """The median of up to nine runs within a second, after one to warm up; that one where it took longer than that."""
     times: list[float] = []
     started = time.perf_counter()
@@ -96,6 +95,6 @@ def _median_seconds(run: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def _finish(output: Any) -> None:
+def _finish(output: object) -> None:
     mx.eval(getattr(output, "__dict__", output) if not isinstance(output, (mx.array, dict, list, tuple)) else output)
     mx.synchronize()

@@ -115,7 +115,7 @@ class DwqResult:
 
 def train_dwq(
     model: nn.Module,
-    reference: Callable[..., Any] | None,
+    reference: Callable[..., object] | None,
     calibration: Sequence[Batch],
     *,
     loss: Loss | None = None,
@@ -123,7 +123,7 @@ def train_dwq(
     epochs: int | None = None,
     recompute: Recompute | None = None,
     checkpoint: bool | None = None,
-    group: Any = None,
+    group: object = None,
     progress: bool = True,
 ) -> DwqResult:
     """Train scales and biases of a quantized model's affine layers, in place.
@@ -208,7 +208,7 @@ class _Training:
         self,
         model: nn.Module,
         layers: list[nn.Module],
-        reference: Callable[..., Any] | None,
+        reference: Callable[..., object] | None,
         lessons: list[Batch],
         judges: list[Batch],
         loss: Loss | None,
@@ -378,7 +378,7 @@ class _Adam:
         self.moments: Any = (zeros, zeros)
         self._count = 0
 
-    def step(self, parameters: Parameters, gradients: Any, rate: float) -> Parameters:
+    def step(self, parameters: Parameters, gradients: object, rate: float) -> Parameters:
         """Parameters after one step."""
         self._count += 1
         fast, slow = 0.9, 0.95  # short runs: the second moment must warm up within a few steps

@@ -58,13 +58,13 @@ class _Probe:
     seen: dict[str, _Seen] = field(default_factory=dict)
     looked_up: bool = False
 
-    def block(self, call: ModuleCall) -> Any:
+    def block(self, call: ModuleCall) -> object:
         with _read(call.module):
             output = call.run()
             mx.eval(output, [seen.total for seen in self.seen.values()])
         return output
 
-    def layer(self, call: ModuleCall) -> Any:
+    def layer(self, call: ModuleCall) -> object:
         x = call.inputs
         if call.looks_up:
             self.looked_up = True
@@ -78,7 +78,7 @@ class _Probe:
                 self.samples.add(path, rows)
         return call.run()
 
-    def outside(self, call: ModuleCall) -> Any:
+    def outside(self, call: ModuleCall) -> object:
         with _read(call.module):
             output = self.layer(call)
             wide = isinstance(output, mx.array) and output.shape[-1:] == (self.vocabulary,)

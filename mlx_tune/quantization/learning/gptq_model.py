@@ -222,7 +222,7 @@ class _Run:
         counts = learned.experts_of(layer.path) or [learned.tokens[layer.path]]
         parts = []
         for e, count in enumerate(counts):
-            at: Any = e if stacked else slice(None)
+            at: object = e if stacked else slice(None)
             shrinkage = shrinkage_for(weight.shape[-1], count)
             start: Any = tuple(a[at] for a in optimal)
             wanted = weight[at] if drift is None else corrected(weight, moments, drift, shrinkage)

@@ -21,7 +21,7 @@ from mlx_tune.quantization.models.interception import Hook, ModuleCall, Step, in
 #: Has a model run as it is to be run while a block lasts.
 Running = Callable[[nn.Module], AbstractContextManager[None]]
 
-Extras = list[tuple[tuple[Any, ...], dict[str, Any]]]
+Extras = list[tuple[tuple[object, ...], dict[str, object]]]
 
 #: One batch in so many is kept aside to judge each layer on.
 _HELD_OUT_EVERY = 8
@@ -65,7 +65,7 @@ class Propagation:
         inputs: dict[str, mx.array] = {}  # what each layer is given at first, in the order of the calls
         paths = {id(module): path for path, module in modules.items()}
 
-        def note(call: ModuleCall) -> Any:
+        def note(call: ModuleCall) -> object:
             if call.inputs is not None:
                 inputs.setdefault(paths[id(call.module)], call.inputs)
             return call.run()
@@ -176,7 +176,7 @@ class Propagation:
 def into_moments(moments: InputMoments) -> Hook:
     """The function to intercept layers with, so that moments see what they are given."""
 
-    def see(call: ModuleCall) -> Any:
+    def see(call: ModuleCall) -> object:
         # A lookup is a product with one-hot rows: no moments that could correct anything.
         if not call.looks_up and call.inputs is not None:
             moments.see(call.module, call.inputs, call.experts)

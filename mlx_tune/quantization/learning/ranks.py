@@ -60,7 +60,7 @@ class Shares:
             return Share(None, 0.0, batch.tokens.size)
         return Share(Batch((own,), own), own.size / batch.tokens.size, batch.tokens.size)
 
-    def mean(self, share: Share, loss: mx.array, gradients: Any) -> tuple[mx.array, Any]:
+    def mean(self, share: Share, loss: mx.array, gradients: object) -> tuple[mx.array, Any]:
         """The whole batch's loss and gradients out of those of all shares."""
         if self.size == 1:
             return loss, gradients

@@ -76,7 +76,7 @@ def _trainable(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     layer._form = (module.bits, module.group_size, dtype)
     for name in NAMES:
         layer[name] = mx.zeros(module["scales"].shape, dtype=mx.float32)
-    kind: Any = type(layer)
+    kind: object = type(layer)
     substitute(layer, _training_class(kind))
     trained: nn.Module = layer
     return trained
@@ -112,10 +112,10 @@ def _weight(layer: Any, rows: mx.array | None = None) -> mx.array:
 def _training_class(kind: type) -> type:
     """The layer's own class, computing with the weights that its trained grid stands for."""
 
-    def through(name: str) -> Any:
+    def through(name: str) -> object:
         method = getattr(kind, name)
 
-        def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        def call(self: Any, *arguments: object, **keywords: object) -> object:
             dict.__setitem__(self, "weight", _weight(self))
             try:
                 return method(self, *arguments, **keywords)

@@ -11,13 +11,13 @@ from mlx.utils import tree_flatten
 from mlx_tune.errors import QuantizationError
 
 #: `loss(model, *arguments)`: a scalar, or an array of which the mean counts.
-Loss = Callable[..., Any]
+Loss = Callable[..., object]
 
 #: Dtypes that round more than float32.
 HALVES = (mx.bfloat16, mx.float16)
 
 
-def logits_of(output: Any) -> Any:
+def logits_of(output: object) -> Any:
     """The logits in what a model gave back: itself, its `.logits`, or the first of several."""
     if isinstance(output, mx.array):
         return output
@@ -31,24 +31,24 @@ def logits_of(output: Any) -> Any:
     return found
 
 
-def output_arrays(output: Any) -> list[mx.array]:
+def output_arrays(output: object) -> list[mx.array]:
     """Every floating point array in what a model gave back, as float32."""
     return [array.astype(mx.float32) for array in _floats(output)]
 
 
-def narrow_dtype(output: Any) -> str | None:
+def narrow_dtype(output: object) -> str | None:
     """The name of the half-precision dtype of an array in what a model gave back; None where there is none."""
     return next((str(a.dtype).rpartition(".")[2] for a in _floats(output) if a.dtype in HALVES), None)
 
 
-def _floats(output: Any) -> list[mx.array]:
+def _floats(output: object) -> list[mx.array]:
     flat: Any = tree_flatten(
         getattr(output, "__dict__", output) if not isinstance(output, (dict, list, tuple, mx.array)) else output
     )
     return [leaf for _, leaf in flat if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)]
 
 
-def mean_loss(value: Any) -> mx.array:
+def mean_loss(value: object) -> mx.array:
     """The number that a loss function gave back: an array, of which the mean counts, or a tuple that begins with it.
 
     Raises:

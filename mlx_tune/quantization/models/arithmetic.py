@@ -84,7 +84,7 @@ def _evaluating(sites: Sequence[Site]) -> Iterator[None]:
                 _put_back(module, before)
 
 
-def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
+def _put_back(module: nn.Module, before: dict[str, object]) -> None:
     """Give a module the very items that it had; of those in place, nothing is touched."""
     if len(module) == len(before) and all(module.get(name) is value for name, value in before.items()):
         return
@@ -124,7 +124,7 @@ def _unpackable(module: nn.Module) -> bool:
 
 def _stand_in(kind: type, unpack: bool) -> type | None:
     """A subclass that computes the same in float32, or None where the class itself will do."""
-    body: dict[str, Any] = {}
+    body: dict[str, object] = {}
     if issubclass(kind, nn.QuantizedEmbedding):
         body["__call__"] = _packed_lookup
         if unpack:
@@ -136,7 +136,7 @@ def _stand_in(kind: type, unpack: bool) -> type | None:
     return subclass(kind, body) if body else None
 
 
-def _unpacked_call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+def _unpacked_call(self: Any, *arguments: object, **keywords: object) -> object:
     """The call of the unpacked layer, which is unpacked when its input is there and not before."""
     given = (value for value in (*arguments, *keywords.values()) if isinstance(value, mx.array))
     return dense_twin(self, mx.float32, after=next(given, None))(*widen(arguments), **widen(keywords))

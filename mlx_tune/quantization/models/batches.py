@@ -29,7 +29,7 @@ class Batch:
 
     arguments: tuple[Any, ...]
     tokens: mx.array | None
-    keywords: Mapping[str, Any] = field(default_factory=dict)
+    keywords: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def inputs(self) -> Batch:
@@ -42,7 +42,7 @@ class Batch:
         return [value for value in (*self.arguments, *self.keywords.values()) if isinstance(value, mx.array)]
 
     def call(
-        self, function: Callable[..., Any], *first: Any, through: Callable[[Any], Any] = lambda values: values
+        self, function: Callable[..., object], *first: object, through: Callable[[object], Any] = lambda values: values
     ) -> Any:
         """Call a model, or a loss, with the batch.
 
@@ -64,17 +64,17 @@ class Batch:
         return self.tokens[:, :-1], self.tokens[:, 1:]
 
 
-def widen(values: Any) -> Any:
+def widen(values: object) -> Any:
     """Half-precision floats in a tree of arguments to float32; everything else as it is."""
 
-    def one(value: Any) -> Any:
+    def one(value: Any) -> object:
         low = isinstance(value, mx.array) and value.dtype in _LOW
         return value.astype(mx.float32) if low else value
 
     return tree_map(one, values)
 
 
-def read_batches(batches: Iterable[Any] | None, name: str) -> list[Batch]:
+def read_batches(batches: Iterable[object] | None, name: str) -> list[Batch]:
     """Read all batches, in order.
 
     Args:
@@ -121,7 +121,7 @@ def count_tokens(batches: list[Batch]) -> int:
     return sum(b.tokens.shape[0] * (b.tokens.shape[1] - 1) for b in batches if b.tokens is not None)
 
 
-def _read(batch: Any, where: str) -> Batch:
+def _read(batch: object, where: str) -> Batch:
     if batch is None or isinstance(batch, (str, bytes)):
         raise QuantizationError(
             f"{where} is {'None' if batch is None else 'text'}: batches are token arrays or what the model is called "
@@ -156,7 +156,7 @@ def _read(batch: Any, where: str) -> Batch:
     return Batch((array,), array.astype(mx.int32))
 
 
-def _array(value: Any) -> Any:
+def _array(value: Any) -> object:
     """NumPy arrays, and what else says its dtype, as MLX arrays; everything else as it is."""
     if hasattr(value, "__array__") and hasattr(value, "dtype") and not isinstance(value, mx.array):
         return mx.array(value)

@@ -35,8 +35,8 @@ class ModuleCall:
     module: nn.Module
     name: str
     arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    method: Callable[..., Any]
+    keywords: dict[str, object]
+    method: Callable[..., object]
 
     def run(self) -> Any:
         """Call the module itself."""
@@ -59,7 +59,7 @@ class ModuleCall:
 
 
 #: Sees a call, and gives back what it is to give back.
-Hook = Callable[[ModuleCall], Any]
+Hook = Callable[[ModuleCall], object]
 
 
 def no_blocks(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
@@ -92,10 +92,10 @@ def intercepted(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
 
 
 def _listening(kind: type, hook: Hook) -> type:
-    def through(name: str) -> Callable[..., Any]:
+    def through(name: str) -> Callable[..., object]:
         method = getattr(kind, name)
 
-        def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        def call(self: Any, *arguments: Any, **keywords: object) -> object:
             return hook(ModuleCall(self, name, arguments, keywords, method))
 
         return call
@@ -143,9 +143,9 @@ def forward_steps(
     inside = tuple(f"{path}." for path, _ in blocks)
     units = [*blocks, *((p, m) for p, m in layers if not p.startswith(inside) and p not in dict(blocks))]
     names = {id(module): path for path, module in units}
-    order: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+    order: list[tuple[str, tuple[object, ...], dict[str, object], object]] = []
 
-    def note(call: ModuleCall) -> Any:
+    def note(call: ModuleCall) -> object:
         output = call.run()
         order.append((names[id(call.module)], call.arguments, call.keywords, output))
         return output
@@ -155,8 +155,8 @@ def forward_steps(
     modules, paths = dict(units), [name for name, *_ in order]
     block_paths = {path for path, _ in blocks}
     steps: dict[str, Step] = {}
-    sources: list[tuple[str, list[Any]]] = []
-    last: tuple[str, Any] | None = None
+    sources: list[tuple[str, list[object]]] = []
+    last: tuple[str, object] | None = None
     for path, arguments, keywords, output in order:
         extras = _leaves((arguments[1:], keywords))
         like = next((name for name, known in sources if _same(known, extras)), path)
@@ -189,7 +189,7 @@ def run_until(call: Callable[[], object], module: nn.Module, calls: int, hook: H
     """
     left = calls
 
-    def counting(seen: ModuleCall) -> Any:
+    def counting(seen: ModuleCall) -> object:
         nonlocal left
         left -= 1
         output = hook(seen)
@@ -204,12 +204,12 @@ def run_until(call: Callable[[], object], module: nn.Module, calls: int, hook: H
             return
 
 
-def _leaves(tree: Any) -> list[Any]:
+def _leaves(tree: object) -> list[object]:
     flat: Any = tree_flatten(tree)
     return [leaf for _, leaf in flat]
 
 
-def _same(known: list[Any], found: list[Any]) -> bool:
+def _same(known: list[object], found: list[object]) -> bool:
     """True where two calls were given the same further arguments: the very same arrays, and equal plain values."""
     if len(known) != len(found):
         return False

@@ -71,7 +71,7 @@ def why_not_quantizable(module: nn.Module, mode: str) -> str | None:
     return None
 
 
-def takes_mode(to_quantized: Callable[..., Any]) -> bool:
+def takes_mode(to_quantized: Callable[..., object]) -> bool:
     """True where a layer's `to_quantized` knows of modes; those that are older than modes do not."""
     accepted = inspect.signature(to_quantized).parameters
     return "mode" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())

@@ -112,7 +112,7 @@ def own_arrays(module: nn.Module) -> dict[str, mx.array]:
     return {name: array for key, value in module.items() if key[:1] != "_" for name, array in _arrays_in(key, value)}
 
 
-def _arrays_in(name: str, value: Any) -> Iterator[tuple[str, mx.array]]:
+def _arrays_in(name: str, value: object) -> Iterator[tuple[str, mx.array]]:
     if isinstance(value, mx.array):
         yield name, value
     elif isinstance(value, (dict, list)) and not isinstance(value, nn.Module):

@@ -248,7 +248,7 @@ class _Parked:
         return twin
 
 
-def _clone(node: Any, path: str, parked: dict[str, _Parked]) -> Any:
+def _clone(node: object, path: str, parked: dict[str, _Parked]) -> object:
     """The node and everything below it anew, arrays shared, parked modules as they were."""
     if path in parked:
         return parked[path].module(evaluate=False)

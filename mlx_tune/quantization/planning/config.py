@@ -37,7 +37,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         >>> [type(layer).__name__ for layer in fresh.layers]
         ['Linear', 'QuantizedLinear']
     """
-    entries: dict[str, dict[str, Any] | None] = {}
+    entries: dict[str, dict[str, object] | None] = {}
     packed: Counter[Format] = Counter()
     for site in walk(model):
         if is_quantized(site.module):
@@ -48,11 +48,11 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             entries |= dict.fromkeys(site.paths, None)
     if not packed:
         return {}
-    config: dict[str, Any] = packed.most_common(1)[0][0].keywords()
+    config: dict[str, object] = packed.most_common(1)[0][0].keywords()
     return config | {path: False if e is None else e for path, e in entries.items() if e != config}
 
 
-def _entry(module: nn.Module, now: Format) -> dict[str, Any]:
+def _entry(module: nn.Module, now: Format) -> dict[str, object]:
     entry = now.keywords()
     if isinstance(module.get("global_scale"), mx.array):
         entry["global_scale"] = True

@@ -108,7 +108,7 @@ def _multiply(
 ) -> mx.array:
     """The kernel's result: [rows, outputs], with a leading axis or a middle one for a stack."""
     packed, scales, biases = arrays
-    parts: dict[str, Any] = combination.format.keywords()
+    parts: dict[str, object] = combination.format.keywords()
     if combination.use == "lookup":
         return kernels.dequantize(packed, scales=scales, biases=biases, **parts)
     if combination.use == "gathered":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +28,7 @@ def lay_out(
     mode: str,
     effort: Effort,
     activations: bool,
-    overrides: Mapping[str, bool | Mapping[str, Any]] | None,
+    overrides: Mapping[str, bool | Mapping[str, object]] | None,
     skip: Iterable[str] | str | None,
     requantize: bool,
     scale_dtype: mx.Dtype | str | None,

@@ -58,9 +58,9 @@ class Rules:
     """
 
     base: Format
-    overrides: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
+    overrides: Mapping[str, bool | Mapping[str, object]] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
-    predicate: Callable[[str, nn.Module], Any] | None = None
+    predicate: Callable[[str, nn.Module], object] | None = None
     routers: frozenset[int] = frozenset()
 
     def decide(self, paths: Sequence[str], module: nn.Module, last_axis: int) -> Decision:
@@ -90,16 +90,16 @@ class Rules:
         pattern, wanted = self._wanted(paths)
         return Decision(None, f"overrides[{pattern!r}] is False", by_hand=True) if wanted is False else None
 
-    def _wanted(self, paths: Sequence[str]) -> tuple[str, bool | Mapping[str, Any] | None]:
+    def _wanted(self, paths: Sequence[str]) -> tuple[str, bool | Mapping[str, object] | None]:
         """The override that counts, and its pattern."""
-        found: tuple[str, bool | Mapping[str, Any] | None] = "", None
+        found: tuple[str, bool | Mapping[str, object] | None] = "", None
         for pattern, value in self.overrides.items():
             if any(matches(path, pattern) for path in paths):
                 found = pattern, value  # the later one wins
         return found
 
     def _override(
-        self, path: str, module: nn.Module, last_axis: int, pattern: str, wanted: bool | Mapping[str, Any]
+        self, path: str, module: nn.Module, last_axis: int, pattern: str, wanted: bool | Mapping[str, object]
     ) -> Decision:
         target = _merge(self.base, wanted, f"overrides[{pattern!r}]: ") if isinstance(wanted, Mapping) else self.base
         problem = _problem(module, last_axis, target)
@@ -111,7 +111,7 @@ class Rules:
         return Decision(None, problem)
 
     def _protect(self, path: str, module: nn.Module, last_axis: int) -> Decision | None:
-        answer: Any = True if self.predicate is None else self.predicate(path, module)
+        answer: object = True if self.predicate is None else self.predicate(path, module)
         if answer is False or answer is None:
             return Decision(None, "protected by the model's quant_predicate", protected=True)
         if isinstance(answer, Mapping):
@@ -225,7 +225,7 @@ def check_patterns(
     return dict(chosen), left
 
 
-def _merge(base: Format, parts: Mapping[str, Any], where: str) -> Format:
+def _merge(base: Format, parts: Mapping[str, object], where: str) -> Format:
     """The base format with some parts replaced."""
     mode = parts.get("mode", base.mode)
     if "mode" not in parts and mode in FIXED_MODES and ("bits" in parts or "group_size" in parts):

@@ -50,7 +50,7 @@ def allocate(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: int) 
 
     sums: Any = np.zeros(1, dtype=np.int64)
     costs: Any = np.zeros(1)
-    trail: list[tuple[Any, Any]] = []  # for each layer: each state's choice and the state before it
+    trail: list[tuple[object, Any]] = []  # for each layer: each state's choice and the state before it
     for i, places in enumerate(useful):
         sizes = np.array([options[i][k][0] for k in places], dtype=np.int64)
         prices = np.array([options[i][k][1] for k in places], dtype=np.float64)

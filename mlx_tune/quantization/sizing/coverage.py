@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -58,7 +57,7 @@ def measure_coverage(model: nn.Module, layers: Sequence[LayerPlan], batches: Seq
     found = {layer.path: Coverage(0, (0,) * stacks[layer.path] if layer.path in stacks else None) for layer in layers}
     routes: list[tuple[str, mx.array]] = []
 
-    def see(call: ModuleCall) -> Any:
+    def see(call: ModuleCall) -> object:
         path = paths[id(call.module)]
         x = next((value for value in call.arguments if isinstance(value, mx.array)), None)
         if path in stacks and isinstance(call.experts, mx.array):
