@@ -87,7 +87,7 @@ def _saved_by_checkpoints(size: int, estimated: tuple[Any, Any, object]) -> tupl
     """The step's needs with every block checkpointed, and how much less that is; None where it is not less."""
     import mlx.nn as nn
 
-    from mlx_tune.checkpointing import checkpoint_blocks
+    from mlx_tune.checkpointing.blocks import checkpoint_blocks
 
     floor = StepFloor(*estimated)
     with ExitStack() as undone:

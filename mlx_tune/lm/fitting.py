@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx.optimizers import Optimizer
 
-    from mlx_tune.batching import AutobatchResult
-    from mlx_tune.checkpointing import CheckpointPlan, VerifyReport
-    from mlx_tune.fitting import Fit
-    from mlx_tune.graphs import MemoryEstimate
+    from mlx_tune.batching.result import AutobatchResult
+    from mlx_tune.checkpointing.planning.planned import CheckpointPlan
+    from mlx_tune.checkpointing.verified import VerifyReport
+    from mlx_tune.fitting.result import Fit
+    from mlx_tune.graphs.estimate import MemoryEstimate
 
 Budget = str | SupportsIndex | float | None
 Loss = Callable[..., tuple["mx.array", "mx.array"]]
@@ -124,7 +125,7 @@ def estimate_memory(
     """
     from mlx_lm.tuner.trainer import TrainingArgs
 
-    from mlx_tune.graphs import estimate_memory as trace
+    from mlx_tune.graphs.estimate import estimate_memory as trace
 
     args = TrainingArgs() if args is None else args
     with (
@@ -244,7 +245,7 @@ def plan_checkpoints(
     """
     from mlx_lm.tuner.trainer import TrainingArgs
 
-    from mlx_tune.checkpointing import plan_checkpoints as plan
+    from mlx_tune.checkpointing.planning.plan import plan_checkpoints as plan
 
     args = TrainingArgs() if args is None else args
     with training_step(model, _optimizer(optimizer), dataset, args, loss=loss) as ready:
@@ -286,7 +287,7 @@ def verify_checkpoint(model: nn.Module, dataset: object, args: Any = None, *, lo
     """
     from mlx_lm.tuner.trainer import TrainingArgs, default_loss
 
-    from mlx_tune.checkpointing import verify_checkpoint as verify
+    from mlx_tune.checkpointing.verify import verify_checkpoint as verify
 
     args = TrainingArgs() if args is None else args
     with training_step(model, _optimizer(None), dataset, args, loss=loss) as ready, awake_adapters(model) as awake:
@@ -305,7 +306,7 @@ def _optimizer(optimizer: Optimizer | None) -> Optimizer:
 
 def _checkpointed(model: nn.Module, args: Any) -> AbstractContextManager[object]:
     """Every block checkpointed for as long as the search runs, where the arguments ask for it."""
-    from mlx_tune.checkpointing import checkpoint_blocks
+    from mlx_tune.checkpointing.blocks import checkpoint_blocks
 
     return checkpoint_blocks(model) if args.grad_checkpoint else nullcontext()
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_tune.batching import AutobatchResult
-from mlx_tune.checkpointing import CheckpointPlan
+from mlx_tune.batching.result import AutobatchResult
+from mlx_tune.checkpointing.planning.planned import CheckpointPlan
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import writing
 from mlx_tune.files.unfinished import beside
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx.optimizers import Optimizer
 
-    from mlx_tune.fitting import Fit
+    from mlx_tune.fitting.result import Fit
 
 
 def train(
@@ -129,7 +129,8 @@ def _run(
     import mlx.core as mx
     from mlx_lm.tuner import trainer
 
-    from mlx_tune.checkpointing import checkpoint_blocks, is_checkpointed
+    from mlx_tune.checkpointing.block.wrap import is_checkpointed
+    from mlx_tune.checkpointing.blocks import checkpoint_blocks
 
     log = _recorder(training_callback)
     with ExitStack() as around:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from mlx_tune.memory import open_limit_bytes
 from mlx_tune.trees import nbytes_of
 from mlx_tune.units import format_bytes, format_limit
-from mlx_tune.wiring import wired_limit
-from mlx_tune.wiring.context import SLACK, registry
+from mlx_tune.wiring.context import SLACK, registry, wired_limit
 from mlx_tune.wiring.limits import read_capacity
 from mlx_tune.wiring.registry import Request
 

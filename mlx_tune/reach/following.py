@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlx_tune.reach.facts import MAKING, contents_of, functions_of, imported_by, is_foreign, names_in
-from mlx_tune.reach.places import PLAIN, Attributes, Cell, Defaults, Items, Names
-
-if TYPE_CHECKING:
-    from mlx_tune.reach.notes import Path
-    from mlx_tune.reach.walk import Walk
+from mlx_tune.reach.facts import Names as CodeNames
+from mlx_tune.reach.notes import Path
+from mlx_tune.reach.places import PLAIN, Attributes, Cell, Defaults, Held, Items, Names
 
 
-def follow_class(walk: Walk, kind: Any, making: bool = False) -> None:
+class Follower(Protocol):
+    """A walk that code is followed for; `mlx_tune.reach.walk.Walk` says what each of these is."""
+
+    path: Path | None
+    home: str | None
+    made: bool
+    code: list[CodeNames]
+    holders: list[tuple[Any, Path | None]]
+    noted: dict[int, set[str]]
+    asked: tuple[int, int]
+
+    def look(self, value: object) -> object: ...
+
+    def visit(self, value: object) -> bool: ...
+
+    def push(self, place: Held, form: str) -> None: ...
+
+
+def follow_class(walk: Follower, kind: Any, making: bool = False) -> None:
     """The functions and values of one class; how it is made only where a block may do so."""
     contents, held = contents_of(kind), vars(kind)
     for name in contents.functions:
@@ -29,13 +45,13 @@ def follow_class(walk: Walk, kind: Any, making: bool = False) -> None:
         _attributes(walk, kind, contents.values)
 
 
-def _attributes(walk: Walk, kind: type, names: Iterable[str]) -> None:
+def _attributes(walk: Follower, kind: type, names: Iterable[str]) -> None:
     """Some attributes of a class."""
     if fresh := _fresh(walk, kind, names):
         walk.push(Attributes(kind, fresh), ".{}")
 
 
-def _fresh(walk: Walk, holder: Any, names: Iterable[str]) -> tuple[str, ...]:
+def _fresh(walk: Follower, holder: Any, names: Iterable[str]) -> tuple[str, ...]:
     """Those of some names that were not noted of a class, or of what a module holds, before: none is noted twice."""
     noted = walk.noted.setdefault(id(holder), set())
     fresh = tuple([name for name in names if name not in noted])
@@ -43,7 +59,7 @@ def _fresh(walk: Walk, holder: Any, names: Iterable[str]) -> tuple[str, ...]:
     return fresh
 
 
-def follow_function(walk: Walk, value: FunctionType, path: Path | None) -> None:
+def follow_function(walk: Follower, value: FunctionType, path: Path | None) -> None:
     """Follow what a function holds, and what its code names."""
     code = value.__code__
     walk.home = value.__module__
@@ -81,7 +97,7 @@ def _closed_over(function: FunctionType, name: str) -> object:
     return next(iter(Cell(function.__closure__[function.__code__.co_freevars.index(name)]).get()), None)
 
 
-def _placed(walk: Walk, name: str, value: object, attributes: tuple[str, ...]) -> None:
+def _placed(walk: Follower, name: str, value: object, attributes: tuple[str, ...]) -> None:
     """A class or function that code assigns attributes of, new ones among them."""
     walk.path = (None, "{}", name)
     if isinstance(value, type):
@@ -91,7 +107,7 @@ def _placed(walk: Walk, name: str, value: object, attributes: tuple[str, ...]) -
 
 
 def _named(
-    walk: Walk, scope: dict[str, object], loaded: Iterable[str], stored: Iterable[str], path: Path | None, form: str
+    walk: Follower, scope: dict[str, object], loaded: Iterable[str], stored: Iterable[str], path: Path | None, form: str
 ) -> None:
     """The objects that names stand for in a module."""
     noted = dict.fromkeys(stored)
@@ -110,7 +126,7 @@ def _named(
         walk.push(Names(scope, fresh), form)
 
 
-def follow_names(walk: Walk) -> bool:
+def follow_names(walk: Follower) -> bool:
     """Follow modules and classes to the names that code reads or assigns of anything; false where nothing is new."""
     size = (len(walk.code), len(walk.holders))
     if size == walk.asked:

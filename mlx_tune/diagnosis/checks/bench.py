@@ -11,7 +11,7 @@ from mlx_tune.measuring.step import StepTrial, run_step
 from mlx_tune.measuring.turns import compare
 from mlx_tune.memory import track_memory
 from mlx_tune.units import format_bytes, format_percent, format_seconds
-from mlx_tune.wiring import wired_limit
+from mlx_tune.wiring.context import wired_limit
 from mlx_tune.wiring.limits import read_capacity
 
 THEME = "bench"
@@ -151,7 +151,7 @@ def checkpointed_step(blocks: int = 8, width: int | None = None, rows: int | Non
     import mlx.core as mx
     import mlx.nn as nn
 
-    from mlx_tune.checkpointing import checkpoint
+    from mlx_tune.checkpointing.block.wrap import checkpoint
 
     width = width or (1024 if _on_gpu() else 128)
     rows = rows or (8192 if _on_gpu() else 1024)
