@@ -8,7 +8,7 @@ import pytest
 from house import House
 
 #: What has been reached. Lower them when it gets better.
-LONGEST_CHAIN, CIRCLES, MOST_FILES, MOST_LINES, ANYS = 21, 0, 15, 402, 13
+LONGEST_CHAIN, CIRCLES, MOST_FILES, MOST_LINES, ANYS = 16, 0, 15, 402, 13
 
 
 @pytest.fixture(scope="module")

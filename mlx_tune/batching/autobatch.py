@@ -22,10 +22,10 @@ from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.calls import require_functions
 from mlx_tune.graphs.tracing.trace import step_of_batches
 from mlx_tune.interrupts import uninterrupted
-from mlx_tune.measuring.floors import StepFloor
 from mlx_tune.measuring.forecast import Forecast
 from mlx_tune.measuring.half_precision import slow_half_precision
 from mlx_tune.measuring.ranks import Ranks
+from mlx_tune.measuring.step_floor import StepFloor
 from mlx_tune.memory import MemoryBudget, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot

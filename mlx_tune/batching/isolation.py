@@ -196,8 +196,8 @@ def _one_trial(request: dict[str, Any], step: Any, make_batch: Any, state: objec
 def _knots(request: dict[str, Any], step: Any, make_batch: Any, state: object) -> dict[str, object]:
     from mlx_tune.batching.probe import Probe
     from mlx_tune.graphs.tracing.trace import step_of_batches
-    from mlx_tune.measuring.floors import StepFloor
     from mlx_tune.measuring.forecast import read_ahead
+    from mlx_tune.measuring.step_floor import StepFloor
 
     sizes: Sequence[int] = range(*request["range"]) if request["range"] else request["sizes"]
     step = step_of_batches(step, make_batch, sizes[0], state)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_tune.batching.session import Session
 from mlx_tune.errors import BudgetError, CheckpointError, TraceError
-from mlx_tune.measuring.floors import StepFloor
+from mlx_tune.measuring.step_floor import StepFloor
 from mlx_tune.memory import MemoryBudget
 from mlx_tune.trees import nbytes_of, outermost
 from mlx_tune.units import format_bytes

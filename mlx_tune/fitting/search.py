@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from mlx_tune.checkpointing.planning.choose import Choice, relaxed
-from mlx_tune.checkpointing.planning.plan import does_not_fit
-from mlx_tune.checkpointing.planning.survey import Survey
+from mlx_tune.checkpointing.planning.survey import Survey, does_not_fit
 from mlx_tune.fitting.predict import Pace, pace_through, thinned
 from mlx_tune.fitting.trials import Candidate, Trials
 from mlx_tune.interrupts import interruptible

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import mlx_tune as mt
 from mlx_tune.batching.probe import Probe
 from mlx_tune.graphs import estimate as estimating
-from mlx_tune.measuring.floors import Floor, StepFloor, pieces
+from mlx_tune.measuring.floors import Floor, pieces
 from mlx_tune.measuring.forecast import Forecast
+from mlx_tune.measuring.step_floor import StepFloor
 
 
 def straight(knots, size):

@@ -5,8 +5,9 @@ import pytest
 import small_steps
 
 from mlx_tune import memory_limit, track_memory
-from mlx_tune.measuring.floors import Floor, StepFloor
+from mlx_tune.measuring.floors import Floor
 from mlx_tune.measuring.forecast import Forecast, read_ahead
+from mlx_tune.measuring.step_floor import StepFloor
 
 ENDLESS = range(1, 1 << 32)
 

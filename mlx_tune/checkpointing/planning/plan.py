@@ -13,7 +13,7 @@ from mlx_tune.checkpointing.blocks import Select, find_blocks
 from mlx_tune.checkpointing.planning.choose import Choice, relaxed
 from mlx_tune.checkpointing.planning.measure import Measured, Measurements
 from mlx_tune.checkpointing.planning.planned import CheckpointPlan, MeasuredChoice, PlannedBlock
-from mlx_tune.checkpointing.planning.survey import Survey
+from mlx_tune.checkpointing.planning.survey import Survey, does_not_fit
 from mlx_tune.errors import BudgetError
 from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.calls import require_functions
@@ -117,37 +117,6 @@ def plan_checkpoints(
         real = Measurements(model, survey.paths, survey.step, batch, whole, int(allowed), steps, bar)
         best = _fastest(survey, real, int(allowed))
         return _result(survey, real, best, int(allowed), notes)
-
-
-def does_not_fit(survey: Survey, budget_bytes: int) -> BudgetError:
-    """The error that says what the step needs with every block checkpointed, and which smaller batch would fit.
-
-    Args:
-        survey: The step, at the batch size that does not fit.
-        budget_bytes: The limit of its peak.
-
-    Returns:
-        The error. The batch is found without a run.
-    """
-    floor, low, high = survey.floor(survey.all), 0, survey.batch_size
-    while high - low > 1:
-        middle = (low + high) // 2
-        survey.bar.update(text=f"batch {middle}?")
-        fits = survey.floor(survey.all, middle) * (1 + ESTIMATE_MARGIN) <= budget_bytes
-        low, high = (middle, high) if fits else (low, middle)
-    way_out = (
-        f"Batch size {low} would fit that way: gather gradients over several of them."
-        if low
-        else "Not even batch size 1 would: shorten the inputs, train fewer parameters, or quantize the base."
-    )
-    count = len(survey.paths)
-    needs = f"with all {count} blocks checkpointed it still needs" if count else "it needs"
-    return BudgetError(
-        f"A step at batch size {survey.batch_size} does not fit {format_bytes(budget_bytes)}: {needs} at least "
-        f"{format_bytes(floor)} (predicted from its graph, nothing was run). {way_out}",
-        needed_bytes=floor,
-        budget_bytes=budget_bytes,
-    )
 
 
 def candidates(survey: Survey, budget_bytes: int, batch_size: int | None = None) -> list[Choice]:

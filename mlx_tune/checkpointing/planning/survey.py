@@ -16,12 +16,14 @@ from mlx_tune.checkpointing.planning.choose import Choice, calibrated
 from mlx_tune.checkpointing.planning.costs import Calls, forward_seconds, kind_of, recorded
 from mlx_tune.checkpointing.planning.planned import apply_choice
 from mlx_tune.checkpointing.planning.schedule import frontier
-from mlx_tune.errors import CheckpointError
+from mlx_tune.errors import BudgetError, CheckpointError
 from mlx_tune.graphs.estimate import estimate_memory
 from mlx_tune.graphs.tracing.trace import taking
 from mlx_tune.interrupts import interruptible
+from mlx_tune.measuring.forecast import ESTIMATE_MARGIN
 from mlx_tune.progress import Bar
 from mlx_tune.trees import arrays_of, nbytes_of, outermost
+from mlx_tune.units import format_bytes
 
 
 class Survey:
@@ -197,3 +199,34 @@ def initialize_optimizers(state: object, model: nn.Module) -> None:
     new = [optimizer for optimizer in outermost(state, Optimizer) if not optimizer._initialized]
     if len(new) == 1:
         new[0].init(model.trainable_parameters())
+
+
+def does_not_fit(survey: Survey, budget_bytes: int) -> BudgetError:
+    """The error that says what the step needs with every block checkpointed, and which smaller batch would fit.
+
+    Args:
+        survey: The step, at the batch size that does not fit.
+        budget_bytes: The limit of its peak.
+
+    Returns:
+        The error. The batch is found without a run.
+    """
+    floor, low, high = survey.floor(survey.all), 0, survey.batch_size
+    while high - low > 1:
+        middle = (low + high) // 2
+        survey.bar.update(text=f"batch {middle}?")
+        fits = survey.floor(survey.all, middle) * (1 + ESTIMATE_MARGIN) <= budget_bytes
+        low, high = (middle, high) if fits else (low, middle)
+    way_out = (
+        f"Batch size {low} would fit that way: gather gradients over several of them."
+        if low
+        else "Not even batch size 1 would: shorten the inputs, train fewer parameters, or quantize the base."
+    )
+    count = len(survey.paths)
+    needs = f"with all {count} blocks checkpointed it still needs" if count else "it needs"
+    return BudgetError(
+        f"A step at batch size {survey.batch_size} does not fit {format_bytes(budget_bytes)}: {needs} at least "
+        f"{format_bytes(floor)} (predicted from its graph, nothing was run). {way_out}",
+        needed_bytes=floor,
+        budget_bytes=budget_bytes,
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.lm import read_texts
+from mlx_tune.lm.tokens import read_texts
 
 #: Every so many documents one is held out.
 _HELD_OUT_EVERY = 12

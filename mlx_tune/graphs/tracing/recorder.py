@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,9 +16,6 @@ from mlx_tune.graphs.tracing.built import BuiltGraph, made_by_operations
 from mlx_tune.graphs.tracing.custom_gradients import Marks
 from mlx_tune.interrupts import interruptible
 from mlx_tune.trees import StateArray, state_arrays
-
-if TYPE_CHECKING:
-    from mlx_tune.graphs.tracing.replaced_calls import ReplacedCalls
 
 
 class Recorder:
@@ -44,7 +41,8 @@ class Recorder:
         batch: list[tuple[str, Leaf]],
         slots: list[StateArray],
         state: object,
-        replaced: ReplacedCalls,
+        marks: Marks,
+        compiled_calls: Sequence[tuple[Sequence[mx.array], Sequence[mx.array]]],
     ) -> None:
         unique: dict[int, int] = {}
         arrays: list[mx.array] = []
@@ -65,7 +63,7 @@ class Recorder:
                 arrays.append(slot.array)
                 self._inputs.append(Value(tuple(slot.array.shape), slot.array.dtype, slot.role, slot.label))
         kept: set[int] = set()
-        self.marks = replaced.marks
+        self.marks = marks
 
         def flat(*tracers: mx.array) -> list[mx.array]:
             # Writing into an array in place gives the same object another value: these are the ones before.
@@ -86,12 +84,12 @@ class Recorder:
             updated = [slot for slot in after if id(slot.array) not in untouched]
             self.graph.updated = [slot.label for slot in updated]
             everything = [*outputs, *(slot.array for slot in updated)]
-            around = [array for call in replaced.compiled_calls for side in call for array in side]
+            around = [array for call in compiled_calls for side in call for array in side]
             self.built = BuiltGraph(inputs, everything, around)
             names = iter(self.built.others)
             self.compiled_calls = [
                 CompiledCall(*(tuple(name for _ in side if (name := next(names)) is not None) for side in call))
-                for call in replaced.compiled_calls
+                for call in compiled_calls
             ]
             return everything
 

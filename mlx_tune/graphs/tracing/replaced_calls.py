@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,13 +21,23 @@ from mlx_tune.graphs.tracing.custom_gradients import Marks, called_with_gradient
 from mlx_tune.graphs.tracing.recomputation import traced_checkpoint
 from mlx_tune.upstream import FUNCTION, function_of, kind_of, referents, state_of
 
-if TYPE_CHECKING:
-    from mlx_tune.graphs.tracing.standins import StandIn
-
 _thread = threading.local()
 _lock = threading.Lock()
 _depth = 0
 _originals: list[tuple[object, str, object]] = []
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """The function to call instead of `owner.name`, and its description in words.
+
+    `function` takes the original and the trace's marks before the arguments.
+    """
+
+    owner: object
+    name: str
+    function: Callable[..., object]
+    words: str
 
 
 @dataclass

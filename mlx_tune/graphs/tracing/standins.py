@@ -7,26 +7,13 @@ of no interest here, only what is allocated and what is held for the gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_tune.graphs.tracing.custom_gradients import Marks, called_with_gradient
 from mlx_tune.graphs.tracing.recomputation import traced_checkpoint
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """The function to call instead of `owner.name`, and its description in words.
-
-    `function` takes the original and the trace's marks before the arguments.
-    """
-
-    owner: object
-    name: str
-    function: Callable[..., object]
-    words: str
+from mlx_tune.graphs.tracing.replaced_calls import StandIn
 
 
 def gather_mm(

@@ -147,7 +147,7 @@ def _trace(
         snapshot = Snapshot(state)
         try:
             with tracing(), replacing_calls(replaced, STAND_INS.values()):
-                recorder.trace(step, args, batch, slots, state, replaced)
+                recorder.trace(step, args, batch, slots, state, replaced.marks, replaced.compiled_calls)
             first.note()
         except BaseException as error:
             primitive = refused_primitive(error)
