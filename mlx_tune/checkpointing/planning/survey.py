@@ -20,7 +20,7 @@ from mlx_tune.errors import BudgetError, CheckpointError
 from mlx_tune.graphs.estimate import estimate_memory
 from mlx_tune.graphs.tracing.trace import taking
 from mlx_tune.interrupts import interruptible
-from mlx_tune.measuring.forecast import ESTIMATE_MARGIN
+from mlx_tune.measuring.forecast import ESTIMATE_MARGIN, largest_fitting
 from mlx_tune.progress import Bar
 from mlx_tune.trees import arrays_of, nbytes_of, outermost
 from mlx_tune.units import format_bytes
@@ -211,15 +211,16 @@ def does_not_fit(survey: Survey, budget_bytes: int) -> BudgetError:
     Returns:
         The error. The batch is found without a run.
     """
-    floor, low, high = survey.floor(survey.all), 0, survey.batch_size
-    while high - low > 1:
-        middle = (low + high) // 2
-        survey.bar.update(text=f"batch {middle}?")
-        fits = survey.floor(survey.all, middle) * (1 + ESTIMATE_MARGIN) <= budget_bytes
-        low, high = (middle, high) if fits else (low, middle)
+
+    def floor_at(size: int) -> int:
+        survey.bar.update(text=f"batch {size}?")
+        return survey.floor(survey.all, size)
+
+    floor, smaller = survey.floor(survey.all), range(1, survey.batch_size)
+    fitting = largest_fitting(smaller, floor_at, int(budget_bytes / (1 + ESTIMATE_MARGIN))) if smaller else None
     way_out = (
-        f"Batch size {low} would fit that way: gather gradients over several of them."
-        if low
+        f"Batch size {fitting} would fit that way: gather gradients over several of them."
+        if fitting is not None
         else "Not even batch size 1 would: shorten the inputs, train fewer parameters, or quantize the base."
     )
     count = len(survey.paths)
