@@ -196,6 +196,12 @@ def tokens(rows: int = 4, length: int = 17, vocabulary: int = 96, seed: int = 0)
     return mx.random.randint(0, vocabulary, (rows, length), key=mx.random.key(seed))
 
 
+def stored_by_mlx(weight: mx.array, group_size: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
+    """What `mx.quantize` makes of a weight; at 1 bit that of the CPU, since CUDA has no kernel and gives garbage."""
+    packed, scales, biases = mx.quantize(weight, group_size, bits, stream=mx.cpu if bits == 1 else None)
+    return packed, scales, biases
+
+
 def arrays_of(model: nn.Module) -> dict[str, mx.array]:
     from mlx.utils import tree_flatten
 

@@ -23,7 +23,7 @@ from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.packing import check_affine, dequantize_float32
 from mlx_tune.quantization.formats.scale_search import Solver, plan_search
 
-__all__ = ["Effort", "dequantize_float32", "group_errors", "quantize_affine", "quantize_nearest"]
+__all__ = ["Effort", "dequantize_float32", "group_errors", "quantize_affine"]
 
 #: Groups worked on at once: on a CPU as many as its cache holds, on a GPU enough to fill it.
 _CPU_GROUPS, _GPU_GROUPS = 4096, 65536
@@ -106,29 +106,6 @@ def quantize_affine(
         raise QuantizationError(f"A weight of shape {list(weight.shape)} holds NaN or infinity: it has no scale.")
     packed, scales, biases = (mx.concatenate(list(parts)).reshape(*lead, rows, -1) for parts in zip(*done, strict=True))
     mx.eval(packed, scales, biases)
-    return packed, scales, biases
-
-
-def quantize_nearest(weight: mx.array, bits: int, group_size: int = 64) -> tuple[mx.array, mx.array, mx.array]:
-    """Quantize as `mx.quantize` does, after the same checks as `quantize_affine`.
-
-    Args:
-        weight: `[..., rows, columns]`.
-        bits: Bits of a code.
-        group_size: Columns that share a scale and a bias.
-
-    Returns:
-        Packed codes, scales and biases.
-
-    Raises:
-        QuantizationError: As `quantize_affine`.
-
-    Examples:
-        >>> quantize_nearest(mx.ones((2, 64)), 4, 64)[0].shape
-        (2, 8)
-    """
-    check_affine(weight.shape, bits, group_size)
-    packed, scales, biases = mx.quantize(weight, group_size=group_size, bits=bits)
     return packed, scales, biases
 
 

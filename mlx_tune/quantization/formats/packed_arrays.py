@@ -12,7 +12,7 @@ from mlx_tune.quantization.formats.affine import quantize_affine
 from mlx_tune.quantization.formats.float_modes import quantize_float
 from mlx_tune.quantization.formats.lazy import number
 from mlx_tune.quantization.formats.modes import Effort, Format
-from mlx_tune.quantization.formats.packing import PackedArrays, dequantize_float32
+from mlx_tune.quantization.formats.packing import PackedArrays, dequantize_float32, quantize_nearest
 
 #: Weights looked at together where a whole layer would need several float32 copies of itself at once.
 #: A GPU has more room and waits longer for each piece to end.
@@ -39,8 +39,7 @@ def pack_weight(
         return found, "optimal"
     if method == "optimal":
         return (*quantize_float(weight, wanted.mode, effort=effort), None), "optimal"
-    packed, scales, *biases = mx.quantize(weight.astype(scale_dtype), **wanted.keywords())
-    return (packed, scales, biases[0] if biases else None), "nearest"
+    return quantize_nearest(weight.astype(scale_dtype), **wanted.keywords()), "nearest"
 
 
 def signal_to_noise_db(weight: mx.array, arrays: PackedArrays, wanted: Format, energy: mx.array | None = None) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_tune.devices import backend
 from mlx_tune.errors import QuantizationError
 
 #: What `mx.quantize` takes in mode "affine".
@@ -134,7 +135,36 @@ def dequantize_float32(
     if mode == "affine":
         scales = scales.astype(mx.float32)
         biases = None if biases is None else biases.astype(mx.float32)
-    return mx.dequantize(packed, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=mx.float32)
+    return mx.dequantize(
+        packed, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=mx.float32, stream=_stream_of(bits)
+    )
+
+
+def quantize_nearest(
+    weight: mx.array, group_size: int, bits: int, mode: str = "affine"
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """`mx.quantize`, on a device that has the format.
+
+    Args:
+        weight: `[..., rows, columns]`.
+        group_size: Columns that share a scale.
+        bits: Bits of a code.
+        mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
+
+    Returns:
+        Packed codes, scales, and biases or None in modes that have none.
+
+    Examples:
+        >>> quantize_nearest(mx.ones((2, 64)), 64, 4)[0].shape
+        (2, 8)
+    """
+    packed, scales, *biases = mx.quantize(weight, group_size, bits, mode=mode, stream=_stream_of(bits))
+    return packed, scales, biases[0] if biases else None
+
+
+def _stream_of(bits: int) -> mx.Device | None:
+    """The device that packs and unpacks: CUDA gives garbage at 1 bit, where it has no kernels (docs/upstream.md)."""
+    return mx.Device(mx.cpu) if bits == 1 and backend() == "cuda" else None
 
 
 def _either(values: tuple[int, ...]) -> str:

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.quantization.formats.magnitudes import unit_of
-from mlx_tune.quantization.formats.packing import pack
+from mlx_tune.quantization.formats.packing import pack, quantize_nearest
 
 #: No product of code and scale, and no weight unpacked, may pass this.
 _MOST = float(mx.finfo(mx.float32).max)
@@ -151,7 +151,8 @@ class Solver:
         g = g / unit
         high, low = g.max(0, keepdims=True), g.min(0, keepdims=True)
         best = _Best(unit, low, high, search.kept)
-        _, scale, bias = mx.quantize(groups, group_size=self._size, bits=self._bits)
+        _, scale, bias = quantize_nearest(groups, self._size, self._bits)
+        assert bias is not None
         scale, bias = (x.astype(mx.float32).reshape(1, -1) / unit for x in (scale, bias))
         self._consider(best, g, weights, scale, bias)
         centre, cover = (high + low) / 2, (high - low) / top

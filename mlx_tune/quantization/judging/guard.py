@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_tune.quantization.formats.modes import Format
-from mlx_tune.quantization.formats.packing import dequantize_float32
+from mlx_tune.quantization.formats.packing import dequantize_float32, quantize_nearest
 from mlx_tune.quantization.models.batches import Batch, rows_at_most
 from mlx_tune.quantization.models.interception import ModuleCall, intercepted
 from mlx_tune.quantization.models.layers import is_quantized
@@ -88,5 +88,4 @@ def _rounded(call: ModuleCall, wanted: Format | None) -> object:
 
 def _nearest(weight: mx.array, wanted: Format) -> mx.array:
     stored = weight.astype(getattr(mx, wanted.scale_dtype)) if wanted.scale_dtype else weight
-    packed, scales, *biases = mx.quantize(stored, **wanted.keywords())
-    return dequantize_float32(packed, scales, biases[0] if biases else None, **wanted.keywords())
+    return dequantize_float32(*quantize_nearest(stored, **wanted.keywords()), **wanted.keywords())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_tune.measuring.float32_products import matmul_float32
 from mlx_tune.quantization.formats.lazy import number
 from mlx_tune.quantization.learning.moments import Drift
 
@@ -47,7 +48,7 @@ def corrected(weight: mx.array, moments: mx.array, drift: Drift, shrinkage: floa
     diagonal = mx.diag(h)
     damped = (1 - shrinkage) * h + mx.diag(shrinkage * diagonal + _DAMPING * diagonal.mean() + 1e-30)
     # MLX solves on the CPU only.
-    step = mx.linalg.solve(damped, (w @ drift.cross).T, stream=mx.cpu).T
+    step = mx.linalg.solve(damped, matmul_float32(w, drift.cross).T, stream=mx.cpu).T
     moved = w + _SHARE * step
     return moved if mx.isfinite(moved).all().item() else w
 
@@ -73,7 +74,8 @@ def drifted_output_error(weight: mx.array, approximation: mx.array, moments: mx.
     w, h = weight.astype(mx.float32), moments.astype(mx.float32)
     e = w - approximation.astype(mx.float32)
     # W (x + d) - V x = W d + (W - V) x
-    error = ((w @ drift.own) * w).sum() + 2 * ((w @ drift.cross) * e).sum() + ((e @ h) * e).sum()
+    error = (matmul_float32(w, drift.own) * w).sum() + (matmul_float32(e, h) * e).sum()
+    error = error + 2 * (matmul_float32(w, drift.cross) * e).sum()
     before = h + drift.cross + drift.cross.T + drift.own
-    energy = number(((w @ before) * w).sum())
+    energy = number((matmul_float32(w, before) * w).sum())
     return max(0.0, number(error) / energy) if energy > 0 else 0.0

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.measuring.float32_products import matmul_float32
 from mlx_tune.quantization.formats.affine import quantize_affine
 from mlx_tune.quantization.formats.lazy import number
 from mlx_tune.quantization.formats.modes import Effort
@@ -167,7 +168,7 @@ def output_error(weight: mx.array, approximation: mx.array, hessian: mx.array) -
 
 def _row_errors(error: mx.array, h: mx.array) -> mx.array:
     """`e H e^T` for every row e."""
-    return ((error @ h) * error).sum(-1)
+    return (matmul_float32(error, h) * error).sum(-1)
 
 
 def _order(diagonal: mx.array, group_size: int) -> tuple[mx.array, mx.array]:
@@ -214,7 +215,7 @@ class _Job:
             scale, bias = self._solver.pairs(part, weights)
             q, errors = _rounding_pass(size)(part.T, feedback[i:j, i:j], scale, bias, self._top)
             if j < columns:
-                w = mx.concatenate([w[:, :j], w[:, j:] - errors.T @ feedback[i:j, j:]], axis=1)
+                w = mx.concatenate([w[:, :j], w[:, j:] - matmul_float32(errors.T, feedback[i:j, j:])], axis=1)
             codes.append(q.T)
             scales.append(scale.T)
             biases.append(bias.T)
@@ -232,7 +233,7 @@ class _Job:
         q = [codes[:, k * size : (k + 1) * size].T for k in range(groups)]
         pairs = [(scales[:, k : k + 1].T, biases[:, k : k + 1].T) for k in range(groups)]
         error = (w - (codes * spread(scales) + spread(biases))).T
-        pull = h @ error
+        pull = matmul_float32(h, error)
         for _ in range(sweeps):
             for k in range(groups):
                 part = slice(k * size, (k + 1) * size)
@@ -241,7 +242,7 @@ class _Job:
                     q[k], *pairs[k], pull[part], inner, self._top
                 )
                 q[k], pairs[k] = new, (scale, bias)
-                pull = pull + h[:, part] @ change
+                pull = pull + matmul_float32(h[:, part], change)
                 mx.eval(q[k], pairs[k], pull)
         assert pull.shape[1] == rows
         return (
@@ -289,8 +290,8 @@ def _descent_pass(size: int, dtype: mx.Dtype) -> Callable[..., tuple[mx.array, .
     ) -> tuple[mx.array, ...]:
         # The pair: two unknowns for each row, in the metric of the whole layer, judged as they will be stored.
         ones_inner = inner.sum(0, keepdims=True)
-        q_inner = inner @ q
-        a, b, c = (q_inner * q).sum(0, keepdims=True), (ones_inner @ q), ones_inner.sum()
+        q_inner = matmul_float32(inner, q)
+        a, b, c = (q_inner * q).sum(0, keepdims=True), matmul_float32(ones_inner, q), ones_inner.sum()
         u, v = (pull * q).sum(0, keepdims=True), pull.sum(0, keepdims=True)
         determinant = a * c - b * b
         usable = determinant > 1e-6 * a * c
@@ -303,7 +304,7 @@ def _descent_pass(size: int, dtype: mx.Dtype) -> Callable[..., tuple[mx.array, .
         ds, db = mx.where(gain > 0, ds, 0.0), mx.where(gain > 0, db, 0.0)
         scale, bias = scale + ds, bias + db
         change = -(ds * q + db)
-        pull = pull + inner @ change
+        pull = pull + matmul_float32(inner, change)
         # The codes, each where the pull of all the others leaves it.
         inverse, codes, moves = _inverse(scale), [], []
         for k in range(size):

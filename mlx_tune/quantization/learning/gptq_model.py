@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
+from mlx_tune.measuring.float32_products import matmul_float32
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.formats.lazy import number
 from mlx_tune.quantization.formats.magnitudes import in_range
@@ -286,4 +287,4 @@ def _with_lookups(weight: mx.array, moments: mx.array, share: float = LOOKUP_SHA
 
 
 def _energy(weight: mx.array, moments: mx.array) -> float:
-    return number(((weight @ moments) * weight).sum())
+    return number((matmul_float32(weight, moments) * weight).sum())

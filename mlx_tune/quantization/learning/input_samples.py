@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.files.scratch import ScratchFiles
+from mlx_tune.measuring.float32_products import matmul_float32
 from mlx_tune.quantization.formats.lazy import number
 
 #: Rows of each layer's inputs that are kept.
@@ -102,8 +103,8 @@ def sampled_output_error(inputs: mx.array, weight: mx.array, after: Unpack, *, l
         rows = slice(start, start + _OUTPUTS_AT_ONCE)
         before = weight[rows].astype(mx.float32)
         change, before = (before - after(rows)) / unit, before / unit
-        error += number(mx.square(inputs @ change.T).sum())
-        outputs += number(mx.square(inputs @ before.T).sum())
+        error += number(mx.square(matmul_float32(inputs, change.T)).sum())
+        outputs += number(mx.square(matmul_float32(inputs, before.T)).sum())
         lost += number(mx.square(change).sum())
         weights += number(mx.square(before).sum())
     share = error / outputs if outputs else 0.0

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.measuring.float32_products import matmul_float32
+
 #: One call of a layer: its path, its inputs and, of a stack of experts, which of them each input went to.
 Seen = tuple[str, mx.array, "mx.array | None"]
 
@@ -84,8 +86,8 @@ class InputMoments:
             if self._owner[path] != path:
                 continue
             if indices is None:
-                flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-                added = flat.T @ flat
+                flat = x.reshape(-1, x.shape[-1])
+                added = matmul_float32(flat.T, flat)
             else:
                 experts = self._modules[path]["weight"].shape[0]
                 counts = count_experts(
@@ -119,7 +121,7 @@ class InputMoments:
             return
         now = x.reshape(-1, x.shape[-1]).astype(mx.float32)
         d = earlier.reshape(now.shape).astype(mx.float32) - now
-        added = Drift(d.T @ now, d.T @ d if self._own_drift else None)
+        added = Drift(matmul_float32(d.T, now), matmul_float32(d.T, d) if self._own_drift else None)
         if path in self._drifts:
             old = self._drifts[path]
             own = None if old.own is None or added.own is None else old.own + added.own
@@ -139,13 +141,13 @@ class InputMoments:
     def _by_expert(counts: list[int], x: mx.array, indices: mx.array) -> mx.array:
         """Sums for each expert. `x` is `[..., rows, columns]`, as `mx.gather_mm` takes it."""
         lead = mx.broadcast_shapes(x.shape[:-2], indices.shape)
-        x = mx.broadcast_to(x, (*lead, *x.shape[-2:])).reshape(-1, *x.shape[-2:]).astype(mx.float32)
+        x = mx.broadcast_to(x, (*lead, *x.shape[-2:])).reshape(-1, *x.shape[-2:])
         chosen: Any = mx.broadcast_to(indices, lead).reshape(-1)
         order = mx.argsort(chosen)
         sums, start = [], 0
         for count in counts:
             rows = x[order[start : start + count]].reshape(-1, x.shape[-1])
-            sums.append(rows.T @ rows)
+            sums.append(matmul_float32(rows.T, rows))
             start += count
         return mx.stack(sums)
 

@@ -11,7 +11,7 @@ from mlx_tune.quantization.formats.magnitudes import largest_magnitude
 from mlx_tune.quantization.formats.modes import Effort, Format
 from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packed_arrays import not_finite, pack_weight
-from mlx_tune.quantization.formats.packing import dequantize_float32
+from mlx_tune.quantization.formats.packing import dequantize_float32, quantize_nearest
 from mlx_tune.quantization.models.layers import read_weight
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.units import format_names
@@ -116,11 +116,11 @@ def check_backend(plan: QuantizationPlan) -> None:
         weight = mx.ones((wanted.group_size, 2 * wanted.group_size), dtype=mx.bfloat16)
         inputs = mx.ones((2, 2 * wanted.group_size), dtype=mx.bfloat16)  # one row alone has a kernel of its own
         try:
-            packed, scales, *biases = mx.quantize(weight, wanted.group_size, wanted.bits, mode=wanted.mode)
+            packed, scales, biases = quantize_nearest(weight, **wanted.keywords())
             if wanted.quantize_input:
                 y = mx.qqmm(inputs, packed, scales, wanted.group_size, wanted.bits, wanted.mode)
             else:
-                y = dequantize_float32(packed, scales, biases[0] if biases else None, **wanted.keywords())
+                y = dequantize_float32(packed, scales, biases, **wanted.keywords())
             mx.eval(y)
         except (RuntimeError, ValueError) as error:
             what = "quantize a layer's inputs" if wanted.quantize_input else "compute with packed weights"

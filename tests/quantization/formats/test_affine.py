@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantization_toys import stored_by_mlx
 
+from mlx_tune.devices import backend
 from mlx_tune.errors import QuantizationError
+from mlx_tune.measuring.float32_products import matmul_float32, rounds_factors
 from mlx_tune.quantization.formats import affine, scale_search
-from mlx_tune.quantization.formats.affine import dequantize_float32, group_errors, quantize_affine, quantize_nearest
+from mlx_tune.quantization.formats.affine import dequantize_float32, group_errors, quantize_affine
 from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES, unpack
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -37,9 +40,7 @@ def weights(draw):
 
 
 def assert_never_worse(weight, quantized, bits, group_size, importance=None):
-    before = np.array(
-        group_errors(weight, *mx.quantize(weight, bits=bits, group_size=group_size), bits, group_size, importance)
-    )
+    before = np.array(group_errors(weight, *stored_by_mlx(weight, group_size, bits), bits, group_size, importance))
     after = np.array(group_errors(weight, *quantized, bits, group_size, importance))
     # The sums of squares round: at most that much, relative to the larger of the error and the weights themselves.
     scale = np.array(mx.square(weight.astype(mx.float32)).reshape(*before.shape, group_size).sum(-1))
@@ -51,7 +52,7 @@ def assert_never_worse(weight, quantized, bits, group_size, importance=None):
 def test_no_group_is_ever_worse_than_nearest(made, bits):
     weight, group_size = made
     quantized = quantize_affine(weight, bits, group_size)
-    nearest = mx.quantize(weight, bits=bits, group_size=group_size)
+    nearest = stored_by_mlx(weight, group_size, bits)
     assert [(a.shape, a.dtype) for a in quantized] == [(a.shape, a.dtype) for a in nearest]
     assert_never_worse(weight, quantized, bits, group_size)
 
@@ -91,7 +92,7 @@ def squared_errors(weight, packed, scales, biases, bits, group_size):
 @given(weights_of_any_magnitude(), st.sampled_from(AFFINE_BITS))
 def test_no_group_is_worse_and_none_infinite_at_any_magnitude(made, bits):
     weight, group_size = made
-    before, _ = squared_errors(weight, *mx.quantize(weight, group_size, bits), bits, group_size)
+    before, _ = squared_errors(weight, *stored_by_mlx(weight, group_size, bits), bits, group_size)
     after, energy = squared_errors(weight, *quantize_affine(weight, bits, group_size), bits, group_size)
     assert np.isfinite(after).all()
     assert (after <= before * (1 + 1e-4) + 1e-11 * energy).all(), (before, after)
@@ -123,7 +124,7 @@ def test_no_group_is_worse_in_the_weighted_error_either(made, bits, seed):
 )
 def test_normal_weights_lose_much_less_than_with_nearest(bits, at_most):
     weight = mx.random.normal((256, 256), key=mx.random.key(0)).astype(mx.bfloat16)
-    before = group_errors(weight, *mx.quantize(weight, bits=bits, group_size=64), bits, 64).sum()
+    before = group_errors(weight, *stored_by_mlx(weight, 64, bits), bits, 64).sum()
     fast = group_errors(weight, *quantize_affine(weight, bits, 64), bits, 64).sum()
     assert (fast / before).item() < at_most
 
@@ -220,12 +221,15 @@ def test_an_importance_of_zero_everywhere_counts_as_uniform():
 
 @pytest.mark.parametrize(("bits", "group_size"), [(bits, size) for bits in AFFINE_BITS for size in AFFINE_GROUP_SIZES])
 def test_mlx_multiplies_with_it_as_with_the_dequantized_weight(bits, group_size):
+    if bits == 1 and backend() == "cuda":
+        pytest.skip("CUDA has no product of 1 bit: ml-explore/mlx#2536")
     weight = mx.random.normal((24, 256), key=mx.random.key(bits))
     x = mx.random.normal((3, 256), key=mx.random.key(9))
     packed, scales, biases = quantize_affine(weight, bits, group_size)
     product = mx.quantized_matmul(x, packed, scales, biases, group_size=group_size, bits=bits)
-    expected = x @ dequantize_float32(packed, scales, biases, bits, group_size).T
-    assert mx.allclose(product, expected, rtol=1e-4, atol=1e-3).item()
+    expected = matmul_float32(x, dequantize_float32(packed, scales, biases, bits, group_size).T)
+    error = mx.linalg.norm(product - expected) / mx.linalg.norm(expected)
+    assert error.item() < (2**-9 if rounds_factors() else 2**-18)
 
 
 def test_chunks_do_not_show(monkeypatch):
@@ -256,12 +260,6 @@ def test_a_missing_compiler_is_noticed(monkeypatch):
     assert scale_search.can_compile.__wrapped__(mx.default_device().type) is False
 
 
-def test_nearest_is_what_mlx_stores():
-    weight = mx.random.normal((4, 64))
-    for a, b in zip(quantize_nearest(weight, 4, 32), mx.quantize(weight, bits=4, group_size=32), strict=True):
-        assert mx.array_equal(a, b).item()
-
-
 def test_codes_are_whole_and_within_their_bits():
     packed, _, _ = quantize_affine(mx.random.normal((8, 64)), 3, 64)
     assert int(unpack(packed, 3).max().item()) == 7
@@ -282,7 +280,7 @@ def test_codes_are_whole_and_within_their_bits():
             r"\[64\], one for each column, is needed, or \[5, 64\]",
         ),
         (lambda: quantize_affine(mx.zeros((2, 64)), 4, 64, importance=-mx.ones((64,))), "negative values"),
-        (lambda: quantize_nearest(mx.zeros((2, 60)), 4, 64), "60 columns"),
+        (lambda: quantize_affine(mx.zeros((2, 60)), 4, 64), "60 columns"),
     ],
 )
 def test_bad_input_is_named(make, text):

@@ -1,14 +1,17 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from quantization_toys import stored_by_mlx
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.quantization.formats import packing
 from mlx_tune.quantization.formats.packing import (
     AFFINE_BITS,
     AFFINE_GROUP_SIZES,
     check_affine,
     dequantize_float32,
     pack,
+    quantize_nearest,
     unpack,
 )
 
@@ -39,7 +42,7 @@ def test_packing_is_a_little_endian_stream_of_bits(bits):
 @pytest.mark.parametrize("shape", [(4, 256), (2, 3, 128)])
 def test_packing_is_bit_exact_against_mlx(bits, group_size, shape):
     weight = mx.random.normal(shape, key=mx.random.key(7))
-    packed, scales, biases = mx.quantize(weight, bits=bits, group_size=group_size)
+    packed, scales, biases = stored_by_mlx(weight, group_size, bits)
     codes = unpack(packed, bits)
     assert int(codes.max().item()) < 2**bits
     assert mx.array_equal(pack(codes, bits), packed).item()
@@ -74,3 +77,27 @@ def test_dequantizing_bfloat16_adds_no_rounding_of_its_own():
 def test_what_the_format_lacks_is_said(shape, bits, group_size, text):
     with pytest.raises(QuantizationError, match=text):
         check_affine(shape, bits, group_size)
+
+
+@pytest.mark.parametrize(
+    ("here", "bits", "device"), [("cuda", 1, mx.Device(mx.cpu)), ("cuda", 2, None), ("metal", 1, None)]
+)
+def test_only_what_cuda_lacks_is_packed_on_the_processor(here, bits, device, monkeypatch):
+    asked = []
+
+    def noted(name):
+        ours = getattr(mx, name)
+
+        def call(*arguments, stream, **keywords):
+            asked.append(stream)
+            return ours(*arguments, **keywords)
+
+        return call
+
+    stored = mx.quantize(mx.ones((2, 64)), 64, bits)
+    monkeypatch.setattr(packing, "backend", lambda: here)
+    for name in ("quantize", "dequantize"):
+        monkeypatch.setattr(mx, name, noted(name))
+    quantize_nearest(mx.ones((2, 64)), 64, bits)
+    dequantize_float32(*stored, bits, 64)
+    assert asked == [device, device]

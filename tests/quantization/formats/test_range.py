@@ -42,7 +42,9 @@ CALIBRATION = [mx.random.normal((4, 64), key=mx.random.key(i)) for i in range(3)
 def test_a_layer_loses_as_little_at_any_magnitude(arguments: dict, dtype: mx.Dtype, magnitude: float) -> None:
     calibration = CALIBRATION if "method" in arguments else None
     plain, found = (
-        quantize_model(two_layers(weight.astype(dtype)), **arguments, calibration=calibration, progress=False)
+        quantize_model(
+            two_layers(weight.astype(dtype)), **arguments, calibration=calibration, verify_kernels=False, progress=False
+        )
         for weight in (ORDINARY, ORDINARY * magnitude)
     )
     assert found.layers[0].snr_db > plain.layers[0].snr_db - 0.5

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from quantization_toys import llama, qwen3_moe
 
 import mlx_tune as mt
+from mlx_tune.devices import backend
 from mlx_tune.quantization.formats.modes import FIXED_MODES, Format
 from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
 from mlx_tune.quantization.planning import kernel_trials
@@ -98,8 +99,8 @@ def all_zeros(result, arrays, parts):
 
 @given(st.sampled_from(FORMATS), st.sampled_from(["float32", "bfloat16", "float16"]), st.integers(1, 200_000))
 def test_cutting_outputs_keeps_what_decides_on_the_kernel(wanted, dtype, outputs):
-    for backend in ("cuda", "metal"):
-        cut = cut_outputs(outputs, backend)
+    for here in ("cuda", "metal"):
+        cut = cut_outputs(outputs, here)
         assert cut <= outputs
         assert cut % 128 == outputs % 128
         assert (cut > 2048, cut > 4096) == (outputs > 2048, outputs > 4096)
@@ -108,9 +109,9 @@ def test_cutting_outputs_keeps_what_decides_on_the_kernel(wanted, dtype, outputs
 
 @given(st.sampled_from(["float32", "bfloat16", "float16"]), st.sampled_from([64, 1024, 16384]))
 def test_what_is_off_by_its_own_size_is_never_within_the_tolerance(dtype, width):
-    for backend in ("cpu", "cuda", "metal"):
+    for here in ("cpu", "cuda", "metal"):
         for use in USES:
-            assert tolerance(Combination(use, width, 32, Format(4, 64), dtype), backend) < 0.7
+            assert tolerance(Combination(use, width, 32, Format(4, 64), dtype), here) < 0.7
 
 
 def test_a_trial_stops_at_the_first_fault():
@@ -148,6 +149,8 @@ def test_a_fault_says_what_where_and_who_knows_of_it(fault, phrases):
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("wanted", FORMATS, ids=str)
 def test_mlx_is_right_here_in_every_format_and_use(wanted, use):
+    if wanted.bits == 1 and backend() == "cuda":
+        pytest.skip("CUDA has no kernels of 1 bit: ml-explore/mlx#2536")
     for dtype in ("float32", "bfloat16"):
         for tried in combinations([use], (2, 40, 256), wanted, dtype, "cpu"):
             assert judge(tried, measure, "cpu") is None
