@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_tune.errors import InvalidArgumentError
@@ -12,8 +12,8 @@ from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.tracing.trace import taking
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.measuring.half_precision import slow_half_precision
+from mlx_tune.measuring.limit_search import LimitSearch, LimitTrial
 from mlx_tune.measuring.step import StepTrial, run_step
-from mlx_tune.measuring.turns import compare
 from mlx_tune.memory import held_limits
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.progress import progress_bar
@@ -23,30 +23,6 @@ from mlx_tune.units import format_bytes, format_percent, format_seconds, whole_n
 
 #: Limits closer to each other than this share of the free peak are not told apart.
 RESOLUTION = 0.01
-
-#: How many strides the way from what is held anyway to the free peak is climbed in.
-_STRIDES = 5
-
-
-@dataclass(frozen=True)
-class LimitTrial:
-    """One limit, measured.
-
-    Attributes:
-        limit_bytes: The memory limit.
-        peak_bytes: The highest peak of a step under it.
-        seconds: The fastest step under it.
-        slowdown: The extra time of a step over a free one run in turns with it; 0.02 is two per cent.
-        uncertainty: The standard error of `slowdown`.
-        fits: True where the slowdown is allowed.
-    """
-
-    limit_bytes: int
-    peak_bytes: int
-    seconds: float
-    slowdown: float
-    uncertainty: float
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -131,7 +107,7 @@ def tightest_limit(
     *args: object,
     state: object = (),
     slowdown: float = 0.02,
-    repeats: int = 6,
+    repeats: int = 4,
     progress: bool = True,
 ) -> TightestLimit:
     """Measure the smallest memory limit under which a step still runs at nearly full speed.
@@ -139,10 +115,10 @@ def tightest_limit(
     MLX queues work ahead of the device, and what is queued holds memory. A limit makes it wait (transforms.cpp).
     A little waiting costs nothing and takes most of that memory back; a limit near what the step needs at the very
     least makes it many times slower. This looks for the knee: it runs the step without a limit and under limits
-    between what is held anyway and the free peak, in turns so that a busy machine falsifies nothing, and bisects. The
-    answer is measured twice.
+    between what is held anyway and the free peak, in turns since machines drift, and bisects. A limit counts as too
+    slow only where that is shown, by the noise of all steps together; the answer is measured twice.
 
-    The step is run for real, some 40 to 100 times. The contents of `state` and the random streams are put back
+    The step is run for real, at most some 60 times. The contents of `state` and the random streams are put back
     afterwards.
 
     Args:
@@ -151,7 +127,8 @@ def tightest_limit(
             arguments where it takes more than one.
         state: Objects that the step changes: `(model, optimizer)`.
         slowdown: The extra time that a step may take over a free one; 0.02 is two per cent.
-        repeats: The most turns of a free and a limited step for one limit; fewer where the answer is clear.
+        repeats: The most steps timed under one limit before it counts as fast enough, if not shown to be too slow;
+            fewer where the answer is clear.
         progress: Show a progress line on standard error.
 
     Returns:
@@ -182,37 +159,18 @@ def tightest_limit(
     ):
         notes = slow_half_precision((args, state), bar)
         step = taking(step, args, state)
-        for _ in range(2):  # traces, kernels and the optimizer's state are made in the first steps
-            run_step(step, args, state)
-            bar.update(text="warming up")
+        bar.update(text="warming up")
+        run_step(step, args, state)  # traces, kernels and the optimizer's state are made in the first step
         resident = mx.get_active_memory()
-        free = [run_step(step, args, state) for _ in range(2)]
-        high = max(trial.peak_bytes for trial in free)
 
-        def measure(limit: int) -> LimitTrial:
-            bar.update(text=f"limit {format_bytes(limit)}")
-            limited: list[StepTrial] = []
+        def run(limit: int | None) -> StepTrial:
+            bar.update(text="no limit" if limit is None else f"limit {format_bytes(limit)}")
+            return run_step(step, args, state, limit)
 
-            def one_free() -> float:
-                free.append(run_step(step, args, state))
-                return free[-1].seconds
-
-            def one_limited() -> float:
-                limited.append(run_step(step, args, state, limit))
-                return limited[-1].seconds
-
-            seen = compare(one_free, one_limited, threshold=1 + slowdown, most_turns=repeats)
-            bar.ended(f"limit {format_bytes(limit)}: {seen.ratio - 1:+.1%} in time")
-            return LimitTrial(
-                limit_bytes=limit,
-                peak_bytes=max(t.peak_bytes for t in limited),
-                seconds=min(t.seconds for t in limited),
-                slowdown=seen.ratio - 1,
-                uncertainty=seen.uncertainty,
-                fits=seen.ratio <= 1 + slowdown,
-            )
-
-        trials = confirmed(measure, smallest_fitting(measure, resident, high, max(1, int(RESOLUTION * high))))
+        search = LimitSearch(run, slowdown=slowdown, most_timed=repeats)
+        high = search.begin()
+        trials = search.trials(resident, high, max(1, int(RESOLUTION * high)))
+    free = search.free
     best = min((t for t in trials if t.fits), key=lambda t: t.limit_bytes, default=None)
     free_peak, free_seconds = max(t.peak_bytes for t in free), min(t.seconds for t in free)
     if best is None:
@@ -230,61 +188,3 @@ def tightest_limit(
         trials=tuple(trials),
         notes=tuple(notes),
     )
-
-
-def smallest_fitting(measure: Callable[[int], LimitTrial], low: int, high: int, resolution: int) -> list[LimitTrial]:
-    """Climb from below in a few strides to the first limit that fits, then bisect the last stride.
-
-    Time need not fall with every byte more: on one GPU a step ran as fast under 8 GB as without a limit and three per
-    cent slower under 11. Bisection alone would stop above such a ridge.
-
-    Args:
-        measure: Measures one limit.
-        low: A limit that nothing can run under at speed.
-        high: A limit that costs nothing.
-        resolution: When to stop, in bytes.
-
-    Returns:
-        Every trial, in the order tried. Where fitting is monotonic, the smallest one that fits is within
-        `resolution` of the smallest that there is.
-    """
-    trials: list[LimitTrial] = []
-    stride = (high - low) // _STRIDES
-    while high - low > resolution and stride > 0 and low + stride < high:
-        trials.append(measure(low + stride))
-        if trials[-1].fits:
-            high = low + stride
-            break
-        low += stride
-    while high - low > resolution:
-        middle = (low + high) // 2
-        trials.append(measure(middle))
-        if trials[-1].fits:
-            high = middle
-        else:
-            low = middle
-    return trials
-
-
-def confirmed(measure: Callable[[int], LimitTrial], trials: list[LimitTrial]) -> list[LimitTrial]:
-    """Measure the smallest limit that fits once more, and the next one where luck had made it fit.
-
-    Args:
-        measure: Measures one limit.
-        trials: The measurements of a search.
-
-    Returns:
-        The trials, those measured again with their second times and the higher of their peaks. The smallest that fits
-        among them has fitted twice.
-    """
-    trials, again = list(trials), set[int]()
-    while True:
-        fitting = [i for i, trial in enumerate(trials) if trial.fits]
-        if not fitting:
-            return trials
-        best = min(fitting, key=lambda i: trials[i].limit_bytes)
-        if best in again:
-            return trials
-        again.add(best)
-        second = measure(trials[best].limit_bytes)
-        trials[best] = replace(second, peak_bytes=max(second.peak_bytes, trials[best].peak_bytes))

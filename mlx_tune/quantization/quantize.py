@@ -135,7 +135,7 @@ def quantize_model(
     if method in ("gptq", "dwq") and not learn:
         raise QuantizationError(
             f"method={method!r} learns from text or other inputs: pass calibration=[batches]. "
-            "Without any, method='optimal' is the best there is."
+            "Without any, use method='optimal'."
         )
     if loss is not None and not callable(loss):
         raise QuantizationError(f"loss={loss!r} must be a function loss(model, *batch).")

@@ -2,10 +2,13 @@
 
     python tests/benchmarks/quantization_tuning.py --model PATH [--text FILE] [--calibration FILE] [--bits 3]
                                                    [--shrinkage rule 0 0.1 0.3 0.5 0.7 0.9] [--rates 0.001 0.003 ...]
-                                                   [--json FILE]
+                                                   [--layers PATH ...] [--json FILE]
 
 gptq once for every shrinkage ("rule" is the library's own), then dwq from the first of them, once for every rate alone
 and once with the library's own choice. Judged as `quantization.py` judges, on text that no method saw.
+
+With --layers, 128 rows of each of these layers instead, by gptq at every shrinkage: the error of their outputs on the
+held-out text over that of "optimal" with the energies of the calibration.
 """
 
 from __future__ import annotations
@@ -19,14 +22,18 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from quantization_judging import WINDOW, Judge, load, load_tokenizer, ratio, windows, worse
 from quantization_methods import ours
 
 from mlx_tune.presentation.tables import render_table
+from mlx_tune.quantization.formats.affine import quantize_affine
+from mlx_tune.quantization.formats.packing import dequantize_float32
 from mlx_tune.quantization.learning import gptq_model
 from mlx_tune.quantization.learning.dwq import RATES, train_dwq
-from mlx_tune.quantization.learning.gptq import shrinkage_for
+from mlx_tune.quantization.learning.gptq import output_error, quantize_gptq, shrinkage_for
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 
@@ -44,6 +51,7 @@ def main() -> None:
     parser.add_argument("--heldout-tokens", type=int, default=4096)
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--calibration-length", type=int, default=256)
+    parser.add_argument("--layers", nargs="+", default=[], metavar="PATH")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     folder, tokenizer, length = Path(options.model), load_tokenizer(options.model), options.calibration_length
@@ -51,6 +59,9 @@ def main() -> None:
     learn = options.calibration or folder / "calibration_tokens.npy"
     held = windows(text, tokenizer, options.heldout_tokens // WINDOW, WINDOW)
     data = windows(learn, tokenizer, options.calibration_tokens // length, length + 1)
+    if options.layers:
+        print(by_layer(options, mx.array(data[:, :-1]), mx.array(held)))
+        return
     calibration = [mx.array(data[i : i + 4]) for i in range(0, len(data), 4)]
     rows: list[dict[str, Any]] = []
     with OutputStore() as store:
@@ -103,6 +114,53 @@ def main() -> None:
     ]
     title = f"{options.bits} bits, judged on {held.size:,} held-out tokens, learned from {data.size:,}"
     print(render_table(columns, cells, title=title))
+
+
+class Tap(nn.Module):
+    """A layer that adds up the second moments of its inputs."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.sums = inner, mx.array(0.0)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = x.reshape(-1, x.shape[-1])
+        self.sums = self.sums + rows.T @ rows
+        return self.inner(x)
+
+
+def by_layer(options: argparse.Namespace, learn: mx.array, held: mx.array) -> str:
+    """A table of output errors on held-out text over those of "optimal"."""
+    model = load(options.model)
+    model.set_dtype(mx.float32)
+    taps = {path: Tap(dict(model.named_modules())[path]) for path in options.layers}
+    model.update_modules(tree_unflatten(list(taps.items())))
+    moments = []
+    for tokens in (learn, held):
+        for tap in taps.values():
+            tap.sums = mx.array(0.0)
+        for i in range(0, len(tokens), 4):
+            model(tokens[i : i + 4])
+            mx.eval([tap.sums for tap in taps.values()])
+        moments.append({path: tap.sums for path, tap in taps.items()})
+    lines = []
+    for path, tap in taps.items():
+        weight = tap.inner.weight[:128].astype(mx.bfloat16)
+        hessian, judged = (sums[path] for sums in moments)
+        energy = mx.diagonal(hessian)
+        optimal = quantize_affine(weight, options.bits, options.group, importance=energy)
+        base = output_error(weight, dequantize_float32(*optimal, options.bits, options.group), judged)
+        cells = []
+        for value in options.shrinkage:
+            share = shrinkage_for(weight.shape[1], learn.size) if value == "rule" else float(value)
+            packed = quantize_gptq(weight, hessian, options.bits, options.group, start=optimal, shrinkage=share)[:3]
+            error = output_error(weight, dequantize_float32(*packed, options.bits, options.group), judged)
+            cells.append(f"{error / base:.3f}" + (f" ({share:.2f})" if value == "rule" else ""))
+        lines.append((path, str(weight.shape[1]), str(options.bits), *cells))
+        print(*lines[-1], flush=True)
+    return render_table(
+        ("layer", "inputs", "bits", *options.shrinkage), lines, title=f"learned from {learn.size:,} tokens"
+    )
 
 
 if __name__ == "__main__":

@@ -1,65 +1,15 @@
 """The search for the tightest limit: on made-up machines, whose answer is known, and on a real step."""
 
-from dataclasses import replace
-
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 import mlx_tune.measuring.tightest_limit as limits
 from mlx_tune.errors import InvalidArgumentError, TrialError
 from mlx_tune.measuring.step import StepTrial
-from mlx_tune.measuring.tightest_limit import LimitTrial, confirmed, smallest_fitting, tightest_limit
-
-
-def trial(limit, fits=True):
-    return LimitTrial(limit, limit, 1.0, 0.0 if fits else 1.0, 0.0, fits)
-
-
-@given(st.integers(0, 10**6), st.integers(1, 10**6), st.floats(0, 1), st.integers(1, 1000))
-@settings(deadline=None, max_examples=200)
-def test_bisection_ends_within_the_resolution_of_the_knee(low, span, where, resolution):
-    high = low + span
-    knee = low + int(where * span)
-    trials = smallest_fitting(lambda limit: trial(limit, limit >= knee), low, high, resolution)
-    assert all(low < t.limit_bytes < high for t in trials)
-    best = min((t.limit_bytes for t in trials if t.fits), default=high)
-    assert knee <= best <= max(knee, low) + resolution
-
-
-def test_a_ridge_in_between_does_not_hide_a_smaller_limit():
-    def fits(limit):
-        return 400 <= limit < 500 or limit >= 800
-
-    trials = smallest_fitting(lambda limit: trial(limit, fits(limit)), 0, 1000, 10)
-    assert 400 <= min(t.limit_bytes for t in trials if t.fits) <= 410
-
-
-def test_a_limit_that_fitted_by_luck_is_given_up():
-    measured = []
-
-    def measure(limit):
-        measured.append(limit)
-        return trial(limit, limit >= 30)
-
-    kept = confirmed(measure, [trial(50), trial(20), trial(30)])
-    assert measured == [20, 30]
-    assert min(t.limit_bytes for t in kept if t.fits) == 30
-
-
-def test_of_two_peaks_under_a_limit_the_higher_counts():
-    first = replace(trial(20), peak_bytes=70)
-    assert confirmed(lambda limit: replace(trial(limit), peak_bytes=60), [first])[0].peak_bytes == 70
-    assert confirmed(lambda limit: replace(trial(limit), peak_bytes=80), [first])[0].peak_bytes == 80
-
-
-def test_nothing_to_confirm_where_nothing_fits():
-    kept = confirmed(lambda limit: pytest.fail("measured"), [trial(5, False)])
-    assert kept == [trial(5, False)]
+from mlx_tune.measuring.tightest_limit import tightest_limit
 
 
 class Machine:
