@@ -14,6 +14,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from house_way import Way
+
 ROOT = Path(__file__).parents[1]
 
 #: How a docstring begins that says what a thing answers instead of what it is.
@@ -62,6 +64,11 @@ class House:
             best = max(beyond, key=len, default=[])
             longest |= {name: [min(group), *best] for name in group}
         return max(longest.values(), key=len)
+
+    def way_of_model(self, file: str = "quantization.quantize", function: str = "quantize_model") -> Way:
+        """The way of `model` through a function of the package, call by call as the code is written."""
+        package = next(iter(self.files)).partition(".")[0]
+        return Way(self.trees, f"{package}.{file}", function, "model")
 
     def _groups(self) -> list[set[str]]:
         """Strongly connected files, by Tarjan's algorithm."""
@@ -117,11 +124,14 @@ class House:
 def main() -> None:
     """Print the counts."""
     house = House()
-    chain, (asked, every) = house.longest_chain(), house.questions()
+    chain, (asked, every), way = house.longest_chain(), house.questions(), house.way_of_model()
     checked = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
     print(f"longest chain of imports: {len(chain)}\n  " + "\n  ".join(chain))
     print(f"circles: {house.circles() or 'none'}")
     print("files by folder: " + ", ".join(f"{folder} {n}" for folder, n in house.files_by_folder().most_common(8)))
+    print(
+        f"the way of `model` through quantize_model: {len(way.files)} files, {way.returns} returns to one left before"
+    )
     print(f"lines: {house.lines().total():,} in {len(house.files)} files; the longest: {house.lines().most_common(3)}")
     print(f"docstrings that begin as questions: {asked} of {every}")
     print(f"Any for each 1,000 lines: {house.anys():.1f}")

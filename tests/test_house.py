@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from house import House
 
 #: What has been reached. Lower them when it gets better.
 LONGEST_CHAIN, CIRCLES, MOST_FILES, MOST_LINES, ANYS = 16, 0, 15, 402, 13
+
+#: Files on the way of a model through quantize_model, and returns to one left before.
+WAY_FILES, WAY_RETURNS = 32, 114
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,57 @@ def test_docstrings_say_what_a_thing_is(house: House) -> None:
     assert asked < 0.02 * every
 
 
+def test_a_model_is_easy_to_follow(house: House) -> None:
+    way = house.way_of_model()
+    assert len(way.files) <= WAY_FILES, sorted(way.files)
+    assert way.returns <= WAY_RETURNS, way.steps
+
+
+def test_the_way_of_a_model(tmp_path: Path) -> None:
+    """A package in which each rule of the count is met once."""
+    house = _package(
+        tmp_path,
+        {
+            "__init__": "",
+            "start": """
+                from p.below import below, unseen
+                from p.held import Held, Plain, held_by
+                from p.other import other
+                def quantize_model(model, size: int):
+                    unseen(size, lambda: below(model))      # below, though inside another call's argument
+                    held = Held(model)                      # held
+                    found = other(held, below)              # other, from there below, which is read already
+                    unseen(len([held]), f"{held}", held == 1)  # none: numbers, texts and truth values
+                    unseen(held.size, Plain(size).size)     # none: fields that hold no model
+                    for thing, number in zip(found.parts, [1]):
+                        unseen(number)                      # none
+                        thing.run()                         # held: the method is given its object
+                    partial(below, model)                   # below
+                    mine(sorted([held])[0])                 # start
+                    held_by(number)                         # none
+                def mine(x):
+                    unseen(2)
+            """,
+            "below": "def below(given):\n    unseen(given)\ndef unseen(*x): ...",
+            "held": """
+                class Held:
+                    def __init__(self, model):
+                        self.model, self.size = model, 1
+                    def run(self): ...
+                class Plain:
+                    size: int
+                class Parts:
+                    parts: list[Held]
+                def held_by(x) -> Held: ...
+            """,
+            "other": "from p.held import Parts\ndef other(held, call) -> Parts:\n    call(held.model)",
+        },
+    )
+    way = house.way_of_model("start")
+    assert way.steps == [f"p.{name}" for name in ["start", "below", "held", "other", "below", "held", "below", "start"]]
+    assert (len(way.files), way.returns) == (4, 4)
+
+
 def test_what_is_counted(tmp_path: Path) -> None:
     """A package of known chains and circles."""
     texts = {
@@ -51,14 +106,19 @@ def test_what_is_counted(tmp_path: Path) -> None:
         "room.__init__": "",
         "room.inner": '"""What it is."""\nfrom p import bottom, side',
     }
-    for name, text in texts.items():
-        path = tmp_path / "p" / f"{name.replace('.', '/', name.count('.') - name.count('.__'))}.py"
-        if name == "room.__init__":
-            path = tmp_path / "p" / "room" / "__init__.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    house = House(tmp_path, "p")
+    house = _package(tmp_path, texts)
     assert house.circles() == [["p.other", "p.side"]]
     assert house.longest_chain() == ["p.top", "p.middle", "p.bottom", "p.room"]
     assert house.files_by_folder() == {"p": 6, "p/room": 2}
     assert house.questions() == (1, 1)
+
+
+def _package(root: Path, texts: dict[str, str]) -> House:
+    """A package `p` of these files."""
+    for name, text in texts.items():
+        path = root / "p" / f"{name.replace('.', '/', name.count('.') - name.count('.__'))}.py"
+        if name == "room.__init__":
+            path = root / "p" / "room" / "__init__.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    return House(root, "p")
