@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_tune.presentation.plain import Json
 from mlx_tune.units import format_bytes
 
 Backend = Literal["metal", "cuda", "cpu"]
@@ -52,7 +53,7 @@ class Machine:
             text += f", recommended working set {format_bytes(self.working_set_bytes)}"
         return f"{text}, {self.system}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return asdict(self)
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, SupportsIndex
+from typing import Self, SupportsIndex
 
 from mlx_tune import devices
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.interrupts import uninterrupted
+from mlx_tune.presentation.plain import Json
 from mlx_tune.units import format_bytes, format_seconds, parse_bytes, parse_fraction
 
 _lock = threading.RLock()
@@ -144,7 +145,7 @@ class track_memory(ContextDecorator):  # noqa: N801 - used as a function
             f"{format_seconds(self.seconds)}"
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         names = ("peak_bytes", "active_bytes", "cache_bytes", "footprint_bytes", "seconds")
         return {name: getattr(self, name) for name in names}

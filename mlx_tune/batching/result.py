@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_tune.memory import held_limits
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_limit, format_percent, format_seconds
 
@@ -69,7 +70,7 @@ class Trial:
         """True where the memory limit never had to hold the steps back."""
         return self.peak_bytes is not None and self.peak_bytes <= self.limit_bytes
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Everything, ready for JSON."""
         return asdict(self) | {"items_per_second": self.items_per_second, "ran_free": self.ran_free}
 
@@ -148,7 +149,7 @@ class AutobatchResult(Tabular):
         with held_limits(self.limit_bytes, self.cache_limit_bytes):
             yield self
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Everything, ready for JSON."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         trials = [trial.to_dict() for trial in self.trials]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any
 
 import mlx.nn as nn
 
@@ -27,6 +26,7 @@ from mlx_tune.checkpointing.block.wrap import (
     unwrap,
 )
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.substitution import plain_class
 from mlx_tune.units import whole_number
@@ -77,7 +77,7 @@ class CheckpointHandle(Tabular):
         """Undo."""
         self.undo()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Ready for JSON."""
         return {"paths": list(self.paths), "found": self.found, "active": len(self._wrapped)}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 
 #: In the order in which a reader wants them.
@@ -50,7 +50,7 @@ class GradientDifference:
         """True where the two were compared and agree."""
         return self.verdict == "equal"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Ready for JSON."""
         return {**asdict(self), "verdict": self.verdict, "ok": self.ok}
 
@@ -101,7 +101,7 @@ class VerifyReport(Tabular):
         """The parameters whose gradients say nothing, each with its reason."""
         return tuple(p for p in self.parameters if p.verdict == "not tested")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Ready for JSON."""
         return {
             **asdict(self),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from mlx_tune.diagnosis import explanations
 from mlx_tune.diagnosis.explanations import Entry
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
+from mlx_tune.presentation.plain import Json
 
 _WIDTH = 80
 
@@ -52,7 +52,7 @@ class Explanation:
             lines += ["", "See " + " ".join(self.sources)]
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return asdict(self)
 

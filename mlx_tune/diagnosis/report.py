@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 
 Status = Literal["pass", "warn", "fail", "skip"]
@@ -37,7 +38,7 @@ class CheckResult:
     fix: str = ""
     figures: dict[str, object] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return asdict(self)
 
@@ -104,7 +105,7 @@ class Diagnosis(Tabular):
         words = (("fail", "failed"), ("warn", "to look at"), ("pass", "passed"), ("skip", skip))
         return ", ".join(f"{counts[key]} {word}" for key, word in words if counts[key]) or "nothing was checked"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """All of it, ready for JSON, under keys that stay."""
         return {
             "schema": SCHEMA,

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_tune.checkpointing.planning.planned import apply_choice
 from mlx_tune.memory import held_limits
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_seconds
 
@@ -179,7 +180,7 @@ class Fit(Tabular):
         why = "its peak is lower" if lower else "smaller batches are chosen only where they are clearly faster"
         return [f"Not the fastest was chosen, but one that counts as equally fast ({chosen.behind:+.1%}): {why}."]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if not name.startswith("_")}
         return {

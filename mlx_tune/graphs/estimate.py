@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_tune.garbage import no_collections
 from mlx_tune.graphs.belonging import modules_of
@@ -16,6 +16,7 @@ from mlx_tune.graphs.simulating.allocator import PURPOSES, Buffer
 from mlx_tune.graphs.simulating.course import Course, simulate
 from mlx_tune.graphs.simulating.order import evaluation_order
 from mlx_tune.graphs.tracing.trace import taking, trace_step
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_percent, format_seconds
 
@@ -55,7 +56,7 @@ class PeakOwner:
             return self.purpose
         return where if self.purpose == "activations" else f"{self.purpose} of {where}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same as plain values."""
         return {
             "nbytes": self.nbytes,
@@ -128,7 +129,7 @@ class MemoryEstimate(Tabular):
         """Bytes of operations' working memory at the peak."""
         return self.by_purpose["temporaries"]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Everything as plain values, ready for JSON."""
         return {
             "floor_bytes": self.floor_bytes,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_seconds
 
@@ -41,7 +42,7 @@ class GenerationTrial:
         """Tokens written a second, all rows together."""
         return self.batch_size / self.seconds
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Ready for JSON."""
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
@@ -113,7 +114,7 @@ class GenerationBatchResult(Tabular):
             notes=[*notes, *self.notes],
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Ready for JSON."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         trials = [trial.to_dict() for trial in self.trials]

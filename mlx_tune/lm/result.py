@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_count, format_limit, format_seconds
 
@@ -70,7 +70,7 @@ class TrainingResult(Tabular):
     losses: tuple[LossReport, ...]
     validation_losses: tuple[LossReport, ...]
     adapter_file: str
-    fit: dict[str, object] | None = None
+    fit: dict[str, Json] | None = None
 
     def loss_at(self, tokens: int) -> float:
         """The training loss once so many tokens were trained on: for comparing runs with different batches.
@@ -105,7 +105,7 @@ class TrainingResult(Tabular):
         rows.sort(key=lambda row: (row[0], bool(row[-1])))
         return Table(["iteration", "tokens", "loss", "tokens/s", ""], rows, title="\n".join(lines))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Everything, ready for JSON."""
         return asdict(self)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_tune.errors import TrialError
 from mlx_tune.interrupts import interruptible
@@ -14,6 +14,8 @@ from mlx_tune.trees import arrays_of
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+    from mlx_tune.presentation.plain import Json
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class StepTrial:
     base_bytes: int = field(default=0, compare=False)
     fault: str | None = field(default=None, compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The limit, the peak and the time, ready for JSON."""
         return {"limit_bytes": self.limit_bytes, "peak_bytes": self.peak_bytes, "seconds": self.seconds}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.garbage import quick_collections
@@ -15,6 +14,7 @@ from mlx_tune.measuring.half_precision import slow_half_precision
 from mlx_tune.measuring.limit_search import LimitSearch, LimitTrial
 from mlx_tune.measuring.step import StepTrial, run_step
 from mlx_tune.memory import held_limits
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
@@ -95,7 +95,7 @@ class TightestLimit(Tabular):
             ],
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         from dataclasses import asdict
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from mlx_tune import memory
+from mlx_tune.presentation.plain import Json
 from mlx_tune.units import format_bytes, parse_fraction
 from mlx_tune.wiring import limits
 from mlx_tune.wiring.registry import Registry, Request, total_bytes
@@ -233,7 +234,7 @@ class wired_limit:  # noqa: N801 - used as a function
         text = f"{format_bytes(self.requested_bytes)} wired, the limit is {format_bytes(self.limit_bytes)}"
         return f"{text}; {self.reason}" if self.reason else text
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return {name: getattr(self, name) for name in ("applied", "limit_bytes", "requested_bytes", "reason")}
 

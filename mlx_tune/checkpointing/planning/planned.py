@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_tune.checkpointing.block.wrap import checkpoint, is_checkpointed, unwrap
 from mlx_tune.errors import CheckpointError
 from mlx_tune.memory import held_limits
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_bytes, format_seconds
 
@@ -161,7 +162,7 @@ class CheckpointPlan(Tabular):
             notes=[*notes, *self.notes],
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         plain = ["batch_size", "predicted_peak_bytes", "peak_bytes", "predicted_seconds"]
         plain += ["measured_seconds", "limit_bytes", "cache_limit_bytes", "budget_bytes"]

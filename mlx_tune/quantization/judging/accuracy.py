@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.quantization.judging.statistics import Bucket, Estimate, finite_or_none
 from mlx_tune.units import format_count, format_percent
@@ -74,7 +74,7 @@ class LanguageAccuracy(Tabular):
     arithmetic: str = ""
     warnings: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON: figures that are no numbers become None."""
         figures = {k: finite_or_none(v) for k, v in asdict(self).items() if k not in ("buckets", "warnings")}
         return {
@@ -162,7 +162,7 @@ class LossAccuracy(Tabular):
     arithmetic: str = ""
     warnings: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         figures = {k: finite_or_none(v) for k, v in asdict(self).items() if k != "warnings"}
         return {"kind": "loss", **figures, "warnings": list(self.warnings)}
@@ -215,7 +215,7 @@ class OutputAccuracy(Tabular):
     arithmetic: str = ""
     warnings: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         figures = {k: finite_or_none(v) for k, v in asdict(self).items() if k != "warnings"}
         return {"kind": "outputs", **figures, "warnings": list(self.warnings)}

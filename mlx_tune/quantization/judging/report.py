@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.quantization.judging.accuracy import Accuracy
 from mlx_tune.quantization.judging.picture import DrawnLayer
@@ -60,7 +61,7 @@ class LayerReport:
     output_error: float | None = None
     optimal_output_error: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         finite = self.snr_db is not None and math.isfinite(self.snr_db)
         return {
@@ -135,7 +136,7 @@ class QuantizationReport(Tabular):
         """The same before quantization."""
         return 8 * self.size_before_bytes / self.parameters
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return {
             "method": self.method,

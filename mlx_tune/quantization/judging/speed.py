@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.units import format_seconds
 
@@ -25,7 +25,7 @@ class Speed:
     prefill_seconds: float
     decode_seconds: float | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return {
             "prefill_tokens": self.prefill_tokens,
@@ -48,7 +48,7 @@ class SpeedComparison(Tabular):
     after: Speed
     device: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return {"before": self.before.to_dict(), "after": self.after.to_dict(), "device": self.device}
 

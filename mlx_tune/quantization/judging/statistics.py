@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from mlx_tune.presentation.plain import Json
+
     Floats = NDArray[np.float64]
     Integers = NDArray[np.int64]
 
@@ -153,7 +155,7 @@ class Bucket:
     mean_kl: float
     same_top: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return {
             "low": self.low,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.quantization.formats.modes import ITEM_BYTES, Effort, Format
 from mlx_tune.quantization.models.sites import module_at
@@ -88,7 +88,7 @@ class LayerPlan:
             count *= size
         return count
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return {
             "path": self.path,
@@ -180,7 +180,7 @@ class QuantizationPlan(Tabular):
 
         return replace(self, layers=of(self.layers), skipped=of(self.skipped))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return {
             "method": self.method,
