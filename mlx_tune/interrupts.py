@@ -17,7 +17,7 @@ class _Held:
         self.let_through = False
         self.waiting: tuple[Any, ...] | None = None
 
-    def handle(self, *received: Any) -> None:
+    def handle(self, *received: object) -> None:
         """Take a Ctrl-C: hand it on now, or keep it."""
         self.waiting = received
         if self.let_through:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from mlx_tune.presentation.tables import fold
@@ -11,7 +12,9 @@ from mlx_tune.presentation.tables import fold
 class Subcommand(argparse.ArgumentParser):
     """A subcommand's parser: what it does not know, it refuses with its own usage."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """Parse all of it, or end with an error."""
         known, rest = super().parse_known_args(args, namespace)
         if rest:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mlx_tune.cli.arguments import make_parser
 from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning
 from mlx_tune.cli.search import search_and_print
+
+if TYPE_CHECKING:
+    from mlx_tune.batching.result import AutobatchResult
+    from mlx_tune.lm.preparation import FineTuning
 
 _EXAMPLES = """\
   mlx-tune autobatch --model models/mine --data data/
@@ -47,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Search and print the answer. Returns 1 where nothing fits, else 0."""
     from mlx_tune import lm
 
-    def find(ready: Any) -> Any:
+    def find(ready: FineTuning) -> AutobatchResult:
         return lm.autobatch(
             ready.model,
             ready.train_set,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mlx_tune.cli.arguments import make_parser
 from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning
 from mlx_tune.cli.search import search_and_print
+
+if TYPE_CHECKING:
+    from mlx_tune.checkpointing.planning.planned import CheckpointPlan
+    from mlx_tune.checkpointing.verified import VerifyReport
+    from mlx_tune.lm.preparation import FineTuning
 
 _EXAMPLES = """\
   mlx-tune checkpoint --model models/mine --data data/ --batch-size 16 \\
@@ -40,14 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan or verify, and print it. Returns 1 for bad news, 3 where no gradient was tested, else 0."""
     from mlx_tune import lm
 
-    if arguments.verify:
-        return search_and_print(
-            arguments,
-            lambda ready: lm.verify_checkpoint(ready.model, ready.train_set, ready.args),
-            code=lambda report: _EXIT_CODES[report.verdict],
-        )
+    def verify(ready: FineTuning) -> VerifyReport:
+        return lm.verify_checkpoint(ready.model, ready.train_set, ready.args)
 
-    def find(ready: Any) -> object:
+    if arguments.verify:
+        return search_and_print(arguments, verify, code=lambda report: _EXIT_CODES[report.verdict])
+
+    def find(ready: FineTuning) -> CheckpointPlan:
         return lm.plan_checkpoints(
             ready.model, ready.train_set, ready.args, optimizer=ready.optimizer, budget=arguments.memory_budget
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mlx_tune.cli.arguments import add_json, add_model
 from mlx_tune.cli.output import check_picture
 from mlx_tune.progress import progress_bar
+
+if TYPE_CHECKING:
+    from mlx_tune.lm.preparation import FineTuning
 
 #: Options that name no model, data or batch, but say how to train: `mlx-tune lora` takes them as they are.
 PASSED_ON = (
@@ -73,7 +76,7 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prepare_run(arguments: argparse.Namespace, *, lazy: bool = False) -> Any:
+def prepare_run(arguments: argparse.Namespace, *, lazy: bool = False) -> FineTuning:
     """Load what the arguments name.
 
     Args:

@@ -6,10 +6,10 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_tune.cli.arguments import Subcommand, make_parser
 from mlx_tune.cli.output import (
@@ -24,6 +24,13 @@ from mlx_tune.cli.output import (
 from mlx_tune.errors import BudgetError, InvalidArgumentError
 from mlx_tune.progress import progress_bar
 from mlx_tune.units import format_limit
+
+if TYPE_CHECKING:
+    from mlx_tune.batching.result import AutobatchResult
+    from mlx_tune.checkpointing.planning.planned import CheckpointPlan
+    from mlx_tune.fitting.result import Fit
+    from mlx_tune.lm.preparation import FineTuning
+    from mlx_tune.lm.result import TrainingResult
 
 _EXAMPLES = """\
   mlx-tune lora --model models/mine --data data/ --train --batch-size auto
@@ -45,7 +52,9 @@ class _Parser(Subcommand):
     where it is broken.
     """
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """Parse both sets of options into one namespace."""
         from mlx_tune.lm.lora import lora_parser
 
@@ -153,7 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(arguments: argparse.Namespace, read_settings: Any) -> dict[str, Any]:
+def _settings(arguments: argparse.Namespace, read_settings: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """mlx-lm's settings and ours, from flags, file and defaults."""
     from mlx_tune.memory import resolve_budget
 
@@ -191,7 +200,9 @@ def _numbers(settings: dict[str, object]) -> dict[str, object]:
     }
 
 
-def _train(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace, say: Any) -> Any:
+def _train(
+    ready: FineTuning, settings: dict[str, Any], arguments: argparse.Namespace, say: Callable[[str], object]
+) -> TrainingResult:
     """Choose what is left to choose, say it, and train."""
     from mlx_lm.tuner.utils import print_trainable_parameters
 
@@ -200,7 +211,7 @@ def _train(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace, 
 
     check_reporting(settings)
     print_trainable_parameters(ready.model)
-    fit = _choose(ready, settings, arguments)
+    fit = _choose(ready, settings)
     final = {**ready.settings, "lora_parameters": _lora_parameters(ready.settings)}
     if fit is not None:
         final["batch_size"] = fit.batch_size
@@ -217,7 +228,7 @@ def _train(ready: Any, settings: dict[str, Any], arguments: argparse.Namespace, 
     )
 
 
-def _choose(ready: Any, settings: dict[str, object], arguments: argparse.Namespace) -> Any:
+def _choose(ready: FineTuning, settings: dict[str, Any]) -> Fit | AutobatchResult | CheckpointPlan | None:
     """The search that belongs to what was left to us; None where nothing was."""
     from mlx_tune import lm
 

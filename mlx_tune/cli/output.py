@@ -11,12 +11,20 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mlx_tune.errors import BudgetError, DiskError, InvalidArgumentError
 from mlx_tune.files.scratch import writing
 from mlx_tune.files.unfinished import beside
+from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tables import fit_to, fold
+
+
+class Result(Protocol):
+    """Something to print, as text or as JSON."""
+
+    def to_dict(self) -> dict[str, Json]:
+        """All of it, ready for JSON."""
 
 
 @contextlib.contextmanager
@@ -36,8 +44,8 @@ def is_first_rank() -> bool:
     return mx.distributed.init().rank() == 0
 
 
-def print_result(result: Any, *, as_json: bool) -> None:
-    """Print what has `str` and `to_dict` the way that was asked for."""
+def print_result(result: Result, *, as_json: bool) -> None:
+    """Print a result the way that was asked for."""
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return

@@ -24,6 +24,9 @@ from mlx_tune.progress import progress_bar
 from mlx_tune.units import format_bytes, format_count
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_tune.lm.tokens import Tokenizer
     from mlx_tune.quantization import QuantizationReport
 
 _EXAMPLES = """\
@@ -239,7 +242,9 @@ def _check_places(target: Path | None, arguments: argparse.Namespace) -> None:
     check_place("--mlx-path", target)
 
 
-def _batches(tokenizer: object, source: str | None, samples: int, arguments: argparse.Namespace) -> Any:
+def _batches(
+    tokenizer: Tokenizer, source: str | None, samples: int, arguments: argparse.Namespace
+) -> list[mx.array] | None:
     """Rows of text, at most so many, in batches; None where there is no text."""
     if source is None:
         return None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from mlx_tune.cli.fine_tuning import PASSED_ON, prepare_run
 from mlx_tune.cli.output import (
+    Result,
     command_lines,
     folded,
     is_first_rank,
@@ -18,15 +19,20 @@ from mlx_tune.cli.output import (
 )
 from mlx_tune.errors import BudgetError
 
+if TYPE_CHECKING:
+    from mlx_tune.lm.preparation import FineTuning
+
+R = TypeVar("R", bound=Result)
+
 #: Options of a search that `mlx-tune lora` takes by the same name, besides those of the training run.
 _OF_SEARCHES = ("memory_budget", "target_batch")
 
 
 def search_and_print(
     arguments: argparse.Namespace,
-    find: Callable[[Any], object],
+    find: Callable[[FineTuning], R],
     *,
-    code: Callable[[Any], int] = lambda result: 0,
+    code: Callable[[R], int] = lambda result: 0,
     trains_with: Sequence[str] = (),
 ) -> int:
     """Load what the arguments name, search, and print the result.

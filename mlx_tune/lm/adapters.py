@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     import mlx.nn as nn
     from mlx.optimizers import Optimizer
 
@@ -91,7 +92,9 @@ def integer_parameters(model: nn.Module) -> list[str]:
 
 
 def make_optimizer(
-    name: str = "adam", learning_rate: Any = 1e-5, settings: Mapping[str, object] | None = None
+    name: str = "adam",
+    learning_rate: float | Callable[[mx.array], mx.array] = 1e-5,
+    settings: Mapping[str, object] | None = None,
 ) -> Optimizer:
     """An optimizer by mlx-lm's name for it.
 
@@ -130,7 +133,7 @@ def awake_adapters(model: nn.Module) -> Iterator[tuple[str, ...]]:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    parameters: dict[str, Any] = dict(tree_flatten(model.trainable_parameters()))
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     adapters = {path: array for path, array in parameters.items() if path.rpartition(".")[2].startswith("lora_")}
     zeros = {path: array for path, array in adapters.items() if not mx.any(array != 0).item()}
     small = [

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.optimizers import Optimizer
+    from mlx_lm.tuner.trainer import TrainingArgs
 
     from mlx_tune.batching.result import AutobatchResult
     from mlx_tune.checkpointing.planning.planned import CheckpointPlan
@@ -30,7 +31,7 @@ Loss = Callable[..., tuple["mx.array", "mx.array"]]
 def autobatch(
     model: nn.Module,
     dataset: object,
-    args: Any = None,
+    args: TrainingArgs | None = None,
     *,
     optimizer: Optimizer | None = None,
     valid_set: object = None,
@@ -91,7 +92,7 @@ def autobatch(
             max_batch=ready.max_batch if max_batch is None else min(max_batch, ready.max_batch),
             multiple_of=ready.multiple_of,
             state=ready.state,
-            **_group(ready.multiple_of),
+            group=_group(ready.multiple_of),
             **options,
         )
     return found if options.get("target_batch") else replace(found, accumulation_steps=args.grad_accumulation_steps)
@@ -100,7 +101,7 @@ def autobatch(
 def estimate_memory(
     model: nn.Module,
     dataset: object,
-    args: Any = None,
+    args: TrainingArgs | None = None,
     *,
     optimizer: Optimizer | None = None,
     loss: Loss | None = None,
@@ -140,14 +141,14 @@ def estimate_memory(
         return trace(accumulating, batch, ready.kept, state=ready.state)
 
 
-def _accumulating(step: Callable[..., Any], batch: object, kept: object) -> object:
+def _accumulating(step: Callable[..., object], batch: object, kept: object) -> object:
     return step(batch, kept=kept)
 
 
 def autofit(
     model: nn.Module,
     dataset: object,
-    args: Any = None,
+    args: TrainingArgs | None = None,
     *,
     optimizer: Optimizer | None = None,
     valid_set: object = None,
@@ -204,7 +205,7 @@ def autofit(
             max_batch=ready.max_batch if max_batch is None else min(max_batch, ready.max_batch),
             multiple_of=ready.multiple_of,
             checkpoint=checkpoint,
-            **_group(ready.multiple_of),
+            group=_group(ready.multiple_of),
             **options,
         )
     return found if target_batch else replace(found, accumulation_steps=args.grad_accumulation_steps)
@@ -212,8 +213,8 @@ def autofit(
 
 def plan_checkpoints(
     model: nn.Module,
-    dataset: Any,
-    args: Any = None,
+    dataset: object,
+    args: TrainingArgs | None = None,
     *,
     optimizer: Optimizer | None = None,
     loss: Loss | None = None,
@@ -265,7 +266,9 @@ def plan_checkpoints(
         )
 
 
-def verify_checkpoint(model: nn.Module, dataset: object, args: Any = None, *, loss: Loss | None = None) -> VerifyReport:
+def verify_checkpoint(
+    model: nn.Module, dataset: object, args: TrainingArgs | None = None, *, loss: Loss | None = None
+) -> VerifyReport:
     """Compare a model's gradients with and without checkpointing, on the longest batch of its data.
 
     An adapter begins with one factor at zero, and then the gradient of the other is zero both ways and says nothing. So
@@ -304,14 +307,14 @@ def _optimizer(optimizer: Optimizer | None) -> Optimizer:
     return Adam(learning_rate=1e-5) if optimizer is None else optimizer
 
 
-def _checkpointed(model: nn.Module, args: Any) -> AbstractContextManager[object]:
+def _checkpointed(model: nn.Module, args: TrainingArgs) -> AbstractContextManager[object]:
     """Every block checkpointed for as long as the search runs, where the arguments ask for it."""
     from mlx_tune.checkpointing.blocks import checkpoint_blocks
 
     return checkpoint_blocks(model) if args.grad_checkpoint else nullcontext()
 
 
-def _refuse_accumulation(args: Any) -> None:
+def _refuse_accumulation(args: TrainingArgs) -> None:
     if args.grad_accumulation_steps != 1:
         raise InvalidArgumentError(
             f"target_batch and grad_accumulation_steps={args.grad_accumulation_steps} both say how many batches make "
@@ -319,14 +322,14 @@ def _refuse_accumulation(args: Any) -> None:
         )
 
 
-def _with_accumulation(args: Any) -> Any:
+def _with_accumulation(args: TrainingArgs) -> TrainingArgs:
     return replace(args, grad_accumulation_steps=2)
 
 
-def _group(ranks: int) -> dict[str, Any]:
-    """The group by which ranks agree on an answer."""
+def _group(ranks: int) -> mx.distributed.Group | None:
+    """The group by which ranks agree on an answer; None where there is one."""
     if ranks == 1:
-        return {}
+        return None
     import mlx.core as mx
 
-    return {"group": mx.distributed.init()}
+    return mx.distributed.init()

@@ -12,6 +12,7 @@ from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 
 if TYPE_CHECKING:
     import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 def load(
@@ -24,7 +25,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     verify_kernels: bool = True,
-) -> tuple[nn.Module, Any, dict[str, Any], Path]:
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any], Path]:
     """Load what `mlx_lm.load` loads, and unpack quantized layers that MLX would compute wrong on this machine.
 
     Arguments are those of `mlx_lm.load`; what it returns with `return_config=True` comes back, and the folder.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Container, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm.preparation import FineTuning
+
+if TYPE_CHECKING:
+    from mlx_lm.tuner.callbacks import TrainingCallback
 
 
 def lora_parser(prog: str, *, without: Container[str] = ()) -> argparse.ArgumentParser:
@@ -28,7 +31,7 @@ def lora_parser(prog: str, *, without: Container[str] = ()) -> argparse.Argument
     return parser
 
 
-def reporting_callback(settings: Mapping[str, object]) -> Any:
+def reporting_callback(settings: Mapping[str, object]) -> TrainingCallback | None:
     """The callback that `report_to` names, as `mlx_lm.lora` makes it; None where it names none.
 
     Raises:

@@ -17,6 +17,8 @@ from mlx_tune.units import whole_number
 if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx.optimizers import Optimizer
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from mlx_lm.tuner.trainer import TrainingArgs
 
 #: How many blocks mlx-lm trains where nobody says.
 MOST_LAYERS = 16
@@ -38,12 +40,12 @@ class FineTuning:
     """
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: TokenizerWrapper
     optimizer: Optimizer
     train_set: object
     valid_set: object
     test_set: object
-    args: Any
+    args: TrainingArgs
     settings: dict[str, object]
 
 
@@ -115,7 +117,7 @@ def prepare(
     np.random.seed(settings["seed"])
     model, tokenizer, config, _ = load(settings["model"], lazy=lazy, trust_remote_code=settings["trust_remote_code"])
     if stand_in_rows is not None:
-        train_set: Any = StandInRows(stand_in_rows, settings["max_seq_length"], _vocabulary(config))
+        train_set: object = StandInRows(stand_in_rows, settings["max_seq_length"], _vocabulary(config))
         valid_set = test_set = None
     else:
         train_set, valid_set, test_set = _data(settings, tokenizer)
@@ -180,7 +182,7 @@ def _vocabulary(config: Mapping[str, Any]) -> int:
     return int(size)
 
 
-def _training_args(settings: Mapping[str, Any]) -> object:
+def _training_args(settings: Mapping[str, Any]) -> TrainingArgs:
     from mlx_lm.tuner.trainer import TrainingArgs
 
     return TrainingArgs(

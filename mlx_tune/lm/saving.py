@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 from mlx_tune.files.scratch import writing
@@ -17,13 +18,14 @@ from mlx_tune.trees import nbytes_of
 
 if TYPE_CHECKING:
     import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 def save_quantized(
     path: str | os.PathLike[str],
     model: nn.Module,
-    tokenizer: Any = None,
-    config: dict[str, object] | None = None,
+    tokenizer: TokenizerWrapper | None = None,
+    config: Mapping[str, object] | None = None,
     *,
     source: str | os.PathLike[str] | None = None,
 ) -> Path:
@@ -91,9 +93,9 @@ def save_quantized(
     return target
 
 
-def _describe(model: nn.Module, config: dict[str, object]) -> dict[str, object]:
+def _describe(model: nn.Module, config: Mapping[str, object]) -> dict[str, object]:
     """The configuration with what belongs to the model as it is quantized now."""
-    described = copy.deepcopy(config)
+    described = copy.deepcopy(dict(config))
     described["quantization"] = quantization_config(model)
     if not described["quantization"]:
         raise InvalidArgumentError(

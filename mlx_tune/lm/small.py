@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from mlx_tune.presentation.plain import Json
 
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> Any:
+def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> TokenizerWrapper:
     """Train a byte-level BPE tokenizer and write it where mlx-lm looks for one.
 
     Args:
@@ -37,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> Any:
     return load_tokenizer(folder)
 
 
-def small_llama(vocabulary: int, *, width: int = 128, layers: int = 5) -> tuple[nn.Module, dict[str, Any]]:
+def small_llama(vocabulary: int, *, width: int = 128, layers: int = 5) -> tuple[nn.Module, dict[str, Json]]:
     """Build mlx-lm's Llama at a size that two processor cores can train.
 
     Args:
@@ -50,7 +53,7 @@ def small_llama(vocabulary: int, *, width: int = 128, layers: int = 5) -> tuple[
     """
     from mlx_lm.models import llama
 
-    config = {
+    config: dict[str, Json] = {
         "model_type": "llama",
         "hidden_size": width,
         "num_hidden_layers": layers,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.optimizers import Optimizer
+    from mlx_lm.tuner.trainer import TrainingArgs
+
+#: The tokens of a row, and where its loss begins.
+Row = tuple[Sequence[int], int]
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def training_step(
     model: nn.Module,
     optimizer: Optimizer,
     train_set: object,
-    args: Any,
+    args: TrainingArgs,
     *,
     valid_set: object = None,
     loss: Callable[..., tuple[mx.array, mx.array]] | None = None,
@@ -152,7 +156,7 @@ def _compiled_step(
     loss_and_gradients = nn.value_and_grad(model, default_loss if loss is None else loss)
     state = [model.state, optimizer.state, mx.random.state]
 
-    def update(batch: Any, kept: Any) -> tuple[mx.array, mx.array]:
+    def update(batch: Iterable[object], kept: object) -> tuple[mx.array, mx.array]:
         (value, tokens), gradients = loss_and_gradients(model, *batch)
         if kept is not None:
             gradients = tree_map(mx.add, gradients, kept)
@@ -163,7 +167,7 @@ def _compiled_step(
         optimizer.update(model, gradients)
         return value, tokens
 
-    compiled: dict[bool, tuple[tuple[type, ...], Any]] = {}
+    compiled: dict[bool, tuple[tuple[type, ...], Callable[..., object]]] = {}
 
     def step(batch: object, *, kept: object = kept) -> tuple[mx.array, mx.array]:
         kinds = tuple(type(module) for module in model.modules())
@@ -175,7 +179,7 @@ def _compiled_step(
     return step
 
 
-def as_rows(dataset: Any) -> Sequence[tuple[Sequence[int], int]]:
+def as_rows(dataset: Any) -> Sequence[Row]:
     """See a data set as mlx-lm's trainer does: rows of `(tokens, offset)`, made when they are first asked for.
 
     Args:
@@ -188,13 +192,13 @@ def as_rows(dataset: Any) -> Sequence[tuple[Sequence[int], int]]:
 
     if len(dataset) == 0:
         raise InvalidArgumentError("The data set has no rows.")
-    rows: Sequence[tuple[Sequence[int], int]] = (
+    rows: Sequence[Row] = (
         dataset if isinstance(dataset, CacheDataset) or not hasattr(dataset, "process") else CacheDataset(dataset)
     )
     return rows
 
 
-def largest_batch(train_rows: Any, valid_rows: Any | None, ranks: int) -> int:
+def largest_batch(train_rows: Sized, valid_rows: Sized | None, ranks: int) -> int:
     """The largest batch that mlx-lm's trainer takes: no more than either data set has rows, for every rank as many.
 
     Raises:
@@ -220,7 +224,7 @@ class longest_batches:  # noqa: N801 - used as a function
         length: Tokens in a row of every batch, padding included.
     """
 
-    def __init__(self, rows: Any, max_length: int, world: Any) -> None:
+    def __init__(self, rows: Sequence[Row], max_length: int, world: mx.distributed.Group) -> None:
         """Find the longest rows; each row has to be tokenized for that, up to the first that fills `max_length`."""
         self._world = world
         self._max_length = max_length
@@ -250,8 +254,9 @@ class longest_batches:  # noqa: N801 - used as a function
         return batch
 
 
-def row_of(row: Any) -> tuple[list[int], int]:
+def row_of(row: Row | Sequence[int]) -> tuple[list[int], int]:
     """The tokens of a row and where its loss begins, in whichever of mlx-lm's two forms it comes."""
-    if len(row) == 2 and hasattr(row[0], "__len__"):
-        return list(row[0]), int(row[1])
-    return list(row), 0
+    if len(row) == 2 and isinstance(row[0], Sized):
+        tokens, offset = cast(Row, row)
+        return list(tokens), int(offset)
+    return list(cast(Sequence[int], row)), 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.units import whole_number
@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str]
 
 
+class Tokenizer(Protocol):
+    """The part of a tokenizer that reading text takes."""
+
+    def encode(self, text: str, /) -> Sequence[int]:
+        """The tokens of a text."""
+
+
 def token_batches(
-    tokenizer: object,
+    tokenizer: Tokenizer,
     sources: Source | Iterable[Source],
     *,
     batch_size: int = 8,
@@ -134,7 +141,7 @@ def _documents(file: Path, text: str) -> Iterator[str]:
             )
 
 
-def _tokens(tokenizer: object, paths: list[Source], enough: int | None) -> np.ndarray:
+def _tokens(tokenizer: Tokenizer, paths: list[Source], enough: int | None) -> np.ndarray:
     """All tokens of the sources, or the first `enough`."""
     import numpy as np
 
@@ -150,7 +157,7 @@ def _tokens(tokenizer: object, paths: list[Source], enough: int | None) -> np.nd
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def _encoded(tokenizer: Any, path: Source, end: int | None) -> Iterator[np.ndarray]:
+def _encoded(tokenizer: Tokenizer, path: Source, end: int | None) -> Iterator[np.ndarray]:
     import numpy as np
 
     if Path(path).suffix == ".npy":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from mlx_tune.files.scratch import writing
 from mlx_tune.files.unfinished import beside
 from mlx_tune.lm.fitting import Budget, Loss, autofit
 from mlx_tune.lm.result import LossReport, TrainingResult
-from mlx_tune.lm.steps import as_rows, check_trainable, largest_batch, set_training
+from mlx_tune.lm.steps import Row, as_rows, check_trainable, largest_batch, set_training
 from mlx_tune.lm.wired import wired_for_training
 from mlx_tune.memory import open_limit_bytes, track_memory
 from mlx_tune.trees import nbytes_of
@@ -24,6 +24,8 @@ from mlx_tune.trees import nbytes_of
 if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx.optimizers import Optimizer
+    from mlx_lm.tuner.callbacks import TrainingCallback
+    from mlx_lm.tuner.trainer import TrainingArgs
 
     from mlx_tune.fitting.result import Fit
 
@@ -33,13 +35,13 @@ def train(
     optimizer: Optimizer,
     train_set: object,
     valid_set: object = None,
-    args: Any = None,
+    args: TrainingArgs | None = None,
     *,
     fit: Fit | AutobatchResult | CheckpointPlan | Literal["auto"] | None = None,
     budget: Budget = None,
     target_batch: int | None = None,
     loss: Loss | None = None,
-    training_callback: object = None,
+    training_callback: TrainingCallback | None = None,
 ) -> TrainingResult:
     """Train with mlx-lm's own trainer, under the batch, checkpoints and limit that were found, and say what it took.
 
@@ -117,13 +119,13 @@ def train(
 def _run(
     model: nn.Module,
     optimizer: Optimizer,
-    train_rows: object,
-    valid_rows: object,
-    args: Any,
+    train_rows: Sequence[Row],
+    valid_rows: Sequence[Row] | None,
+    args: TrainingArgs,
     fit: Fit | AutobatchResult | CheckpointPlan | None,
     every_block: bool,
     loss: Loss | None,
-    training_callback: Any,
+    training_callback: TrainingCallback | None,
 ) -> TrainingResult:
     """mlx-lm's trainer, with everything set around it and put back behind it."""
     import mlx.core as mx
@@ -184,7 +186,7 @@ def _run(
     )
 
 
-def _check_batch(batch_size: int, train_rows: Any, valid_rows: Any) -> None:
+def _check_batch(batch_size: int, train_rows: Sized, valid_rows: Sized | None) -> None:
     """Refuse beforehand what mlx-lm would refuse in the middle."""
     import mlx.core as mx
 
@@ -198,7 +200,7 @@ def _check_batch(batch_size: int, train_rows: Any, valid_rows: Any) -> None:
         raise InvalidArgumentError(f"batch_size={batch_size} is more than the data has: {rows}.")
 
 
-def _recorder(inner: Any) -> Any:
+def _recorder(inner: TrainingCallback | None) -> Any:
     """A callback that notes what mlx-lm reports, and hands it on to the user's own."""
     from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -209,7 +211,7 @@ def _recorder(inner: Any) -> Any:
             self.tokens = 0
             self.seconds = 0.0
 
-        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        def on_train_loss_report(self, train_info: dict[str, float]) -> None:
             tokens, rate = int(train_info["trained_tokens"]), float(train_info["tokens_per_second"])
             self.seconds += (tokens - self.tokens) / rate
             self.tokens = tokens
@@ -217,7 +219,7 @@ def _recorder(inner: Any) -> Any:
             if inner is not None:
                 inner.on_train_loss_report(train_info)
 
-        def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        def on_val_loss_report(self, val_info: dict[str, float]) -> None:
             self.validations.append(LossReport(int(val_info["iteration"]), self.tokens, float(val_info["val_loss"])))
             if inner is not None:
                 inner.on_val_loss_report(val_info)

@@ -79,7 +79,7 @@ class Items(Held):
         super().__init__(held)
         self.kind: type[dict[object, object]] = OrderedDict if isinstance(held, OrderedDict) else dict
 
-    def get(self) -> dict[Any, Any]:
+    def get(self) -> dict[object, object]:
         """A copy."""
         return dict.copy(self.held) if self.kind is dict else dict(OrderedDict.items(self.held))
 
@@ -115,7 +115,7 @@ class Sequence(Held):
 
     __slots__ = ()
 
-    def get(self) -> list[Any]:
+    def get(self) -> list[object]:
         """A copy as a list."""
         return list(self.held)
 
@@ -135,7 +135,7 @@ class Members(Held):
 
     __slots__ = ()
 
-    def get(self) -> list[Any]:
+    def get(self) -> list[object]:
         """Its members in some order."""
         return list(self.held)
 
@@ -155,7 +155,7 @@ class Cell(Held):
 
     __slots__ = ()
 
-    def get(self) -> list[Any]:
+    def get(self) -> list[object]:
         """One item, or none where the variable is not bound yet."""
         try:
             return [self.held.cell_contents]
@@ -175,7 +175,7 @@ class Defaults(Held):
 
     __slots__ = ()
 
-    def get(self) -> list[Any]:
+    def get(self) -> list[object]:
         """The defaults in order."""
         return list(self.held.__defaults__ or ())
 
@@ -190,7 +190,7 @@ class PartialArguments(Held):
 
     __slots__ = ()
 
-    def get(self) -> dict[str, Any]:
+    def get(self) -> dict[str, object]:
         """The function, the positional and the named arguments, under their attributes' names."""
         return {"func": self.held.func, "args": self.held.args, "keywords": self.held.keywords}
 
@@ -208,7 +208,7 @@ class ContextValue(Held):
     def __init__(self, held: ContextVar[object]) -> None:
         super().__init__(held)
 
-    def get(self) -> list[Any]:
+    def get(self) -> list[object]:
         """One item, or none where it is not set and has no default."""
         try:
             return [self.held.get()]
@@ -230,7 +230,7 @@ class Names(Held):
         super().__init__(held)
         self.names = names
 
-    def get(self) -> dict[str, Any]:
+    def get(self) -> dict[str, object]:
         """Those that are there."""
         held = self.held
         return {name: held[name] for name in self.names if name in held}
@@ -255,7 +255,7 @@ class Attributes(Held):
         super().__init__(held)
         self.names = names
 
-    def get(self) -> dict[str, Any]:
+    def get(self) -> dict[str, object]:
         """Those that are set."""
         if isinstance(self.held, type):
             # Not what a class inherits, and a descriptor itself rather than what it gives.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -171,7 +171,7 @@ def _train(
 def _quantize(
     run: _Run,
     model: nn.Module,
-    config: dict[str, object],
+    config: Mapping[str, object],
     tokenizer: object,
     rows: list[mx.array],
     held_out: list[mx.array],
