@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class _Held:
+class _HeldInterrupt:
     """The state of this process's handler while a Ctrl-C is held back."""
 
     def __init__(self, before: Any) -> None:
@@ -30,7 +30,7 @@ class _Held:
             self.before(*received)
 
 
-_held: _Held | None = None
+_held: _HeldInterrupt | None = None
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def uninterrupted() -> Iterator[None]:
         with _set(_held, let_through=False):
             yield
         return
-    held = _Held(signal.getsignal(signal.SIGINT))
+    held = _HeldInterrupt(signal.getsignal(signal.SIGINT))
     if not callable(held.before):  # ignored, or the end of the process: nothing to hold back
         yield
         return
@@ -99,7 +99,7 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _set(held: _Held, *, let_through: bool) -> Iterator[None]:
+def _set(held: _HeldInterrupt, *, let_through: bool) -> Iterator[None]:
     before = held.let_through
     try:
         held.let_through = let_through

@@ -1,4 +1,4 @@
-"""Bytes, whole numbers, fractions and times to text and back.
+"""Bytes, whole numbers, fractions, times and dtypes to text, and text back.
 
 Decimal units, as mlx-lm and Apple count: 1 GB is 10^9 bytes. Binary units are written with an i: 1 GiB is 2^30.
 """
@@ -9,9 +9,12 @@ import math
 import operator
 import re
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -218,6 +221,17 @@ def format_seconds(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """The short name of a dtype.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> dtype_name(mx.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).rpartition(".")[2]
 
 
 def _three_digits(x: float) -> str:

@@ -46,7 +46,7 @@ def state_of(compiled: object) -> list[Any]:
     return referents(compiled)[:2]
 
 
-def kind_of(transformed: object) -> str:
+def transformation_kind(transformed: object) -> str:
     """The kind of transformation: `compile`, `transform`, or `unknown`, since `mx.checkpoint` looks like `mx.grad`."""
     held = referents(transformed)
     if len(held) == 3 and not isinstance(held[0], int):
@@ -138,7 +138,7 @@ def freeze_also(module: nn.Module, names: set[str]) -> None:
 # The random stream. Source: python/src/random.cpp (`RandomState`).
 
 
-def thread_stream() -> list[mx.array]:
+def random_stream() -> list[mx.array]:
     """The list of one key that MLX's draws on this thread split from, itself and not a copy.
 
     `mx.random.state` is a stand-in for every thread's own list since MLX 0.32.1, and cannot be assigned to. Its

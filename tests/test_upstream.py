@@ -16,7 +16,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_tune import upstream
-from mlx_tune.graphs.tracing.built import BuiltGraph
+from mlx_tune.graphs.tracing.built_graph import BuiltGraph
 
 
 def broken(entry: str, source: str, expected: str) -> str:
@@ -63,7 +63,7 @@ def test_transformed_functions(name: str) -> None:
     assert upstream.function_of(made) is inside, broken(
         "function_of", source, f"the function inside mx.{name} is the first or the last that it holds"
     )
-    assert upstream.kind_of(made) == kind, broken(
+    assert upstream.transformation_kind(made) == kind, broken(
         "kind_of", source, f"mx.{name} holds {[type(held).__name__ for held in upstream.referents(made)]}"
     )
     is_custom = isinstance(made, mx.custom_function)
@@ -165,7 +165,7 @@ def test_the_frozen_parameters_of_modules() -> None:
 
 
 def test_the_random_stream_of_a_thread() -> None:
-    stream = upstream.thread_stream()
+    stream = upstream.random_stream()
     mx.random.seed(3)
     source = "python/src/random.cpp, RandomState"
     assert stream[0].tolist() == [0, 3], broken("thread_stream", source, "it is the list itself that draws split from")

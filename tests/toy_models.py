@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_tune.lm import small
+from mlx_tune.lm import small_model
 
 WORDS = ["memory", "in", "a", "lazy", "graph", "can", "be", "planned", "before", "the", "allocator", "counts", "bytes"]
 
@@ -65,7 +65,7 @@ def build_model(config: dict[str, Any], seed: int = 0) -> Any:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    small.train_tokenizer([sentence(i, 40) for i in range(40)], 320, folder)
+    small_model.train_tokenizer([sentence(i, 40) for i in range(40)], 320, folder)
     return folder
 
 

@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, SupportsIndex
 
-from mlx_tune.batching import canary as canary_check
+from mlx_tune.batching.budget_errors import too_large, used_up
+from mlx_tune.batching.canary import check_loss
 from mlx_tune.batching.isolation import IsolatedProbe
 from mlx_tune.batching.journal import Journal, Runner
 from mlx_tune.batching.probe import MakeBatch, Probe, Step
-from mlx_tune.batching.refusals import too_large, used_up
 from mlx_tune.batching.result import AutobatchResult, Trial
 from mlx_tune.batching.session import Session
 from mlx_tune.batching.shared_runner import SharedRunner
 from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.garbage import quick_collections
-from mlx_tune.graphs.calls import require_functions
+from mlx_tune.graphs.step_calls import require_functions
 from mlx_tune.graphs.tracing.trace import step_of_batches
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.measuring.forecast import Forecast
@@ -241,7 +241,7 @@ def _canary(
 ) -> Callable[[Trial], str | None]:
     def accept(trial: Trial) -> str | None:
         def wrong() -> str | None:
-            return canary_check.check(step, make_batch, state, trial.batch_size, trial.limit_bytes, before.restore)
+            return check_loss(step, make_batch, state, trial.batch_size, trial.limit_bytes, before.restore)
 
         own = ranks.agree(wrong)
         all_fine = ranks.smallest(int(own is None))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SAME = 0.02
 
 
-def check(
+def check_loss(
     step: Step,
     make_batch: MakeBatch,
     state: object,
@@ -92,7 +92,7 @@ def _loss(
 def _repeat(row: object, size: int) -> object:
     import mlx.core as mx
 
-    from mlx_tune.graphs.arguments import arrays_of, with_arrays
+    from mlx_tune.graphs.arguments import argument_arrays, with_arrays
 
     def repeated(array: mx.array) -> mx.array:
         if array.ndim == 0 or array.shape[0] != 1:
@@ -102,7 +102,7 @@ def _repeat(row: object, size: int) -> object:
             )
         return mx.repeat(array, size, axis=0)
 
-    return with_arrays(row, map(repeated, arrays_of(row)))
+    return with_arrays(row, map(repeated, argument_arrays(row)))
 
 
 def _modules(state: object) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tune.batching.journal import Journal
-from mlx_tune.batching.records import interrupted
+from mlx_tune.batching.journal_lines import interrupted
 from mlx_tune.batching.result import Trial
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
 from mlx_tune.files.scratch import writing
@@ -24,7 +24,7 @@ from mlx_tune.units import format_seconds
 #: How much of what the child wrote to standard error goes into an error.
 _LINES = 12
 #: The script between this process and a trial's.
-_GUARD = Path(__file__).with_name("guard.py")
+_WATCHDOG = Path(__file__).with_name("watchdog.py")
 
 
 class IsolatedProbe:
@@ -120,7 +120,7 @@ class IsolatedProbe:
         environment.pop("MLX_RANK", None)  # a child is alone: it must not take its parent's place among the ranks
         environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])
         watch = subprocess.Popen(
-            [sys.executable, "-P", str(_GUARD), folder, *last_words, *trial],
+            [sys.executable, "-P", str(_WATCHDOG), folder, *last_words, *trial],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

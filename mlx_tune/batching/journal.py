@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from mlx_tune.batching import records
+from mlx_tune.batching import journal_lines
 from mlx_tune.batching.result import Trial
 from mlx_tune.errors import DiskError, InvalidArgumentError
 from mlx_tune.files.scratch import writing
@@ -70,17 +70,17 @@ class Journal:
     def measure(self, size: int, predicted_bytes: int | None, steps: int) -> list[Trial]:
         """Measure, whatever the file knows, and write it down."""
         assert self.runner is not None
-        self._write(records.started(size))
+        self._write(journal_lines.started(size))
         try:
             trials = self.runner.trial(size, predicted_bytes, steps)
         except BaseException as error:
             try:
-                self._write(records.interrupted(size))  # the process lives: the trial proved nothing
+                self._write(journal_lines.interrupted(size))  # the process lives: the trial proved nothing
             except DiskError as full:
                 error.add_note(str(full))
             raise
         self._known[size] = trials
-        self._write(records.ended(size, trials))
+        self._write(journal_lines.ended(size, trials))
         return trials
 
     def _write(self, line: str) -> None:
@@ -103,7 +103,7 @@ class Journal:
         with self.path.open("a+b") as file:
             file.seek(0)
             content = file.read()
-            found = records.read_records(content, self._name)
+            found = journal_lines.read_records(content, self._name)
             if found is not None and asked is not None and int(self.budget) != found.budget_bytes:
                 raise InvalidArgumentError(
                     f"{self._name} was written under a budget of {format_bytes(found.budget_bytes)}, this search has "
@@ -111,7 +111,7 @@ class Journal:
                 )
             file.truncate(0 if found is None else len(content) - found.torn_bytes)
         if found is None:
-            self._write(records.first_line(int(self.budget), self.budget.source))
+            self._write(journal_lines.header_line(int(self.budget), self.budget.source))
             return
         if found.lacks_newline:
             self._write("\n")

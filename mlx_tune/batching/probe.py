@@ -11,9 +11,9 @@ from mlx_tune import devices
 from mlx_tune.batching.result import Trial
 from mlx_tune.errors import TrialError
 from mlx_tune.interrupts import interruptible
-from mlx_tune.measuring.outcomes import count_items, fault_of, first_line, is_out_of_memory
 from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.measuring.step import StepTrial, run_step
+from mlx_tune.measuring.step_outcome import count_items, fault_of, first_line, is_out_of_memory
 from mlx_tune.measuring.throttle import HOLDING, SHARES, Throttle
 from mlx_tune.memory import cache_room
 from mlx_tune.trees import arrays_of, nbytes_of

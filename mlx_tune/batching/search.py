@@ -26,7 +26,7 @@ _SURE = 0.025
 
 
 @dataclass(frozen=True)
-class Measured:
+class SizeMeasurement:
     """The outcome of one measurement at one size.
 
     Attributes:
@@ -58,7 +58,7 @@ class Found:
 
 
 #: Takes a size and its predicted peak (None where nothing is known yet) and measures it.
-Measure = Callable[[int, int | None], Measured]
+Measure = Callable[[int, int | None], SizeMeasurement]
 
 
 def search(
@@ -90,7 +90,8 @@ def search(
         The answer, and how the size above it was ruled out.
 
     Examples:
-        >>> found = search(lambda n, predicted: Measured(100 + 7 * n <= 1000, 100 + 7 * n), range(1, 10**6), 1000)
+        >>> measure = lambda n, predicted: SizeMeasurement(100 + 7 * n <= 1000, 100 + 7 * n)
+        >>> found = search(measure, range(1, 10**6), 1000)
         >>> found.size, found.next_size, found.next_bytes
         (128, 129, 1003)
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from mlx_tune.batching.journal import Runner
 from mlx_tune.batching.result import Trial
-from mlx_tune.batching.search import Found, Measured, search
+from mlx_tune.batching.search import Found, SizeMeasurement, search
 from mlx_tune.errors import TraceError, TrialError
 from mlx_tune.measuring.floors import Floor
 from mlx_tune.measuring.forecast import Forecast, read_ahead
@@ -203,7 +203,7 @@ class Session:
             trial = self._try(size, round(self._needed(size)), self.steps)
         return trial.items_per_second or 0.0 if trial.fits else 0.0
 
-    def _measure(self, size: int, predicted: int | None) -> Measured:
+    def _measure(self, size: int, predicted: int | None) -> SizeMeasurement:
         trial = self.known.get(size)
         if trial is None:
             if predicted is None and self.forecast is not None:
@@ -215,7 +215,7 @@ class Session:
             needed = trial.held_bytes
         else:
             needed = trial.floor_bytes + self._margin(trial)
-        return Measured(trial.fits, needed, trial.base_bytes)
+        return SizeMeasurement(trial.fits, needed, trial.base_bytes)
 
     def _margin(self, trial: Trial) -> int:
         """The part of the scatter of single peaks that is kept clear of the budget.

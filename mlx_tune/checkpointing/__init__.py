@@ -4,10 +4,10 @@ from mlx_tune.checkpointing.block.keep import keep
 from mlx_tune.checkpointing.block.recompute import is_recomputing
 from mlx_tune.checkpointing.block.wrap import checkpoint, is_checkpointed, uncheckpoint
 from mlx_tune.checkpointing.blocks import CheckpointHandle, checkpoint_blocks, find_blocks
+from mlx_tune.checkpointing.planning.checkpoint_plan import CheckpointPlan
 from mlx_tune.checkpointing.planning.plan import plan_checkpoints
-from mlx_tune.checkpointing.planning.planned import CheckpointPlan
-from mlx_tune.checkpointing.verified import GradientDifference, VerifyReport
 from mlx_tune.checkpointing.verify import verify_checkpoint
+from mlx_tune.checkpointing.verify_report import GradientDifference, VerifyReport
 
 __all__ = [
     "CheckpointHandle",

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_tune.checkpointing.block.recompute import plainly, runs_again
 from mlx_tune.checkpointing.block.wrap import checkpoint, is_checkpointed, kept_names, require_initialized, unwrap
 from mlx_tune.checkpointing.blocks import checkpoint_blocks
-from mlx_tune.checkpointing.verified import VERDICTS, GradientDifference, VerifyReport
+from mlx_tune.checkpointing.verify_report import VERDICTS, GradientDifference, VerifyReport
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.graphs.tracing.trace import taking
 from mlx_tune.reach.walk import Walk

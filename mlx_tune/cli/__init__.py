@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = "" if error.filename is None else f": {error.filename!r}"
         return _refuse(arguments.command, f"{error.strerror or error}{place}")
     except (RuntimeError, MemoryError) as error:
-        from mlx_tune.measuring.outcomes import first_line, is_out_of_memory
+        from mlx_tune.measuring.step_outcome import first_line, is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

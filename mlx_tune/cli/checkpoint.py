@@ -10,8 +10,8 @@ from mlx_tune.cli.fine_tuning import add_budget, add_fine_tuning
 from mlx_tune.cli.search import search_and_print
 
 if TYPE_CHECKING:
-    from mlx_tune.checkpointing.planning.planned import CheckpointPlan
-    from mlx_tune.checkpointing.verified import VerifyReport
+    from mlx_tune.checkpointing.planning.checkpoint_plan import CheckpointPlan
+    from mlx_tune.checkpointing.verify_report import VerifyReport
     from mlx_tune.lm.preparation import FineTuning
 
 _EXAMPLES = """\

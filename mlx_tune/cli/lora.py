@@ -27,10 +27,10 @@ from mlx_tune.units import format_limit
 
 if TYPE_CHECKING:
     from mlx_tune.batching.result import AutobatchResult
-    from mlx_tune.checkpointing.planning.planned import CheckpointPlan
+    from mlx_tune.checkpointing.planning.checkpoint_plan import CheckpointPlan
     from mlx_tune.fitting.result import Fit
     from mlx_tune.lm.preparation import FineTuning
-    from mlx_tune.lm.result import TrainingResult
+    from mlx_tune.lm.training_result import TrainingResult
 
 _EXAMPLES = """\
   mlx-tune lora --model models/mine --data data/ --train --batch-size auto

@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import mlx_tune
     from mlx_tune import lm
-    from mlx_tune.lm.loading import cast
+    from mlx_tune.lm.loading import cast_parameters
     from mlx_tune.measuring.ranks import Ranks
 
     overrides = dict(parse_override(text) for text in arguments.override)
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
                 verify_kernels=arguments.verify_kernels,
             )
         if arguments.dtype is not None:
-            cast(model, arguments.dtype)
+            cast_parameters(model, arguments.dtype)
         shared: dict[str, Any] = {
             "mode": arguments.mode,
             "overrides": overrides or None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tune import devices
-from mlx_tune.diagnosis import check, child
+from mlx_tune.diagnosis import check, check_process
 from mlx_tune.diagnosis.check import Check
 from mlx_tune.diagnosis.checks import distributions
 from mlx_tune.diagnosis.report import CheckResult, Diagnosis
@@ -113,7 +113,7 @@ def run_in_child(one: Check, python: str | None = None, environment: dict[str, s
     seconds = BENCH_SECONDS if one.bench or one.compiles else CHECK_SECONDS
     try:
         ended = subprocess.run(
-            [python or sys.executable, "-m", "mlx_tune.diagnosis.child", one.name],
+            [python or sys.executable, "-m", "mlx_tune.diagnosis.check_process", one.name],
             capture_output=True,
             text=True,
             timeout=seconds,
@@ -132,8 +132,8 @@ def run_in_child(one: Check, python: str | None = None, environment: dict[str, s
 
 def _answer(output: str) -> dict[str, Any] | None:
     for line in reversed(output.splitlines()):
-        if line.startswith(child.MARK):
-            answer: dict[str, object] = json.loads(line.removeprefix(child.MARK))
+        if line.startswith(check_process.MARK):
+            answer: dict[str, object] = json.loads(line.removeprefix(check_process.MARK))
             return answer
     return None
 

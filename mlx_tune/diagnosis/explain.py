@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import asdict, dataclass, replace
 
 from mlx_tune.diagnosis import explanations
-from mlx_tune.diagnosis.explanations import Entry
+from mlx_tune.diagnosis.explanations import KnownError
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 from mlx_tune.presentation.plain import Json
 
@@ -105,7 +105,7 @@ def explain(exception: BaseException | str) -> Explanation:
     )
 
 
-def _of(entry: Entry, text: str) -> Explanation:
+def _of(entry: KnownError, text: str) -> Explanation:
     return Explanation(True, entry.name, text, entry.meaning, entry.remedies, entry.sources)
 
 

@@ -19,7 +19,7 @@ from mlx_tune.fitting.result import Fit, Setting
 from mlx_tune.fitting.search import Search
 from mlx_tune.fitting.trials import Candidate, Trials
 from mlx_tune.garbage import quick_collections
-from mlx_tune.graphs.calls import require_functions
+from mlx_tune.graphs.step_calls import require_functions
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.measuring.half_precision import slow_half_precision
 from mlx_tune.measuring.ranks import Ranks

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from mlx_tune.checkpointing.planning.planned import apply_choice
+from mlx_tune.checkpointing.planning.checkpoint_plan import apply_choice
 from mlx_tune.memory import held_limits
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular

@@ -12,7 +12,7 @@ from mlx_tune.fitting.predict import Pace, pace_through, thinned
 from mlx_tune.fitting.trials import Candidate, Trials
 from mlx_tune.interrupts import interruptible
 from mlx_tune.measuring.forecast import ESTIMATE_MARGIN, cheapest_fitting, largest_fitting
-from mlx_tune.measuring.outcomes import count_items
+from mlx_tune.measuring.step_outcome import count_items
 from mlx_tune.measuring.throttle import OVERSHOOT
 from mlx_tune.progress import Bar
 from mlx_tune.units import format_seconds

@@ -12,15 +12,15 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_tune.checkpointing.planning.choose import Choice
-from mlx_tune.checkpointing.planning.measure import LEAST_RUNS, Measured, Measurements
+from mlx_tune.checkpointing.planning.measure import LEAST_RUNS, ChoiceMeasurement, Measurements
 from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.errors import BudgetError
 from mlx_tune.interrupts import interruptible
-from mlx_tune.measuring.outcomes import is_out_of_memory
+from mlx_tune.measuring.interleaved_timing import Standing, race
 from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.measuring.step import StepTrial
+from mlx_tune.measuring.step_outcome import is_out_of_memory
 from mlx_tune.measuring.throttle import lowered
-from mlx_tune.measuring.turns import Standing, race
 from mlx_tune.progress import Bar
 from mlx_tune.trees import arrays_of
 from mlx_tune.units import format_bytes
@@ -49,13 +49,13 @@ class Candidate:
     choice: Choice
     floor_bytes: int
     known_as: str = ""
-    measured: Measured | None = None
+    measured: ChoiceMeasurement | None = None
     foreseen: float | None = None
     standing: Standing | None = None
 
     @property
     def rows_per_second(self) -> float:
-        """Measured; 0 where it was not run."""
+        """ChoiceMeasurement; 0 where it was not run."""
         return self.batch_size / self.measured.seconds if self.measured else 0.0
 
     @property
@@ -75,7 +75,7 @@ class Candidate:
 
     @property
     def peak_bytes(self) -> int:
-        """Measured; 0 where it was not run."""
+        """ChoiceMeasurement; 0 where it was not run."""
         return self.measured.peak_bytes if self.measured else 0
 
     @property

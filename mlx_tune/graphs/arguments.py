@@ -78,7 +78,7 @@ def leaves(tree: object, label: str, around: frozenset[int] = frozenset()) -> It
             yield from leaves(child, f"{label}[{i}]", around)
 
 
-def arrays_of(tree: object, label: str = "result") -> list[mx.array]:
+def argument_arrays(tree: object, label: str = "result") -> list[mx.array]:
     """Every array in a tree, in order."""
     return [leaf for _, leaf in leaves(tree, label) if isinstance(leaf, mx.array)]
 

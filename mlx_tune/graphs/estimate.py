@@ -10,15 +10,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mlx_tune.garbage import no_collections
-from mlx_tune.graphs.belonging import modules_of
-from mlx_tune.graphs.graph import Graph, dtype_name
+from mlx_tune.graphs.graph import Graph
+from mlx_tune.graphs.owners import modules_of
 from mlx_tune.graphs.simulating.allocator import PURPOSES, Buffer
-from mlx_tune.graphs.simulating.course import Course, simulate
 from mlx_tune.graphs.simulating.order import evaluation_order
+from mlx_tune.graphs.simulating.timeline import Timeline, simulate
 from mlx_tune.graphs.tracing.trace import taking, trace_step
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
-from mlx_tune.units import format_bytes, format_percent, format_seconds
+from mlx_tune.units import dtype_name, format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -210,7 +210,7 @@ class MemoryEstimate(Tabular):
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        from mlx_tune.graphs.picture import draw_memory
+        from mlx_tune.graphs.memory_picture import draw_memory
 
         largest = [
             f"{format_bytes(owner.nbytes * count)}  {owner.operation or owner.label}, {list(owner.shape)}"
@@ -257,11 +257,11 @@ def estimate_memory(step: Callable[..., object], *args: object, state: object = 
     """
     started = time.perf_counter()
     with no_collections():
-        graph, course = follow_step(taking(step, args, state), args, state)
-        return _estimate(graph, course, time.perf_counter() - started)
+        graph, timeline = follow_step(taking(step, args, state), args, state)
+        return _estimate(graph, timeline, time.perf_counter() - started)
 
 
-def follow_step(step: Callable[..., object], args: Sequence[object], state: object) -> tuple[Graph, Course]:
+def follow_step(step: Callable[..., object], args: Sequence[object], state: object) -> tuple[Graph, Timeline]:
     """Trace a step and follow its memory: what `estimate_memory` does before it finds out whose memory that is.
 
     Args:
@@ -289,33 +289,33 @@ def _in_common(owners: list[PeakOwner]) -> PeakOwner:
     return replace(owners[0], label=common([o.label for o in owners]), module=common([o.module for o in owners]))
 
 
-def _estimate(graph: Graph, course: Course, seconds: float) -> MemoryEstimate:
-    modules = modules_of(graph, course.order)
+def _estimate(graph: Graph, timeline: Timeline, seconds: float) -> MemoryEstimate:
+    modules = modules_of(graph, timeline.order)
     updated = dict(zip(graph.outputs[graph.results :], graph.updated, strict=True))
-    owners = sorted((_owner(graph, b, modules, updated) for b in course.owners), key=lambda o: -o.nbytes)
+    owners = sorted((_owner(graph, b, modules, updated) for b in timeline.owners), key=lambda o: -o.nbytes)
     split = dict.fromkeys(PURPOSES, 0)
     for owner in owners:
         split[owner.purpose] += owner.nbytes
     return MemoryEstimate(
-        floor_bytes=course.peak_bytes,
-        start_bytes=course.start_bytes,
-        end_bytes=course.end_bytes,
+        floor_bytes=timeline.peak_bytes,
+        start_bytes=timeline.start_bytes,
+        end_bytes=timeline.end_bytes,
         by_purpose=split,
         peak_owners=tuple(owners),
-        live_bytes=tuple(course.live),
-        live_by_purpose=_by_purpose(course),
-        operations=tuple(graph.nodes[i].name for i in course.order),
-        peak_operation=course.peak_step,
+        live_bytes=tuple(timeline.live),
+        live_by_purpose=_by_purpose(timeline),
+        operations=tuple(graph.nodes[i].name for i in timeline.order),
+        peak_operation=timeline.peak_step,
         compiled=graph.compiled,
         stand_ins=graph.stand_ins,
-        unknown_operations=dict(course.unknown),
+        unknown_operations=dict(timeline.unknown),
         trace_seconds=seconds,
         notes=tuple(graph.notes),
     )
 
 
-def _by_purpose(course: Course) -> dict[str, tuple[int, ...]]:
-    columns = zip(*course.split, strict=True) if course.split else [()] * len(PURPOSES)
+def _by_purpose(timeline: Timeline) -> dict[str, tuple[int, ...]]:
+    columns = zip(*timeline.split, strict=True) if timeline.split else [()] * len(PURPOSES)
     return dict(zip(PURPOSES, columns, strict=True))
 
 

@@ -10,11 +10,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 
-def dtype_name(dtype: mx.Dtype) -> str:
-    """A dtype's short name, as in "float32"."""
-    return str(dtype).removeprefix("mlx.core.")
-
-
 class Value(NamedTuple):
     """One array of the graph.
 

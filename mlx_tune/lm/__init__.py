@@ -9,11 +9,11 @@ from mlx_tune.lm.fitting import autobatch, autofit, estimate_memory, plan_checkp
 from mlx_tune.lm.generation import autobatch_generate
 from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
 from mlx_tune.lm.loading import load
-from mlx_tune.lm.result import LossReport, TrainingResult
 from mlx_tune.lm.saving import save_quantized
 from mlx_tune.lm.steps import TrainingStep, training_step
 from mlx_tune.lm.tokens import read_texts, token_batches
 from mlx_tune.lm.training import train
+from mlx_tune.lm.training_result import LossReport, TrainingResult
 
 __all__ = [
     "GenerationBatchResult",

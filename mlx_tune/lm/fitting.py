@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mlx_lm.tuner.trainer import TrainingArgs
 
     from mlx_tune.batching.result import AutobatchResult
-    from mlx_tune.checkpointing.planning.planned import CheckpointPlan
-    from mlx_tune.checkpointing.verified import VerifyReport
+    from mlx_tune.checkpointing.planning.checkpoint_plan import CheckpointPlan
+    from mlx_tune.checkpointing.verify_report import VerifyReport
     from mlx_tune.fitting.result import Fit
     from mlx_tune.graphs.estimate import MemoryEstimate
 

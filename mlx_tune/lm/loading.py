@@ -75,14 +75,14 @@ def load(
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise MlxTuneError(f"mlx-lm cannot load {str(folder)!r}: {type(error).__name__}: {error}") from error
     if verify_kernels:
-        from mlx_tune.quantization.planning.trusted import unpack_faulty
+        from mlx_tune.quantization.planning.faulty_kernels import unpack_faulty
 
         for note in unpack_faulty(loaded, evaluate=not lazy):
             warnings.warn(note, stacklevel=2)
     return loaded, tokenizer, config, folder
 
 
-def cast(model: nn.Module, dtype: str) -> None:
+def cast_parameters(model: nn.Module, dtype: str) -> None:
     """Turn a model's floating-point parameters into another dtype, as `mlx_lm.convert --dtype` does.
 
     Args:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_tune.batching.result import AutobatchResult
-from mlx_tune.checkpointing.planning.planned import CheckpointPlan
+from mlx_tune.checkpointing.planning.checkpoint_plan import CheckpointPlan
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import writing
 from mlx_tune.files.unfinished import beside
 from mlx_tune.lm.fitting import Budget, Loss, autofit
-from mlx_tune.lm.result import LossReport, TrainingResult
 from mlx_tune.lm.steps import Row, as_rows, check_trainable, largest_batch, set_training
-from mlx_tune.lm.wired import wired_for_training
+from mlx_tune.lm.training_result import LossReport, TrainingResult
+from mlx_tune.lm.wiring import wired_for_training
 from mlx_tune.memory import open_limit_bytes, track_memory
 from mlx_tune.trees import nbytes_of
 

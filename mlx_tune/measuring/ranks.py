@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from mlx_tune.errors import InvalidArgumentError, TraceError, TrialError
 from mlx_tune.measuring.floors import Floor
-from mlx_tune.measuring.outcomes import is_out_of_memory
 from mlx_tune.measuring.step import StepTrial
+from mlx_tune.measuring.step_outcome import is_out_of_memory
 
 T = TypeVar("T")
 

@@ -42,14 +42,14 @@ class StepFloor:
         held = mx.get_active_memory()
         batch = self.make_batch(size)
         own = nbytes_of(batch)
-        graph, course = follow_step(self.step, (batch,), self.state)
+        graph, timeline = follow_step(self.step, (batch,), self.state)
         # State that a first step has yet to make is in the graph already, and will be beside the rest as well.
         of_state = [graph.values[i] for i in graph.inputs() if graph.values[i].role not in ("batch", "captured")]
         self._state_bytes = sum(value.nbytes for value in of_state)
         to_come = max(0, self._state_bytes - nbytes_of(self.state))
-        besides = max(0, held + to_come - (course.start_bytes - own))
-        live = [course.start_bytes, *course.live]
-        self._floor_bytes = course.peak_bytes + besides
+        besides = max(0, held + to_come - (timeline.start_bytes - own))
+        live = [timeline.start_bytes, *timeline.live]
+        self._floor_bytes = timeline.peak_bytes + besides
         return Floor(self._floor_bytes, [bytes_ + besides for bytes_ in live])
 
     @property

@@ -8,15 +8,15 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.progress import progress_bar
+from mlx_tune.quantization.learning.apply_layer import LayerOutcome, apply_layer, install, outcome_of
 from mlx_tune.quantization.learning.dwq import Recompute, train_dwq
 from mlx_tune.quantization.learning.gptq_model import gptq_model
-from mlx_tune.quantization.learning.one_layer import LayerOutcome, apply_layer, install, outcome_of
 from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.interception import FindBlocks
 from mlx_tune.quantization.models.layers import dense_twin, is_quantized
 from mlx_tune.quantization.models.sites import module_at
-from mlx_tune.quantization.models.transaction import Transaction, swap
+from mlx_tune.quantization.models.transaction import Transaction, swap_module
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.units import format_names
 
@@ -80,7 +80,7 @@ def _unpack(layers: tuple[LayerPlan, ...]) -> None:
             module = module_at(layer.model, path)
             if is_quantized(module):
                 twin = twins.setdefault(id(module), dense_twin(module))
-                swap(layer.model, path, twin)
+                swap_module(layer.model, path, twin)
 
 
 def _gptq(

@@ -14,28 +14,28 @@ import mlx.nn as nn
 from mlx_tune.checkpointing.blocks import checkpoint_blocks, find_blocks
 from mlx_tune.errors import CheckpointError, QuantizationError
 from mlx_tune.memory import track_memory
+from mlx_tune.quantization.build_report import report_of
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.judging.compare_layers import compare_layers
-from mlx_tune.quantization.judging.evaluation import Evaluation, Watched, prepare
-from mlx_tune.quantization.judging.guard import Guard, part_of, watched
+from mlx_tune.quantization.judging.evaluation import Evaluation, Watched, prepare_evaluation
+from mlx_tune.quantization.judging.nearest_guard import Guard, part_of, watched
 from mlx_tune.quantization.judging.report import QuantizationReport
 from mlx_tune.quantization.judging.speed import Speed, SpeedComparison
 from mlx_tune.quantization.judging.statistics import overlap
 from mlx_tune.quantization.judging.timed_runs import measure_after, measure_before
-from mlx_tune.quantization.learning.energies import few_of, with_energies
+from mlx_tune.quantization.learning.apply_layer import apply_layer
+from mlx_tune.quantization.learning.importance import few_of, with_energies
 from mlx_tune.quantization.learning.input_samples import InputSamples
-from mlx_tune.quantization.learning.one_layer import apply_layer
 from mlx_tune.quantization.methods import carry_out
 from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch, count_tokens, read_batches, token_rows
 from mlx_tune.quantization.models.random_stream import same_random_stream
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 from mlx_tune.quantization.models.transaction import Transaction
-from mlx_tune.quantization.outcome import report_of
 from mlx_tune.quantization.planning.checks import check_backend, check_finite, check_overflow
+from mlx_tune.quantization.planning.faulty_kernels import fault_finder, keep_unpacked
 from mlx_tune.quantization.planning.layout import lay_out
-from mlx_tune.quantization.planning.rehearsal import rehearse
-from mlx_tune.quantization.planning.trusted import fault_finder, keep_unpacked
+from mlx_tune.quantization.planning.shape_check import rehearse
 from mlx_tune.quantization.sizing.target import allocate_to_target, parse_target
 from mlx_tune.units import format_percent
 
@@ -175,7 +175,7 @@ def quantize_model(
         if learn and method == "nearest" and not targeted:
             notes.append("The calibration was not used: method='nearest' looks at the weights alone.")
         if judge:
-            comparison = prepare(model, judge, loss, warnings=warnings)
+            comparison = prepare_evaluation(model, judge, loss, warnings=warnings)
             comparison.record(model, store, progress=progress)
             before = _measured(partial(_time_before, model, comparison), notes)
         watch = guard = None
@@ -241,7 +241,7 @@ def quantization_report(
     if not judge:
         raise QuantizationError("evaluation=None: a comparison needs batches to compare on.")
     with same_random_stream():
-        comparison = prepare(reference, judge, loss, warnings=_overlap_warning(judge, learn))
+        comparison = prepare_evaluation(reference, judge, loss, warnings=_overlap_warning(judge, learn))
         accuracy = comparison.side_by_side(model, reference, progress=progress)
         report, notes = compare_layers(model, reference), list[str]()
         before = _measured(partial(_time_before, reference, comparison), notes)

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_tune.reach.facts import MAKING, contents_of, functions_of, imported_by, is_foreign, names_in
-from mlx_tune.reach.facts import Names as CodeNames
-from mlx_tune.reach.notes import Path
-from mlx_tune.reach.places import PLAIN, Attributes, Cell, Defaults, Held, Items, Names
+from mlx_tune.reach.code_facts import MAKING, CodeNames, contents_of, functions_of, imported_by, is_foreign, names_in
+from mlx_tune.reach.container_notes import Path
+from mlx_tune.reach.places import PLAIN, Attributes, Cell, Defaults, Held, Items, SelectedItems
 
 
 class Follower(Protocol):
@@ -123,7 +122,7 @@ def _named(
             walk.look(value)
     if noted and (fresh := _fresh(walk, scope, noted)):
         walk.path = path
-        walk.push(Names(scope, fresh), form)
+        walk.push(SelectedItems(scope, fresh), form)
 
 
 def follow_names(walk: Follower) -> bool:

@@ -221,7 +221,7 @@ class ContextValue(Held):
             self.held.set(items[0])
 
 
-class Names(Held):
+class SelectedItems(Held):
     """Some names of a dictionary, such as the globals that a function uses."""
 
     __slots__ = ("names",)

@@ -27,10 +27,9 @@ from weakref import CallableProxyType, ProxyType, ref
 
 import mlx.core as mx
 
-from mlx_tune.reach.facts import OPEN, Facts, facts_of, is_foreign, referent
-from mlx_tune.reach.facts import Names as CodeNames
+from mlx_tune.reach.code_facts import OPEN, CodeNames, Facts, facts_of, is_foreign, referent
+from mlx_tune.reach.container_notes import Note, Path, Ref, Remade
 from mlx_tune.reach.following import follow_class, follow_function, follow_names
-from mlx_tune.reach.notes import Note, Path, Ref, Remade
 from mlx_tune.reach.places import (
     PLAIN,
     Attributes,

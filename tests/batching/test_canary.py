@@ -5,14 +5,14 @@ import mlx.nn as nn
 import pytest
 import small_steps
 
-from mlx_tune.batching.canary import check
+from mlx_tune.batching.canary import check_loss
 from mlx_tune.errors import TrialError
 from mlx_tune.state import Snapshot
 
 
 def run(step, make_batch, state, size=3):
     with Snapshot(state, spill=True) as before:
-        return check(step, make_batch, state, size, 1 << 34, before.restore)
+        return check_loss(step, make_batch, state, size, 1 << 34, before.restore)
 
 
 def test_a_healthy_step_sings_though_it_has_dropout():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_tune.batching.journal import Journal
-from mlx_tune.batching.records import ended, first_line, interrupted, started
+from mlx_tune.batching.journal_lines import ended, header_line, interrupted, started
 from mlx_tune.batching.result import Trial
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.memory import MemoryBudget
@@ -101,7 +101,7 @@ def test_a_trial_that_was_interrupted_from_outside_is_measured_again(tmp_path):
     assert runner.tried == [64]
 
 
-FIRST = first_line(1000, "given")
+FIRST = header_line(1000, "given")
 WHOLE = ended(4, [Trial(4, None, limit_bytes=900, peak_bytes=40, steps=2, fits=True)])
 TRIAL = json.loads(WHOLE)["trials"][0]
 

@@ -8,7 +8,7 @@ import small_steps
 
 from mlx_tune.batching.probe import Probe
 from mlx_tune.errors import TrialError
-from mlx_tune.measuring.outcomes import count_items, is_out_of_memory
+from mlx_tune.measuring.step_outcome import count_items, is_out_of_memory
 
 pytestmark = pytest.mark.usefixtures("quick_garbage")
 

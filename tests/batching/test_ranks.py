@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_tune.batching.journal import Journal
-from mlx_tune.batching.records import started
+from mlx_tune.batching.journal_lines import started
 from mlx_tune.batching.result import Trial
 from mlx_tune.batching.shared_runner import SharedRunner
 from mlx_tune.batching.sizes import agreed_sizes

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tune.batching.search import Measured, search
+from mlx_tune.batching.search import SizeMeasurement, search
 
 CURVES = 1000
 
@@ -61,7 +61,7 @@ def run(curve, budget, sizes=range(1, 10**9), **options):
         assert size not in measured
         assert predicted is None or predicted <= budget
         measured[size] = curve(size)
-        return Measured(measured[size] <= budget, measured[size])
+        return SizeMeasurement(measured[size] <= budget, measured[size])
 
     return search(measure, sizes, budget, **options), measured
 
@@ -206,7 +206,7 @@ def test_small_sizes_that_hide_their_growth_do_not_lure_the_search_over_the_budg
 
     def measure(size, predicted):
         measured[size] = peak(size)
-        return Measured(peak(size) <= budget, peak(size), base)
+        return SizeMeasurement(peak(size) <= budget, peak(size), base)
 
     for bend in (10, 100, 500):
         peak = lambda n: max(base + 500_000 + n, base + n * 500_000 // bend)  # noqa: E731, B023
@@ -239,8 +239,8 @@ def dying_above(most, died):
     def measure(size, predicted):
         if size > most:
             died.append(size)
-            return Measured(False, None)
-        return Measured(True, 100 + size)
+            return SizeMeasurement(False, None)
+        return SizeMeasurement(True, 100 + size)
 
     return measure
 

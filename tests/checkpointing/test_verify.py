@@ -9,8 +9,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_tune as mt
-from mlx_tune.checkpointing.verified import GradientDifference, VerifyReport
 from mlx_tune.checkpointing.verify import _compared
+from mlx_tune.checkpointing.verify_report import GradientDifference, VerifyReport
 
 
 class Block(nn.Module):

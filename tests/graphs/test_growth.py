@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_map
 
 import mlx_tune as mt
-import mlx_tune.graphs.tracing.built as built
+from mlx_tune.graphs.tracing import built_graph
 
 PACKAGE = str(Path(mt.__file__).parent)
 
@@ -79,14 +79,14 @@ class Counting:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.lines = self.characters = 0
-        drawing = built.drawing
+        drawing = built_graph.drawing
 
         def counted(*arrays: mx.array) -> str:
             text = drawing(*arrays)
             self.characters += len(text)
             return text
 
-        monkeypatch.setattr(built, "drawing", counted)
+        monkeypatch.setattr(built_graph, "drawing", counted)
 
     def _line(self, frame: FrameType, event: str, _: Any) -> Any:
         self.lines += event == "line"

@@ -73,7 +73,7 @@ def results():
     """One of each result, made as quickly as that can be done."""
     from mlx_tune.diagnosis.report import CheckResult, Diagnosis
     from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
-    from mlx_tune.lm.result import LossReport, TrainingResult
+    from mlx_tune.lm.training_result import LossReport, TrainingResult
 
     mx.random.seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(2)))

@@ -195,7 +195,7 @@ def test_a_requantized_model_of_experts_keeps_its_classes() -> None:
 
 @pytest.mark.parametrize("fail_at", [0, 7, 14])
 def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at: int) -> None:
-    from mlx_tune.quantization.learning import one_layer
+    from mlx_tune.quantization.learning import apply_layer
 
     model = toys.llama()
     before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
@@ -207,8 +207,8 @@ def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at:
             raise MemoryError("no more")
         return real(*arguments, **options)
 
-    real = one_layer.pack_weight
-    monkeypatch.setattr(one_layer, "pack_weight", pack)
+    real = apply_layer.pack_weight
+    monkeypatch.setattr(apply_layer, "pack_weight", pack)
     mx.random.seed(1)
     expected = mx.random.uniform().item()
     mx.random.seed(1)

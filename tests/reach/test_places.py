@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 
 import mlx_tune as mt
-from mlx_tune.reach.facts import slot_names
+from mlx_tune.reach.code_facts import slot_names
 from mlx_tune.reach.places import (
     Attributes,
     Cell,
@@ -17,8 +17,8 @@ from mlx_tune.reach.places import (
     Defaults,
     Items,
     Members,
-    Names,
     PartialArguments,
+    SelectedItems,
     Sequence,
 )
 
@@ -87,7 +87,7 @@ CASES = {
     "cell, unbound": (Cell(cell_of([1])), lambda place: unbind(place.held)),
     "defaults": (Defaults(DEFAULTED), lambda place: assign(place.held, "__defaults__", None)),
     "partial": (PartialArguments(PARTIAL), lambda place: place.held.__setstate__((print, (), {}, None))),
-    "names, set": (Names(SCOPE, ("a", "missing")), lambda place: place.held.update(a=5, missing=6)),
+    "names, set": (SelectedItems(SCOPE, ("a", "missing")), lambda place: place.held.update(a=5, missing=6)),
     "slots": (Attributes(SLOTTED, slot_names(Slotted)), lambda place: assign(place.held, "seen", None)),
     "slots, removed": (Attributes(SLOTTED, slot_names(Slotted)), lambda place: delattr(place.held, "seen")),
     "slots, empty": (Attributes(Single(), slot_names(Single)), lambda place: assign(place.held, "only", 1)),

@@ -15,7 +15,7 @@ from typing import TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.reach.notes import Note, Ref
+from mlx_tune.reach.container_notes import Note, Ref
 from mlx_tune.upstream import drawing, frozen, leaves_in, operations_in
 
 T = TypeVar("T")

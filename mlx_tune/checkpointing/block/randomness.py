@@ -57,7 +57,7 @@ def thread_stream() -> list[mx.array]:
         [0, 3]
     """
     _end_with_thread()
-    return upstream.thread_stream()
+    return upstream.random_stream()
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.checkpointing.block.constants import Refusals
-from mlx_tune.checkpointing.block.effects import Rewound
 from mlx_tune.checkpointing.block.keep import Frame, with_gradient
 from mlx_tune.checkpointing.block.randomness import draws_from, thread_stream
+from mlx_tune.checkpointing.block.side_effects import Rewound
 from mlx_tune.errors import CheckpointError
 from mlx_tune.graphs.tracing.recomputation import is_tracing, traced_checkpoint
-from mlx_tune.reach.notes import Note, filled
+from mlx_tune.reach.container_notes import Note, fill
 from mlx_tune.reach.places import Held
 from mlx_tune.reach.walk import Walk
 
@@ -147,12 +147,12 @@ class _Outputs:
         """Put these arrays where they belong, and return the value with them in it."""
         for place, items in self.written:
             if isinstance(items, dict):
-                place.put({key: filled(value, arrays) for key, value in items.items()})
+                place.put({key: fill(value, arrays) for key, value in items.items()})
             else:
-                place.put([filled(value, arrays) for value in items])
+                place.put([fill(value, arrays) for value in items])
         for note in self.made:
             note.place.put(note.filled(arrays))
-        return filled(self.template, arrays)
+        return fill(self.template, arrays)
 
 
 def _changed_keys(old: Any, new: Any) -> list[object]:
@@ -253,7 +253,7 @@ class _Call:
                 nullcontext() if here == self.stream else mx.stream(self.stream),
             ):
                 result = self.body(
-                    *filled(self.args, arrays), **{name: filled(value, arrays) for name, value in self.kwargs}
+                    *fill(self.args, arrays), **{name: fill(value, arrays) for name, value in self.kwargs}
                 )
                 outputs = _Outputs(result, self.notes, rewound.started, self.seen)
                 rewound.changed = outputs.changed

@@ -71,7 +71,7 @@ def _shapes(tree: object) -> Any:
     return tree_map(lambda a: ArraySpec(tuple(a.shape), a.dtype) if isinstance(a, mx.array) else a, tree)
 
 
-def kind_of(block: nn.Module, calls: Calls) -> tuple[Any, ...]:
+def block_kind(block: nn.Module, calls: Calls) -> tuple[Any, ...]:
     """The common key of two blocks that do the same work.
 
     Args:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import mlx.nn as nn
 
+from mlx_tune.checkpointing.planning.checkpoint_plan import apply_choice
 from mlx_tune.checkpointing.planning.choose import Choice
-from mlx_tune.checkpointing.planning.planned import apply_choice
+from mlx_tune.measuring.interleaved_timing import compare
 from mlx_tune.measuring.step import StepTrial, run_step
 from mlx_tune.measuring.throttle import best_trial, limit_trials, lowered
-from mlx_tune.measuring.turns import compare
 from mlx_tune.memory import cache_room, held_cache
 from mlx_tune.progress import Bar
 from mlx_tune.units import format_bytes, format_seconds
@@ -24,7 +24,7 @@ LEAST_RUNS = 2
 
 
 @dataclass
-class Measured:
+class ChoiceMeasurement:
     """The knowledge of one choice from real steps.
 
     Attributes:
@@ -69,9 +69,9 @@ class Measurements:
         self.model, self.paths, self.step, self.batch, self.state = model, paths, step, batch, state
         self.budget_bytes, self.steps, self.bar = budget_bytes, steps, bar
         self.throttle, self.share = throttle, share
-        self.made: dict[Choice, Measured] = {}
+        self.made: dict[Choice, ChoiceMeasurement] = {}
 
-    def fit(self, choice: Choice, floor_bytes: int) -> Measured:
+    def fit(self, choice: Choice, floor_bytes: int) -> ChoiceMeasurement:
         """Find the highest limit under which a choice stays within the budget.
 
         Args:
@@ -107,7 +107,7 @@ class Measurements:
         shown = best or min(trials, key=lambda t: t.peak_bytes)
         since = trials[trials.index(shown) :]
         runs = self.steps if all(t.peak_bytes <= self.budget_bytes for t in since) else 0
-        self.made[choice] = Measured(
+        self.made[choice] = ChoiceMeasurement(
             choice, shown.limit_bytes or self.budget_bytes, shown.peak_bytes, shown.seconds, best is not None, runs
         )
         self.bar.ended(
@@ -116,7 +116,7 @@ class Measurements:
         )
         return self.made[choice]
 
-    def faster(self, favourite: Measured, other: Measured) -> Measured:
+    def faster(self, favourite: ChoiceMeasurement, other: ChoiceMeasurement) -> ChoiceMeasurement:
         """Time two choices in turns.
 
         Args:
@@ -134,7 +134,7 @@ class Measurements:
         )
         return other if other.fits and seen.ratio * (1 + 2 * seen.uncertainty) < 1 else favourite
 
-    def hold(self, measured: Measured) -> Measured:
+    def hold(self, measured: ChoiceMeasurement) -> ChoiceMeasurement:
         """Run a choice some more, and lower its limit where its peak leaves the budget: peaks differ from step to step.
 
         One step within the budget, after one that was not, may be a low one: at least two decide.
@@ -159,20 +159,20 @@ class Measurements:
             undo()
         return measured
 
-    def _again(self, measured: Measured, limit: int) -> None:
+    def _again(self, measured: ChoiceMeasurement, limit: int) -> None:
         self.bar.update(text=f"{sum(measured.choice)} of {len(measured.choice)} blocks under {format_bytes(limit)}")
         measured.limit_bytes = limit
         for _ in range(max(self.steps, LEAST_RUNS)):
             self._count(measured, self._run(limit, measured.peak_bytes))
 
-    def _count(self, measured: Measured, trial: StepTrial) -> None:
+    def _count(self, measured: ChoiceMeasurement, trial: StepTrial) -> None:
         """Take one more step of a choice into its figures."""
         measured.seconds = min(measured.seconds, trial.seconds)
         measured.peak_bytes = max(measured.peak_bytes, trial.peak_bytes)
         measured.fits = measured.peak_bytes <= self.budget_bytes
         measured.runs = measured.runs + 1 if measured.fits else 0
 
-    def once(self, measured: Measured) -> float:
+    def once(self, measured: ChoiceMeasurement) -> float:
         """One more step of a choice under its limit; returns its seconds."""
         undo = apply_choice(self.model, self.chosen(measured.choice))
         try:

@@ -10,13 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.checkpointing.blocks import Select, find_blocks
+from mlx_tune.checkpointing.planning.checkpoint_plan import CheckpointPlan, MeasuredChoice, PlannedBlock
 from mlx_tune.checkpointing.planning.choose import Choice, relaxed
-from mlx_tune.checkpointing.planning.measure import Measured, Measurements
-from mlx_tune.checkpointing.planning.planned import CheckpointPlan, MeasuredChoice, PlannedBlock
+from mlx_tune.checkpointing.planning.measure import ChoiceMeasurement, Measurements
 from mlx_tune.checkpointing.planning.survey import Survey, does_not_fit
 from mlx_tune.errors import BudgetError
 from mlx_tune.garbage import quick_collections
-from mlx_tune.graphs.calls import require_functions
+from mlx_tune.graphs.step_calls import require_functions
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.measuring.forecast import ESTIMATE_MARGIN, cheapest_fitting
 from mlx_tune.measuring.half_precision import slow_half_precision
@@ -143,10 +143,10 @@ def candidates(survey: Survey, budget_bytes: int, batch_size: int | None = None)
     return found[::-1]
 
 
-def _fastest(survey: Survey, real: Measurements, budget_bytes: int) -> Measured:
+def _fastest(survey: Survey, real: Measurements, budget_bytes: int) -> ChoiceMeasurement:
     """Measure the candidates, the surest to fit first, and return the fastest that does."""
 
-    def measured(choices: list[Choice]) -> list[Measured]:
+    def measured(choices: list[Choice]) -> list[ChoiceMeasurement]:
         return [m for choice in choices if (m := real.fit(choice, survey.floor(choice))).fits]
 
     fitting = measured(candidates(survey, budget_bytes)) or measured([survey.choices[-1], survey.all])
@@ -176,7 +176,7 @@ def _no_limit_holds(survey: Survey, real: Measurements, budget_bytes: int) -> Bu
     )
 
 
-def _predicted_seconds(survey: Survey, real: Measurements, best: Measured) -> float | None:
+def _predicted_seconds(survey: Survey, real: Measurements, best: ChoiceMeasurement) -> float | None:
     """From the time of the leanest other choice that was run, and what the two choices compute twice."""
     others = [m for m in real.made.values() if m is not best]
     if not others:
@@ -185,7 +185,9 @@ def _predicted_seconds(survey: Survey, real: Measurements, best: Measured) -> fl
     return max(0.0, known.seconds - survey.extra(known.choice) + survey.extra(best.choice))
 
 
-def _result(survey: Survey, real: Measurements, best: Measured, budget_bytes: int, notes: list[str]) -> CheckpointPlan:
+def _result(
+    survey: Survey, real: Measurements, best: ChoiceMeasurement, budget_bytes: int, notes: list[str]
+) -> CheckpointPlan:
     if math.isclose(survey.floor(survey.none), survey.floor(survey.all), rel_tol=0.01):
         notes = [*notes, "Checkpointing saves this step nothing: its peak lies outside the blocks."]
     rows = zip(survey.paths, best.choice, survey.extra_seconds, survey.kinds, strict=True)

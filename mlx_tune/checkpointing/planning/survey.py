@@ -12,9 +12,9 @@ from mlx.optimizers import Optimizer
 
 from mlx_tune.checkpointing.block.wrap import is_checkpointed
 from mlx_tune.checkpointing.blocks import Select, find_blocks
+from mlx_tune.checkpointing.planning.checkpoint_plan import apply_choice
 from mlx_tune.checkpointing.planning.choose import Choice, calibrated
-from mlx_tune.checkpointing.planning.costs import Calls, forward_seconds, kind_of, recorded
-from mlx_tune.checkpointing.planning.planned import apply_choice
+from mlx_tune.checkpointing.planning.costs import Calls, block_kind, forward_seconds, recorded
 from mlx_tune.checkpointing.planning.schedule import frontier
 from mlx_tune.errors import BudgetError, CheckpointError
 from mlx_tune.graphs.estimate import estimate_memory
@@ -174,7 +174,7 @@ class Survey:
 
     def _number_kinds(self, calls: dict[str, Calls]) -> list[int]:
         numbers: dict[object, int] = {}
-        return [numbers.setdefault(kind_of(self.blocks[p], calls[p]), len(numbers)) for p in self.paths]
+        return [numbers.setdefault(block_kind(self.blocks[p], calls[p]), len(numbers)) for p in self.paths]
 
     def _saved_bytes(self, i: int) -> int:
         """The bytes that checkpointing block `i` saves, from graphs in which only that block differs.

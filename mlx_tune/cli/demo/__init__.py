@@ -37,6 +37,6 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demonstration."""
-    from mlx_tune.cli.demo.path import run_demo
+    from mlx_tune.cli.demo.steps import run_demo
 
     return run_demo(arguments)

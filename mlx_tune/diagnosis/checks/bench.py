@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from mlx_tune import devices
 from mlx_tune.diagnosis.check import Finding, check, passed, skipped, warned
+from mlx_tune.measuring.interleaved_timing import compare
 from mlx_tune.measuring.step import StepTrial, run_step
-from mlx_tune.measuring.turns import compare
 from mlx_tune.memory import track_memory
 from mlx_tune.units import format_bytes, format_percent, format_seconds
 from mlx_tune.wiring.context import wired_limit

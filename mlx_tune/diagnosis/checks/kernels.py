@@ -46,13 +46,13 @@ def quantized_kernels(shapes: tuple[Shape, ...] = SHAPES) -> Finding:
     CUDA each kernel is compiled when it is first used, half a minute each; MLX keeps it on disk for the next time.
     """
     from mlx_tune.quantization.formats.modes import Format
-    from mlx_tune.quantization.planning.kernel_trials import backend, fault_in
+    from mlx_tune.quantization.planning.kernel_trials import default_backend, fault_in
     from mlx_tune.quantization.planning.kernels import combinations
 
     found = [
         fault_in(tried)
         for use, shape, wanted in shapes
-        for tried in combinations([use], shape, Format(*wanted), "bfloat16", backend())
+        for tried in combinations([use], shape, Format(*wanted), "bfloat16", default_backend())
     ]
     faults = [fault for fault in found if fault is not None]
     figures = {"tried": len(found), "faults": [str(fault) for fault in faults]}

@@ -11,9 +11,9 @@ from mlx_tune.diagnosis.explanations import (
     operations,
     tracing,
 )
-from mlx_tune.diagnosis.explanations.entry import Entry, Symptom
+from mlx_tune.diagnosis.explanations.known_error import KnownError, Symptom
 
-__all__ = ["ENTRIES", "SYMPTOMS", "Entry", "Symptom", "find"]
+__all__ = ["ENTRIES", "SYMPTOMS", "KnownError", "Symptom", "find"]
 
 SYMPTOMS: tuple[Symptom, ...] = (
     Symptom("memory", "Running out of memory", "An array, a buffer or the machine is too small.", memory.ENTRIES),
@@ -31,9 +31,9 @@ SYMPTOMS: tuple[Symptom, ...] = (
     Symptom("installation", "Installing and importing", "An import fails.", installation.ENTRIES),
 )
 
-ENTRIES: tuple[Entry, ...] = tuple(entry for symptom in SYMPTOMS for entry in symptom.entries)
+ENTRIES: tuple[KnownError, ...] = tuple(entry for symptom in SYMPTOMS for entry in symptom.entries)
 
 
-def find(text: str) -> tuple[Entry, ...]:
+def find(text: str) -> tuple[KnownError, ...]:
     """Every entry that matches a text, in the order of the table; none where the text is unknown."""
     return tuple(entry for entry in ENTRIES if entry.matches(text))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mlx_tune.diagnosis.explanations.entry import MLX, Entry
+from mlx_tune.diagnosis.explanations.known_error import MLX, KnownError
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
+ENTRIES: tuple[KnownError, ...] = (
+    KnownError(
         "The CUDA driver is missing or too old",
         r"libcuda\.so\.1: cannot open|CUDA driver version is insufficient|cudaErrorInsufficientDriver"
         r"|no kernel image is available|unsupported toolchain|no CUDA-capable device",
@@ -19,7 +19,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://ml-explore.github.io/mlx/build/html/install.html",),
     ),
-    Entry(
+    KnownError(
         "A quantized product that CUDA lacks",
         r"No implementation for problem shape|has no CUDA implementation|\[QMM\] NYI"
         r"|\d-bit quantization is not supported",
@@ -45,7 +45,7 @@ ENTRIES: tuple[Entry, ...] = (
             MLX + "blob/main/mlx/backend/cuda/quantized/quantized.cpp",
         ),
     ),
-    Entry(
+    KnownError(
         "CUDA headers that are not found",
         r"Can not find locations of CUDA headers",
         "RuntimeError: Can not find locations of CUDA headers, please set environment variable CUDA_HOME or CUDA_PATH.",
@@ -57,7 +57,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/3859", MLX + "pull/2906", MLX + "blob/main/mlx/backend/cuda/jit_module.cpp"),
     ),
-    Entry(
+    KnownError(
         "An illegal memory access on CUDA",
         r"an illegal memory access was encountered|cudaErrorIllegalAddress",
         "RuntimeError: cudaMallocManaged failed: an illegal memory access was encountered.",

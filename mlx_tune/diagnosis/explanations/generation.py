@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from mlx_tune.diagnosis.explanations.entry import MLX_EXAMPLES, MLX_LM, Entry
+from mlx_tune.diagnosis.explanations.known_error import MLX_EXAMPLES, MLX_LM, KnownError
 
 _GENERATE = MLX_LM + "blob/main/mlx_lm/generate.py"
 _CACHE = MLX_LM + "blob/main/mlx_lm/models/cache.py"
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
+ENTRIES: tuple[KnownError, ...] = (
+    KnownError(
         "A tokenizer without a chat template",
         r"chat_template is not set|No chat template is set",
         "ValueError: Cannot use chat template functions because tokenizer.chat_template is not set and no template "
@@ -28,7 +28,7 @@ ENTRIES: tuple[Entry, ...] = (
             "https://github.com/arcee-ai/fastmlx/issues/6",
         ),
     ),
-    Entry(
+    KnownError(
         "A key/value cache that does not fit its mask or its batch",
         r"\[broadcast_shapes\] Shapes \(\d+,\d+,\d+,\d+\) and \(\d+,\d+,\d+,\d+\) cannot be broadcast",
         "ValueError: [broadcast_shapes] Shapes (1,1,1,3691) and (1,16,1,721) cannot be broadcast.",
@@ -48,7 +48,7 @@ ENTRIES: tuple[Entry, ...] = (
             "https://github.com/exo-explore/exo/issues/2178",
         ),
     ),
-    Entry(
+    KnownError(
         "A cache that cannot be quantized",
         r"(Batch)?RotatingKVCache Quantization NYI|Quantized SDPA does not support attention sinks",
         "NotImplementedError: RotatingKVCache Quantization NYI",
@@ -62,7 +62,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX_LM + "issues/1573", MLX_LM + "blob/main/mlx_lm/models/base.py", _CACHE),
     ),
-    Entry(
+    KnownError(
         "Caches that cannot be batched or cut back",
         r"does not yet support batching with history|can only merge caches with the same maximum size"
         r"|Speculative decoding requires a trimmable prompt cache",
@@ -75,7 +75,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (_GENERATE, _CACHE),
     ),
-    Entry(
+    KnownError(
         "A data set that mlx-lm cannot read",
         r"(Training|Test) set not found or empty|Unsupported data format, check the supported formats"
         r"|Not found Hugging Face dataset",
@@ -88,7 +88,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX_EXAMPLES + "issues/597", MLX_LM + "blob/main/mlx_lm/tuner/datasets.py"),
     ),
-    Entry(
+    KnownError(
         "Fewer examples than a batch",
         r"Dataset must have at least batch_size=\d+|The batch size must be divisible by the number of workers",
         "ValueError: Dataset must have at least batch_size=4 examples but only has 2.",
@@ -100,7 +100,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX_LM + "blob/main/mlx_lm/tuner/trainer.py",),
     ),
-    Entry(
+    KnownError(
         "A step that is called with too few arguments",
         r"(?<![\w.])(?:[\w.]+<locals>\.)?\w*(step|loss)\w*\(\) missing \d+ required positional arguments?: "
         r"(?!'(self|closure)')",

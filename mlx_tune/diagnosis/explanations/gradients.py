@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mlx_tune.diagnosis.explanations.entry import MLX, MLX_LM, MLX_VLM, Entry
+from mlx_tune.diagnosis.explanations.known_error import MLX, MLX_LM, MLX_VLM, KnownError
 
 _PRIMITIVES = MLX + "blob/main/mlx/primitives.cpp"
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
+ENTRIES: tuple[KnownError, ...] = (
+    KnownError(
         "A gradient through whole numbers",
         r"Cannot calculate VJP with respect to (indices|mask|boolean masks)"
         r"|\[GatherQMM::vjp\] cannot compute the gradient wrt the indices",
@@ -21,7 +21,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (_PRIMITIVES,),
     ),
-    Entry(
+    KnownError(
         "Expert routing that passes its gradient on",
         r"\[(gather|gather_axis|scatter_axis|GatherMM)\] Cannot calculate VJP with respect to indices"
         r"|\[GatherQMM::vjp\] cannot compute the gradient wrt the indices",
@@ -37,7 +37,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX_LM + "issues/1786", MLX_LM + "issues/1897", MLX_LM + "issues/1449", MLX + "issues/3787"),
     ),
-    Entry(
+    KnownError(
         "A custom kernel has no gradient",
         r"\[Primitive::(vjp|jvp)\] Not implemented for CustomKernel",
         "ValueError: [Primitive::vjp] Not implemented for CustomKernel.",
@@ -59,7 +59,7 @@ ENTRIES: tuple[Entry, ...] = (
             MLX_LM + "blob/main/mlx_lm/models/qwen3_next.py",
         ),
     ),
-    Entry(
+    KnownError(
         "An operation without a derivative",
         r"\[Primitive::vjp\] Not implemented for (?!CustomKernel)|VJP not implemented for scatter_prod",
         "ValueError: [Primitive::vjp] Not implemented for SVD.",
@@ -71,7 +71,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (_PRIMITIVES, "https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.custom_function.html"),
     ),
-    Entry(
+    KnownError(
         "An operation without a forward derivative or without vmap",
         r"\[Primitive::(jvp|vmap)\] Not implemented for (?!CustomKernel)|\[\w+::vmap\] NYI",
         "ValueError: [Primitive::jvp] Not implemented for AddMM.",
@@ -83,7 +83,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/1771", _PRIMITIVES),
     ),
-    Entry(
+    KnownError(
         "A gradient of quantized weights",
         r"no gradient wrt the quantized (weights|matrix)",
         "RuntimeError: [QuantizedMatmul::vjp] no gradient wrt the quantized weights.",
@@ -98,7 +98,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (_PRIMITIVES, MLX + "pull/2129"),
     ),
-    Entry(
+    KnownError(
         "A gradient of scales that are not affine",
         r"no gradient wrt scales in \w+ quantization",
         "ValueError: [QuantizedMatmul::vjp] no gradient wrt scales in mxfp4 quantization.",
@@ -110,7 +110,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (_PRIMITIVES, MLX + "pull/2129"),
     ),
-    Entry(
+    KnownError(
         "A loss that is not one number",
         r"\[vjp\] Output shape .* does not (match )?cotangent shape"
         r"|\[(grad|value_and_grad)\] The return value of the function whose gradient we want to compute",

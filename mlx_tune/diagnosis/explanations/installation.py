@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mlx_tune.diagnosis.explanations.entry import MLX, Entry
+from mlx_tune.diagnosis.explanations.known_error import MLX, KnownError
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
+ENTRIES: tuple[KnownError, ...] = (
+    KnownError(
         "MLX without a backend",
         r"libmlx\.(so|dylib): cannot open shared object file|Library not loaded: @rpath/libmlx",
         "ImportError: libmlx.so: cannot open shared object file: No such file or directory",
@@ -14,7 +14,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("uv pip install --force-reinstall 'mlx[cpu]'   # or mlx[cuda12], mlx[cuda13] with an NVIDIA GPU",),
         (MLX + "issues/2390", MLX + "issues/2402"),
     ),
-    Entry(
+    KnownError(
         "NVIDIA's libraries are missing",
         r"lib(nccl|cudnn|cublas|cublasLt|cudart|cufft|cusolver|nvrtc)[\w-]*\.so[\d.]*: cannot open",
         "ImportError: libnccl.so.2: cannot open shared object file: No such file or directory",
@@ -26,7 +26,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/2500", "https://ml-explore.github.io/mlx/build/html/install.html"),
     ),
-    Entry(
+    KnownError(
         "Another mlx_tune is in the way",
         r"cannot import name '\w+' from 'mlx_tune'|module 'mlx_tune' has no attribute",
         "AttributeError: module 'mlx_tune' has no attribute 'wired_limit'",
@@ -38,7 +38,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://pypi.org/project/mlx-tune",),
     ),
-    Entry(
+    KnownError(
         "Another mlx is in the way",
         r"No module named 'mlx\.core'|'mlx' is not a package",
         "ModuleNotFoundError: No module named 'mlx.core'; 'mlx' is not a package",
@@ -46,7 +46,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("Rename it; `python -c 'import mlx; print(mlx.__path__)'` says which it is.",),
         ("https://docs.python.org/3/tutorial/modules.html#the-module-search-path",),
     ),
-    Entry(
+    KnownError(
         "MLX and its backend do not match",
         r"undefined symbol: \S*mlx|Symbol not found: \S*mlx|core\..*\.so: undefined symbol",
         "ImportError: mlx/core.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN3mlx4core9cumulativeE",
@@ -58,7 +58,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://github.com/Acelogic/LTX-2-MLX/issues/16", MLX + "issues/2402"),
     ),
-    Entry(
+    KnownError(
         "glibc is too old",
         r"version `GLIBC(XX)?_[\d.]+' not found",
         "ImportError: /lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.35' not found (required by libmlx.so)",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from mlx_tune.diagnosis.explanations.entry import MLX, MLX_EXAMPLES, MLX_LM, MLX_VLM, Entry
+from mlx_tune.diagnosis.explanations.known_error import MLX, MLX_EXAMPLES, MLX_LM, MLX_VLM, KnownError
 
 _MODULE = MLX + "blob/main/python/mlx/nn/layers/base.py"
 _SAFETENSORS = MLX + "blob/main/mlx/io/safetensors.cpp"
 _UPDATE = "uv pip install -U mlx-lm mlx-vlm   # model code and converted files change together"
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
+ENTRIES: tuple[KnownError, ...] = (
+    KnownError(
         "Quantized weights for layers that are not quantized",
         r"Received (\d+ )?parameters not in model[\s\S]*\b(scales|biases)\b|unhandledKeys\(.*\b(scales|biases)\b",
         "ValueError: Received 338 parameters not in model: \n"
@@ -33,7 +33,7 @@ ENTRIES: tuple[Entry, ...] = (
             "https://github.com/ml-explore/mlx-swift-examples/issues/53",
         ),
     ),
-    Entry(
+    KnownError(
         "Parameters that the model does not have",
         r"Received (\d+ )?parameters not in model|unhandledKeys\(|Module does not have (parameter|sub-module) named",
         "ValueError: Received 2 parameters not in model: \nmulti_modal_projector.layer_norm.bias,\n"
@@ -49,7 +49,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/1024", MLX_VLM + "issues/1340", MLX_VLM + "issues/1002", _MODULE),
     ),
-    Entry(
+    KnownError(
         "Plain weights for layers that are quantized",
         r"Missing (\d+ )?parameters[\s\S]*\b(scales|biases)\b|keyNotFound\((base|path):.*\b(scales|biases)\b",
         "ValueError: Missing 2 parameters: \nmodel.layers.0.self_attn.q_proj.biases,\n"
@@ -65,7 +65,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://github.com/ml-explore/mlx-swift-lm/issues/261", _MODULE),
     ),
-    Entry(
+    KnownError(
         "Parameters that the file lacks",
         r"Missing (\d+ )?parameters: |keyNotFound\((base|path):|\bKey \S+ not found in \w+",
         "ValueError: Missing 2 parameters: \nmulti_modal_projector.layer_norm.bias,\n"
@@ -86,7 +86,7 @@ ENTRIES: tuple[Entry, ...] = (
             _MODULE,
         ),
     ),
-    Entry(
+    KnownError(
         "Weights that are packed in another number of bits",
         r"Expected shape \(((?:\d+, )+)(\d+)\) but received shape \(\1(?!\2\))\d+\) for parameter "
         r"\S+\.(weight|scales|biases)"
@@ -103,7 +103,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://github.com/ml-explore/mlx-swift-examples/issues/178", _MODULE),
     ),
-    Entry(
+    KnownError(
         "A parameter of another shape",
         r"Expected shape \(.*\) but received shape|mismatchedSize\(key:|Expected mx\.array but received",
         "ValueError: Expected shape (512, 2048) but received shape (2048, 2048) for parameter "
@@ -120,7 +120,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX_VLM + "issues/678", "https://github.com/Blaizzy/mlx-audio/pull/715", _MODULE),
     ),
-    Entry(
+    KnownError(
         "Adapters of another model",
         r"Adapter at .* contains incompatible tensors",
         "ValueError: Adapter at adapters contains incompatible tensors:\n"
@@ -133,7 +133,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX_LM + "issues/1725", MLX_LM + "blob/main/mlx_lm/tuner/utils.py"),
     ),
-    Entry(
+    KnownError(
         "A model type that the library does not know",
         r"Model type \S+ not supported(?! for GGUF)|No module named 'mlx_(lm|vlm)\.models\.",
         "ValueError: Model type glm4_moe_lite not supported.",
@@ -147,7 +147,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX_LM + "issues/806", MLX_LM + "issues/670", MLX_VLM + "issues/207"),
     ),
-    Entry(
+    KnownError(
         "A weights file that cannot be opened",
         r"\[load(_\w+)?\] Failed to open|No safetensors found in",
         "RuntimeError: [load_safetensors] Failed to open file MiniMax-M1-80k/model-00075-of-00414.safetensors",
@@ -159,7 +159,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX_LM + "issues/251", _SAFETENSORS, MLX_LM + "blob/main/mlx_lm/utils.py"),
     ),
-    Entry(
+    KnownError(
         "A weights file that is damaged or of another kind",
         r"\[load_safetensors\] (Invalid json header|Tensor .* invalid data offsets)"
         r"|\[load\] (Invalid header|Unknown file)|\[read\] Unable to read",
@@ -174,7 +174,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://github.com/mlalma/kokoro-ios/issues/4", MLX_EXAMPLES + "issues/341", _SAFETENSORS),
     ),
-    Entry(
+    KnownError(
         "A file that cannot be written",
         r"\[write\] Unable to write|\[save(_\w+)?\] Failed to open",
         "RuntimeError: [write] Unable to write 1073741824 bytes to file.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_tune.diagnosis.explanations.entry import MLX, Entry
+from mlx_tune.diagnosis.explanations.known_error import MLX, KnownError
 
 _NEED_LESS = (
     "Find the largest batch that fits before training: `mt.autobatch(step, make_batch, state=(model, optimizer))`.",
@@ -10,8 +10,8 @@ _NEED_LESS = (
     "Quantize the model: `mt.quantize_model(model, 4)`.",
 )
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
+ENTRIES: tuple[KnownError, ...] = (
+    KnownError(
         "Out of memory on an Apple GPU",
         r"kIOGPUCommandBufferCallbackErrorOutOfMemory|Insufficient Memory",
         "[METAL] Command buffer execution failed: Insufficient Memory "
@@ -25,7 +25,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "pull/479", MLX + "issues/3979", MLX + "issues/4134", MLX + "issues/4174"),
     ),
-    Entry(
+    KnownError(
         "Out of memory on CUDA",
         r"cuda\w*\(.*out of memory|CUDA.*out of memory|cudaErrorMemoryAllocation",
         "cudaMallocAsync(&data, size, stream) failed: out of memory",
@@ -38,7 +38,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/2821", MLX + "pull/2869"),
     ),
-    Entry(
+    KnownError(
         "An array larger than one buffer may be",
         r"\[metal::malloc\] Attempting to allocate \d+ bytes which is greater than",
         "[metal::malloc] Attempting to allocate 90000000000 bytes which is greater than the maximum allowed buffer "
@@ -52,7 +52,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "blob/main/mlx/backend/metal/allocator.cpp",),
     ),
-    Entry(
+    KnownError(
         "Allocation failed",
         r"\[malloc(_or_wait)?\] Unable to allocate|std::bad_alloc",
         "[malloc] Unable to allocate 9663676416 bytes.",
@@ -61,7 +61,7 @@ ENTRIES: tuple[Entry, ...] = (
         (*_NEED_LESS, "See what else holds memory: `mlx-tune doctor --only processes`."),
         (MLX + "issues/63",),
     ),
-    Entry(
+    KnownError(
         "Too many buffers",
         r"\[metal::malloc\] Resource limit \(\d+\) exceeded",
         "[metal::malloc] Resource limit (499000) exceeded.",
@@ -76,7 +76,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/1712", MLX + "issues/3849", MLX + "issues/4464"),
     ),
-    Entry(
+    KnownError(
         "A wired limit that is too high",
         r"\[metal::set_wired_limit\]|set_wired_limit.*(larger|greater) than",
         "[metal::set_wired_limit] Setting a wired limit larger than the maximum working set size is not allowed.",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mlx_tune.diagnosis.explanations.entry import MLX, MLX_EXAMPLES, MLX_VLM, Entry
+from mlx_tune.diagnosis.explanations.known_error import MLX, MLX_EXAMPLES, MLX_VLM, KnownError
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
+ENTRIES: tuple[KnownError, ...] = (
+    KnownError(
         "The GPU watchdog",
         r"kIOGPUCommandBufferCallbackErrorImpactingInteractivity|Impacting Interactivity",
         "[METAL] Command buffer execution failed: Impacting Interactivity "
@@ -22,7 +22,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/3267",),
     ),
-    Entry(
+    KnownError(
         "GPU work that took too long",
         r"Internal Error \(0000000e:Internal Error|kIOGPUCommandBufferCallbackErrorTimeout|Caused GPU Timeout",
         "[METAL] Command buffer execution failed: Internal Error (0000000e:Internal Error)",
@@ -44,7 +44,7 @@ ENTRIES: tuple[Entry, ...] = (
             MLX_EXAMPLES + "issues/664",
         ),
     ),
-    Entry(
+    KnownError(
         "The GPU in the background of a phone",
         r"BackgroundExecutionNotPermitted|Insufficient Permission \(to submit GPU work from background\)",
         "[METAL] Command buffer execution failed: Insufficient Permission (to submit GPU work from background) "
@@ -57,7 +57,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://github.com/ml-explore/mlx-swift/issues/274", "https://github.com/mlalma/kokoro-ios/issues/18"),
     ),
-    Entry(
+    KnownError(
         "The GPU touched memory that is not there",
         r"Invalid Resource \(00000009|kIOGPUCommandBufferCallbackErrorInvalidResource"
         r"|GPU Address Fault|kIOGPUCommandBufferCallbackErrorPageFault",
@@ -72,7 +72,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX_VLM + "issues/270", MLX + "issues/3224"),
     ),
-    Entry(
+    KnownError(
         "The GPU ignores what is submitted",
         r"kIOGPUCommandBufferCallbackErrorSubmissionsIgnored|Ignored \(for causing prior/excessive GPU errors\)"
         r"|kIOGPUCommandBufferCallbackErrorInnocentVictim|Innocent Victim|victim of GPU error"
@@ -87,7 +87,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/4174",),
     ),
-    Entry(
+    KnownError(
         "The Mac panics",
         r"completeMemory\(\) prepare count underflow|IOGPU(Group)?Memory\.cpp",
         'panic(cpu 9 caller 0xfffffe0044): "completeMemory() prepare count underflow" @IOGPUMemory.cpp:550',
@@ -101,7 +101,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/3186", MLX + "issues/3346"),
     ),
-    Entry(
+    KnownError(
         "The Metal library does not load",
         r"Failed to load the (default )?metallib|Can not load metallib",
         "Failed to load the default metallib. This library is using language version 4.0 which is not supported on "
@@ -114,7 +114,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://github.com/exo-explore/exo/issues/1327", MLX + "blob/main/mlx/backend/metal/device.cpp"),
     ),
-    Entry(
+    KnownError(
         "A Metal kernel that cannot be loaded or built",
         r"\[metal::Device\] Unable to (load (kernel|function)|build metal library)",
         "[metal::Device] Unable to build metal library from source\nerror: invalid value 'metal3.1' in '-std=metal3.1'",
@@ -126,7 +126,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://github.com/ml-explore/mlx-examples/issues/1102", MLX + "blob/main/mlx/backend/metal/device.cpp"),
     ),
-    Entry(
+    KnownError(
         "No Metal device",
         r"\[metal::load_device\] No Metal device available|index 0 beyond bounds for empty (NS)?array",
         "[metal::load_device] No Metal device available. This typically occurs in headless, sandboxed, or virtualized "
@@ -139,7 +139,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/3397", MLX + "issues/3148", MLX + "pull/3428"),
     ),
-    Entry(
+    KnownError(
         "A custom kernel without its GPU",
         r"\[(metal_kernel|custom_kernel)\] (No Metal back-end|Only supports the GPU)|\[cuda_kernel\] No CUDA back-end",
         "RuntimeError: [cuda_kernel] No CUDA back-end.",

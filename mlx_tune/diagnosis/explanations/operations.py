@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mlx_tune.diagnosis.explanations.entry import MLX, MLX_EXAMPLES, Entry
+from mlx_tune.diagnosis.explanations.known_error import MLX, MLX_EXAMPLES, KnownError
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
+ENTRIES: tuple[KnownError, ...] = (
+    KnownError(
         "A width that the group size does not divide",
         r"\[quantize\] (The last dimension of the matrix needs to|All dimensions should) be divisible by",
         "[quantize] The last dimension of the matrix needs to be divisible by the quantization group size 64. However "
@@ -19,7 +19,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/1033",),
     ),
-    Entry(
+    KnownError(
         "bfloat16 to NumPy",
         r"PEP 3118 buffer format string",
         "'bfloat16' is not a valid PEP 3118 buffer format string",
@@ -27,7 +27,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("Convert first: `np.array(x.astype(mx.float32))`.",),
         (MLX + "issues/3974",),
     ),
-    Entry(
+    KnownError(
         "An operation that the GPU lacks",
         r"This op is not yet supported on the GPU|\[\w+::eval_gpu\] .*NYI",
         "[linalg::svd] This op is not yet supported on the GPU. Explicitly pass a CPU stream to run it.",
@@ -39,7 +39,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/1238", MLX + "issues/1258", MLX + "blob/main/mlx/linalg.cpp"),
     ),
-    Entry(
+    KnownError(
         "Quantized input on the CPU",
         r"\[(QQMatmul|GatherQQMM)\] NYI",
         "[QQMatmul] NYI",
@@ -47,7 +47,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("Quantize weights only there: `mt.quantize_model(model, 4)` without `activations=True`.",),
         (MLX + "blob/main/mlx/backend/cpu/quantized.cpp",),
     ),
-    Entry(
+    KnownError(
         "Two widths that differ in a product",
         r"\[(matmul|addmm|qqmm|block_masked_mm|quantized_matmul|gather_qmm|gather_mm)\] Last dimension of first input",
         "ValueError: [addmm] Last dimension of first input with shape (1,1500,1280) must match second to last "
@@ -66,7 +66,7 @@ ENTRIES: tuple[Entry, ...] = (
             MLX + "blob/main/mlx/ops.cpp",
         ),
     ),
-    Entry(
+    KnownError(
         "Shapes that cannot be broadcast",
         r"\[broadcast_shapes\] Shapes",
         "ValueError: [broadcast_shapes] Shapes (64,64) and (3,3) cannot be broadcast.",
@@ -79,7 +79,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "blob/main/mlx/utils.cpp",),
     ),
-    Entry(
+    KnownError(
         "Targets that do not fit the logits",
         r"Targets shape .* does not match logits shape",
         "ValueError: Targets shape (2, 1) does not match logits shape (2, 4).",
@@ -91,7 +91,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "blob/main/python/mlx/nn/losses.py",),
     ),
-    Entry(
+    KnownError(
         "Arrays that cannot be joined",
         r"\[concatenate\] All the input array",
         "ValueError: [concatenate] All the input array dimensions must match exactly except for the "
@@ -106,7 +106,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "blob/main/mlx/ops.cpp", MLX + "pull/543"),
     ),
-    Entry(
+    KnownError(
         "A shape with another number of values",
         r"\[reshape\] Cannot reshape array of size",
         "ValueError: [reshape] Cannot reshape array of size 8192 into shape (1,1,32,2,100).",
@@ -118,7 +118,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "blob/main/mlx/primitives.cpp",),
     ),
-    Entry(
+    KnownError(
         "Channels in another place",
         r"\[conv\] Expect the input channels",
         "ValueError: [conv] Expect the input channels in the input and weight array to match but got shapes - input: "
@@ -135,7 +135,7 @@ ENTRIES: tuple[Entry, ...] = (
             "https://github.com/Blaizzy/mlx-audio/pull/715",
         ),
     ),
-    Entry(
+    KnownError(
         "A mask that is more precise than attention",
         r"\[scaled_dot_product_attention\] Mask type must promote to output type",
         "ValueError: [scaled_dot_product_attention] Mask type must promote to output type bfloat16.",
@@ -147,7 +147,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://github.com/jundot/omlx/issues/2305", MLX + "blob/main/mlx/fast.cpp"),
     ),
-    Entry(
+    KnownError(
         "Queries, keys and values that do not fit",
         r"\[scaled_dot_product_attention\] (?!Mask type)",
         "ValueError: [scaled_dot_product_attention] n_heads must be a multiple of n_kv_heads, found n_heads 3 for "
@@ -160,7 +160,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "blob/main/mlx/fast.cpp",),
     ),
-    Entry(
+    KnownError(
         "Indices that are not whole numbers",
         r"Got indices with invalid dtype",
         "ValueError: [gather] Got indices with invalid dtype. Indices must be integral.",
@@ -173,7 +173,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://github.com/exo-explore/exo/issues/133", MLX + "blob/main/mlx/ops.cpp"),
     ),
-    Entry(
+    KnownError(
         "Indexing with a mask",
         r"boolean indices are not yet supported|Cannot index mlx array using the given type",
         "ValueError: boolean indices are not yet supported",
@@ -185,7 +185,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/860", MLX + "issues/2710"),
     ),
-    Entry(
+    KnownError(
         "Whole numbers in a product",
         r"\[\w+\] Only (inexact types|real floating( point)? types( except float64)?) are supported"
         r"|dtype must be inexact",
@@ -195,7 +195,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("Convert first: `x.astype(mx.float32)`, or the dtype of the weights.",),
         (MLX + "blob/main/mlx/ops.cpp",),
     ),
-    Entry(
+    KnownError(
         "float64 on the GPU",
         r"float64 is not supported on the GPU",
         "ValueError: float64 is not supported on the GPU",
@@ -207,7 +207,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/799", "https://github.com/ml-explore/mlx-swift/issues/269"),
     ),
-    Entry(
+    KnownError(
         "A dtype that scatter does not take on the GPU",
         r"\[Scatter\w*::eval_gpu\] Does not support",
         "[Scatter::eval_gpu] Does not support int64",
@@ -216,7 +216,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("Use int32 or float32 there, or compute it on the processor: `with mx.stream(mx.cpu): ...`.",),
         (MLX + "issues/1076", MLX + "blob/main/mlx/backend/metal/indexing.cpp"),
     ),
-    Entry(
+    KnownError(
         "An object that is no array",
         r"Invalid type\s+\S+ received in array initialization|Initialization encountered non-uniform length",
         "ValueError: Invalid type NoneType received in array initialization.",
@@ -229,7 +229,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/1703", MLX + "blob/main/python/src/convert.cpp"),
     ),
-    Entry(
+    KnownError(
         "Plain weights in a quantized product",
         r"The weight matrix should be uint32",
         "ValueError: [quantized_matmul] The weight matrix should be uint32 but received float16",
@@ -242,7 +242,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         ("https://github.com/priontific/MLX-text-completion-notebook/issues/1", MLX + "blob/main/mlx/ops.cpp"),
     ),
-    Entry(
+    KnownError(
         "Scales of another number of bits or group size",
         r"The shapes of the weight and scales are incompatible based on bits and group_size"
         r"|Shape of scales and biases does not match the matrix given the quantization parameters",
@@ -257,7 +257,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/550", MLX + "blob/main/mlx/ops.cpp"),
     ),
-    Entry(
+    KnownError(
         "A format of quantization that does not exist",
         r"\[quantize\] The requested (number of bits|group size)|\[\w+\] \w+ quantization requires (group size|bits)",
         "ValueError: [quantize] mxfp4 quantization requires group size 32 but got 64.",

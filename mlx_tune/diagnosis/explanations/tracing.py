@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mlx_tune.diagnosis.explanations.entry import MLX, Entry
+from mlx_tune.diagnosis.explanations.known_error import MLX, KnownError
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
+ENTRIES: tuple[KnownError, ...] = (
+    KnownError(
         "Evaluating inside a transformation",
         r"\[eval\] Attempting to eval an array (during function|without a primitive)",
         "[eval] Attempting to eval an array during function transformations like compile or vmap is not allowed.",
@@ -18,7 +18,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/1083",),
     ),
-    Entry(
+    KnownError(
         "A compiled function that captures its own input",
         r"\[compile\] Attempting to compile a function with uncaptured inputs",
         "[compile] Attempting to compile a function with uncaptured inputs is not allowed.",
@@ -31,7 +31,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "pull/1401", MLX + "blob/main/mlx/compile.cpp"),
     ),
-    Entry(
+    KnownError(
         "A function that cannot be exported",
         r"\[export_function\] Unable to (get state for|serialize) primitive (?P<primitive>\w+)",
         "[export_function] Unable to get state for primitive CustomTransforms",
@@ -44,7 +44,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/2747", MLX + "issues/2851", MLX + "blob/main/mlx/export.cpp"),
     ),
-    Entry(
+    KnownError(
         "A stream of another thread",
         r"There is no Stream\((gpu|cpu), \d+\) in current thread",
         "There is no Stream(gpu, 0) in current thread.",
@@ -58,7 +58,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/3727", "https://github.com/ml-explore/mlx-lm/issues/1181"),
     ),
-    Entry(
+    KnownError(
         "A compiled function that lost an array",
         r"_Map_base::at|unordered_map::at",
         "IndexError: _Map_base::at",
@@ -75,7 +75,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/2864", MLX + "issues/815"),
     ),
-    Entry(
+    KnownError(
         "A graph that is never evaluated",
         r"Graph depth exceeded maximum allowed limit",
         "RuntimeError: [eval] Graph depth exceeded maximum allowed limit. Try evaluating the graph more frequently.",
@@ -87,7 +87,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/810",),
     ),
-    Entry(
+    KnownError(
         "A compiled kernel with too many arrays",
         r"\[compile\] Too many inputs/outputs fused in the Metal Compiled primitive",
         "[compile] Too many inputs/outputs fused in the Metal Compiled primitive which exhausted the available "
@@ -100,7 +100,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         (MLX + "issues/1880", MLX + "pull/1887"),
     ),
-    Entry(
+    KnownError(
         "An abort after a thread has ended",
         r"terminate called without an active exception",
         "terminate called without an active exception",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from mlx_tune.graphs.simulating import layouts
 from mlx_tune.graphs.simulating.convolutions import convolution
 from mlx_tune.graphs.simulating.layouts import Layout
-from mlx_tune.graphs.simulating.products import addmm, gather_quantized_matmul, matmul, quantized_matmul
+from mlx_tune.graphs.simulating.matrix_products import addmm, gather_quantized_matmul, matmul, quantized_matmul
 
 if TYPE_CHECKING:
     from mlx_tune.graphs.graph import Node

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from mlx_tune.graphs.arguments import arrays_of, with_arrays
+from mlx_tune.graphs.arguments import argument_arrays, with_arrays
 from mlx_tune.graphs.graph import Mark
 
 #: Marks are the smallest numbers of float32, which no step computes with.
@@ -70,9 +70,9 @@ def called_with_gradient(
     Returns:
         The value that the function returns. It has its gradient after `fold_written_out`.
     """
-    primals = arrays_of((args, kwargs))
+    primals = argument_arrays((args, kwargs))
     made = function(*args, **kwargs)
-    values = [mx.stop_gradient(y) for y in arrays_of(made)]
+    values = [mx.stop_gradient(y) for y in argument_arrays(made)]
     smooth = [i for i, x in enumerate(primals) if is_smooth(x)]
     if not smooth or not any(map(is_smooth, values)):
         return with_arrays(made, iter(values))
@@ -82,7 +82,7 @@ def called_with_gradient(
     # The outputs are there when all of them are, and the inputs too: MLX passes them through one operation.
     outputs = iter(mx.depends(values, primals))
     before = args[0] if len(args) == 1 else args
-    gradients = arrays_of(gradient(before, with_arrays(made, cotangents), with_arrays(made, outputs), **kwargs))
+    gradients = argument_arrays(gradient(before, with_arrays(made, cotangents), with_arrays(made, outputs), **kwargs))
     total = mx.array(0.0)
     # As a written-out checkpoint does, the sum waits for the values. Its derivative needs the numbers, and they wait
     # for the gradients: so those are in the graph exactly where they are asked for.
@@ -112,8 +112,8 @@ def derivative_of(function: Callable[..., object]) -> Callable[..., object]:
 
         def pure(*arrays: mx.array) -> list[mx.array]:
             inner_args, inner_kwargs = with_arrays((args, kwargs), iter(arrays))
-            return arrays_of(function(*inner_args, **inner_kwargs))
+            return argument_arrays(function(*inner_args, **inner_kwargs))
 
-        return list(mx.vjp(pure, arrays_of((args, kwargs)), arrays_of(cotangents))[1])
+        return list(mx.vjp(pure, argument_arrays((args, kwargs)), argument_arrays(cotangents))[1])
 
     return gradient

@@ -12,8 +12,8 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
 from mlx_tune.graphs.arguments import ArraySpec
-from mlx_tune.graphs.graph import dtype_name
 from mlx_tune.trees import state_arrays, walk
+from mlx_tune.units import dtype_name
 
 
 class FirstStep:

@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.errors import TraceError
-from mlx_tune.graphs.arguments import ArraySpec, Leaf, arrays_of, with_arrays
+from mlx_tune.graphs.arguments import ArraySpec, Leaf, argument_arrays, with_arrays
 from mlx_tune.graphs.graph import CompiledCall, Graph, Node, Value
-from mlx_tune.graphs.tracing.built import BuiltGraph, made_by_operations
+from mlx_tune.graphs.tracing.built_graph import BuiltGraph, made_by_operations
 from mlx_tune.graphs.tracing.custom_gradients import Marks
 from mlx_tune.interrupts import interruptible
 from mlx_tune.trees import StateArray, state_arrays
@@ -73,7 +73,7 @@ class Recorder:
                 slot.put(place[id(slot.array)])
             with interruptible():
                 result = step(*with_arrays(args, (tracers[i] for i in positions)))
-            outputs = arrays_of(result)
+            outputs = argument_arrays(result)
             if not outputs:
                 raise TraceError(_without_arrays(result))
             self.graph.results = len(outputs)

@@ -15,11 +15,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.graphs.arguments import arrays_of, with_arrays
-from mlx_tune.graphs.tracing.built import BuiltGraph
+from mlx_tune.graphs.arguments import argument_arrays, with_arrays
+from mlx_tune.graphs.tracing.built_graph import BuiltGraph
 from mlx_tune.graphs.tracing.custom_gradients import Marks, called_with_gradient, derivative_of
 from mlx_tune.graphs.tracing.recomputation import traced_checkpoint
-from mlx_tune.upstream import FUNCTION, function_of, kind_of, referents, state_of
+from mlx_tune.upstream import FUNCTION, function_of, referents, state_of, transformation_kind
 
 _thread = threading.local()
 _lock = threading.Lock()
@@ -120,9 +120,9 @@ def _write_out(fun: Callable[..., object], args: tuple[object, ...], kwargs: dic
     def pure(*arrays: mx.array) -> list[mx.array]:
         inner_args, inner_kwargs = with_arrays((args, kwargs), iter(arrays))
         result[:] = [fun(*inner_args, **inner_kwargs)]
-        return arrays_of(result)
+        return argument_arrays(result)
 
-    values = traced_checkpoint(pure, arrays_of((args, kwargs)))
+    values = traced_checkpoint(pure, argument_arrays((args, kwargs)))
     return with_arrays(result, iter(values))[0]
 
 
@@ -183,15 +183,15 @@ def _compiled(
 
     def state() -> list[mx.array]:
         key: Any = mx.random.state[0]  # type: ignore[index]  # MLX's stubs call the list an object
-        return [key, *arrays_of(captured)]
+        return [key, *argument_arrays(captured)]
 
-    inputs = [*arrays_of((args, kwargs)), *state()]
+    inputs = [*argument_arrays((args, kwargs)), *state()]
     replaced.transforms += 1
     try:
         result = original(function, *args, **kwargs)
     finally:
         replaced.transforms -= 1
-    replaced.compiled_calls.append((inputs, [*arrays_of(result), *state()]))
+    replaced.compiled_calls.append((inputs, [*argument_arrays(result), *state()]))
     return result
 
 
@@ -205,12 +205,12 @@ _PROBE = mx.compile(lambda x: mx.sin(mx.cos(x)))
 
 
 def _kind(transformed: object, replaced: ReplacedCalls) -> str:
-    return replaced.kinds.get(id(transformed)) or kind_of(transformed)
+    return replaced.kinds.get(id(transformed)) or transformation_kind(transformed)
 
 
 def _is_custom(result: object) -> bool:
     """True where the first array of a result was made by MLX's custom-gradient primitive, as checkpoints are."""
-    arrays = arrays_of(result)
+    arrays = argument_arrays(result)
     if not arrays:
         return False
     built = BuiltGraph([], arrays[:1])

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import GeneratorType
 from typing import Any
 
-from mlx_tune.graphs.tracing.built import made_by_operations
-from mlx_tune.reach.notes import Note, written
+from mlx_tune.graphs.tracing.built_graph import made_by_operations
+from mlx_tune.reach.container_notes import Note, written
 from mlx_tune.reach.walk import Walk
 
 #: How many items to note at most, the nearest first: a data set that the step can reach has millions.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from mlx_tune.errors import InvalidArgumentError, TraceError
 from mlx_tune.graphs.arguments import Leaf, leaves
-from mlx_tune.graphs.calls import Way, called, fits_inside, fitting_ways
-from mlx_tune.graphs.graph import Graph, dtype_name
+from mlx_tune.graphs.graph import Graph
+from mlx_tune.graphs.step_calls import Way, called, fits_inside, fitting_ways
 from mlx_tune.graphs.tracing.compiled_calls import fuse_compiled_calls
 from mlx_tune.graphs.tracing.failures import explain_failure, refused_primitive
 from mlx_tune.graphs.tracing.first_steps import FirstStep
@@ -23,6 +23,7 @@ from mlx_tune.graphs.tracing.unmerge import unmerge
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.state import Snapshot
 from mlx_tune.trees import StateArray, state_arrays
+from mlx_tune.units import dtype_name
 
 #: A step whose state is still another after so many of them is taken as it is then.
 _MOST_RETRACED = 3

@@ -8,7 +8,7 @@ shapes and arguments. Measured without it, 34 of 65 steps leave the tolerance of
 from __future__ import annotations
 
 from mlx_tune.graphs.graph import NOOPS, CompiledCall, Graph, Node, Value
-from mlx_tune.graphs.tracing.built import BuiltGraph
+from mlx_tune.graphs.tracing.built_graph import BuiltGraph
 
 
 def unmerge(simplified: Graph, built: BuiltGraph, calls: list[CompiledCall]) -> Graph | None:

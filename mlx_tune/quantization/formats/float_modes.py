@@ -14,9 +14,9 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_tune.devices import computes_on_cpu
-from mlx_tune.quantization.formats.magnitudes import unit_of
 from mlx_tune.quantization.formats.modes import FIXED_MODES, Effort
 from mlx_tune.quantization.formats.packing import pack
+from mlx_tune.quantization.formats.powers_of_two import unit_of
 
 #: The magnitudes of a 4-bit float with two bits of exponent and one of mantissa, by code, and what lies between them.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

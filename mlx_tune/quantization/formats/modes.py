@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import mlx.core as mx
-
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
 from mlx_tune.units import whole_number
@@ -113,11 +111,6 @@ def check_format(bits: object, group_size: object, mode: object, *, where: str =
             f"{_listed(AFFINE_GROUP_SIZES)}."
         )
     return Format(bits, group_size, mode)
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """The name of a dtype, such as "float32"."""
-    return str(dtype).rpartition(".")[2]
 
 
 def _listed(values: object) -> str:

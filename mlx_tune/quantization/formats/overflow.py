@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_tune.quantization.formats.lazy import number
+from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.formats.packing import PackedArrays, dequantize_float32
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.quantization.formats.affine import quantize_affine
 from mlx_tune.quantization.formats.float_modes import quantize_float
-from mlx_tune.quantization.formats.lazy import number
+from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.formats.modes import Effort, Format
 from mlx_tune.quantization.formats.packing import PackedArrays, dequantize_float32, quantize_nearest
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_tune.devices import computes_on_cpu
-from mlx_tune.quantization.formats.magnitudes import unit_of
 from mlx_tune.quantization.formats.packing import pack, quantize_nearest
+from mlx_tune.quantization.formats.powers_of_two import unit_of
 
 #: No product of code and scale, and no weight unpacked, may pass this.
 _MOST = float(mx.finfo(mx.float32).max)

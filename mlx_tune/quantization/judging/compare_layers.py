@@ -14,7 +14,7 @@ from mlx_tune.quantization.models.layers import (
     read_weight,
     weight_shape,
 )
-from mlx_tune.quantization.models.sites import module_at, own_arrays, walk
+from mlx_tune.quantization.models.sites import module_at, own_arrays, sites_of
 from mlx_tune.quantization.planning.layout import totals
 
 
@@ -28,7 +28,7 @@ def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport
     skipped: list[LayerReport] = []
     counted: set[int] = set()
     seen_before: set[int] = set()
-    for site in walk(model):
+    for site in sites_of(model):
         module = site.module
         packed = is_quantized(module)
         dense = not packed and callable(getattr(module, "to_quantized", None))
@@ -62,8 +62,8 @@ def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport
                 reason=None if packed else "not quantized",
             )
         )
-    size_before, parameters = totals(site.module for site in walk(reference))
-    size_after, _ = totals(site.module for site in walk(model))
+    size_before, parameters = totals(site.module for site in sites_of(reference))
+    size_after, _ = totals(site.module for site in sites_of(model))
     return QuantizationReport(
         method=COMPARED,
         size_before_bytes=size_before,

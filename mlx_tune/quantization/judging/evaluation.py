@@ -14,17 +14,17 @@ import mlx.nn as nn
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import Bar, progress_bar
-from mlx_tune.quantization.formats.lazy import number
+from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.judging.accuracy import Accuracy, divergence_of
-from mlx_tune.quantization.judging.figures import LOGITS_AT_ONCE, compare_outputs, compare_tokens, join_figures
+from mlx_tune.quantization.judging.compare_answers import LOGITS_AT_ONCE, compare_outputs, compare_tokens, join_figures
 from mlx_tune.quantization.judging.statistics import TokenFigures
 from mlx_tune.quantization.judging.summaries import summarise_losses, summarise_outputs, summarise_tokens
 from mlx_tune.quantization.models.answers import HALVES, Loss, logits_of, mean_loss, narrow_dtype, output_arrays
 from mlx_tune.quantization.models.arithmetic import evaluation_mode, exactly, unpacked_on_cpu
 from mlx_tune.quantization.models.batches import Batch, rows_at_most, widen
-from mlx_tune.quantization.models.calls import FAULTS, resolve, uncallable
 from mlx_tune.quantization.models.layers import EMBEDDINGS, weight_shape
-from mlx_tune.quantization.models.sites import own_arrays, walk
+from mlx_tune.quantization.models.model_calls import FAULTS, resolve, uncallable
+from mlx_tune.quantization.models.sites import own_arrays, sites_of
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 
 #: Tokens that the noise floor is measured on; fewer on a CPU, which multiplies half-precision numbers slowly.
@@ -145,7 +145,7 @@ class Evaluation:
         """The divergence between the reference in its own dtype and in float32: rounding alone."""
         if self.kind != "tokens":
             return
-        if not any(a.dtype in HALVES for s in walk(reference) for a in own_arrays(s.module).values()):
+        if not any(a.dtype in HALVES for s in sites_of(reference) for a in own_arrays(s.module).values()):
             self.no_noise_floor = "the weights are float32"
             return
         if unpacked_on_cpu(reference):
@@ -175,7 +175,7 @@ class Evaluation:
         self.noise_floor, self.noise_floor_tokens, self.no_noise_floor = floor.mean_kl, floor.tokens, None
 
 
-def prepare(
+def prepare_evaluation(
     model: nn.Module, batches: list[Batch], loss: Loss | None = None, *, warnings: tuple[str, ...] = ()
 ) -> Evaluation:
     """Find out what kind of model it is, by calling it once, and cut its batches into parts that fit.
@@ -196,7 +196,9 @@ def prepare(
     if first.tokens is not None:
         highest = max(int(number(mx.max(b.tokens))) for b in batches if b.tokens is not None)
         lowest = min(int(number(mx.min(b.tokens))) for b in batches if b.tokens is not None)
-        rows = max((weight_shape(s.module)[0] for s in walk(model) if isinstance(s.module, EMBEDDINGS)), default=None)
+        rows = max(
+            (weight_shape(s.module)[0] for s in sites_of(model) if isinstance(s.module, EMBEDDINGS)), default=None
+        )
         # MLX reads past the end of a table without a word, so the call is tried with tokens that are in it.
         probe = first.tokens[:1, :-1] if rows is None else mx.clip(first.tokens[:1, :-1], 0, rows - 1)
         with exactly(model):
@@ -246,7 +248,7 @@ class Watched:
         """Find out how the model takes the batches."""
         self._model = model
         self._store = OutputStore()
-        self.evaluation = prepare(model, batches, loss)
+        self.evaluation = prepare_evaluation(model, batches, loss)
 
     def __enter__(self) -> Callable[[], float]:
         """Run the model as it is, and hand on the function that tells its divergence from that."""
@@ -272,7 +274,7 @@ def perplexity(model: nn.Module, batches: list[Batch]) -> float:
     Returns:
         The exponential of the mean negative log-likelihood, over all predicted tokens.
     """
-    comparison = prepare(model, batches, None)
+    comparison = prepare_evaluation(model, batches, None)
     if comparison.kind != "tokens":
         raise QuantizationError("The model gives no logits [batch, length, vocabulary], so it has no perplexity.")
     total, count = 0.0, 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.quantization.judging.accuracy import Accuracy
-from mlx_tune.quantization.judging.picture import DrawnLayer
+from mlx_tune.quantization.judging.report_picture import DrawnLayer
 from mlx_tune.quantization.judging.speed import SpeedComparison
 from mlx_tune.units import format_bytes, format_count, format_percent, format_seconds
 
@@ -190,7 +190,7 @@ class QuantizationReport(Tabular):
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        from mlx_tune.quantization.judging.picture import draw_layers
+        from mlx_tune.quantization.judging.report_picture import draw_layers
 
         sizes = f"{format_bytes(self.size_before_bytes)} to {format_bytes(self.size_after_bytes)}"
         title = f"{sizes}, {self.bits_per_weight:.2f} bits per weight, {self.method}"

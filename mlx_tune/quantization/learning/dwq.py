@@ -23,8 +23,8 @@ from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import CheckpointError, QuantizationError
 from mlx_tune.memory import memory_budget, track_memory
 from mlx_tune.progress import Bar, progress_bar
-from mlx_tune.quantization.formats.lazy import number
-from mlx_tune.quantization.learning.ranks import Shares
+from mlx_tune.quantization.formats.lazy_arrays import number
+from mlx_tune.quantization.learning.data_parallel import Shares
 from mlx_tune.quantization.learning.trainable import (
     NAMES,
     stays_in_range,

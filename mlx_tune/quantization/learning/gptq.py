@@ -21,7 +21,7 @@ import mlx.core as mx
 from mlx_tune.errors import QuantizationError
 from mlx_tune.measuring.float32_products import matmul_float32
 from mlx_tune.quantization.formats.affine import quantize_affine
-from mlx_tune.quantization.formats.lazy import number
+from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.packing import check_affine, dequantize_float32, pack
 from mlx_tune.quantization.formats.scale_search import Solver, plan_search

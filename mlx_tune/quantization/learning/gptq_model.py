@@ -17,13 +17,13 @@ from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.measuring.float32_products import matmul_float32
 from mlx_tune.progress import Bar, progress_bar
-from mlx_tune.quantization.formats.lazy import number
-from mlx_tune.quantization.formats.magnitudes import in_range
+from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packed_arrays import pack_weight
 from mlx_tune.quantization.formats.packing import dequantize_float32
-from mlx_tune.quantization.learning.drift import corrected, drifted_output_error
+from mlx_tune.quantization.formats.powers_of_two import in_range
+from mlx_tune.quantization.learning.drift_correction import corrected, drifted_output_error
 from mlx_tune.quantization.learning.experts import note_of_experts
 from mlx_tune.quantization.learning.gptq import output_error, quantize_gptq, shrinkage_for
 from mlx_tune.quantization.learning.moments import Drift, InputMoments
@@ -99,7 +99,7 @@ def gptq_model(
         QuantizationError: There are no batches, or inputs are not finite.
 
     Examples:
-        >>> from mlx_tune.quantization.learning.one_layer import install
+        >>> from mlx_tune.quantization.learning.apply_layer import install
         >>> from mlx_tune.quantization.models.batches import read_batches
         >>> from mlx_tune.quantization.dry_run import plan_quantization
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -112,12 +112,12 @@ def gptq_model(
     if not calibration:
         raise QuantizationError("GPTQ learns from batches: calibration is empty.")
     with progress_bar("gptq", len(layers), enabled=progress) as bar:
-        run = _Run(model, list(layers), in_parts(calibration, _PART_TOKENS), install, effort, bar)
+        run = _Pass(model, list(layers), in_parts(calibration, _PART_TOKENS), install, effort, bar)
         done = run.all(blocks_of(model))
     return [done[layer.path] for layer in layers]
 
 
-class _Run:
+class _Pass:
     """One pass over a model."""
 
     def __init__(

@@ -19,7 +19,7 @@ from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packing import unpack
 from mlx_tune.quantization.models.layers import dense_twin, has_dense_class, is_quantized
-from mlx_tune.quantization.models.sites import Site, in_places, walk
+from mlx_tune.quantization.models.sites import Site, in_places, sites_of
 from mlx_tune.substitution import subclass, substitute
 
 #: Names of the two trained arrays of a layer.
@@ -30,7 +30,7 @@ def trainable_sites(model: nn.Module) -> list[Site]:
     """Layers with affine scales and biases, each once."""
     return [
         site
-        for site in walk(model)
+        for site in sites_of(model)
         if is_quantized(site.module)
         and getattr(site.module, "mode", "affine") == "affine"
         and isinstance(site.module.get("biases"), mx.array)

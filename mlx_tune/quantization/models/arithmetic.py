@@ -16,7 +16,7 @@ from mlx_tune.memory import memory_limit
 from mlx_tune.quantization.formats.packing import dequantize_float32
 from mlx_tune.quantization.models.batches import widen
 from mlx_tune.quantization.models.layers import dense_twin, has_dense_class, is_quantized
-from mlx_tune.quantization.models.sites import Site, own_arrays, walk
+from mlx_tune.quantization.models.sites import Site, own_arrays, sites_of
 from mlx_tune.substitution import subclass, substituted
 from mlx_tune.upstream import has_mode, set_mode
 
@@ -30,7 +30,7 @@ def exactly(model: nn.Module) -> Iterator[None]:
 
     Without a limit MLX queues ahead, and holds a float32 copy of every layer that it has queued.
     """
-    sites = walk(model)
+    sites = sites_of(model)
     with _evaluating(sites), _computing_in_float32(sites), memory_limit(_limit_bytes(sites)):
         yield
 
@@ -46,7 +46,7 @@ def _limit_bytes(sites: Sequence[Site]) -> int:
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and, where the device is a CPU, float32, which alone is fast there."""
-    sites = walk(model)
+    sites = sites_of(model)
     with ExitStack() as stack:
         stack.enter_context(_evaluating(sites))
         if computes_on_cpu():
@@ -61,7 +61,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Some models put other arrays into themselves while they are called: mlx-lm's Gemma 3n stores a few of its weights
     anew in float32. Measuring must not leave such marks.
     """
-    with _evaluating(walk(model)):
+    with _evaluating(sites_of(model)):
         yield
 
 
@@ -100,7 +100,7 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
     CPU, packed weights are unpacked for each use, in float32 from the stored scales: `mx.quantized_matmul` is tens
     of times slower there. The model's parameters and classes are what they were as soon as the block ends.
     """
-    with _computing_in_float32(walk(model)):
+    with _computing_in_float32(sites_of(model)):
         yield
 
 
@@ -115,7 +115,7 @@ def _computing_in_float32(sites: Sequence[Site]) -> Iterator[None]:
 
 def unpacked_on_cpu(model: nn.Module) -> bool:
     """True where `float32_arithmetic` evaluates this model through unpacked weights here."""
-    return computes_on_cpu() and any(_unpackable(s.module) for s in walk(model))
+    return computes_on_cpu() and any(_unpackable(s.module) for s in sites_of(model))
 
 
 def _unpackable(module: nn.Module) -> bool:

@@ -11,9 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.lazy import read_array
-from mlx_tune.quantization.formats.modes import Format, dtype_name
+from mlx_tune.quantization.formats.lazy_arrays import read_array
+from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.formats.packing import PackedArrays, dequantize_float32
+from mlx_tune.units import dtype_name
 from mlx_tune.upstream import freeze_also, frozen, set_mode
 
 #: Modules that tokens are looked up in, packed and not.

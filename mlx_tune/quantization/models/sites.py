@@ -33,11 +33,11 @@ class Site:
         return self.paths[0]
 
 
-def walk(model: nn.Module) -> list[Site]:
+def sites_of(model: nn.Module) -> list[Site]:
     """Every module below and including `model`, each once, in the order of definition.
 
     Examples:
-        >>> [site.path for site in walk(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
+        >>> [site.path for site in sites_of(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
         ['', 'layers.0', 'layers.1']
     """
     paths: dict[int, list[str]] = {}

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_tune.errors import DiskError
 from mlx_tune.files.scratch import ScratchFiles, in_memory
 from mlx_tune.interrupts import uninterrupted
-from mlx_tune.quantization.models.sites import module_at, own_arrays, put_module, walk
+from mlx_tune.quantization.models.sites import module_at, own_arrays, put_module, sites_of
 from mlx_tune.upstream import is_lazy
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Transaction:
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64))
         >>> with Transaction(model) as transaction:
-        ...     swap(model, "layers.0", nn.Linear(64, 64).to_quantized())
+        ...     swap_module(model, "layers.0", nn.Linear(64, 64).to_quantized())
         ...     transaction.roll_back()
         >>> type(model.layers[0]).__name__
         'Linear'
@@ -58,7 +58,7 @@ class Transaction:
         self._token: Any = None
 
     def __enter__(self) -> Self:
-        """Make this the transaction that `swap` reports to."""
+        """Make this the transaction that `swap_module` reports to."""
         self._token = _open.set((*_open.get(), self))
         return self
 
@@ -162,7 +162,7 @@ class Transaction:
             _log.warning("%s", self.notes[-1])
 
 
-def swap(model: nn.Module, path: str, module: nn.Module) -> None:
+def swap_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at `path` of `model`; inside a `Transaction` on that model it can be undone.
 
     Args:
@@ -175,7 +175,7 @@ def swap(model: nn.Module, path: str, module: nn.Module) -> None:
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> swap(model, "layers.0", nn.ReLU())
+        >>> swap_module(model, "layers.0", nn.ReLU())
         >>> type(model.layers[0]).__name__
         'ReLU'
     """
@@ -268,7 +268,7 @@ def _clone(node: object, path: str, parked: dict[str, _Parked]) -> object:
 def _shared_slots(model: nn.Module) -> dict[tuple[int, str], int]:
     """(module, name of its array) to the number of the group that shares one array, where more than one does."""
     holders: dict[int, list[tuple[int, str]]] = {}
-    for site in walk(model):
+    for site in sites_of(model):
         for name, array in own_arrays(site.module).items():
             holders.setdefault(id(array), []).append((id(site.module), name))
     return {slot: number for number, slots in enumerate(s for s in holders.values() if len(s) > 1) for slot in slots}

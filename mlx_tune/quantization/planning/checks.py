@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from mlx_tune.errors import BackendError, QuantizationError
-from mlx_tune.quantization.formats.magnitudes import largest_magnitude
 from mlx_tune.quantization.formats.modes import Effort, Format
 from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packed_arrays import not_finite, pack_weight
 from mlx_tune.quantization.formats.packing import dequantize_float32, quantize_nearest
+from mlx_tune.quantization.formats.powers_of_two import largest_magnitude
 from mlx_tune.quantization.models.layers import read_weight
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.units import format_names

@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune import devices
-from mlx_tune.quantization.formats.lazy import number
+from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.formats.packing import unpack
-from mlx_tune.quantization.planning.kernels import MANY_ROWS, Combination, Fault, Trial, judge
+from mlx_tune.quantization.planning.kernels import MANY_ROWS, Combination, Fault, KernelTrial, judge
 
 #: Matrices of a stack that are tried: two, so that a wrong one can be picked, and so few that eight rows in order are
 #: four a matrix, from where on Metal has a kernel of their own.
@@ -55,16 +55,16 @@ def fault_in(combination: Combination) -> Fault | None:
     key = MLX, str(mx.default_device()), combination
     if key not in _verdicts:
         kernels = MLX
-        _verdicts[key] = judge(combination, lambda tried, trial: measure(tried, trial, kernels), backend())
+        _verdicts[key] = judge(combination, lambda tried, trial: measure(tried, trial, kernels), default_backend())
     return _verdicts[key]
 
 
-def backend() -> devices.Backend:
+def default_backend() -> devices.Backend:
     """The backend of the default device: on a machine with a GPU, the processor where work was sent there."""
     return "cpu" if devices.computes_on_cpu() else devices.machine().backend
 
 
-def measure(combination: Combination, trial: Trial, kernels: Kernels = MLX) -> float:
+def measure(combination: Combination, trial: KernelTrial, kernels: Kernels = MLX) -> float:
     """The relative error of one multiplication: the worst row's, as the root of its mean square.
 
     The reference is computed on the processor in float32, where no backend shortens the factors.
@@ -100,7 +100,7 @@ def measure(combination: Combination, trial: Trial, kernels: Kernels = MLX) -> f
 
 def _multiply(
     combination: Combination,
-    trial: Trial,
+    trial: KernelTrial,
     kernels: Kernels,
     arrays: tuple[mx.array, mx.array, mx.array | None],
     inputs: mx.array,
@@ -139,7 +139,7 @@ def _weights(combination: Combination) -> tuple[mx.array, mx.array, mx.array | N
     return packed, scales.astype(dtype), mx.random.uniform(-3, -1, groups, key=keys[2]).astype(dtype)
 
 
-def _inputs(combination: Combination, trial: Trial) -> tuple[mx.array, mx.array]:
+def _inputs(combination: Combination, trial: KernelTrial) -> tuple[mx.array, mx.array]:
     """Rows as the layer gets them, and the matrix that each row picks."""
     rows = trial.rows
     shape: tuple[int, ...] = (rows, combination.inputs)

@@ -55,17 +55,17 @@ class Combination:
         return f"{what[self.use]} of {self.inputs} inputs in {self.format}, {self.dtype}"
 
     @property
-    def trials(self) -> tuple[Trial, ...]:
+    def trials(self) -> tuple[KernelTrial, ...]:
         """The multiplications that decide."""
         if self.use == "lookup":
-            return (Trial(MANY_ROWS),)
+            return (KernelTrial(MANY_ROWS),)
         if self.use == "gathered":  # rows in the order of their experts have a kernel of their own on Metal
-            return Trial(FEW_ROWS), Trial(MANY_ROWS), Trial(MANY_ROWS, in_order=True)
-        return Trial(FEW_ROWS), Trial(MANY_ROWS)
+            return KernelTrial(FEW_ROWS), KernelTrial(MANY_ROWS), KernelTrial(MANY_ROWS, in_order=True)
+        return KernelTrial(FEW_ROWS), KernelTrial(MANY_ROWS)
 
 
 @dataclass(frozen=True)
-class Trial:
+class KernelTrial:
     """One multiplication.
 
     Attributes:
@@ -94,7 +94,7 @@ class Fault:
     """
 
     combination: Combination
-    trial: Trial
+    trial: KernelTrial
     error: float | None
     message: str
     backend: str
@@ -120,7 +120,7 @@ class Fault:
 
 
 #: The relative error of one multiplication on the device; RuntimeError or ValueError where MLX has no kernel for it.
-Measure = Callable[[Combination, Trial], float]
+Measure = Callable[[Combination, KernelTrial], float]
 
 
 def combinations(
@@ -194,7 +194,7 @@ def judge(combination: Combination, measure: Measure, backend: str) -> Fault | N
     Examples:
         >>> wanted = Combination("product", 64, 64, Format(4, 64), "bfloat16")
         >>> judge(wanted, lambda combination, trial: 1.0 if trial.rows > 1 else 1e-3, "cuda").trial
-        Trial(rows=8, in_order=False)
+        KernelTrial(rows=8, in_order=False)
     """
     for trial in combination.trials:
         try:

@@ -9,11 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.modes import ACTIVATION_MODES, ITEM_BYTES, Effort, Format, check_format, dtype_name
+from mlx_tune.quantization.formats.modes import ACTIVATION_MODES, ITEM_BYTES, Effort, Format, check_format
 from mlx_tune.quantization.models.layers import current_format, dense_twin, is_quantized, parameter_count
-from mlx_tune.quantization.models.sites import Site, own_arrays, walk
+from mlx_tune.quantization.models.sites import Site, own_arrays, sites_of
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan, notes_of
 from mlx_tune.quantization.planning.rules import Decision, Rules, check_patterns, find_routers
+from mlx_tune.units import dtype_name
 
 METHODS = ("nearest", "optimal", "gptq", "dwq")
 EFFORTS = ("fast", "best")
@@ -40,7 +41,7 @@ def lay_out(
     """
     base = _check(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
     scales = _scale_dtype(scale_dtype)
-    sites = walk(model)
+    sites = sites_of(model)
     candidates = [s for s in sites if is_quantized(s.module) or _has_matrix(s.module)]
     paths = [path for site in candidates for path in site.paths]
     chosen, left = check_patterns(overrides, skip, paths)

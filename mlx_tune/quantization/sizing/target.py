@@ -13,13 +13,13 @@ from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.formats.modes import Effort, Format
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.planning.checks import formats_that_fit
+from mlx_tune.quantization.planning.excluded_formats import ExcludedFormats, FaultOf
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan, bytes_in, notes_of
-from mlx_tune.quantization.planning.sieve import FaultOf, Sieve
 from mlx_tune.quantization.sizing.candidates import BITS, formats_for, is_free
 from mlx_tune.quantization.sizing.coverage import measure_coverage
+from mlx_tune.quantization.sizing.plan_trials import Watch, amount, better_of, split_batches
 from mlx_tune.quantization.sizing.sensitivity import measure_divergences, weight_errors
-from mlx_tune.quantization.sizing.trial import Watch, amount, better_of, split
-from mlx_tune.quantization.sizing.unmeasured import allocate_with_unmeasured, note_of_unreached, sensitivity_like
+from mlx_tune.quantization.sizing.unreached_layers import allocate_with_unmeasured, note_of_unreached, sensitivity_like
 from mlx_tune.units import format_bytes, parse_bytes
 
 Formats = dict[str, "Format | None"]
@@ -80,22 +80,22 @@ def allocate_to_target(
             errors[layer.path] = weight_errors(layer, fitting, plan.method)
             bar.advance()
 
-    sieve = Sieve(errors, fault_of)
-    sense, check = split(calibration)
+    excluded = ExcludedFormats(errors, fault_of)
+    sense, check = split_batches(calibration)
     unseen: dict[str, str] = {}
     if sense:
         weights, unseen = _measured_weights(
-            plan, free, errors, sense, target_bytes=target_bytes, watch=watch, sieve=sieve, progress=progress
+            plan, free, errors, sense, target_bytes=target_bytes, watch=watch, excluded=excluded, progress=progress
         )
         basis = f"each layer's effect on the model's answers, measured on {amount(sense)} of the calibration"
     else:
         weights = {layer.path: 1.0 for layer in free}
         basis = "the weights' error, each layer counted alike, as there is no calibration"
     while True:
-        chosen = _picked(plan, free, errors, weights, unseen, target_bytes, spent, sieve)
+        chosen = _picked(plan, free, errors, weights, unseen, target_bytes, spent, excluded)
         uniform = _best_uniform(plan, free, errors, weights, target_bytes - spent)
         both = [chosen, {} if uniform is None else {layer.path: layer.format for layer in uniform.layers}]
-        if not sieve.take_out((layer, formats.get(layer.path)) for formats in both for layer in free):
+        if not excluded.take_out((layer, formats.get(layer.path)) for formats in both for layer in free):
             break
     mixed = plan.with_formats(chosen, "left alone by the allocation")
     notes = [
@@ -110,7 +110,7 @@ def allocate_to_target(
         )
         notes.append(verdict)
     kept = [note for note in plan.notes if note not in notes_of(plan.layers, plan.skipped)]  # on layers left unpacked
-    notes += (*note_of_unreached(list(unseen)), *sieve.notes, *kept)
+    notes += (*note_of_unreached(list(unseen)), *excluded.notes, *kept)
     mixed = mixed.with_remarks(unseen)
     return replace(mixed, notes=(*notes_of(mixed.layers, mixed.skipped), *notes))
 
@@ -123,7 +123,7 @@ def _measured_weights(
     *,
     target_bytes: int,
     watch: Watch,
-    sieve: Sieve,
+    excluded: ExcludedFormats,
     progress: bool,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Divergence of the model for each unit of a layer's weight error, measured near the size that is wanted.
@@ -138,7 +138,7 @@ def _measured_weights(
         return min(affine, key=lambda f: (abs(f.bits + 0.5 - bits_each), abs(f.group_size - 64)))
 
     for layer in free:
-        while errors[layer.path] and sieve.drops(layer, probe(layer)):
+        while errors[layer.path] and excluded.drops(layer, probe(layer)):
             pass
     measurable = [layer for layer in free if errors[layer.path]]
     if not measurable:
@@ -178,7 +178,7 @@ def _picked(
     unseen: dict[str, str],
     target_bytes: int,
     spent: int,
-    sieve: Sieve,
+    excluded: ExcludedFormats,
 ) -> Formats:
     """A format for each layer within the target."""
     choices: list[list[Format | None]] = [[*errors[layer.path], None] for layer in free]
@@ -194,7 +194,7 @@ def _picked(
             f"cannot be met: with every layer at its smallest the model takes {format_bytes(least)} "
             f"({8 * least / plan.parameters:.3f} bits per weight), {format_bytes(spent)} of it in what is not up for "
             "choice: layers with overrides, protected ones, those that cannot be quantized, and norms."
-            + "".join(f" {note}" for note in sieve.notes)
+            + "".join(f" {note}" for note in excluded.notes)
         )
     return {layer.path: choices[i][picked[i]] for i, layer in enumerate(free)}
 

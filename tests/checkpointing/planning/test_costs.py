@@ -5,7 +5,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_tune.checkpointing.planning.costs import Calls, forward_seconds, kind_of, recorded
+from mlx_tune.checkpointing.planning.costs import Calls, block_kind, forward_seconds, recorded
 from mlx_tune.errors import CheckpointError
 from mlx_tune.graphs.arguments import ArraySpec
 
@@ -58,23 +58,23 @@ def spec(*shape):
 
 
 def test_blocks_that_do_the_same_work_are_one_kind():
-    assert kind_of(Block(4, 8), spec(2, 4)) == kind_of(Block(4, 8), spec(2, 4))
+    assert block_kind(Block(4, 8), spec(2, 4)) == block_kind(Block(4, 8), spec(2, 4))
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        lambda: kind_of(Block(4, 16), spec(2, 4)),
-        lambda: kind_of(Block(4, 8), spec(3, 4)),
-        lambda: kind_of(frozen(Block(4, 8)), spec(2, 4)),
-        lambda: kind_of(halved(Block(4, 8)), spec(2, 4)),
-        lambda: kind_of(type("Other", (Block,), {})(4, 8), spec(2, 4)),
-        lambda: kind_of(Block(4, 8), Calls([((ArraySpec((2, 4), mx.float32), "causal"), {})])),
-        lambda: kind_of(Block(4, 8), Calls(spec(2, 4).inputs * 2)),
+        lambda: block_kind(Block(4, 16), spec(2, 4)),
+        lambda: block_kind(Block(4, 8), spec(3, 4)),
+        lambda: block_kind(frozen(Block(4, 8)), spec(2, 4)),
+        lambda: block_kind(halved(Block(4, 8)), spec(2, 4)),
+        lambda: block_kind(type("Other", (Block,), {})(4, 8), spec(2, 4)),
+        lambda: block_kind(Block(4, 8), Calls([((ArraySpec((2, 4), mx.float32), "causal"), {})])),
+        lambda: block_kind(Block(4, 8), Calls(spec(2, 4).inputs * 2)),
     ],
 )
 def test_blocks_that_differ_in_work_are_two_kinds(other):
-    assert kind_of(Block(4, 8), spec(2, 4)) != other()
+    assert block_kind(Block(4, 8), spec(2, 4)) != other()
 
 
 def frozen(block):

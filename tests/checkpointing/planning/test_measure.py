@@ -5,7 +5,7 @@ import pytest
 
 import mlx_tune.checkpointing.planning.measure as measuring
 from mlx_tune.checkpointing import is_checkpointed
-from mlx_tune.checkpointing.planning.measure import Measured, Measurements
+from mlx_tune.checkpointing.planning.measure import ChoiceMeasurement, Measurements
 from mlx_tune.measuring.step import StepTrial
 from mlx_tune.progress import Bar
 
@@ -30,7 +30,7 @@ ONE, BOTH = (True, False), (True, True)
 
 
 def measured(choice, seconds):
-    return Measured(choice, 900, 900, seconds, True)
+    return ChoiceMeasurement(choice, 900, 900, seconds, True)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from mlx.utils import tree_flatten
 
 import mlx_tune.checkpointing.planning.measure as measuring
 import mlx_tune.checkpointing.planning.plan as planning
-import mlx_tune.checkpointing.planning.planned as planned
 import mlx_tune.checkpointing.planning.survey as surveying
 from mlx_tune import BudgetError, CheckpointError, InvalidArgumentError, TraceError, checkpoint, is_checkpointed
 from mlx_tune import plan_checkpoints as plan_checkpoints_with_progress
+from mlx_tune.checkpointing.planning import checkpoint_plan
 from mlx_tune.graphs import estimate_memory
 from mlx_tune.measuring.step import StepTrial, run_step
 
@@ -414,7 +414,7 @@ def test_an_interrupt_while_blocks_are_wrapped_comes_when_they_are_not(floors, m
             signal.raise_signal(signal.SIGINT)
         return checkpoint(block)
 
-    monkeypatch.setattr(planned, "checkpoint", interrupted)
+    monkeypatch.setattr(checkpoint_plan, "checkpoint", interrupted)
     with pytest.raises(KeyboardInterrupt):
         training.plan(between(floors, 0.5))
     assert count >= 5  # all blocks were wrapped first, and then unwrapped

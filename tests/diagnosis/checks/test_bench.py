@@ -1,7 +1,7 @@
 import pytest
 
 from mlx_tune.diagnosis.checks import bench
-from mlx_tune.measuring.turns import Comparison
+from mlx_tune.measuring.interleaved_timing import Comparison
 
 
 def test_lazy_evaluation_is_shown_with_both_times():

@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 import mlx_tune.graphs.tracing.trace as tracing
 from mlx_tune.graphs import estimate_memory
 from mlx_tune.graphs.simulating.order import evaluation_order
-from mlx_tune.graphs.tracing.built import BuiltGraph
+from mlx_tune.graphs.tracing.built_graph import BuiltGraph
 from mlx_tune.graphs.tracing.trace import trace_step
 from mlx_tune.trees import arrays_of
 

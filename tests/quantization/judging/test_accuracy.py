@@ -9,13 +9,13 @@ import quantization_toys as toys
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.judging.accuracy import LanguageAccuracy
-from mlx_tune.quantization.judging.evaluation import perplexity, prepare
-from mlx_tune.quantization.judging.figures import compare_outputs, compare_tokens, join_figures
+from mlx_tune.quantization.judging.compare_answers import compare_outputs, compare_tokens, join_figures
+from mlx_tune.quantization.judging.evaluation import perplexity, prepare_evaluation
 from mlx_tune.quantization.judging.summaries import summarise_losses, summarise_outputs, summarise_tokens
 from mlx_tune.quantization.models.answers import mean_loss
 from mlx_tune.quantization.models.arithmetic import evaluation_mode, float32_arithmetic
 from mlx_tune.quantization.models.batches import count_tokens, read_batches
-from mlx_tune.quantization.models.calls import resolve
+from mlx_tune.quantization.models.model_calls import resolve
 from mlx_tune.quantization.models.random_stream import same_random_stream
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 
@@ -77,7 +77,7 @@ def test_tokens_that_one_model_rules_out() -> None:
 def test_long_logits_are_cut_without_a_seam(monkeypatch) -> None:
     x, y, targets = logits(0), logits(1), toys.tokens(3, 7, 50)
     whole = compare_tokens(x, y, targets, 0)
-    monkeypatch.setattr("mlx_tune.quantization.judging.figures.LOGITS_AT_ONCE", 4 * 50 * 4)
+    monkeypatch.setattr("mlx_tune.quantization.judging.compare_answers.LOGITS_AT_ONCE", 4 * 50 * 4)
     cut = compare_tokens(x, y, targets, 0)
     np.testing.assert_allclose(whole.kl, cut.kl, rtol=1e-6)
 
@@ -190,7 +190,7 @@ def test_losses_that_are_no_numbers_are_left_out_and_counted() -> None:
 
 
 def floor_of(model: nn.Module, *batches: mx.array) -> LanguageAccuracy:
-    found = prepare(model, read_batches(batches, "evaluation"), None).side_by_side(model, model)
+    found = prepare_evaluation(model, read_batches(batches, "evaluation"), None).side_by_side(model, model)
     assert isinstance(found, LanguageAccuracy)
     return found
 
@@ -376,9 +376,9 @@ def test_recorded_and_side_by_side_agree() -> None:
     reference, model = toys.llama(), toys.llama()
     nn.quantize(model, 64, 3)
     batches = read_batches([toys.tokens(5, 17, seed=i) for i in range(2)], "evaluation")
-    together = prepare(reference, batches, None).side_by_side(model, reference)
+    together = prepare_evaluation(reference, batches, None).side_by_side(model, reference)
     with OutputStore() as store:
-        comparison = prepare(reference, batches, None)
+        comparison = prepare_evaluation(reference, batches, None)
         comparison.record(reference, store)
         assert len(store) == len(comparison.parts)
         apart = comparison.judge(model, store)
@@ -400,7 +400,7 @@ def test_a_vocabulary_too_small_for_the_tokens_means_other_outputs() -> None:
         def __call__(self, x: mx.array) -> mx.array:
             return self.table(x)
 
-    comparison = prepare(Encoder(), read_batches([toys.tokens()], "evaluation"), None)
+    comparison = prepare_evaluation(Encoder(), read_batches([toys.tokens()], "evaluation"), None)
     assert comparison.kind == "outputs"
     with pytest.raises(QuantizationError, match="gives no logits"):
         perplexity(Encoder(), read_batches([toys.tokens()], "evaluation"))
@@ -408,9 +408,9 @@ def test_a_vocabulary_too_small_for_the_tokens_means_other_outputs() -> None:
 
 def test_tokens_of_another_tokenizer_are_named() -> None:
     with pytest.raises(QuantizationError, match="holds token 96, but the model's vocabulary ends at 95"):
-        prepare(toys.llama(), read_batches([toys.tokens(), mx.array([[3, 96, 4]])], "evaluation"), None)
+        prepare_evaluation(toys.llama(), read_batches([toys.tokens(), mx.array([[3, 96, 4]])], "evaluation"), None)
     with pytest.raises(QuantizationError, match="holds token -100: padding would be judged as text"):
-        prepare(toys.llama(), read_batches([mx.array([[3, 4, -100]])], "evaluation"), None)
+        prepare_evaluation(toys.llama(), read_batches([mx.array([[3, 4, -100]])], "evaluation"), None)
 
 
 def test_integers_that_are_no_tokens_are_given_as_they_are() -> None:
@@ -431,7 +431,7 @@ def test_integers_that_are_no_tokens_are_given_as_they_are() -> None:
     for model in (Categories(), Fixed()):
         resolved = resolve(model, read_batches(batches, "evaluation"), "evaluation")
         assert resolved[0].tokens is None
-        comparison = prepare(model, resolved, None)
+        comparison = prepare_evaluation(model, resolved, None)
         assert comparison.kind == "outputs"
         found = comparison.side_by_side(model, model)
         assert (found.values, found.relative_error) == (20, 0)
@@ -439,4 +439,4 @@ def test_integers_that_are_no_tokens_are_given_as_they_are() -> None:
 
 def test_a_model_that_cannot_be_called_so() -> None:
     with pytest.raises(QuantizationError, match=r"cannot be called with evaluation\[0\] \(\[4, 3\]\)"):
-        prepare(toys.vision(), read_batches([mx.zeros((4, 3))], "evaluation"), None)
+        prepare_evaluation(toys.vision(), read_batches([mx.zeros((4, 3))], "evaluation"), None)

@@ -11,13 +11,13 @@ from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.formats.affine import dequantize_float32, quantize_affine
 from mlx_tune.quantization.formats.packing import AFFINE_BITS, unpack
-from mlx_tune.quantization.learning import drift
+from mlx_tune.quantization.learning import drift_correction
 from mlx_tune.quantization.learning import gptq_model as passes
-from mlx_tune.quantization.learning.drift import corrected, drifted_output_error
+from mlx_tune.quantization.learning.apply_layer import install
+from mlx_tune.quantization.learning.drift_correction import corrected, drifted_output_error
 from mlx_tune.quantization.learning.gptq import output_error, quantize_gptq
 from mlx_tune.quantization.learning.gptq_model import gptq_model
 from mlx_tune.quantization.learning.moments import Drift, InputMoments
-from mlx_tune.quantization.learning.one_layer import install
 from mlx_tune.quantization.learning.propagation import Propagation, into_moments
 from mlx_tune.quantization.models.arithmetic import running
 from mlx_tune.quantization.models.batches import read_batches
@@ -215,7 +215,7 @@ def test_a_corrected_weight_goes_half_way_to_the_least_squares_solution():
     now = before + 0.3 * rng.normal(size=before.shape)
     w, d = rng.normal(size=(4, 32)), before - now
     solution = np.linalg.lstsq(now, before @ w.T, rcond=None)[0].T
-    damping = np.linalg.norm(now) ** 2 / 32 * drift._DAMPING
+    damping = np.linalg.norm(now) ** 2 / 32 * drift_correction._DAMPING
     solution = w + np.linalg.solve(now.T @ now + damping * np.eye(32), now.T @ d @ w.T).T
     found = corrected(mx.array(w), mx.array(now.T @ now), Drift(mx.array(d.T @ now)))
     np.testing.assert_allclose(np.array(found), (w + solution) / 2, rtol=1e-3, atol=1e-3)
@@ -235,7 +235,7 @@ def test_the_error_with_drift_is_that_of_the_outputs():
 def test_blocks_make_up_for_what_those_before_them_lost(monkeypatch):
     twin, found = make(), []
     for share in (0.0, 0.5):
-        monkeypatch.setattr(drift, "_SHARE", share)
+        monkeypatch.setattr(drift_correction, "_SHARE", share)
         model = make()
         gptq_model(model, plan_quantization(model, 2, 64).layers, tokens(32), install=install, blocks_of=blocks_of)
         found.append(sum(mx.square(model(b.shifted[0]) - twin(b.shifted[0])).sum().item() for b in tokens(2)))
@@ -340,7 +340,7 @@ def test_one_large_batch_is_as_good_as_many_small_ones(monkeypatch):
 def test_both_ways_of_running_blocks_learn_the_same(monkeypatch):
     """Calling blocks one after the other sees what running the whole, partly quantized model would show."""
     # How far inputs have moved, and what layers of the same block hand on, is known in one of both ways only.
-    monkeypatch.setattr(drift, "_SHARE", 0)
+    monkeypatch.setattr(drift_correction, "_SHARE", 0)
     monkeypatch.setattr(Propagation, "stages", lambda self, step, modules: [list(modules)])
     found = []
     for chained in (True, False):

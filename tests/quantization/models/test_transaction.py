@@ -16,9 +16,9 @@ import quantization_toys as toys
 import mlx_tune as mt
 import mlx_tune.quantization.models.transaction as transaction_module
 from mlx_tune.quantization.judging.evaluation import Evaluation
-from mlx_tune.quantization.learning import one_layer
+from mlx_tune.quantization.learning import apply_layer
 from mlx_tune.quantization.models.sites import module_at
-from mlx_tune.quantization.models.transaction import Transaction, original, swap
+from mlx_tune.quantization.models.transaction import Transaction, original, swap_module
 from mlx_tune.upstream import is_lazy
 
 
@@ -45,7 +45,7 @@ def quantize_all(model: nn.Sequential) -> None:
     for i in range(len(model.layers)):
         new = model.layers[i].to_quantized(64, 4)
         mx.eval(new.parameters())
-        swap(model, f"layers.{i}", new)
+        swap_module(model, f"layers.{i}", new)
         del new
 
 
@@ -53,9 +53,9 @@ def test_a_failure_puts_everything_back(tmp_path: Path) -> None:
     model = toys.llama(tied=False)
     before, modules = toys.arrays_of(model), [type(m) for m in model.modules()]
     with failing(model, folder=tmp_path):
-        swap(model, "lm_head", model.lm_head.to_quantized(64, 4))
-        swap(model, "model.layers.1.mlp.up_proj", nn.ReLU())
-        swap(model, "model.layers.1.mlp.up_proj", nn.GELU())
+        swap_module(model, "lm_head", model.lm_head.to_quantized(64, 4))
+        swap_module(model, "model.layers.1.mlp.up_proj", nn.ReLU())
+        swap_module(model, "model.layers.1.mlp.up_proj", nn.GELU())
     assert toys.same_arrays(before, toys.arrays_of(model))
     assert [type(m) for m in model.modules()] == modules
     assert list(tmp_path.iterdir()) == []
@@ -77,8 +77,8 @@ def interrupting(monkeypatch, owner: Any, name: str, at: int) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [
-        (one_layer, "pack_weight", 3),
-        (one_layer, "signal_to_noise_db", 15),
+        (apply_layer, "pack_weight", 3),
+        (apply_layer, "signal_to_noise_db", 15),
         (transaction_module, "put_module", 1),
         (transaction_module, "put_module", 15),
         (mx, "save_safetensors", 4),
@@ -103,7 +103,7 @@ def test_a_second_ctrl_c_waits_until_everything_is_back(monkeypatch) -> None:
     before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
     with pytest.raises(KeyboardInterrupt), Transaction(model):  # noqa: PT012
         for i in range(2):
-            swap(model, f"model.layers.{i}.mlp.up_proj", nn.ReLU())
+            swap_module(model, f"model.layers.{i}.mlp.up_proj", nn.ReLU())
         interrupting(monkeypatch, transaction_module, "put_module", 1)
         raise FailedError
     assert toys.same_arrays(before, toys.arrays_of(model))
@@ -152,7 +152,7 @@ def test_a_lazily_loaded_model_is_lazy_again_after_a_failure(tmp_path: Path) -> 
     model.load_weights(str(tmp_path / "w.safetensors"))
     with failing(model):
         for i in range(4):
-            swap(model, f"layers.{i}", nn.ReLU())
+            swap_module(model, f"layers.{i}", nn.ReLU())
     assert all(is_lazy(layer.weight) for layer in model.layers)
     assert toys.same_arrays(expected, toys.arrays_of(model))
 
@@ -164,7 +164,7 @@ def test_a_lazily_loaded_weight_is_not_written_anywhere(tmp_path: Path) -> None:
     spill = tmp_path / "spill"
     spill.mkdir()
     with Transaction(model, folder=spill):
-        swap(model, "layers.0", nn.ReLU())
+        swap_module(model, "layers.0", nn.ReLU())
         assert list(spill.iterdir()) == []
 
 
@@ -172,8 +172,8 @@ def test_tied_weights_are_tied_again() -> None:
     model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96, bias=False))
     model.layers[1].weight = model.layers[0].weight
     with failing(model):
-        swap(model, "layers.0", nn.ReLU())
-        swap(model, "layers.1", nn.ReLU())
+        swap_module(model, "layers.0", nn.ReLU())
+        swap_module(model, "layers.1", nn.ReLU())
     assert model.layers[0].weight is model.layers[1].weight
 
 
@@ -183,8 +183,8 @@ def test_a_module_in_two_places_is_one_again() -> None:
     before = toys.arrays_of(layer)
     del layer
     with failing(model):
-        swap(model, "layers.0", nn.ReLU())
-        swap(model, "layers.1", nn.ReLU())
+        swap_module(model, "layers.0", nn.ReLU())
+        swap_module(model, "layers.1", nn.ReLU())
     assert model.layers[0] is model.layers[1]
     assert toys.same_arrays(before, toys.arrays_of(model.layers[0]))
 
@@ -193,7 +193,7 @@ def test_a_module_that_somebody_holds_comes_back_itself() -> None:
     model = wide(1)
     held = model.layers[0]
     with failing(model):
-        swap(model, "layers.0", nn.ReLU())
+        swap_module(model, "layers.0", nn.ReLU())
     assert model.layers[0] is held
 
 
@@ -202,7 +202,7 @@ def test_frozen_sets_and_training_flags_come_back() -> None:
     model.layers[0].freeze()
     model.layers[0]._training = False
     with failing(model):
-        swap(model, "layers.0", nn.ReLU())
+        swap_module(model, "layers.0", nn.ReLU())
     assert model.layers[0]._no_grad == {"weight"}
     assert model.layers[0].training is False
 
@@ -214,7 +214,7 @@ def test_originals_and_the_reference_can_be_read_meanwhile() -> None:
     before = toys.arrays_of(model)
     with Transaction(model) as transaction:
         for path in ("model.embed_tokens", "model.layers.0.mlp.up_proj"):
-            swap(model, path, module_at(model, path).to_quantized(64, 2))
+            swap_module(model, path, module_at(model, path).to_quantized(64, 2))
         assert not mx.array_equal(model(x), expected).item()
         reference = transaction.reference()
         assert mx.array_equal(reference(x), expected).item()
@@ -248,10 +248,10 @@ def test_swaps_outside_a_transaction_are_plain() -> None:
     model = wide(2)
     other = wide(2)
     with Transaction(other):
-        swap(model, "layers.0", nn.ReLU())
+        swap_module(model, "layers.0", nn.ReLU())
     assert isinstance(model.layers[0], nn.ReLU)
     with pytest.raises(KeyError):
-        swap(model, "nothing", nn.ReLU())
+        swap_module(model, "nothing", nn.ReLU())
     assert "nothing" not in model
 
 

@@ -17,17 +17,17 @@ from mlx_tune.devices import backend
 from mlx_tune.quantization.formats.modes import FIXED_MODES, Format
 from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
 from mlx_tune.quantization.planning import kernel_trials
+from mlx_tune.quantization.planning.faulty_kernels import ties_embeddings, unpack_faulty, uses_of
 from mlx_tune.quantization.planning.kernel_trials import Kernels, measure
 from mlx_tune.quantization.planning.kernels import (
     Combination,
     Fault,
-    Trial,
+    KernelTrial,
     combinations,
     cut_outputs,
     judge,
     tolerance,
 )
-from mlx_tune.quantization.planning.trusted import ties_embeddings, unpack_faulty, uses_of
 
 FORMATS = [Format(bits, size) for bits in AFFINE_BITS for size in AFFINE_GROUP_SIZES]
 FORMATS += [Format(bits, size, mode) for mode, (size, bits) in FIXED_MODES.items()]
@@ -122,19 +122,19 @@ def test_a_trial_stops_at_the_first_fault():
         return math.nan
 
     fault = judge(Combination("gathered", 64, 64, Format(4, 64), "bfloat16"), record, "cuda")
-    assert seen == [Trial(1)]
-    assert fault.trial == Trial(1)
+    assert seen == [KernelTrial(1)]
+    assert fault.trial == KernelTrial(1)
     assert math.isnan(fault.error)
 
 
 @pytest.mark.parametrize(
     ("fault", "phrases"),
     [
-        (Fault(Combination("product", 64, 64, Format(4, 64), "bfloat16"), Trial(8), 1.0, "", "cuda"),
+        (Fault(Combination("product", 64, 64, Format(4, 64), "bfloat16"), KernelTrial(8), 1.0, "", "cuda"),
          ["product of 64 inputs in 4 bits, group 64, bfloat16 at 8 rows is wrong", "by 100 %", "1.8 %", "pull/3160"]),
-        (Fault(Combination("product", 96, 64, Format(4, 32), "float32"), Trial(1), None, "No kernel.", "cuda"),
+        (Fault(Combination("product", 96, 64, Format(4, 32), "float32"), KernelTrial(1), None, "No kernel.", "cuda"),
          ["at 1 row does not exist on this backend (cuda): No kernel.", "issues/2536"]),
-        (Fault(Combination("gathered", 512, 64, Format(3, 64), "float16"), Trial(8, True), math.inf, "", "metal"),
+        (Fault(Combination("gathered", 512, 64, Format(3, 64), "float16"), KernelTrial(8, True), math.inf, "", "metal"),
          ["gathered product of 512 inputs", "8 rows in order", "by inf times", "not in the list of known ones"]),
     ],
 )  # fmt: skip

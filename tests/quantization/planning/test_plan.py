@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 import mlx_tune as mt
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.models.sites import walk
+from mlx_tune.quantization.models.sites import sites_of
 from mlx_tune.quantization.planning.rules import find_routers, matches
 
 
@@ -227,7 +227,7 @@ def test_routers_are_found_without_a_predicate() -> None:
             self.shared_expert = nn.Linear(64, 64)
 
     model = nn.Sequential(Mixture(), nn.Linear(64, 4))
-    sites = walk(model)
+    sites = sites_of(model)
     found = find_routers(sites)
     assert sorted(s.path for s in sites if id(s.module) in found) == ["layers.0.gate", "layers.0.shared_expert_gate"]
     plan = mt.plan_quantization(model, 2, 64)
@@ -295,7 +295,7 @@ def test_patterns(path: str, pattern: str, expected: bool) -> None:
 
 def test_walk_names_every_module_once() -> None:
     model = toys.llama()
-    sites = walk(model)
+    sites = sites_of(model)
     assert len({id(s.module) for s in sites}) == len(sites)
     names = {p for s in sites for p in s.paths}
     assert {name.rpartition(".")[0] for name, _ in tree_flatten(model.parameters())} <= names

@@ -4,12 +4,12 @@ import pytest
 import quantization_toys as toys
 
 import mlx_tune as mt
-import mlx_tune.quantization.sizing.trial as trial_of
 from mlx_tune.errors import InvalidArgumentError, QuantizationError
 from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.judging.accuracy import divergence_of
 from mlx_tune.quantization.judging.evaluation import Watched
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.sizing import plan_trials
 from mlx_tune.quantization.sizing.sensitivity import measure_divergences, weight_errors
 
 
@@ -118,7 +118,7 @@ def test_a_mixed_choice_that_is_worse_is_rejected(monkeypatch) -> None:
         seen.append(plan)
         return float(-len(seen))  # the second, one format for all, comes out lower
 
-    monkeypatch.setattr(trial_of, "_trial", trial)
+    monkeypatch.setattr(plan_trials, "_trial", trial)
     report = quiet(toys.llama(tied=False), target_bpw=4.6, calibration=calibration())
     assert len({(x.bits, x.group_size) for x in report.layers}) == 1
     assert "rejected" in " ".join(report.notes)

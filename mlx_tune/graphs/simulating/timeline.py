@@ -16,7 +16,7 @@ from mlx_tune.graphs.simulating.cpu import effect_of
 
 
 @dataclass
-class Course:
+class Timeline:
     """The course of a simulated evaluation.
 
     `live` holds the most bytes that were alive while each operation was evaluated, `split` the same by purpose, in
@@ -34,7 +34,7 @@ class Course:
     unknown: Counter[str]
 
 
-def simulate(graph: Graph, order: list[int]) -> Course:
+def simulate(graph: Graph, order: list[int]) -> Timeline:
     """Follow the graph's memory without running the graph.
 
     Args:
@@ -70,7 +70,7 @@ def simulate(graph: Graph, order: list[int]) -> Course:
         live.append(machine.high)
         split.append(machine.high_split)
         _finish(machine, node)
-    return Course(machine.peak, machine.peak_step, start, machine.live, order, live, split, machine.owners(), unknown)
+    return Timeline(machine.peak, machine.peak_step, start, machine.live, order, live, split, machine.owners(), unknown)
 
 
 def _finish(machine: Allocator, node: Node) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_tune import estimate_memory
-from mlx_tune.graphs.tracing.built import BuiltGraph
+from mlx_tune.graphs.tracing.built_graph import BuiltGraph
 
 
 def step(*arrays):

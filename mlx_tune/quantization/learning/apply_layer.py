@@ -14,7 +14,7 @@ from mlx_tune.quantization.formats.packing import PackedArrays
 from mlx_tune.quantization.learning.input_samples import sampled_output_error
 from mlx_tune.quantization.models.layers import quantized_module, read_weight
 from mlx_tune.quantization.models.sites import module_at
-from mlx_tune.quantization.models.transaction import original, swap
+from mlx_tune.quantization.models.transaction import original, swap_module
 from mlx_tune.quantization.planning.plan import LayerPlan
 
 
@@ -53,7 +53,7 @@ def install(layer: LayerPlan, arrays: PackedArrays) -> None:
     for path, old in zip(layer.paths, olds, strict=True):
         if id(old) not in made:
             made[id(old)] = quantized_module(old, layer.wanted, arrays)
-        swap(layer.model, path, made[id(old)])
+        swap_module(layer.model, path, made[id(old)])
 
 
 def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:

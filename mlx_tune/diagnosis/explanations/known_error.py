@@ -12,7 +12,7 @@ MLX_EXAMPLES = "https://github.com/ml-explore/mlx-examples/"
 
 
 @dataclass(frozen=True)
-class Entry:
+class KnownError:
     """One error, or one family of them.
 
     Attributes:
@@ -50,4 +50,4 @@ class Symptom:
     name: str
     heading: str
     about: str
-    entries: tuple[Entry, ...]
+    entries: tuple[KnownError, ...]

@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.reach.notes import Note
-from mlx_tune.reach.places import Held, Members, ModuleAttributes, Names, same_items
+from mlx_tune.reach.container_notes import Note
+from mlx_tune.reach.places import Held, Members, ModuleAttributes, SelectedItems, same_items
 
 _PLAIN = (int, float, complex, str, bytes, type(None))
 _MISSING = object()
@@ -75,7 +75,7 @@ def _left_over(place: Held, before: Any, started_from: Any) -> object:
         return before
     now = place.get()
     # A cache and its position go together. Names of a module, a class or a program do not.
-    apart = isinstance(place, ModuleAttributes | Names) or isinstance(place.held, type)
+    apart = isinstance(place, ModuleAttributes | SelectedItems) or isinstance(place.held, type)
     if not apart and (_holds_arrays(before) or _holds_arrays(now)):
         return before
     if isinstance(place, Members):

@@ -77,7 +77,7 @@ def _trial(
     return found
 
 
-def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+def split_batches(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Batches to measure sensitivity on, and other ones to check the choice on."""
     if not batches:
         return [], []

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlx_tune.errors import BackendError
 from mlx_tune.progress import progress_bar
-from mlx_tune.quantization.formats.modes import ITEM_BYTES, Format, dtype_name
+from mlx_tune.quantization.formats.modes import ITEM_BYTES, Format
 from mlx_tune.quantization.models.layers import (
     EMBEDDINGS,
     current_format,
@@ -21,11 +21,12 @@ from mlx_tune.quantization.models.layers import (
     is_quantized,
     weight_shape,
 )
-from mlx_tune.quantization.models.sites import module_at, own_arrays, put_module, walk
-from mlx_tune.quantization.planning.kernel_trials import backend, fault_in
+from mlx_tune.quantization.models.sites import module_at, own_arrays, put_module, sites_of
+from mlx_tune.quantization.planning.excluded_formats import FaultOf
+from mlx_tune.quantization.planning.kernel_trials import default_backend, fault_in
 from mlx_tune.quantization.planning.kernels import Fault, Use, combinations, note_of
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan, notes_of
-from mlx_tune.quantization.planning.sieve import FaultOf
+from mlx_tune.units import dtype_name
 from mlx_tune.upstream import frozen
 
 
@@ -114,7 +115,7 @@ def unpack_faulty(model: nn.Module, *, evaluate: bool = True) -> tuple[str, ...]
     tied, others = ties_embeddings(model), _float_dtype(model)
     unpacked: list[tuple[Fault, int]] = []
     stuck: list[tuple[Fault, int]] = []
-    for site in walk(model):
+    for site in sites_of(model):
         if not is_quantized(site.module):
             continue
         scales = site.module["scales"].dtype
@@ -164,7 +165,7 @@ def ties_embeddings(model: nn.Module) -> bool:
         >>> ties_embeddings(nn.Sequential(nn.Embedding(64, 64)))
         False
     """
-    for site in walk(model):
+    for site in sites_of(model):
         config = getattr(site.module, "args", getattr(site.module, "config", None))
         untied = getattr(config, "tie_word_embeddings", True) is False
         if not untied and _names_any(type(site.module), {"as_linear"}):
@@ -173,7 +174,7 @@ def ties_embeddings(model: nn.Module) -> bool:
 
 
 def _first_fault(uses: tuple[Use, ...], shape: tuple[int, ...], wanted: Format, dtype: str) -> Fault | None:
-    for tried in combinations(uses, shape, wanted, dtype, backend()):
+    for tried in combinations(uses, shape, wanted, dtype, default_backend()):
         fault = fault_in(tried)
         if fault is not None:
             return fault
@@ -193,6 +194,6 @@ def _methods(kind: type) -> Iterator[FunctionType]:
 
 def _float_dtype(model: nn.Module) -> str:
     """The commonest floating point dtype of a model's unpacked arrays."""
-    counts = Counter(dtype_name(a.dtype) for site in walk(model) for a in own_arrays(site.module).values())
+    counts = Counter(dtype_name(a.dtype) for site in sites_of(model) for a in own_arrays(site.module).values())
     found = [(count, name) for name, count in counts.items() if name in ITEM_BYTES]
     return max(found)[1] if found else "bfloat16"

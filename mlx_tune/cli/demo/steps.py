@@ -17,7 +17,7 @@ from mlx_tune.cli.output import folded
 from mlx_tune.devices import machine
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import writing
-from mlx_tune.lm import load, save_quantized, small, token_batches
+from mlx_tune.lm import load, save_quantized, small_model, token_batches
 from mlx_tune.memory import resolve_budget
 from mlx_tune.presentation.tabular import Table
 from mlx_tune.progress import progress_bar
@@ -72,7 +72,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     corpus = read_corpus(arguments.text)
     with writing(out, "The demonstration's text", way_out="Name a folder on a larger disk with --out."):
         tokenizer, training, held_out = _tokens(run, corpus, arguments.seed)
-    model, config = small.small_llama(_VOCABULARY)
+    model, config = small_model.small_llama(_VOCABULARY)
     mx.eval(model.parameters())
     trained = _train(run, model, training, held_out, budget, arguments.steps)
     model.set_dtype(mx.bfloat16)  # as models are published: 16-bit weights are what quantization starts from
@@ -86,7 +86,9 @@ def run_demo(arguments: argparse.Namespace) -> int:
 def _tokens(run: _Run, corpus: Corpus, seed: int) -> tuple[object, list[mx.array], list[mx.array]]:
     """A tokenizer of the text, rows to train on and held-out batches."""
     with progress_bar("training a tokenizer"):
-        tokenizer = small.train_tokenizer(corpus.training[::4] or corpus.training, _VOCABULARY, run.out / "tokenizer")
+        tokenizer = small_model.train_tokenizer(
+            corpus.training[::4] or corpus.training, _VOCABULARY, run.out / "tokenizer"
+        )
     folder = run.out / "text"
     rows, held_out = [], []
     for name, texts, batch_size, most in (("training", corpus.training, 1, 4000), ("held-out", corpus.held_out, 8, 4)):
@@ -122,7 +124,7 @@ def _train(
 
     optimizer = optim.AdamW(learning_rate=3e-3)
     optimizer.init(model.trainable_parameters())
-    loss_and_gradients = nn.value_and_grad(model, small.next_token_loss)
+    loss_and_gradients = nn.value_and_grad(model, small_model.next_token_loss)
 
     # Not compiled: on a processor MLX calls a C++ compiler for every fused kernel, which takes longer than these steps.
     def step(tokens: mx.array) -> mx.array:
@@ -135,7 +137,7 @@ def _train(
         return mx.concatenate([rows[i % len(rows)] for i in range(n)])
 
     find = partial(mt.autobatch, step, make_batch, budget=budget, max_batch=_MOST_ROWS, state=(model, optimizer))
-    before = small.perplexity(model, held_out)
+    before = small_model.perplexity(model, held_out)
     plain = find()
     blocks = mt.checkpoint_blocks(model)
     saving = find()
@@ -152,7 +154,7 @@ def _train(
             mx.eval(loss, model.state, optimizer.state)
             bar.update(completed=i + 1, text=f"loss {loss.item():.2f}")
     blocks.undo()
-    after = small.perplexity(model, held_out)
+    after = small_model.perplexity(model, held_out)
     run.say(
         f"          held-out perplexity {before:.0f} -> {after:.0f}, peak {format_bytes(memory.peak_bytes)} of "
         f"{format_bytes(budget)}, {format_seconds(memory.seconds / steps)} a step"
@@ -181,7 +183,7 @@ def _quantize(
     with mt.wired_limit(model) as wired:
         run.say(f"\nWired     {format_bytes(wired.limit_bytes) if wired.applied else 'no: ' + wired.reason}")
         for bits in _BITS:
-            copy, _ = small.small_llama(_VOCABULARY)
+            copy, _ = small_model.small_llama(_VOCABULARY)
             copy.update(model.parameters())
             reports[bits] = mt.quantize_model(copy, bits, 64, evaluation=held_out)
             if bits == 4:
@@ -205,7 +207,7 @@ def _quantize(
     assert saved is not None
     loaded, loaded_tokenizer, _, _ = load(saved)  # stock mlx_lm.load underneath
     check = _accuracy(mt.quantization_report(loaded, model, held_out))
-    text = small.generate_text(loaded, loaded_tokenizer, "import os\n\n\ndef ", 48)
+    text = small_model.generate_text(loaded, loaded_tokenizer, "import os\n\n\ndef ", 48)
     run.say(
         f"\nSaved     {saved}; loaded by mlx_lm.load: perplexity {check.perplexity_after:.2f} "
         f"(report: {accuracies[4].perplexity_after:.2f}). It writes:\n"

@@ -11,8 +11,8 @@ from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.formats.packing import PackedArrays
 from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.models.calls import outline, resolve
 from mlx_tune.quantization.models.layers import quantized_module
+from mlx_tune.quantization.models.model_calls import outline, resolve
 from mlx_tune.quantization.models.sites import in_places, module_at
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 

@@ -1,6 +1,6 @@
 """The pages under Troubleshoot, made from the checks and the explanations so that they cannot drift from them.
 
-`python -m mlx_tune.diagnosis.page docs/guides/troubleshoot` writes them; a test compares.
+`python -m mlx_tune.diagnosis.troubleshooting_pages docs/guides/troubleshoot` writes them; a test compares.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_tune.diagnosis.check import Check, all_checks
-from mlx_tune.diagnosis.explanations import SYMPTOMS, Entry, Symptom
+from mlx_tune.diagnosis.explanations import SYMPTOMS, KnownError, Symptom
 
-_MADE = "<!-- Made by `python -m mlx_tune.diagnosis.page docs/guides/troubleshoot`: change its sources instead. -->\n"
+_MAKER = "python -m mlx_tune.diagnosis.troubleshooting_pages docs/guides/troubleshoot"
+_MADE = f"<!-- Made by `{_MAKER}`: change its sources instead. -->\n"
 
 _INTRODUCTION = """\
 # Troubleshoot
@@ -101,7 +102,7 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
 
 
-def _of_entry(entry: Entry) -> str:
+def _of_entry(entry: KnownError) -> str:
     remedies = [f"{number}. {_as_markdown(remedy)}" for number, remedy in enumerate(entry.remedies, 1)]
     sources = ", ".join(f"[{_label(source)}]({source})" for source in entry.sources)
     lines = [

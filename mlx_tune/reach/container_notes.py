@@ -33,12 +33,12 @@ class Remade:
         self.attributes = attributes
 
 
-def filled(template: object, arrays: list[mx.array]) -> Any:
+def fill(template: object, arrays: list[mx.array]) -> Any:
     """A value with the arrays that its template stands for."""
     if type(template) is Ref:
         return arrays[template.index]
     if type(template) is Remade:
-        items = [filled(item, arrays) for item in template.items]
+        items = [fill(item, arrays) for item in template.items]
         # Past any constructor of a subclass, which may ask for something else.
         base: Any = tuple if issubclass(template.kind, tuple) else frozenset
         made = base.__new__(template.kind, items)
@@ -76,7 +76,7 @@ class Note:
             return self.items
         items = self.items.copy()
         for key, template in self.marks.items():
-            items[key] = filled(template, arrays)
+            items[key] = fill(template, arrays)
         return items
 
     def forget(self) -> None:

@@ -39,7 +39,7 @@ class Records:
     open_sizes: set[int] = field(default_factory=set)
 
 
-def first_line(budget_bytes: int, source: str) -> str:
+def header_line(budget_bytes: int, source: str) -> str:
     """The first line of a journal."""
     return _line({"mlx_tune_autobatch": _FORMAT, "budget_bytes": budget_bytes, "source": source})
 
@@ -80,7 +80,7 @@ def read_records(content: bytes, name: str) -> Records | None:
         InvalidArgumentError: It is no journal, or a line is not what it should be; the text says which.
 
     Examples:
-        >>> content = first_line(1000, "given") + started(4) + '{"ended": 4, "tri'
+        >>> content = header_line(1000, "given") + started(4) + '{"ended": 4, "tri'
         >>> read_records(content.encode(), "search.jsonl")
         Records(budget_bytes=1000, source='given', torn_bytes=17, lacks_newline=False, trials={}, open_sizes={4})
     """

@@ -11,7 +11,7 @@ import pytest
 
 import mlx_tune as mt
 from mlx_tune.graphs import MemoryEstimate, PeakOwner, estimate_memory
-from mlx_tune.graphs.belonging import modules_of
+from mlx_tune.graphs.owners import modules_of
 from mlx_tune.graphs.simulating.order import evaluation_order
 from mlx_tune.graphs.tracing.trace import trace_step
 

@@ -12,7 +12,7 @@ from mlx_tune.quantization.planning.plan import LayerPlan
 FaultOf = Callable[[LayerPlan, Format], Fault | None]
 
 
-class Sieve:
+class ExcludedFormats:
     """Takes formats that MLX computes wrong off the choices of layers, as they come up.
 
     Trying every format of every layer would compile and run a kernel for each; most are never chosen.

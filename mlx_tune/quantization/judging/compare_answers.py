@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.lazy import number
+from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.judging.statistics import OutputFigures, TokenFigures
 
 #: Logits looked at together: float32 temporaries several times this size come and go.

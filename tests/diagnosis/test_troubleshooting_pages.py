@@ -2,7 +2,7 @@ from pathlib import Path
 
 from mlx_tune.diagnosis.check import all_checks
 from mlx_tune.diagnosis.explanations import SYMPTOMS
-from mlx_tune.diagnosis.page import main, troubleshooting_pages
+from mlx_tune.diagnosis.troubleshooting_pages import main, troubleshooting_pages
 
 FOLDER = Path(__file__).parents[2] / "docs" / "guides" / "troubleshoot"
 
@@ -13,7 +13,7 @@ def contents(folder):
 
 def test_the_committed_pages_are_what_the_checks_and_explanations_make():
     assert contents(FOLDER) == troubleshooting_pages(), (
-        "run: python -m mlx_tune.diagnosis.page docs/guides/troubleshoot"
+        "run: python -m mlx_tune.diagnosis.troubleshooting_pages docs/guides/troubleshoot"
     )
 
 

@@ -58,7 +58,7 @@ def is_foreign(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _FOREIGN
 
 
-class Names:
+class CodeNames:
     """The names that code and the functions defined in it use.
 
     Attributes:
@@ -82,16 +82,16 @@ class Names:
         self.imported: dict[tuple[str, int], None] = {}
 
 
-_names: Facts[Names] = Facts()
+_names: Facts[CodeNames] = Facts()
 
 
-def names_in(code: CodeType) -> Names:
+def names_in(code: CodeType) -> CodeNames:
     """The names of code, found once."""
     return _names.get(id(code)) or _names.learn(code, _read(code))
 
 
-def _read(code: CodeType) -> Names:
-    names = Names()
+def _read(code: CodeType) -> CodeNames:
+    names = CodeNames()
     constants: list[Any] = [0, None]
     holder = ""  # the name whose value is on top of the stack, as far as that is plain to see
     for instruction in dis.get_instructions(code):

@@ -15,13 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.interrupts import interruptible, uninterrupted
-from mlx_tune.quantization.formats.lazy import number, read_array
+from mlx_tune.quantization.formats.lazy_arrays import number, read_array
 from mlx_tune.quantization.learning.input_samples import InputSamples
 from mlx_tune.quantization.models.arithmetic import running
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.interception import FindBlocks, ModuleCall, intercepted, no_blocks
 from mlx_tune.quantization.models.layers import EMBEDDINGS
-from mlx_tune.quantization.models.sites import Site, walk
+from mlx_tune.quantization.models.sites import Site, sites_of
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.upstream import is_lazy
 
@@ -110,7 +110,7 @@ def with_energies(
     if not affine:
         return plan, ()
     every = [layer for layer in (*plan.layers, *plan.skipped) if not layer.fixed or layer.format is not None]
-    sites = walk(model)
+    sites = sites_of(model)
     vocabulary = next((s.module["weight"].shape[0] for s in sites if isinstance(s.module, EMBEDDINGS)), None)
     batches = few_of(calibration) if calibration else _random_tokens(vocabulary)
     try:
@@ -215,7 +215,7 @@ def _read(module: nn.Module) -> Iterator[None]:
     olds: list[tuple[nn.Module, str, mx.array]] = []
     with uninterrupted():
         try:
-            for site in walk(module):
+            for site in sites_of(module):
                 for name, value in dict(site.module).items():
                     if isinstance(value, mx.array) and is_lazy(value):
                         olds.append((site.module, name, value))

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from mlx_tune.measuring.turns import compare, race
+from mlx_tune.measuring.interleaved_timing import compare, race
 
 
 class Machine:

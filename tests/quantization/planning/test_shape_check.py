@@ -8,7 +8,7 @@ import quantization_toys as toys
 import mlx_tune as mt
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.planning.rehearsal import check_runs
+from mlx_tune.quantization.planning.shape_check import check_runs
 
 
 class Tied(nn.Module):
@@ -39,7 +39,7 @@ class Tied(nn.Module):
 def test_a_weight_that_the_model_reads_itself_is_named_before_anything_is_done(monkeypatch, options: dict) -> None:
     model = Tied()
     before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
-    monkeypatch.setattr("mlx_tune.quantization.learning.one_layer.pack_weight", None)
+    monkeypatch.setattr("mlx_tune.quantization.learning.apply_layer.pack_weight", None)
     with pytest.raises(mt.MlxTuneError, match=r"once embed is packed: ValueError: .*skip=\['embed'\]"):
         mt.quantize_model(model, 4, 64, progress=False, **options)
     assert [type(m) for m in model.modules()] == kinds

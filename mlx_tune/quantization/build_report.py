@@ -8,7 +8,7 @@ from mlx_tune.memory import track_memory
 from mlx_tune.quantization.judging.accuracy import Accuracy
 from mlx_tune.quantization.judging.report import LayerReport, QuantizationReport
 from mlx_tune.quantization.judging.speed import SpeedComparison
-from mlx_tune.quantization.learning.one_layer import LayerOutcome
+from mlx_tune.quantization.learning.apply_layer import LayerOutcome
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 
 #: Decibels below which a layer's error is more than half as large as its weights.

@@ -1,4 +1,4 @@
-"""The process in which a check that needs MLX runs: `python -m mlx_tune.diagnosis.child NAME`."""
+"""The process in which a check that needs MLX runs: `python -m mlx_tune.diagnosis.check_process NAME`."""
 
 from __future__ import annotations
 

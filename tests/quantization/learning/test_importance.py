@@ -17,9 +17,9 @@ import mlx_tune as mt
 from mlx_tune.quantization import quantize as quantize_of
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.judging.evaluation import Watched
-from mlx_tune.quantization.judging.guard import Guard
-from mlx_tune.quantization.learning import energies as energies_of
-from mlx_tune.quantization.learning.energies import with_energies
+from mlx_tune.quantization.judging.nearest_guard import Guard
+from mlx_tune.quantization.learning import importance
+from mlx_tune.quantization.learning.importance import with_energies
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.quantize import blocks_of
 from mlx_tune.upstream import is_lazy
@@ -170,7 +170,7 @@ def test_layers_that_nothing_reaches_are_named() -> None:
 
 
 def test_calibration_is_preferred_to_random_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(energies_of, "_random_tokens", lambda _: pytest.fail("there is calibration"))
+    monkeypatch.setattr(importance, "_random_tokens", lambda _: pytest.fail("there is calibration"))
     assert divergence(3, "optimal", calibration=[tokens(9)]) < 0.8 * divergence(3, "nearest")
 
 
