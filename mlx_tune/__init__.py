@@ -56,7 +56,7 @@ _HOMES = {
     "wired_limit": "wiring",
     # all of it
     "autofit": "fitting.autofit",
-    "Fit": "fitting",
+    "Fit": "fitting.result",
     # environment
     "diagnose": "diagnosis",
     "explain": "diagnosis.explain",
@@ -100,8 +100,8 @@ if TYPE_CHECKING:
     from mlx_tune.errors import QuantizationError as QuantizationError
     from mlx_tune.errors import TraceError as TraceError
     from mlx_tune.errors import TrialError as TrialError
-    from mlx_tune.fitting import Fit as Fit
     from mlx_tune.fitting.autofit import autofit as autofit
+    from mlx_tune.fitting.result import Fit as Fit
     from mlx_tune.graphs import ArraySpec as ArraySpec
     from mlx_tune.graphs import MemoryEstimate as MemoryEstimate
     from mlx_tune.graphs import estimate_memory as estimate_memory

@@ -14,7 +14,7 @@ from mlx_tune import devices
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.presentation.plain import Json
-from mlx_tune.units import format_bytes, format_seconds, parse_bytes, parse_fraction
+from mlx_tune.units import Budget, format_bytes, format_seconds, parse_bytes, parse_fraction
 
 _lock = threading.RLock()
 
@@ -368,7 +368,7 @@ def _budget_from(share: float, free: tuple[devices.Room, ...], working_set: int 
     return MemoryBudget(int(share * smallest.bytes), smallest.source, share, tuple(rooms))
 
 
-def resolve_budget(budget: str | SupportsIndex | float | None) -> MemoryBudget:
+def resolve_budget(budget: Budget) -> MemoryBudget:
     """Read a budget as every function of the library takes it.
 
     Args:

@@ -16,6 +16,9 @@ from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 if TYPE_CHECKING:
     import mlx.core as mx
 
+#: A memory budget as one may give it: bytes, text such as "24GB", a share of what is free, or None for the default.
+Budget = str | SupportsIndex | float | None
+
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 _SIZE = re.compile(r"([+-]?)\s*(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d+))?\s*([kKmMgGtTpP]?)(i?)([bB]?)")

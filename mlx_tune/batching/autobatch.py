@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any
 
 from mlx_tune.batching.budget_errors import too_large, used_up
 from mlx_tune.batching.canary import check_loss
@@ -29,14 +29,14 @@ from mlx_tune.measuring.step_floor import StepFloor
 from mlx_tune.memory import MemoryBudget, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
-from mlx_tune.units import whole_number
+from mlx_tune.units import Budget, whole_number
 
 
 def autobatch(
     step: Step | None = None,
     make_batch: MakeBatch | None = None,
     *,
-    budget: str | SupportsIndex | float | None = None,
+    budget: Budget = None,
     min_batch: int = 1,
     max_batch: int | None = None,
     multiple_of: int = 1,
@@ -177,7 +177,7 @@ def autobatch_by_length(
     make_batch: Callable[[int, int], object],
     lengths: Sequence[int],
     *,
-    budget: str | SupportsIndex | float | None = None,
+    budget: Budget = None,
     **options: Any,
 ) -> dict[int, AutobatchResult]:
     """Find the largest batch for each length of bucketed data, all under one budget.

@@ -49,10 +49,10 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Search and print the answer. Returns 1 where nothing fits, else 0."""
-    from mlx_tune import lm
+    from mlx_tune.lm.fitting import autobatch
 
     def find(ready: FineTuning) -> AutobatchResult:
-        return lm.autobatch(
+        return autobatch(
             ready.model,
             ready.train_set,
             ready.args,

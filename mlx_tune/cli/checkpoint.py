@@ -43,16 +43,16 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan or verify, and print it. Returns 1 for bad news, 3 where no gradient was tested, else 0."""
-    from mlx_tune import lm
+    from mlx_tune.lm.fitting import plan_checkpoints, verify_checkpoint
 
     def verify(ready: FineTuning) -> VerifyReport:
-        return lm.verify_checkpoint(ready.model, ready.train_set, ready.args)
+        return verify_checkpoint(ready.model, ready.train_set, ready.args)
 
     if arguments.verify:
         return search_and_print(arguments, verify, code=lambda report: _EXIT_CODES[report.verdict])
 
     def find(ready: FineTuning) -> CheckpointPlan:
-        return lm.plan_checkpoints(
+        return plan_checkpoints(
             ready.model, ready.train_set, ready.args, optimizer=ready.optimizer, budget=arguments.memory_budget
         )
 

@@ -46,7 +46,8 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the checks and print what they found. Returns 1 where one failed, else 0."""
-    from mlx_tune.diagnosis import diagnose, explain
+    from mlx_tune.diagnosis.doctor import diagnose
+    from mlx_tune.diagnosis.explain import explain
 
     if arguments.explain is not None:
         explanation = explain(sys.stdin.read() if arguments.explain == "-" else arguments.explain)

@@ -38,14 +38,14 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trace the step and print what it needs. Returns 1 where that is above the budget, else 0."""
-    from mlx_tune import lm
+    from mlx_tune.lm.fitting import estimate_memory
     from mlx_tune.memory import resolve_budget
 
     with quiet_output():
         ready = prepare_run(arguments, lazy=True)
         with progress_bar("estimate") as bar:
             bar.update(text="reading the step's graph")
-            estimate = lm.estimate_memory(ready.model, ready.train_set, ready.args, optimizer=ready.optimizer)
+            estimate = estimate_memory(ready.model, ready.train_set, ready.args, optimizer=ready.optimizer)
         save_plot(estimate, arguments.plot)
     budget = None if arguments.memory_budget is None else resolve_budget(arguments.memory_budget)
     fits = budget is None or estimate.floor_bytes <= budget

@@ -54,10 +54,10 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Search and print the choice. Returns 1 where nothing fits, else 0."""
-    from mlx_tune import lm
+    from mlx_tune.lm.fitting import autofit
 
     def find(ready: FineTuning) -> Fit:
-        return lm.autofit(
+        return autofit(
             ready.model,
             ready.train_set,
             ready.args,

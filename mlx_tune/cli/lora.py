@@ -206,8 +206,8 @@ def _train(
     """Choose what is left to choose, say it, and train."""
     from mlx_lm.tuner.utils import print_trainable_parameters
 
-    from mlx_tune import lm
     from mlx_tune.lm.lora import check_reporting, reporting_callback
+    from mlx_tune.lm.training import train
 
     check_reporting(settings)
     print_trainable_parameters(ready.model)
@@ -223,14 +223,14 @@ def _train(
         folder = Path(settings["adapter_path"])
         write_whole(folder / "adapter_config.json", json.dumps(_plain(final), indent=4, sort_keys=True) + "\n")
     callback = reporting_callback(_plain(final))
-    return lm.train(
+    return train(
         ready.model, ready.optimizer, ready.train_set, ready.valid_set, ready.args, fit=fit, training_callback=callback
     )
 
 
 def _choose(ready: FineTuning, settings: dict[str, Any]) -> Fit | AutobatchResult | CheckpointPlan | None:
     """The search that belongs to what was left to us; None where nothing was."""
-    from mlx_tune import lm
+    from mlx_tune.lm.fitting import autobatch, autofit, plan_checkpoints
 
     batch, checkpoint = settings["batch_size"], settings["grad_checkpoint"]
     shared: dict[str, Any] = {
@@ -239,15 +239,15 @@ def _choose(ready: FineTuning, settings: dict[str, Any]) -> Fit | AutobatchResul
     }
     sizes: dict[str, Any] = {"valid_set": ready.valid_set, "target_batch": settings["target_batch"]}
     if batch == "largest":
-        return lm.autobatch(ready.model, ready.train_set, ready.args, **sizes, **shared)
+        return autobatch(ready.model, ready.train_set, ready.args, **sizes, **shared)
     if batch == "auto":
         sizes["checkpoint"] = checkpoint == "auto"
-        return lm.autofit(ready.model, ready.train_set, ready.args, **sizes, **shared)
+        return autofit(ready.model, ready.train_set, ready.args, **sizes, **shared)
     if checkpoint == "auto" and _ranks() > 1:  # a plan is made on one machine; a fit of this one batch on all
         sizes |= {"min_batch": batch, "max_batch": batch}
-        return lm.autofit(ready.model, ready.train_set, ready.args, **sizes, **shared)
+        return autofit(ready.model, ready.train_set, ready.args, **sizes, **shared)
     if checkpoint == "auto":
-        return lm.plan_checkpoints(ready.model, ready.train_set, ready.args, **shared)
+        return plan_checkpoints(ready.model, ready.train_set, ready.args, **shared)
     return None
 
 

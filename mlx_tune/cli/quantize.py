@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from mlx_tune.lm.tokens import Tokenizer
-    from mlx_tune.quantization import QuantizationReport
+    from mlx_tune.quantization.judging.report import QuantizationReport
 
 _EXAMPLES = """\
   mlx-tune quantize --model models/mine --mlx-path models/mine-4bit
@@ -114,10 +114,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Quantize, save, and say what was made."""
     import mlx.core as mx
 
-    import mlx_tune
-    from mlx_tune import lm
-    from mlx_tune.lm.loading import cast_parameters
+    from mlx_tune.lm.loading import cast_parameters, load
+    from mlx_tune.lm.saving import save_quantized
     from mlx_tune.measuring.ranks import Ranks
+    from mlx_tune.quantization.dry_run import plan_quantization
+    from mlx_tune.quantization.quantize import quantize_model
 
     overrides = dict(parse_override(text) for text in arguments.override)
     target = None if arguments.mlx_path is None else Path(arguments.mlx_path)
@@ -127,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InvalidArgumentError(f"--method {arguments.method} learns from text: give it with --calibration FILE.")
     with quiet_output():
         with progress_bar(f"loading {arguments.model}"):
-            model, tokenizer, config, folder = lm.load(
+            model, tokenizer, config, folder = load(
                 arguments.model,
                 lazy=True,
                 trust_remote_code=bool(arguments.trust_remote_code),
@@ -150,9 +151,9 @@ def run(arguments: argparse.Namespace) -> int:
         }
         mx.random.seed(arguments.seed)
         if arguments.plan:
-            result: Any = mlx_tune.plan_quantization(model, arguments.bits, arguments.group_size, **shared)
+            result: Any = plan_quantization(model, arguments.bits, arguments.group_size, **shared)
         else:
-            result = mlx_tune.quantize_model(
+            result = quantize_model(
                 model,
                 arguments.bits,
                 arguments.group_size,
@@ -161,7 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
             if is_first_rank():
                 with progress_bar(f"saving {target}"):
-                    lm.save_quantized(str(target), model, tokenizer, config, source=folder)
+                    save_quantized(str(target), model, tokenizer, config, source=folder)
             save_plot(result, arguments.plot)
     if is_first_rank():
         if arguments.report is not None:
@@ -248,13 +249,13 @@ def _batches(
     """Rows of text, at most so many, in batches; None where there is no text."""
     if source is None:
         return None
-    from mlx_tune import lm
+    from mlx_tune.lm.tokens import token_batches
 
     for name, value in (("--batch-size", arguments.batch_size), ("samples", samples)):
         if value < 1:
             raise InvalidArgumentError(f"{name} {value}: it must be at least 1.")
     batch_size = min(arguments.batch_size, samples)
-    return lm.token_batches(
+    return token_batches(
         tokenizer,
         source,
         batch_size=batch_size,

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import SupportsIndex
 
 import mlx.nn as nn
 
@@ -27,7 +26,7 @@ from mlx_tune.memory import MemoryBudget, cache_room, resolve_budget
 from mlx_tune.pareto import unbeaten
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
-from mlx_tune.units import whole_number
+from mlx_tune.units import Budget, whole_number
 
 
 def autofit(
@@ -35,7 +34,7 @@ def autofit(
     step: Callable[..., object],
     make_batch: Callable[[int], object],
     *,
-    budget: str | SupportsIndex | float | None = None,
+    budget: Budget = None,
     target_batch: int | None = None,
     tolerance: float = 0.01,
     state: object = (),

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm.adapters import awake_adapters
 from mlx_tune.lm.steps import training_step
+from mlx_tune.units import Budget
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from mlx_tune.fitting.result import Fit
     from mlx_tune.graphs.estimate import MemoryEstimate
 
-Budget = str | SupportsIndex | float | None
 Loss = Callable[..., tuple["mx.array", "mx.array"]]
 
 

@@ -14,12 +14,11 @@ from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
 from mlx_tune.lm.steps import set_training
 from mlx_tune.memory import MemoryBudget, resolve_budget, track_memory
 from mlx_tune.progress import progress_bar
-from mlx_tune.units import format_bytes
+from mlx_tune.units import Budget, format_bytes
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from mlx_tune.lm.fitting import Budget
 
 #: What further rows are predicted to add is raised by this share before it is compared with the budget.
 _MARGIN = 0.05

@@ -14,12 +14,13 @@ from mlx_tune.checkpointing.planning.checkpoint_plan import CheckpointPlan
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import writing
 from mlx_tune.files.unfinished import beside
-from mlx_tune.lm.fitting import Budget, Loss, autofit
+from mlx_tune.lm.fitting import Loss, autofit
 from mlx_tune.lm.steps import Row, as_rows, check_trainable, largest_batch, set_training
 from mlx_tune.lm.training_result import LossReport, TrainingResult
 from mlx_tune.lm.wiring import wired_for_training
 from mlx_tune.memory import open_limit_bytes, track_memory
 from mlx_tune.trees import nbytes_of
+from mlx_tune.units import Budget
 
 if TYPE_CHECKING:
     import mlx.nn as nn

@@ -6,7 +6,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_tune import lm
 from mlx_tune.checkpointing import GradientDifference, VerifyReport
 from mlx_tune.cli import main
 
@@ -152,7 +151,7 @@ def test_checkpoint_verify_has_an_exit_code_for_each_verdict(
 ) -> None:
     row = GradientDifference("w", 1.0, difference, 0.0, 1e-6, False, reason)
     report = VerifyReport(("layers.0",), 2.0, 0.0, 1e-6, (row,))
-    monkeypatch.setattr(lm, "verify_checkpoint", lambda *_: report)
+    monkeypatch.setattr("mlx_tune.lm.fitting.verify_checkpoint", lambda *_: report)
     code, out, _ = tool("checkpoint", "--verify", "--json")
     assert code == expected
     assert json.loads(out)["verdict"] == report.verdict

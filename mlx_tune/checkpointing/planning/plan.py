@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import SupportsIndex
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +24,7 @@ from mlx_tune.memory import cache_room, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
 from mlx_tune.trees import arrays_of
-from mlx_tune.units import format_bytes, whole_number
+from mlx_tune.units import Budget, format_bytes, whole_number
 
 #: How far below the budget the floors of the measured choices lie. Nearer, a limit has to throttle hard; further
 #: away, more is computed twice than necessary. What is best differs by machine, so each is tried.
@@ -38,7 +37,7 @@ def plan_checkpoints(
     make_batch: Callable[[int], object],
     *,
     batch_size: int,
-    budget: str | SupportsIndex | float | None = None,
+    budget: Budget = None,
     state: object = (),
     select: Select | None = None,
     steps: int = 2,

@@ -17,11 +17,15 @@ from mlx_tune.cli.output import folded
 from mlx_tune.devices import machine
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import writing
-from mlx_tune.lm import load, save_quantized, small_model, token_batches
+from mlx_tune.lm import small_model
+from mlx_tune.lm.loading import load
+from mlx_tune.lm.saving import save_quantized
+from mlx_tune.lm.tokens import token_batches
 from mlx_tune.memory import resolve_budget
 from mlx_tune.presentation.tabular import Table
 from mlx_tune.progress import progress_bar
-from mlx_tune.quantization import LanguageAccuracy, QuantizationReport
+from mlx_tune.quantization.judging.accuracy import LanguageAccuracy
+from mlx_tune.quantization.judging.report import QuantizationReport
 from mlx_tune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
