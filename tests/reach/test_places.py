@@ -66,8 +66,11 @@ def assign(holder, name, value):
 
 
 SLOTTED, DEFAULTED, PARTIAL = Slotted(), function_with_default, partial(function_with_default, 1, y=2)
+
 VARIABLE = ContextVar("variable")
+
 VARIABLE.set([1])
+
 SCOPE = {"a": [1], "b": [2], "elsewhere": 3}
 
 CASES = {
@@ -120,11 +123,6 @@ def test_a_variable_that_was_not_bound_is_not_bound_again():
     place.put(before)
     with pytest.raises(ValueError, match="empty"):
         cell.cell_contents
-
-
-def test_slots_have_the_names_they_have_outside():
-    assert slot_names(Slotted) == ("_Slotted__private", "seen")
-    assert slot_names(Single) == ("only",)
 
 
 class Pair(tuple):

@@ -12,7 +12,6 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_map
 
-import mlx_tune.graphs.tracing.trace as tracing
 from mlx_tune.graphs import estimate_memory
 from mlx_tune.graphs.simulating.order import evaluation_order
 from mlx_tune.graphs.tracing.built_graph import BuiltGraph
@@ -101,22 +100,3 @@ def test_nothing_is_fused_while_compiling_is_switched_off() -> None:
     assert (on.compiled, off.compiled) == (True, False)
     assert on.operations == ("Compiled",)
     assert "Compiled" not in off.operations
-
-
-def test_a_graph_that_cannot_be_told_apart_is_simplified_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(x: mx.array) -> mx.array:
-        return mx.exp(x) @ mx.exp(x)
-
-    built = estimate_memory(step, mx.zeros((8, 8)))
-    monkeypatch.setattr(tracing, "unmerge", lambda *_: None)
-    simplified = estimate_memory(step, mx.zeros((8, 8)))
-    assert (built.operations.count("Exp"), simplified.operations.count("Exp")) == (2, 1)
-    assert built.stand_ins == {}
-    assert "operations that were built twice: taken to be evaluated once" in str(simplified)
-
-
-def test_one_array_under_two_names_is_counted_once() -> None:
-    x = mx.zeros((100, 100))
-    mx.eval(x)
-    assert estimate_memory(lambda x: [x, x.astype(mx.float32)], x).floor_bytes == x.nbytes
-    assert estimate_memory(lambda x: (y := mx.exp(x), y.astype(mx.float32)), x).floor_bytes == 2 * x.nbytes

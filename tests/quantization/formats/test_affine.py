@@ -1,5 +1,4 @@
 import itertools
-import math
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +10,6 @@ from quantization_toys import stored_by_mlx
 from mlx_tune.devices import backend
 from mlx_tune.errors import QuantizationError
 from mlx_tune.measuring.float32_products import matmul_float32, rounds_factors
-from mlx_tune.quantization.formats import affine, scale_search
 from mlx_tune.quantization.formats.affine import dequantize_float32, group_errors, quantize_affine
 from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES, unpack
 
@@ -55,59 +53,6 @@ def test_no_group_is_ever_worse_than_nearest(made, bits):
     nearest = stored_by_mlx(weight, group_size, bits)
     assert [(a.shape, a.dtype) for a in quantized] == [(a.shape, a.dtype) for a in nearest]
     assert_never_worse(weight, quantized, bits, group_size)
-
-
-@st.composite
-def weights_of_any_magnitude(draw):
-    """Finite weights from the smallest denormal to the largest number of each dtype."""
-    group_size, dtype = draw(st.sampled_from(AFFINE_GROUP_SIZES)), draw(st.sampled_from(DTYPES))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    shape = (2, 2 * group_size)
-    kind = draw(st.sampled_from(["even", "heavy", "one-sided", "all magnitudes"]))
-    shares = {
-        "even": lambda: rng.uniform(-1, 1, shape),
-        "heavy": lambda: np.clip(rng.standard_t(2, shape) / 8, -1, 1),
-        "one-sided": lambda: rng.uniform(0.5, 1, shape),
-        "all magnitudes": lambda: rng.choice([-1, 1], shape) * 10.0 ** -rng.uniform(0, 30, shape),
-    }[kind]()
-    most = float(mx.finfo(dtype).max)
-    least = {mx.float16: -7}.get(dtype, -44)
-    scale = draw(st.one_of(st.just(most), st.floats(least, math.log10(most)).map(lambda e: min(most, 10.0**e))))
-    return mx.array((shares * scale).astype(np.float32)).astype(dtype), group_size
-
-
-def squared_errors(weight, packed, scales, biases, bits, group_size):
-    """Each group's, in float64, infinite where unpacking in float32 is; and the weights' own squares."""
-    codes, w, scale, bias = (
-        np.array(x.astype(mx.float32), dtype=np.float64).reshape(-1, n)
-        for x, n in ((unpack(packed, bits), group_size), (weight, group_size), (scales, 1), (biases, 1))
-    )
-    with np.errstate(all="ignore"):
-        errors = np.square(w - (codes * scale + bias)).sum(-1)
-    after = np.array(dequantize_float32(packed, scales, biases, bits, group_size)).reshape(-1, group_size)
-    return np.where(np.isfinite(after).all(-1), errors, np.inf), np.square(w).sum(-1)
-
-
-@settings(max_examples=60, deadline=None)
-@given(weights_of_any_magnitude(), st.sampled_from(AFFINE_BITS))
-def test_no_group_is_worse_and_none_infinite_at_any_magnitude(made, bits):
-    weight, group_size = made
-    before, _ = squared_errors(weight, *stored_by_mlx(weight, group_size, bits), bits, group_size)
-    after, energy = squared_errors(weight, *quantize_affine(weight, bits, group_size), bits, group_size)
-    assert np.isfinite(after).all()
-    assert (after <= before * (1 + 1e-4) + 1e-11 * energy).all(), (before, after)
-
-
-@pytest.mark.parametrize("bits", AFFINE_BITS)
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_a_power_of_two_changes_nothing_but_the_scales(bits, dtype):
-    weight = mx.random.normal((8, 128), key=mx.random.key(3)).astype(dtype)
-    plain = quantize_affine(weight, bits, 64)
-    for power in (2.0**100, 2.0**-60):
-        packed, scales, biases = quantize_affine(weight * power, bits, 64)
-        errors, _ = squared_errors(weight, packed, scales / power, biases / power, bits, 64)
-        expected, _ = squared_errors(weight, *plain, bits, 64)
-        assert errors.sum() <= 1.02 * expected.sum()
 
 
 @settings(max_examples=15, deadline=None)
@@ -154,29 +99,6 @@ def exhaustive_two_bits(row):
         fit = np.linalg.lstsq(design, row, rcond=None)[0]
         best = min(best, np.square(row - design @ fit).sum())
     return best
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("bits", "levels"),
-    [(2, (-1, 0, 1)), (2, (-2, -1, 0, 1)), (3, tuple(range(-3, 4))), (4, tuple(range(-7, 8))), (4, (-1, 0, 1))],
-)
-def test_weights_trained_on_a_grid_are_recovered_exactly(dtype, bits, levels):
-    rng = np.random.default_rng(bits)
-    codes = rng.choice(levels, (64, 128))
-    scales = 2.0 ** rng.integers(-6, -3, (64, 2)) * (1 + rng.integers(0, 16, (64, 2)) / 16)  # exact in every dtype
-    weight = mx.array((codes * np.repeat(scales, 64, -1)).astype(np.float32)).astype(dtype)
-    quantized = quantize_affine(weight, bits, 64)
-    assert mx.array_equal(dequantize_float32(*quantized, bits, 64), weight.astype(mx.float32)).item()
-
-
-@pytest.mark.parametrize("bits", [5, 6, 8])
-def test_grids_of_many_levels_are_recovered_exactly(bits):
-    rng = np.random.default_rng(bits)
-    codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (64, 128))
-    weight = mx.array((codes * np.repeat(2.0 ** rng.integers(-9, -5, (64, 2)) * 1.5, 64, -1)).astype(np.float32))
-    quantized = quantize_affine(weight, bits, 64)
-    assert mx.array_equal(dequantize_float32(*quantized, bits, 64), weight).item()
 
 
 def test_weights_quantized_before_are_kept_as_they_are():
@@ -230,34 +152,6 @@ def test_mlx_multiplies_with_it_as_with_the_dequantized_weight(bits, group_size)
     expected = matmul_float32(x, dequantize_float32(packed, scales, biases, bits, group_size).T)
     error = mx.linalg.norm(product - expected) / mx.linalg.norm(expected)
     assert error.item() < (2**-9 if rounds_factors() else 2**-18)
-
-
-def test_chunks_do_not_show(monkeypatch):
-    weight = mx.random.normal((40, 128), key=mx.random.key(4)).astype(mx.float16)
-    whole = quantize_affine(weight, 4, 32)
-    monkeypatch.setattr(affine, "_CPU_GROUPS", 12)
-    monkeypatch.setattr(affine, "_GPU_GROUPS", 12)
-    for a, b in zip(whole, quantize_affine(weight, 4, 32), strict=True):
-        assert mx.array_equal(a, b).item()
-
-
-@pytest.mark.cpu_only
-def test_without_a_compiler_the_result_is_as_good(monkeypatch):
-    weight = mx.random.normal((16, 128), key=mx.random.key(4)).astype(mx.bfloat16)
-    compiled = group_errors(weight, *quantize_affine(weight, 4), 4, 64).sum().item()
-    monkeypatch.setattr(scale_search, "can_compile", lambda device: False)
-    assert group_errors(weight, *quantize_affine(weight, 4), 4, 64).sum().item() == pytest.approx(compiled, rel=1e-3)
-
-
-def test_a_missing_compiler_is_noticed(monkeypatch):
-    def fails(function):
-        def call(*_):
-            raise RuntimeError("g++: not found")
-
-        return call
-
-    monkeypatch.setattr(mx, "compile", fails)
-    assert scale_search.can_compile.__wrapped__(mx.default_device().type) is False
 
 
 def test_codes_are_whole_and_within_their_bits():

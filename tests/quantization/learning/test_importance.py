@@ -12,70 +12,16 @@ import mlx.nn as nn
 import pytest
 import quantization_toys as toys
 from mlx.utils import tree_flatten
+from outlier_model import LARGE, VOCABULARY, Outliers, divergence, tokens
 
 import mlx_tune as mt
 from mlx_tune.quantization import quantize as quantize_of
 from mlx_tune.quantization.dry_run import plan_quantization
-from mlx_tune.quantization.judging.evaluation import Watched
-from mlx_tune.quantization.judging.nearest_guard import Guard
 from mlx_tune.quantization.learning import importance
 from mlx_tune.quantization.learning.importance import with_energies
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.quantize import blocks_of
 from mlx_tune.upstream import is_lazy
-
-WIDTH, VOCABULARY = 64, 200
-LARGE = (3, 40)
-
-
-class Block(nn.Module):
-    """A feed-forward part that adds to the residual stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
-        self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return x + self.down(nn.silu(self.up(self.norm(x))))
-
-
-class Outliers(nn.Module):
-    """A residual stream in which two channels are far larger than all others, and the weights that they meet small."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = [Block() for _ in range(4)]
-        self.norm = nn.RMSNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        keys = iter(mx.random.split(mx.random.key(1), 16))
-        columns = mx.where(sum(mx.arange(WIDTH) == j for j in LARGE) > 0, 1.0, 0.0)
-        self.embed.weight = mx.random.normal(self.embed.weight.shape, key=next(keys)) + 40 * columns
-        for block in self.blocks:
-            small = 1 - 0.99 * columns
-            block.up.weight = mx.random.normal(block.up.weight.shape, key=next(keys)) * small * 0.5
-            block.down.weight = mx.random.normal(block.down.weight.shape, key=next(keys)) * 0.1
-        self.head.weight = mx.random.normal(self.head.weight.shape, key=next(keys)) * (1 - 0.99 * columns) * 0.15
-        self.set_dtype(mx.bfloat16)
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-def tokens(seed: int, rows: int = 8) -> mx.array:
-    return mx.random.randint(0, VOCABULARY, (rows, 33), key=mx.random.key(seed))
-
-
-def divergence(bits: int, method: str, **more: object) -> float:
-    report = mt.quantize_model(
-        Outliers(), bits, 64, method=method, skip="embed", evaluation=[tokens(5)], progress=False, **more
-    )  # type: ignore[arg-type]
-    return report.accuracy.mean_kl  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
@@ -172,30 +118,6 @@ def test_layers_that_nothing_reaches_are_named() -> None:
 def test_calibration_is_preferred_to_random_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importance, "_random_tokens", lambda _: pytest.fail("there is calibration"))
     assert divergence(3, "optimal", calibration=[tokens(9)]) < 0.8 * divergence(3, "nearest")
-
-
-def test_a_result_worse_than_nearest_says_so_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {"method": "optimal", "skip": "embed", "evaluation": [tokens(5)], "progress": False}
-    assert mt.quantize_model(Outliers(), 3, 64, **made).warning is None  # type: ignore[arg-type]
-    monkeypatch.setattr(quantize_of, "with_energies", lambda plan, *_, **__: (plan, ()))
-    report = mt.quantize_model(Outliers(), 3, 64, **made)  # type: ignore[arg-type]
-    nearest = divergence(3, "nearest")
-    assert f"divergence {report.accuracy.mean_kl:.4g} against {nearest:.4g} on 256 tokens" in report.warning  # type: ignore[union-attr, operator]
-    assert str(report).startswith("Worse than method='nearest'")
-    assert report.summary().startswith("Worse than method='nearest'")
-
-
-@pytest.mark.parametrize("make", [toys.llama, toys.qwen3_moe, toys.gemma2, toys.lfm2])
-def test_the_guard_measures_what_nearest_gives(make: Callable[[], nn.Module]) -> None:
-    model = make()
-    judge = read_batches([toys.tokens(4, 17)], "evaluation")
-    before = toys.arrays_of(model)
-    plan = plan_quantization(model, 3, 32)
-    with Watched(model, judge) as divergence:
-        found = Guard(plan, divergence)
-    assert toys.same_arrays(before, toys.arrays_of(model))
-    report = mt.quantize_model(make(), 3, 32, method="nearest", evaluation=[toys.tokens(4, 17)], progress=False)
-    assert found.nearest == pytest.approx(report.accuracy.mean_kl, rel=1e-3)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("method", ["nearest", "optimal", "gptq", "dwq"])

@@ -3,69 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planted_kernels import FORMATS, USES, garbage, nan
 from quantization_toys import llama, qwen3_moe
 
 import mlx_tune as mt
-from mlx_tune.devices import backend
-from mlx_tune.quantization.formats.modes import FIXED_MODES, Format
-from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
-from mlx_tune.quantization.planning import kernel_trials
+from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.planning.faulty_kernels import ties_embeddings, unpack_faulty, uses_of
-from mlx_tune.quantization.planning.kernel_trials import Kernels, measure
 from mlx_tune.quantization.planning.kernels import (
     Combination,
     Fault,
     KernelTrial,
-    combinations,
     cut_outputs,
     judge,
     tolerance,
 )
-
-FORMATS = [Format(bits, size) for bits in AFFINE_BITS for size in AFFINE_GROUP_SIZES]
-FORMATS += [Format(bits, size, mode) for mode, (size, bits) in FIXED_MODES.items()]
-USES = ("product", "batched", "gathered", "lookup")
-
-
-class Planted:
-    """MLX's functions, each call counted, some of their results spoilt."""
-
-    def __init__(self, multiply=None, gather=None, dequantize=None):
-        self.calls = Counter()
-        spoil = {"multiply": multiply, "gather": gather, "dequantize": dequantize}
-        honest = Kernels()
-        self.kernels = Kernels(**{name: self._counted(name, getattr(honest, name), spoil[name]) for name in spoil})
-
-    def _counted(self, name, honest, spoil):
-        def call(*arrays, **parts):
-            self.calls[name] += 1
-            result = honest(*arrays, **parts)
-            return result if spoil is None else spoil(result, arrays, parts)
-
-        return call
-
-
-@pytest.fixture
-def plant(monkeypatch):
-    """A function that puts faulty kernels in MLX's place for a test."""
-
-    def put(**spoilt):
-        planted = Planted(**spoilt)
-        monkeypatch.setattr(kernel_trials, "MLX", planted.kernels)
-        return planted
-
-    return put
-
-
-def garbage(result, *_):
-    return mx.random.normal(result.shape, key=mx.random.key(5)).astype(result.dtype) * 3
 
 
 def wrong_at_width_64_from_two_rows(result, arrays, parts):
@@ -74,27 +31,8 @@ def wrong_at_width_64_from_two_rows(result, arrays, parts):
     return garbage(result) if hit else result
 
 
-def nan(result, arrays, parts):
-    return mx.full(result.shape, math.nan, dtype=result.dtype)
-
-
 def missing(result, arrays, parts):
     raise RuntimeError("[quantized_matmul] No implementation for problem shape: 8x32x64x1.")
-
-
-def one_output_off(result, arrays, parts):
-    return result.at[..., result.shape[-1] // 2].add(mx.abs(result).max())
-
-
-def infinite(result, arrays, parts):
-    return result.at[..., 0].add(math.inf)
-
-
-def all_zeros(result, arrays, parts):
-    return mx.zeros_like(result)
-
-
-# The pure decision
 
 
 @given(st.sampled_from(FORMATS), st.sampled_from(["float32", "bfloat16", "float16"]), st.integers(1, 200_000))
@@ -141,73 +79,6 @@ def test_a_trial_stops_at_the_first_fault():
 def test_a_fault_says_what_where_and_who_knows_of_it(fault, phrases):
     for phrase in phrases:
         assert phrase in str(fault)
-
-
-# The multiplication
-
-
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("wanted", FORMATS, ids=str)
-def test_mlx_is_right_here_in_every_format_and_use(wanted, use):
-    if wanted.bits == 1 and backend() == "cuda":
-        pytest.skip("CUDA has no kernels of 1 bit: ml-explore/mlx#2536")
-    for dtype in ("float32", "bfloat16"):
-        for tried in combinations([use], (2, 40, 256), wanted, dtype, "cpu"):
-            assert judge(tried, measure, "cpu") is None
-
-
-@pytest.mark.parametrize("spoil", [garbage, nan, infinite, all_zeros, one_output_off])
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("wanted", [Format(3, 32), Format(8, 64), Format(4, 32, "mxfp4")], ids=str)
-def test_a_result_that_is_wrong_is_told_from_rounding(wanted, use, spoil):
-    kernels = Planted(multiply=spoil, gather=spoil, dequantize=spoil).kernels
-    for dtype in ("float32", "bfloat16"):
-        (tried,) = combinations([use], (2, 40, 256), wanted, dtype, "cpu")
-        fault = judge(tried, lambda combination, trial: measure(combination, trial, kernels), "cpu")
-        assert fault is not None
-        assert fault.message == ""  # a number that is wrong, not a call that failed
-
-
-def test_a_gathered_product_that_takes_the_wrong_matrix_is_found():
-    def always_the_first(*arrays, rhs_indices, **parts):
-        return mx.gather_qmm(*arrays, rhs_indices=mx.zeros_like(rhs_indices), **parts)
-
-    tried = Combination("gathered", 128, 32, Format(4, 64), "float32")
-    for trial in tried.trials:
-        assert measure(tried, trial, Kernels(gather=always_the_first)) > 0.5
-
-
-def test_random_numbers_are_the_same_afterwards(plant):
-    model, planted = llama(), plant()
-    mx.random.seed(3)
-    expected = mx.random.normal((4,)).tolist()
-    mx.random.seed(3)
-    mt.plan_quantization(model)
-    assert planted.calls
-    assert mx.random.normal((4,)).tolist() == expected
-
-
-# Plans, models and reports
-
-
-def test_as_many_multiplications_as_there_are_combinations(plant):
-    planted = plant()
-    mt.plan_quantization(llama())  # width 64 and 128, tied embeddings
-    # One lookup; the embedding's product is that of the layers of width 64; 64 and 128 at one row and at eight.
-    assert planted.calls == {"dequantize": 1, "multiply": 4}
-    mt.plan_quantization(llama())
-    mt.quantize_model(llama(), progress=False)
-    assert planted.calls == {"dequantize": 1, "multiply": 4}
-    mt.plan_quantization(llama(), 8)
-    assert planted.calls == {"dequantize": 2, "multiply": 8}
-
-
-def test_nothing_is_multiplied_where_it_was_turned_off(plant):
-    planted = plant(multiply=nan, gather=nan, dequantize=nan)
-    assert not mt.plan_quantization(llama(), verify_kernels=False).skipped
-    assert not mt.quantize_model(llama(), verify_kernels=False, progress=False).skipped
-    mt.quantize_model(llama(), target_bpw=5, method="nearest", verify_kernels=False, progress=False)
-    assert not planted.calls
 
 
 def test_layers_of_a_width_that_is_wrong_stay_unpacked_with_their_reason(plant):
@@ -284,9 +155,6 @@ def test_a_layer_named_by_hand_is_left_unpacked_too(plant):
     assert [layer.path for layer in plan.skipped] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
 
 
-# Meeting a size
-
-
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_size_is_met_with_other_formats(plant, calibrated):
     plant(multiply=wrong_at_width_64_from_two_rows)
@@ -326,9 +194,6 @@ def test_a_size_that_only_wrong_formats_would_meet_is_refused_with_the_reason(pl
     with pytest.raises(mt.QuantizationError, match=r"cannot be met.*given another format") as caught:
         mt.quantize_model(llama(), target_bpw=4.0, method="nearest", progress=False)
     assert "is wrong on this backend" in str(caught.value)
-
-
-# Models that were quantized elsewhere
 
 
 def test_a_quantized_model_gets_its_wrong_layers_unpacked(plant):
@@ -373,9 +238,6 @@ def test_a_packed_layer_without_an_unpacked_class_is_named(plant):
     assert "1 layer was left packed" in stuck
     assert type(model.layers[0]) is nn.Linear
     assert type(model.layers[1]) is Unknown
-
-
-# What layers use
 
 
 def test_what_layers_do_with_their_weights():

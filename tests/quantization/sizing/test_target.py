@@ -5,12 +5,7 @@ import quantization_toys as toys
 
 import mlx_tune as mt
 from mlx_tune.errors import InvalidArgumentError, QuantizationError
-from mlx_tune.quantization.formats.modes import Format
-from mlx_tune.quantization.judging.accuracy import divergence_of
-from mlx_tune.quantization.judging.evaluation import Watched
-from mlx_tune.quantization.models.batches import read_batches
-from mlx_tune.quantization.sizing import plan_trials
-from mlx_tune.quantization.sizing.sensitivity import measure_divergences, weight_errors
+from mlx_tune.quantization.sizing.sensitivity import weight_errors
 
 
 def quiet(model: nn.Module, **kwargs) -> mt.QuantizationReport:
@@ -56,19 +51,6 @@ def test_more_room_is_never_worse() -> None:
     assert costs[-1] == 0  # 16 bits: everything is left alone
 
 
-def test_overrides_and_protected_layers_are_not_up_for_choice() -> None:
-    model = toys.qwen3_moe()
-    plan = planned(
-        model, target_bpw=5.6, overrides={"lm_head": {"bits": 8}, "*.q_proj": False, "*.k_proj": {"bits": 2}}
-    )
-    found = {layer.path: layer for layer in plan.layers}
-    assert str(found["lm_head"].format) == "8 bits, group 64"
-    assert found["model.layers.0.mlp.gate"].bits == 8
-    assert found["model.layers.0.self_attn.k_proj"].bits == 2
-    assert "model.layers.0.self_attn.q_proj" in {x.path for x in plan.skipped}
-    assert plan.bits_per_weight <= 5.6
-
-
 def test_what_cannot_be_met_says_what_could() -> None:
     with pytest.raises(QuantizationError, match=r"cannot be met: with every layer at its smallest the model takes"):
         planned(toys.llama(), target_bpw=1.0)
@@ -109,37 +91,6 @@ def test_without_calibration_the_evaluation_judges() -> None:
     assert "of the evaluation, as there is no calibration" in " ".join(report.notes)
     report = quiet(toys.llama(), target_bpw=3.6)
     assert "Not checked against" in " ".join(report.notes)
-
-
-def test_a_mixed_choice_that_is_worse_is_rejected(monkeypatch) -> None:
-    seen = []
-
-    def trial(plan, *_):
-        seen.append(plan)
-        return float(-len(seen))  # the second, one format for all, comes out lower
-
-    monkeypatch.setattr(plan_trials, "_trial", trial)
-    report = quiet(toys.llama(tied=False), target_bpw=4.6, calibration=calibration())
-    assert len({(x.bits, x.group_size) for x in report.layers}) == 1
-    assert "rejected" in " ".join(report.notes)
-    assert report.bits_per_weight <= 4.6
-
-
-def test_measured_divergence_is_that_of_the_layer_alone() -> None:
-    model = toys.llama(tied=False)
-    plan = mt.plan_quantization(model, 2, 64, method="nearest")
-    with Watched(model, read_batches(calibration(1), "calibration")) as divergence:
-        found = measure_divergences(plan.layers[:2], lambda layer: Format(2, 64), divergence, method="nearest")
-    for layer in plan.layers[:2]:
-        other = toys.llama(tied=False)
-        report = mt.quantize_model(
-            other, 2, 64, method="nearest", overrides={"*": False, layer.path: True}, evaluation=calibration(1),
-            progress=False,
-        )  # fmt: skip
-        moved, error = found[layer.path]
-        assert moved == pytest.approx(divergence_of(report.accuracy), rel=1e-4)
-        assert error == pytest.approx(10 ** (-report.layers[0].snr_db / 10), rel=1e-4)
-    assert type(model.model.embed_tokens) is nn.Embedding
 
 
 def test_models_without_logits() -> None:

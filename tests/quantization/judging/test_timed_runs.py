@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_tune.quantization.judging import timed_runs
+from mlx_tune.quantization.judging.timed_runs import measure_after, measure_before
+from mlx_tune.quantization.models.batches import Batch
+
+
+class Says(nn.Module):
+    """Its answer is the seconds that it takes: so many for a token."""
+
+    def __init__(self, each: float) -> None:
+        super().__init__()
+        self.each = each
+
+    def __call__(self, x: mx.array) -> float:
+        return self.each * x.shape[1]
+
+
+@pytest.fixture(autouse=True)
+def believed(monkeypatch) -> None:
+    monkeypatch.setattr(timed_runs, "_median_seconds", lambda run: run())
+
+
+def test_a_loss_is_timed_with_its_model() -> None:
+    def loss(model: nn.Module, x: mx.array) -> float:
+        return 100 * model(x)
+
+    batch = Batch((mx.zeros((2, 5)),), None)
+    found = measure_after(Says(2.0), batch, measure_before(Says(1.0), batch, tokens_in=False, loss=loss), loss=loss)
+    assert (found.before.prefill_seconds, found.after.prefill_seconds) == (500.0, 1000.0)
+
+
+def test_a_run_that_takes_long_is_not_repeated(monkeypatch) -> None:
+    monkeypatch.undo()
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(timed_runs.time, "perf_counter", lambda: next(clock))
+    runs = []
+    assert timed_runs._median_seconds(lambda: runs.append(1) or mx.zeros(1)) == 2
+    assert len(runs) == 1

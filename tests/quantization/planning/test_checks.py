@@ -1,0 +1,37 @@
+import math
+
+import mlx.nn as nn
+import pytest
+import quantization_toys as toys
+
+import mlx_tune as mt
+from mlx_tune.errors import BackendError, QuantizationError
+
+
+def quiet(model: nn.Module, *args, **kwargs) -> mt.QuantizationReport:
+    return mt.quantize_model(model, *args, progress=False, **kwargs)
+
+
+def test_weights_out_of_a_modes_range_are_in_the_notes() -> None:
+    model = nn.Sequential(*(nn.Linear(128, 16, bias=False) for _ in range(2)))
+    model.layers[1].weight = model.layers[1].weight * 1e6  # nvfp4's scales end at 448
+    report = quiet(model, mode="nvfp4")
+    assert any("more than half as large as the weights in layers.1 (0." in note for note in report.notes)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_found_first(value: float) -> None:
+    model = toys.llama()
+    layer = model.layers[1].mlp.up_proj
+    layer.weight[3, 5] = value
+    with pytest.raises(QuantizationError, match=r"model\.layers\.1\.mlp\.up_proj \(1 of 8,192 weights\)"):
+        quiet(model)
+    assert type(model.model.embed_tokens) is nn.Embedding
+
+
+@pytest.mark.cpu_only
+def test_activations_are_refused_where_the_backend_cannot() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    with pytest.raises(BackendError, match="cannot quantize a layer's inputs in mode 'nvfp4' on this backend"):
+        quiet(model, mode="nvfp4", activations=True)
+    assert type(model.layers[0]) is nn.Linear
