@@ -104,6 +104,15 @@ class House:
         """The number of lines of each file."""
         return Counter({name: len(path.read_text().splitlines()) for name, path in self.files.items()})
 
+    def untested(self) -> list[str]:
+        """The files, packages' own aside, without a test file of their name in the folder that mirrors theirs."""
+        places = {name: path.relative_to(self.root).parts[1:] for name, path in self.files.items()}
+        return [
+            name
+            for name, (*folder, file) in places.items()
+            if file != "__init__.py" and not Path(self.root, "tests", *folder, f"test_{file}").exists()
+        ]
+
     def questions(self) -> tuple[int, int]:
         """The docstrings that begin as a question would, and all of them."""
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -133,6 +142,7 @@ def main() -> None:
         f"the way of `model` through quantize_model: {len(way.files)} files, {way.returns} returns to one left before"
     )
     print(f"lines: {house.lines().total():,} in {len(house.files)} files; the longest: {house.lines().most_common(3)}")
+    print(f"files without a test file of their own: {len(house.untested())}")
     print(f"docstrings that begin as questions: {asked} of {every}")
     print(f"Any for each 1,000 lines: {house.anys():.1f}")
     print(f"mypy, strict: {checked.stdout.strip().splitlines()[-1]}")
