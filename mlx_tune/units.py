@@ -1,4 +1,4 @@
-"""Bytes, whole numbers, fractions, times and dtypes to text, and text back.
+"""Bytes, whole numbers, fractions, times and dtypes to text, and text back; arrays of one number to that.
 
 Decimal units, as mlx-lm and Apple count: 1 GB is 10^9 bytes. Binary units are written with an i: 1 GiB is 2^30.
 """
@@ -9,7 +9,7 @@ import math
 import operator
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 
@@ -235,6 +235,18 @@ def dtype_name(dtype: mx.Dtype) -> str:
         'bfloat16'
     """
     return str(dtype).rpartition(".")[2]
+
+
+def number(array: mx.array) -> float:
+    """The one number in an array, evaluated.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> number(mx.ones(3).sum())
+        3.0
+    """
+    value: Any = array.item()  # MLX's stubs leave open what it is
+    return float(value)
 
 
 def _three_digits(x: float) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from mlx_tune.batching.probe import MakeBatch, Step
 from mlx_tune.errors import TrialError
 from mlx_tune.interrupts import interruptible
 from mlx_tune.memory import memory_limit
 from mlx_tune.trees import arrays_of, walk
+from mlx_tune.units import number
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -86,7 +87,7 @@ def _loss(
         out = step(batch)
         arrays = list(arrays_of(out))
         mx.eval(arrays, list(arrays_of(state)))
-    return cast(float, arrays[0].astype(mx.float32).mean().item())
+    return number(arrays[0].astype(mx.float32).mean())
 
 
 def _repeat(row: object, size: int) -> object:

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +19,7 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.graphs.tracing.trace import taking
 from mlx_tune.reach.walk import Walk
 from mlx_tune.state import Snapshot
+from mlx_tune.units import number
 
 _RELATIVE = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}
 
@@ -105,7 +105,7 @@ def verify_checkpoint(model: nn.Module, loss: Callable[..., object], *args: obje
     finally:
         if handle is not None:
             handle.undo()
-    loss_value = _number(value)
+    loss_value = number(value)
     loss_difference = _difference(value, checked_value)
     if not ran:
         reason = "no checkpointed block ran again"
@@ -176,7 +176,7 @@ def _difference(a: mx.array, b: mx.array) -> float:
     """The largest absolute difference, with no-numbers in the same place being the same."""
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     same = (a == b) | (mx.isnan(a) & mx.isnan(b))
-    largest = _number(mx.max(mx.where(same, 0.0, mx.abs(a - b)))) if a.size else 0.0
+    largest = number(mx.max(mx.where(same, 0.0, mx.abs(a - b)))) if a.size else 0.0
     return math.inf if math.isnan(largest) else largest
 
 
@@ -227,9 +227,4 @@ def _cancelled(dtype: mx.Dtype) -> float:
 def _largest(gradient: mx.array) -> float:
     """The largest finite entry, its absolute value; zero where there is none."""
     found = mx.abs(gradient.astype(mx.float32))
-    return _number(mx.max(mx.where(mx.isfinite(found), found, 0.0))) if found.size else 0.0
-
-
-def _number(array: mx.array) -> float:
-    value: Any = array.item()
-    return float(value)
+    return number(mx.max(mx.where(mx.isfinite(found), found, 0.0))) if found.size else 0.0

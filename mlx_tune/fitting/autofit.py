@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_tune import devices
 from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.checkpointing.blocks import Select, find_blocks
+from mlx_tune.checkpointing.planning.choose import chosen_paths
 from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
 from mlx_tune.fitting.result import Fit, Setting
@@ -190,7 +191,7 @@ def _result(
     return Fit(
         batch_size=chosen.batch_size,
         accumulation_steps=1 if target_batch is None else int(target_batch) // chosen.batch_size,
-        paths=search.survey.chosen(chosen.choice),
+        paths=chosen_paths(search.survey.paths, chosen.choice),
         found=len(search.survey.paths),
         limit_bytes=measured.limit_bytes,
         cache_limit_bytes=cache_room(search.budget, measured.peak_bytes),

@@ -229,16 +229,21 @@ class _Rows:
 
     def _filled(self, length: int) -> list[Any]:
         """One row's cache after so many tokens."""
+        caches = self._prefilled(1, length)
+        return caches if self._bits is None else self._quantized(caches)
+
+    def _prefilled(self, rows: int, length: int) -> list[Any]:
+        """Caches after so many tokens in each of some rows, as the prompt is read: a part at a time."""
         import mlx.core as mx
         from mlx_lm.models.cache import make_prompt_cache
 
         caches: list[Any] = make_prompt_cache(self._model)
-        tokens = mx.zeros((1, length), mx.int32)
+        tokens = mx.zeros((rows, length), mx.int32)
         while tokens.shape[1] > 0:
             self._model(tokens[:, : self._prefill], cache=caches)
             mx.eval([cache.state for cache in caches])
             tokens = tokens[:, self._prefill :]
-        return caches if self._bits is None else self._quantized(caches)
+        return caches
 
     def _quantized(self, caches: list[object]) -> list[Any]:
         done = []
@@ -273,15 +278,8 @@ class _Rows:
 
     def _forward_prompts(self, rows: int) -> None:
         import mlx.core as mx
-        from mlx_lm.models.cache import make_prompt_cache
 
-        caches = make_prompt_cache(self._model)
-        tokens = mx.zeros((rows, self._prompt), mx.int32)
-        while tokens.shape[1] > 0:
-            self._model(tokens[:, : self._prefill], cache=caches)
-            mx.eval([cache.state for cache in caches])
-            tokens = tokens[:, self._prefill :]
-        mx.eval([cache.state for cache in self._quantized(caches)])
+        mx.eval([cache.state for cache in self._quantized(self._prefilled(rows, self._prompt))])
 
     def _write(self, size: int) -> Iterator[float]:
         """Seconds for each of the last tokens."""

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from contextvars import ContextVar
 from operator import is_
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
@@ -20,16 +20,6 @@ _MISSING = object()
 PLAIN: frozenset[type] = frozenset(
     {int, float, complex, bool, str, bytes, type(None), type(...), range, slice, mx.Dtype}
 )
-
-
-class Place(Protocol):
-    """Something that holds values."""
-
-    def get(self) -> Any:
-        """The contents, as a dictionary or list of its own."""
-
-    def put(self, items: object) -> None:
-        """Hold this again."""
 
 
 class Held:

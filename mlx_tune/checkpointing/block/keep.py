@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
+from mlx_tune.graphs.tracing.recomputation import is_differentiable
 
 _thread = threading.local()
 
@@ -72,7 +73,7 @@ class Frame:
                 f"first run had marked {[tuple(a.shape) for a in self._saved]}. A checkpointed block must do the "
                 "same each time; something it reads has changed in between."
             )
-        if not mx.issubdtype(array.dtype, mx.inexact):
+        if not is_differentiable(array):
             self.values.append(array)
             return self._saved[index]
         use, link = _linked(self._saved[index], array)

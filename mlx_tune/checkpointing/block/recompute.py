@@ -20,7 +20,7 @@ from mlx_tune.checkpointing.block.keep import Frame, with_gradient
 from mlx_tune.checkpointing.block.randomness import draws_from, thread_stream
 from mlx_tune.checkpointing.block.side_effects import Rewound
 from mlx_tune.errors import CheckpointError
-from mlx_tune.graphs.tracing.recomputation import is_tracing, traced_checkpoint
+from mlx_tune.graphs.tracing.recomputation import is_differentiable, is_tracing, traced_checkpoint
 from mlx_tune.reach.container_notes import Note, fill
 from mlx_tune.reach.places import Held
 from mlx_tune.reach.walk import Walk
@@ -74,11 +74,6 @@ def runs_again() -> Iterator[set[int]]:
         yield found
     finally:
         _thread.again = outer
-
-
-def is_differentiable(array: mx.array) -> bool:
-    """True where gradients flow through arrays of this type."""
-    return mx.issubdtype(array.dtype, mx.inexact)
 
 
 def call_checkpointed(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import mlx.nn as nn
 
 from mlx_tune.checkpointing.planning.checkpoint_plan import apply_choice
-from mlx_tune.checkpointing.planning.choose import Choice
+from mlx_tune.checkpointing.planning.choose import Choice, chosen_paths
 from mlx_tune.measuring.interleaved_timing import compare
 from mlx_tune.measuring.step import StepTrial, run_step
 from mlx_tune.measuring.throttle import best_trial, limit_trials, lowered
@@ -97,7 +97,7 @@ class Measurements:
             latest = StepTrial(limit, max(t.peak_bytes for t in trials), min(t.seconds for t in trials))
             return latest
 
-        undo = apply_choice(self.model, self.chosen(choice))
+        undo = apply_choice(self.model, chosen_paths(self.paths, choice))
         try:
             lowest = floor_bytes if self.throttle else self.budget_bytes
             trials = limit_trials(run, lowest, self.budget_bytes, most=4 if self.throttle else 1)
@@ -145,7 +145,7 @@ class Measurements:
         Returns:
             The same; it fits if its peak stayed within the budget under the limit that it has now.
         """
-        undo = apply_choice(self.model, self.chosen(measured.choice))
+        undo = apply_choice(self.model, chosen_paths(self.paths, measured.choice))
         try:
             self._again(measured, measured.limit_bytes)
             for _ in range(4 if self.throttle else 0):
@@ -174,7 +174,7 @@ class Measurements:
 
     def once(self, measured: ChoiceMeasurement) -> float:
         """One more step of a choice under its limit; returns its seconds."""
-        undo = apply_choice(self.model, self.chosen(measured.choice))
+        undo = apply_choice(self.model, chosen_paths(self.paths, measured.choice))
         try:
             trial = self._run(measured.limit_bytes, measured.peak_bytes)
         finally:
@@ -186,7 +186,3 @@ class Measurements:
         """One step; cached buffers get what the peak so far leaves of the budget, which is nothing at first."""
         with held_cache(cache_room(self.budget_bytes, peak_bytes or self.budget_bytes)):
             return self.share(lambda: run_step(self.step, (self.batch,), self.state, limit_bytes))
-
-    def chosen(self, choice: Choice) -> tuple[str, ...]:
-        """The paths of the checkpointed blocks."""
-        return tuple(path for path, yes in zip(self.paths, choice, strict=True) if yes)

@@ -13,7 +13,7 @@ from mlx.optimizers import Optimizer
 from mlx_tune.checkpointing.block.wrap import is_checkpointed
 from mlx_tune.checkpointing.blocks import Select, find_blocks
 from mlx_tune.checkpointing.planning.checkpoint_plan import apply_choice
-from mlx_tune.checkpointing.planning.choose import Choice, calibrated
+from mlx_tune.checkpointing.planning.choose import Choice, calibrated, chosen_paths
 from mlx_tune.checkpointing.planning.costs import Calls, block_kind, forward_seconds, recorded
 from mlx_tune.checkpointing.planning.schedule import frontier
 from mlx_tune.errors import BudgetError, CheckpointError
@@ -80,10 +80,6 @@ class Survey:
         self.beside_bytes = max(0, mx.get_active_memory() - nbytes_of(state))
         initialize_optimizers(state, model)
 
-    def chosen(self, choice: Choice) -> tuple[str, ...]:
-        """The paths of the checkpointed blocks."""
-        return tuple(path for path, yes in zip(self.paths, choice, strict=True) if yes)
-
     def floor(self, choice: Choice, batch_size: int | None = None) -> int:
         """The estimated floor of the step's memory, everything held in the process included.
 
@@ -97,7 +93,7 @@ class Survey:
         return self._floors[choice, size]
 
     def _estimated(self, choice: Choice, size: int) -> int:
-        undo = apply_choice(self.model, self.chosen(choice))
+        undo = apply_choice(self.model, chosen_paths(self.paths, choice))
         try:
             estimate = estimate_memory(self.step, self._batch(size), state=self.state)
         finally:

@@ -19,6 +19,8 @@ import mlx.core as mx
 
 from mlx_tune.graphs.arguments import argument_arrays, with_arrays
 from mlx_tune.graphs.graph import Mark
+from mlx_tune.graphs.tracing.recomputation import is_differentiable
+from mlx_tune.units import number
 
 #: Marks are the smallest numbers of float32, which no step computes with.
 _SMALLEST = 2.0**-149
@@ -42,13 +44,8 @@ class Marks:
         """The mark that a captured array is."""
         if not self.made or array.size != 1 or array.dtype != mx.float32:
             return None
-        number = float(array.item()) / _SMALLEST  # type: ignore[arg-type]  # MLX's stubs know of no float
-        return self.made[int(number) - 1] if 1 <= number <= len(self.made) and number.is_integer() else None
-
-
-def is_smooth(array: mx.array) -> bool:
-    """True where gradients flow through arrays of this type."""
-    return mx.issubdtype(array.dtype, mx.inexact)
+        mark = number(array) / _SMALLEST
+        return self.made[int(mark) - 1] if 1 <= mark <= len(self.made) and mark.is_integer() else None
 
 
 def called_with_gradient(
@@ -73,8 +70,8 @@ def called_with_gradient(
     primals = argument_arrays((args, kwargs))
     made = function(*args, **kwargs)
     values = [mx.stop_gradient(y) for y in argument_arrays(made)]
-    smooth = [i for i, x in enumerate(primals) if is_smooth(x)]
-    if not smooth or not any(map(is_smooth, values)):
+    smooth = [i for i, x in enumerate(primals) if is_differentiable(x)]
+    if not smooth or not any(map(is_differentiable, values)):
         return with_arrays(made, iter(values))
     marks.calls += 1
     # Where no cotangent arrives MLX passes zeros, which are as large as these.
@@ -91,7 +88,7 @@ def called_with_gradient(
         number = mx.depends([marks.new("input", i, x)], [mx.stop_gradient(gradients[i])])[0]
         total = total + x.astype(mx.float32).sum() * number
     for j, y in enumerate(values):
-        if is_smooth(y):
+        if is_differentiable(y):
             z = mx.broadcast_to(total * marks.new("output", j, y), y.shape).astype(y.dtype)
             values[j] = y + (z - mx.stop_gradient(z))
     return with_arrays(made, iter(values))

@@ -31,6 +31,11 @@ def is_tracing() -> bool:
     return getattr(_thread, "depth", 0) > 0
 
 
+def is_differentiable(array: mx.array) -> bool:
+    """True where gradients flow through arrays of this type."""
+    return mx.issubdtype(array.dtype, mx.inexact)
+
+
 @contextmanager
 def tracing() -> Iterator[None]:
     """Make `is_tracing` true on this thread for the body; nests."""
@@ -65,10 +70,7 @@ def traced_checkpoint(pure: Callable[..., Sequence[mx.array]], arrays: Sequence[
     """
     arrays = list(arrays)
     values = [mx.stop_gradient(y) for y in pure(*arrays)]
-    if not any(mx.issubdtype(y.dtype, mx.inexact) for y in values):
+    if not any(is_differentiable(y) for y in values):
         return values
     again = pure(*mx.depends(arrays, values))
-    return [
-        y + (z - mx.stop_gradient(z)) if mx.issubdtype(y.dtype, mx.inexact) else y
-        for y, z in zip(values, again, strict=True)
-    ]
+    return [y + (z - mx.stop_gradient(z)) if is_differentiable(y) else y for y, z in zip(values, again, strict=True)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 
 from mlx_tune.upstream import is_lazy
@@ -34,14 +32,3 @@ def read_array(array: mx.array) -> mx.array:
     copy = mx.compile(lambda: mx.stop_gradient(array))()
     mx.eval(copy)
     return copy
-
-
-def number(array: mx.array) -> float:
-    """The one number in an array, evaluated.
-
-    Examples:
-        >>> number(mx.ones(3).sum())
-        3.0
-    """
-    value: Any = array.item()
-    return float(value)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.formats.packing import PackedArrays, dequantize_float32
+from mlx_tune.units import number
 
 
 def overflows(arrays: PackedArrays, wanted: Format, dtype: mx.Dtype) -> bool:

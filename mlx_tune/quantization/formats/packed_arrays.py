@@ -10,9 +10,9 @@ import mlx.core as mx
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.quantization.formats.affine import quantize_affine
 from mlx_tune.quantization.formats.float_modes import quantize_float
-from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.formats.modes import Effort, Format
 from mlx_tune.quantization.formats.packing import PackedArrays, dequantize_float32, quantize_nearest
+from mlx_tune.units import number
 
 #: Weights looked at together where a whole layer would need several float32 copies of itself at once.
 #: A GPU has more room and waits longer for each piece to end.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
+
+from mlx_tune.units import number
 
 #: The bits of a float32 that hold its exponent.
 _EXPONENT = 0x7F800000
@@ -40,8 +40,7 @@ def largest_magnitude(weight: mx.array) -> float:
         >>> largest_magnitude(mx.array([1.0, -3.0]))
         3.0
     """
-    largest: Any = mx.maximum(weight.max(), -weight.min()).astype(mx.float32).item()
-    return float(largest)
+    return number(mx.maximum(weight.max(), -weight.min()).astype(mx.float32))
 
 
 def in_range(weight: mx.array) -> tuple[mx.array, mx.array]:

@@ -231,13 +231,14 @@ class _Kernels(NamedTuple):
     fit: Callable[..., list[mx.array]]
 
 
+def inverse_of(scale: mx.array) -> mx.array:
+    """The inverse of a scale; 0 for one that is stored as 0, which leaves only the bias, whatever the code."""
+    return mx.where(scale == 0, 0.0, 1 / mx.where(scale == 0, 1.0, scale))
+
+
 @functools.cache
 def _kernels(cpu: bool, compiled: bool, dtype: mx.Dtype) -> _Kernels:
     """Make them. Everything that varies is an argument, since each constant would mean another kernel."""
-
-    def inverse_of(scale: mx.array) -> mx.array:
-        # A scale that is stored as 0 leaves nothing but the bias, whatever the code.
-        return mx.where(scale == 0, 0.0, 1 / mx.where(scale == 0, 1.0, scale))
 
     def codes(g: mx.array, inverse: mx.array, bias: mx.array, top: mx.array) -> mx.array:
         at = (g - bias) * inverse

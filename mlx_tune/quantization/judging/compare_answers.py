@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.judging.statistics import OutputFigures, TokenFigures
+from mlx_tune.units import number
 
 #: Logits looked at together: float32 temporaries several times this size come and go.
 LOGITS_AT_ONCE = 1 << 24

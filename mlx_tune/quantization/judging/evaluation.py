@@ -14,7 +14,6 @@ import mlx.nn as nn
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import Bar, progress_bar
-from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.judging.accuracy import Accuracy, divergence_of
 from mlx_tune.quantization.judging.compare_answers import LOGITS_AT_ONCE, compare_outputs, compare_tokens, join_figures
 from mlx_tune.quantization.judging.statistics import TokenFigures
@@ -26,6 +25,7 @@ from mlx_tune.quantization.models.layers import EMBEDDINGS, weight_shape
 from mlx_tune.quantization.models.model_calls import FAULTS, resolve, uncallable
 from mlx_tune.quantization.models.sites import own_arrays, sites_of
 from mlx_tune.quantization.models.stored_outputs import OutputStore
+from mlx_tune.units import number
 
 #: Tokens that the noise floor is measured on; fewer on a CPU, which multiplies half-precision numbers slowly.
 _FLOOR_TOKENS, _FLOOR_TOKENS_CPU = 2048, 256

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,9 @@ import mlx.core as mx
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_map
 
+from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.quantization.models.batches import Batch
+from mlx_tune.units import number
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,8 @@ class Shares:
 
     def __init__(self, group: Any = None) -> None:
         """Join."""
-        if group is None and "MLX_RANK" in os.environ:
-            group = mx.distributed.init()
-        self._group = group
-        self.size: int = 1 if group is None else group.size()
-        self.rank: int = 0 if group is None else group.rank()
+        ranks = Ranks(group)
+        self._group, self.size, self.rank = ranks.group, ranks.size, ranks.rank
 
     def of(self, batch: Batch, *, divide: bool = True) -> Share:
         """This rank's share of a batch.
@@ -72,8 +70,7 @@ class Shares:
         """The sum of all ranks' figures, the same on all of them."""
         if self.size == 1:
             return figure
-        total: Any = self._sum(mx.array(figure)).item()
-        return float(total)
+        return number(self._sum(mx.array(figure)))
 
     def _sum(self, value: mx.array) -> mx.array:
         summed: mx.array = mx.distributed.all_sum(value, group=self._group, stream=mx.cpu)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_tune.measuring.float32_products import matmul_float32
-from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.learning.moments import Drift
+from mlx_tune.units import number
 
 #: How much of the way to the least-squares solution is gone. All of it is too much: what a layer cannot see of its
 #: inputs' drift, later layers and the residual stream can make up for as well.

@@ -23,7 +23,6 @@ from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import CheckpointError, QuantizationError
 from mlx_tune.memory import memory_budget, track_memory
 from mlx_tune.progress import Bar, progress_bar
-from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.learning.data_parallel import Shares
 from mlx_tune.quantization.learning.trainable import (
     NAMES,
@@ -36,6 +35,7 @@ from mlx_tune.quantization.models.answers import Loss, logits_of, mean_loss, out
 from mlx_tune.quantization.models.arithmetic import evaluation_mode, float32_arithmetic
 from mlx_tune.quantization.models.batches import Batch, count_tokens, in_parts, widen
 from mlx_tune.quantization.models.stored_outputs import OutputStore
+from mlx_tune.units import number
 
 #: Adam's step, in quantization steps at the ends of a group's grid; the best of these is found by trying.
 RATES = (0.003, 0.01, 0.03)

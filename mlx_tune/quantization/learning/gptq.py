@@ -21,10 +21,10 @@ import mlx.core as mx
 from mlx_tune.errors import QuantizationError
 from mlx_tune.measuring.float32_products import matmul_float32
 from mlx_tune.quantization.formats.affine import quantize_affine
-from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.packing import check_affine, dequantize_float32, pack
-from mlx_tune.quantization.formats.scale_search import Solver, plan_search
+from mlx_tune.quantization.formats.scale_search import Solver, inverse_of, plan_search
+from mlx_tune.units import number
 
 #: What is added to the diagonal, as a share of its mean: inputs seen in calibration are not all there are.
 _DAMPING = 0.01
@@ -252,10 +252,6 @@ class _Job:
         )
 
 
-def _inverse(scale: mx.array) -> mx.array:
-    return mx.where(scale == 0, 0.0, 1 / mx.where(scale == 0, 1.0, scale))
-
-
 def _round(value: mx.array, inverse: mx.array, bias: mx.array, top: mx.array) -> mx.array:
     return mx.minimum(mx.maximum(mx.round((value - bias) * inverse), 0), top)
 
@@ -267,7 +263,7 @@ def _rounding_pass(size: int) -> Callable[..., tuple[mx.array, mx.array]]:
     def run(
         w: mx.array, feedback: mx.array, scale: mx.array, bias: mx.array, top: mx.array
     ) -> tuple[mx.array, mx.array]:
-        inverse, codes, errors = _inverse(scale), [], []
+        inverse, codes, errors = inverse_of(scale), [], []
         for k in range(size):
             row = w[:1]
             q = _round(row, inverse, bias, top)
@@ -306,7 +302,7 @@ def _descent_pass(size: int, dtype: mx.Dtype) -> Callable[..., tuple[mx.array, .
         change = -(ds * q + db)
         pull = pull + matmul_float32(inner, change)
         # The codes, each where the pull of all the others leaves it.
-        inverse, codes, moves = _inverse(scale), [], []
+        inverse, codes, moves = inverse_of(scale), [], []
         for k in range(size):
             value = q[k : k + 1] * scale + bias
             new = _round(value + pull[k : k + 1] / inner[k, k], inverse, bias, top)

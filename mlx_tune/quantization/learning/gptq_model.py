@@ -17,7 +17,6 @@ from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.measuring.float32_products import matmul_float32
 from mlx_tune.progress import Bar, progress_bar
-from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packed_arrays import pack_weight
@@ -33,6 +32,7 @@ from mlx_tune.quantization.models.batches import Batch, in_parts
 from mlx_tune.quantization.models.interception import FindBlocks, Step, forward_steps, no_blocks
 from mlx_tune.quantization.models.layers import read_weight
 from mlx_tune.quantization.planning.plan import LayerPlan
+from mlx_tune.units import number
 
 Arrays = tuple[mx.array, mx.array, mx.array]
 

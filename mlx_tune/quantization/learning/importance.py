@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.interrupts import interruptible, uninterrupted
-from mlx_tune.quantization.formats.lazy_arrays import number, read_array
+from mlx_tune.quantization.formats.lazy_arrays import read_array
 from mlx_tune.quantization.learning.input_samples import InputSamples
 from mlx_tune.quantization.models.arithmetic import running
 from mlx_tune.quantization.models.batches import Batch
@@ -23,6 +23,7 @@ from mlx_tune.quantization.models.interception import FindBlocks, ModuleCall, in
 from mlx_tune.quantization.models.layers import EMBEDDINGS
 from mlx_tune.quantization.models.sites import Site, sites_of
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
+from mlx_tune.units import number
 from mlx_tune.upstream import is_lazy
 
 #: Random tokens that a model without calibration is run on: rows and their length.

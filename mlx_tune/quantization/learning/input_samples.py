@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_tune.files.scratch import ScratchFiles
 from mlx_tune.measuring.float32_products import matmul_float32
-from mlx_tune.quantization.formats.lazy_arrays import number
+from mlx_tune.units import number
 
 #: Rows of each layer's inputs that are kept.
 ROWS = 512

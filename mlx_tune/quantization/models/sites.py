@@ -67,9 +67,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
         >>> module_at(nn.Sequential(nn.Linear(2, 3)), "layers.0").weight.shape
         (3, 2)
     """
-    node: Any = model
-    for part in path.split(".") if path else ():
-        node = node[int(part)] if isinstance(node, list) else node[part]
+    node = _node_at(model, path)
     if not isinstance(node, nn.Module):
         raise KeyError(f"{path!r} is a {type(node).__name__}, not a module")
     return node
@@ -78,13 +76,19 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` where `path` points, in place."""
     head, _, name = path.rpartition(".")
-    parent: Any = model
-    for part in head.split(".") if head else ():
-        parent = parent[int(part)] if isinstance(parent, list) else parent[part]
+    parent = _node_at(model, head)
     if isinstance(parent, list):
         parent[int(name)] = module
     else:
         parent[name] = module
+
+
+def _node_at(model: nn.Module, path: str) -> Any:
+    """The module, list or dictionary at a path."""
+    node: Any = model
+    for part in path.split(".") if path else ():
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return node
 
 
 @contextmanager

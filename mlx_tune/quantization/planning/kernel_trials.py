@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tune import devices
-from mlx_tune.quantization.formats.lazy_arrays import number
 from mlx_tune.quantization.formats.packing import unpack
 from mlx_tune.quantization.planning.kernels import MANY_ROWS, Combination, Fault, KernelTrial, judge
+from mlx_tune.units import number
 
 #: Matrices of a stack that are tried: two, so that a wrong one can be picked, and so few that eight rows in order are
 #: four a matrix, from where on Metal has a kernel of their own.

@@ -3,7 +3,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_tune.quantization.formats.lazy_arrays import number, read_array
+from mlx_tune.quantization.formats.lazy_arrays import read_array
+from mlx_tune.units import number
 from mlx_tune.upstream import is_lazy
 
 
