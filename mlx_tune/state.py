@@ -12,14 +12,17 @@ import os
 import random
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import ScratchFiles
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.trees import arrays_of, containers_of, outermost, state_arrays
+from mlx_tune.upstream import random_key
 
 
 class _Spilled:
@@ -130,22 +133,37 @@ class _RandomStreams:
     """MLX's stream of this thread, and Python's and NumPy's global ones."""
 
     def __init__(self) -> None:
-        import mlx.core as mx
-
-        key: Any = mx.random.state[0]  # type: ignore[index]  # MLX's stubs call the list an object
-        self._key = [int(word) for word in key.tolist()]
+        self._key = _key_words()
         self._python = random.getstate()
         numpy = sys.modules.get("numpy")
         self._numpy = numpy.random.get_state() if numpy is not None else None
 
     def restore(self) -> None:
-        import mlx.core as mx
-
-        # `seed` builds the key out of the two halves of its argument, so this gives back exactly this key.
-        mx.random.seed((self._key[0] << 32) | self._key[1])
+        _put_key(self._key)
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
+
+
+@contextmanager
+def same_random_stream() -> Iterator[None]:
+    """Leave MLX's random stream as it was, whatever is drawn meanwhile."""
+    words = _key_words()
+    try:
+        yield
+    finally:
+        _put_key(words)
+
+
+def _key_words() -> list[int]:
+    return [int(word) for word in cast(list[int], random_key().tolist())]
+
+
+def _put_key(words: list[int]) -> None:
+    import mlx.core as mx
+
+    # `seed` builds the key out of the two halves of its argument, so this gives back exactly this key.
+    mx.random.seed((words[0] << 32) | words[1])
 
 
 def _containers(state: Any) -> list[dict[object, object] | list[object]]:

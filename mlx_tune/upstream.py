@@ -138,6 +138,13 @@ def freeze_also(module: nn.Module, names: set[str]) -> None:
 # The random stream. Source: python/src/random.cpp (`RandomState`).
 
 
+def random_key() -> mx.array:
+    """The key that MLX's next draw on this thread splits."""
+    state: Any = mx.random.state  # MLX's stubs call the list an object
+    key: mx.array = state[0]
+    return key
+
+
 def random_stream() -> list[mx.array]:
     """The list of one key that MLX's draws on this thread split from, itself and not a copy.
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_tune.errors import InvalidArgumentError, QuantizationError
-from mlx_tune.units import format_bytes, format_percent, format_seconds, parse_bytes, parse_fraction, whole_number
+from mlx_tune.units import (
+    format_bytes,
+    format_percent,
+    format_seconds,
+    number,
+    parse_bytes,
+    parse_fraction,
+    whole_number,
+)
 
 
 @pytest.mark.parametrize(
@@ -138,3 +147,8 @@ def test_what_is_no_whole_number_is_named(value):
 def test_a_whole_number_that_is_too_small_is_named():
     with pytest.raises(InvalidArgumentError, match=r"batch_size=0: give a whole number of at least 1\."):
         whole_number(0, "batch_size", least=1)
+
+
+def test_number() -> None:
+    assert number(mx.array(True)) == 1.0
+    assert number(mx.array(2.5, dtype=mx.bfloat16)) == 2.5

@@ -169,6 +169,7 @@ def test_the_random_stream_of_a_thread() -> None:
     mx.random.seed(3)
     source = "python/src/random.cpp, RandomState"
     assert stream[0].tolist() == [0, 3], broken("thread_stream", source, "it is the list itself that draws split from")
+    assert upstream.random_key().tolist() == [0, 3], broken("random_key", source, "`state` holds the stream's one key")
     first = mx.random.uniform().item()
     stream[0] = mx.random.key(3)
     assert mx.random.uniform().item() == first, broken("thread_stream", source, "putting a key there moves the stream")

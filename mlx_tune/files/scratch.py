@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mlx_tune.errors import DiskError
 from mlx_tune.files.unfinished import own_folder
@@ -92,6 +92,14 @@ class ScratchFiles:
         """Delete everything."""
         self._kept.close()
         self._folder = None
+
+    def __enter__(self) -> Self:
+        """Return itself: the folder is made when something is saved."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Delete everything."""
+        self.close()
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
 from mlx_tune.files.scratch import writing
 from mlx_tune.files.unfinished import beside
-from mlx_tune.quantization.models.random_stream import same_random_stream
 from mlx_tune.quantization.planning.config import keeps_inputs, quantization_config, quantizes_inputs
+from mlx_tune.state import same_random_stream
 from mlx_tune.trees import nbytes_of
 
 if TYPE_CHECKING:

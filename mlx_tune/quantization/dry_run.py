@@ -12,13 +12,13 @@ from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.judging.evaluation import Watched
 from mlx_tune.quantization.learning.apply_layer import apply_layer
 from mlx_tune.quantization.models.batches import read_batches
-from mlx_tune.quantization.models.random_stream import same_random_stream
 from mlx_tune.quantization.planning.checks import note_of_range
 from mlx_tune.quantization.planning.faulty_kernels import fault_finder, keep_unpacked
 from mlx_tune.quantization.planning.layout import lay_out
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.planning.shape_check import rehearse
 from mlx_tune.quantization.sizing.target import allocate_to_target, parse_target
+from mlx_tune.state import same_random_stream
 
 
 def plan_quantization(

@@ -29,7 +29,6 @@ from mlx_tune.quantization.learning.input_samples import InputSamples
 from mlx_tune.quantization.methods import carry_out
 from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch, count_tokens, read_batches, token_rows
-from mlx_tune.quantization.models.random_stream import same_random_stream
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 from mlx_tune.quantization.models.transaction import Transaction
 from mlx_tune.quantization.planning.checks import check_backend, check_finite, check_overflow
@@ -37,6 +36,7 @@ from mlx_tune.quantization.planning.faulty_kernels import fault_finder, keep_unp
 from mlx_tune.quantization.planning.layout import lay_out
 from mlx_tune.quantization.planning.shape_check import rehearse
 from mlx_tune.quantization.sizing.target import allocate_to_target, parse_target
+from mlx_tune.state import same_random_stream
 from mlx_tune.units import format_percent
 
 T = TypeVar("T")

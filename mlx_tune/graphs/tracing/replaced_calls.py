@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 
@@ -19,7 +18,7 @@ from mlx_tune.graphs.arguments import argument_arrays, with_arrays
 from mlx_tune.graphs.tracing.built_graph import BuiltGraph
 from mlx_tune.graphs.tracing.custom_gradients import Marks, called_with_gradient, derivative_of
 from mlx_tune.graphs.tracing.recomputation import traced_checkpoint
-from mlx_tune.upstream import FUNCTION, function_of, referents, state_of, transformation_kind
+from mlx_tune.upstream import FUNCTION, function_of, random_key, referents, state_of, transformation_kind
 
 _thread = threading.local()
 _lock = threading.Lock()
@@ -182,8 +181,7 @@ def _compiled(
     captured = state_of(function)
 
     def state() -> list[mx.array]:
-        key: Any = mx.random.state[0]  # type: ignore[index]  # MLX's stubs call the list an object
-        return [key, *argument_arrays(captured)]
+        return [random_key(), *argument_arrays(captured)]
 
     inputs = [*argument_arrays((args, kwargs)), *state()]
     replaced.transforms += 1

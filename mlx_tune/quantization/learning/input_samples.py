@@ -23,7 +23,7 @@ _OUTPUTS_AT_ONCE = 4096
 Unpack = Callable[[slice], mx.array]
 
 
-class InputSamples:
+class InputSamples(ScratchFiles):
     """Rows spread over what each layer is given.
 
     Args:
@@ -40,19 +40,11 @@ class InputSamples:
         """Begin empty: a folder is made when something is added."""
         self._each = max(1, ROWS // max(1, batches))
         self._files: dict[str, list[Path]] = {}
-        self._scratch = ScratchFiles(
+        super().__init__(
             "A sample of what layers are given for the calibration",
             name="inputs",
             way_out="Set TMPDIR to a folder on a larger disk, or calibrate on less.",
         )
-
-    def __enter__(self) -> InputSamples:
-        """Return the samples."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Delete everything."""
-        self._scratch.close()
 
     def add(self, path: str, inputs: mx.array) -> None:
         """Keep some rows of `inputs`, `[rows, columns]`, as what the layer at `path` was given.
@@ -63,7 +55,7 @@ class InputSamples:
         files = self._files.setdefault(path, [])
         if len(files) * self._each < ROWS:
             step = max(1, inputs.shape[0] // self._each)
-            files.append(self._scratch.save({"rows": mx.contiguous(inputs[::step][: self._each])}))
+            files.append(self.save({"rows": mx.contiguous(inputs[::step][: self._each])}))
 
     def read(self, path: str) -> mx.array | None:
         """The rows of one layer, `[rows, columns]` in float32, or None where it was given none."""

@@ -4,7 +4,6 @@ import mlx.core as mx
 import pytest
 
 from mlx_tune.quantization.formats.lazy_arrays import read_array
-from mlx_tune.units import number
 from mlx_tune.upstream import is_lazy
 
 
@@ -56,8 +55,3 @@ def test_random_recipes_give_the_same_values_again() -> None:
     first, second = read_array(array), read_array(array)
     assert mx.array_equal(first, second).item()
     assert mx.array_equal(first, array).item()
-
-
-def test_number() -> None:
-    assert number(mx.array(True)) == 1.0
-    assert number(mx.array(2.5, dtype=mx.bfloat16)) == 2.5

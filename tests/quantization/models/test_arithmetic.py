@@ -5,7 +5,7 @@ import pytest
 import quantization_toys as toys
 
 from mlx_tune.quantization.models.arithmetic import evaluation_mode, float32_arithmetic
-from mlx_tune.quantization.models.random_stream import same_random_stream
+from mlx_tune.state import same_random_stream
 
 
 def test_float32_arithmetic_is_that_of_a_float32_model() -> None:
