@@ -226,6 +226,17 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def format_batch(size: int, accumulation_steps: int) -> str:
+    """A batch as titles say it, with what it adds up to.
+
+    Examples:
+        >>> format_batch(8, 1), format_batch(8, 4)
+        ('batch size 8', 'batch size 8 x 4 accumulation steps = 32')
+    """
+    several = f" x {accumulation_steps} accumulation steps = {size * accumulation_steps}"
+    return f"batch size {size}{several if accumulation_steps > 1 else ''}"
+
+
 def dtype_name(dtype: mx.Dtype) -> str:
     """The short name of a dtype.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mlx_tune.memory import held_limits
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
-from mlx_tune.units import format_bytes, format_limit, format_percent, format_seconds
+from mlx_tune.units import format_batch, format_bytes, format_limit, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -171,10 +171,7 @@ class AutobatchResult(Tabular):
             for trial in self.trials
         ]
         columns = ["batch", "predicted", "floor", "peak", "limit", "step", f"{self.unit}/s", "fits"]
-        answer = f"batch size {self.batch_size}"
-        if self.accumulation_steps > 1:
-            total = self.batch_size * self.accumulation_steps
-            answer += f" x {self.accumulation_steps} accumulation steps = {total}"
+        answer = format_batch(self.batch_size, self.accumulation_steps)
         title = f"{answer}: peak {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}"
         return Table(columns, rows, title=title, notes=[*self._reasons(), *self.notes])
 

@@ -12,7 +12,7 @@ from mlx_tune.checkpointing.planning.checkpoint_plan import apply_choice
 from mlx_tune.memory import held_limits
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
-from mlx_tune.units import format_bytes, format_seconds
+from mlx_tune.units import format_batch, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -138,10 +138,7 @@ class Fit(Tabular):
             for s in self.trials
             if s.unbeaten or s.known_as or s.fits is not None
         ]
-        batch = f"batch size {self.batch_size}"
-        if self.accumulation_steps > 1:
-            total = self.batch_size * self.accumulation_steps
-            batch += f" x {self.accumulation_steps} accumulation steps = {total}"
+        batch = format_batch(self.batch_size, self.accumulation_steps)
         unit, one, rate = f"{self.unit}/s", self.unit.removesuffix("s"), f"{self.measured_rate:,.0f}"
         blocks = f"{len(self.paths)} of {self.found} blocks checkpointed, " if self.found else ""
         return Table(
