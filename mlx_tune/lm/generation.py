@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import BudgetError, InvalidArgumentError
 from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
-from mlx_tune.lm.steps import set_training
+from mlx_tune.lm.steps import same_training
 from mlx_tune.memory import MemoryBudget, resolve_budget, track_memory
 from mlx_tune.progress import progress_bar
 from mlx_tune.units import Budget, format_bytes
@@ -339,12 +339,9 @@ def _repeated(cache: Any, rows: int) -> object:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, every module's own flag back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with same_training(model):
+        model.eval()
         yield
-    finally:
-        set_training(flags)
 
 
 def _too_large(trial: GenerationTrial, budget: MemoryBudget) -> BudgetError:

@@ -99,7 +99,7 @@ def training_step(
     max_batch = largest_batch(rows, None if valid_set is None else as_rows(valid_set), world.size())
     make_batch = longest_batches(rows, args.max_seq_length, world)
     with ExitStack() as undo:
-        undo.callback(set_training, [(module, module.training) for module in model.modules()])
+        undo.enter_context(same_training(model))
         if not getattr(optimizer, "_initialized", True):
             undo.enter_context(Snapshot(optimizer))
             optimizer.init(model.trainable_parameters())
@@ -138,10 +138,15 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def set_training(flags: list[tuple[nn.Module, bool]]) -> None:
-    """Put back each module's own training flag: `model.train()` sets the same one everywhere."""
-    for module, training in flags:
-        set_mode(module, training)
+@contextmanager
+def same_training(model: nn.Module) -> Iterator[None]:
+    """Put back each module's own training flag after the block: `model.train()` sets the same one everywhere."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            set_mode(module, training)
 
 
 def _compiled_step(

@@ -15,7 +15,7 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import writing
 from mlx_tune.files.unfinished import beside
 from mlx_tune.lm.fitting import Loss, autofit
-from mlx_tune.lm.steps import Row, as_rows, check_trainable, largest_batch, set_training
+from mlx_tune.lm.steps import Row, as_rows, check_trainable, largest_batch, same_training
 from mlx_tune.lm.training_result import LossReport, TrainingResult
 from mlx_tune.lm.wiring import wired_for_training
 from mlx_tune.memory import open_limit_bytes, track_memory
@@ -137,7 +137,7 @@ def _run(
 
     log = _recorder(training_callback)
     with ExitStack() as around:
-        around.callback(set_training, [(module, module.training) for module in model.modules()])
+        around.enter_context(same_training(model))
         if fit is not None:
             around.enter_context(fit.applied())
         if every_block:

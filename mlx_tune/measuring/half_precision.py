@@ -10,6 +10,7 @@ from functools import cache
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.progress import Bar
 from mlx_tune.trees import arrays_once
+from mlx_tune.units import dtype_name
 
 _HALVES = ("bfloat16", "float16")
 
@@ -42,7 +43,7 @@ def slow_half_precision(
         return []
     sizes: Counter[str] = Counter()
     for array in arrays_once(state):
-        sizes[str(array.dtype).removeprefix("mlx.core.")] += array.size
+        sizes[dtype_name(array.dtype)] += array.size
     dtype = max(sizes, key=sizes.__getitem__, default="")
     if dtype not in _HALVES:
         return []

@@ -24,6 +24,7 @@ from mlx_tune.graphs.tracing.recomputation import is_differentiable, is_tracing,
 from mlx_tune.reach.container_notes import Note, fill
 from mlx_tune.reach.places import Held
 from mlx_tune.reach.walk import Walk
+from mlx_tune.units import dtype_name
 
 _thread = threading.local()
 _MISSING = object()
@@ -392,4 +393,4 @@ def _name(body: Callable[..., object]) -> str:
 
 
 def _described(shapes: list[tuple[tuple[int, ...], mx.Dtype]]) -> str:
-    return ", ".join(f"{str(dtype).rpartition('.')[2]}{list(shape)}" for shape, dtype in shapes) or "nothing"
+    return ", ".join(f"{dtype_name(dtype)}{list(shape)}" for shape, dtype in shapes) or "nothing"

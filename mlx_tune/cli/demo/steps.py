@@ -81,7 +81,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     trained = _train(run, model, training, held_out, budget, arguments.steps)
     model.set_dtype(mx.bfloat16)  # as models are published: 16-bit weights are what quantization starts from
     mx.eval(model.parameters())
-    _quantize(run, model, config, tokenizer, training, held_out)
+    _quantize(run, model, config, tokenizer, held_out)
     if arguments.json:
         print(json.dumps(run.figures, indent=2))
     return 0 if trained else 1
@@ -179,7 +179,6 @@ def _quantize(
     model: nn.Module,
     config: Mapping[str, object],
     tokenizer: object,
-    rows: list[mx.array],
     held_out: list[mx.array],
 ) -> None:
     """Quantize copies at several widths, save the 4-bit one, load it with stock mlx-lm, let it write."""

@@ -190,7 +190,7 @@ def expanded(m: Allocator, node: Node) -> None:
 def strided(m: Allocator, node: Node) -> None:
     """A view with strides of its own."""
     value, out = node.inputs[0], node.outputs[0]
-    m.share(out, value, layouts.as_strided(node.arguments[0], node.arguments[1], m.layout[value]))
+    m.share(out, value, layouts.as_strided(node.arguments[0], node.arguments[1]))
 
 
 def viewed(m: Allocator, node: Node) -> None:

@@ -104,7 +104,7 @@ def expand(layout: Layout, axes: Sequence[int]) -> Layout:
     return Layout(tuple(strides), layout.data_size, layout.contiguous, layout.row, layout.col)
 
 
-def as_strided(shape: Sequence[int], strides: Sequence[int], layout: Layout) -> Layout:
+def as_strided(shape: Sequence[int], strides: Sequence[int]) -> Layout:
     """The view with strides of its own."""
     high = sum(s * (n - 1) for s, n in zip(strides, shape, strict=True) if s >= 0)
     low = sum(s * (n - 1) for s, n in zip(strides, shape, strict=True) if s < 0)

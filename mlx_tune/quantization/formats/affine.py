@@ -78,7 +78,7 @@ def quantize_affine(
     *lead, rows, columns = weight.shape
     experts = math.prod(lead)
     stack = weight.reshape(experts, rows, columns)
-    energies = _energies(importance, experts, columns, tuple(lead))
+    energies = _energies(importance, columns, tuple(lead))
     cpu = computes_on_cpu()
     per_chunk = max(1, (_CPU_GROUPS if cpu else _GPU_GROUPS) // (columns // group_size))
     solve = Solver(bits, group_size, plan_search(bits, effort), scale_dtype or weight.dtype)
@@ -144,7 +144,7 @@ def group_errors(
     return squares.reshape(*weight.shape[:-1], -1, group_size).sum(-1)
 
 
-def _energies(importance: mx.array | None, experts: int, columns: int, lead: tuple[int, ...]) -> mx.array | None:
+def _energies(importance: mx.array | None, columns: int, lead: tuple[int, ...]) -> mx.array | None:
     """The importance as `[experts or 1, columns]`, scaled to a mean of 1, with no column quite ignored."""
     if importance is None:
         return None

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_tune import devices
 from mlx_tune.quantization.judging.speed import Speed, SpeedComparison
+from mlx_tune.quantization.models.answers import tree_of
 from mlx_tune.quantization.models.arithmetic import evaluation_mode
 from mlx_tune.quantization.models.batches import Batch
 
@@ -96,5 +97,5 @@ def _median_seconds(run: Callable[[], object]) -> float:
 
 
 def _finish(output: object) -> None:
-    mx.eval(getattr(output, "__dict__", output) if not isinstance(output, (mx.array, dict, list, tuple)) else output)
+    mx.eval(tree_of(output))
     mx.synchronize()

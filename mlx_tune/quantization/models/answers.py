@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.units import dtype_name
 
 #: `loss(model, *arguments)`: a scalar, or an array of which the mean counts.
 Loss = Callable[..., object]
@@ -31,6 +32,11 @@ def logits_of(output: object) -> Any:
     return found
 
 
+def tree_of(output: object) -> object:
+    """A model's output as MLX's functions for trees see into it: an object by its attributes."""
+    return output if isinstance(output, (dict, list, tuple, mx.array)) else getattr(output, "__dict__", output)
+
+
 def output_arrays(output: object) -> list[mx.array]:
     """Every floating point array in what a model gave back, as float32."""
     return [array.astype(mx.float32) for array in _floats(output)]
@@ -38,13 +44,11 @@ def output_arrays(output: object) -> list[mx.array]:
 
 def narrow_dtype(output: object) -> str | None:
     """The name of the half-precision dtype of an array in what a model gave back; None where there is none."""
-    return next((str(a.dtype).rpartition(".")[2] for a in _floats(output) if a.dtype in HALVES), None)
+    return next((dtype_name(a.dtype) for a in _floats(output) if a.dtype in HALVES), None)
 
 
 def _floats(output: object) -> list[mx.array]:
-    flat: Any = tree_flatten(
-        getattr(output, "__dict__", output) if not isinstance(output, (dict, list, tuple, mx.array)) else output
-    )
+    flat: Any = tree_flatten(tree_of(output))
     return [leaf for _, leaf in flat if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)]
 
 

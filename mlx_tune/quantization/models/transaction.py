@@ -85,7 +85,7 @@ class Transaction:
         kept = {id(a) for a in own_arrays(module).values()}  # such as a bias that goes on being used
         parked = next((p for _, p in self._log if p.stands_for(old)), None)
         if parked is None:
-            parked = self._park(path, old, kept)
+            parked = self._park(old, kept)
         self._log.append((path, parked))  # first: a Ctrl-C between the two lines must find it there
         put_module(self.model, path, module)
 
@@ -118,7 +118,7 @@ class Transaction:
                 put_module(self.model, path, restored[id(parked)])
             self._log.clear()
 
-    def _park(self, path: str, old: nn.Module, kept: set[int]) -> _Parked:
+    def _park(self, old: nn.Module, kept: set[int]) -> _Parked:
         slots: dict[str, _Slot] = {}
         to_disk: dict[str, mx.array] = {}
         for name, array in old.items():

@@ -85,7 +85,6 @@ def test_splitting_and_squeezing_keep_strides() -> None:
 
 
 def test_as_strided_knows_overlaps_from_gaps() -> None:
-    base = layouts.row_major((8,))
-    overlapping = layouts.as_strided((3, 4), (2, 1), base)
+    overlapping = layouts.as_strided((3, 4), (2, 1))
     assert (overlapping.data_size, overlapping.contiguous) == (8, False)
-    assert layouts.as_strided((2, 4), (4, 1), base).row
+    assert layouts.as_strided((2, 4), (4, 1)).row
