@@ -9,7 +9,10 @@ import pytest
 from house import House
 
 #: What has been reached. Lower them when it gets better.
-LONGEST_CHAIN, CIRCLES, MOST_FILES, MOST_LINES, ANYS, UNTESTED = 14, 0, 15, 402, 9, 35
+LONGEST_CHAIN, CIRCLES, MOST_FILES, MOST_LINES, ANYS = 14, 0, 15, 402, 9
+
+#: Source files without a test file of their own name.
+UNTESTED = 11
 
 #: Files on the way of a model through quantize_model, and returns to one left before.
 WAY_FILES, WAY_RETURNS = 32, 114

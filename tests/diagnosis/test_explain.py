@@ -3,25 +3,37 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from reported_errors import NOT_UNDERSTOOD, UNDERSTOOD
 
 import mlx_tune as mt
-from mlx_tune.diagnosis import explanations
 
 CAPTURED = mx.array(1.0)
 
-
-@pytest.mark.parametrize("entry", explanations.ENTRIES, ids=lambda entry: entry.name)
-def test_each_entry_explains_its_own_example(entry):
-    assert entry in explanations.find(entry.example)
-    assert entry.remedies
-    assert all(source.startswith("https://") for source in entry.sources)
-    assert entry.sources
-
-
-@pytest.mark.parametrize("one", UNDERSTOOD, ids=lambda one: one.text[:60])
-def test_reported_errors_get_all_their_causes_and_no_other(one):
-    assert tuple(entry.name for entry in explanations.find(one.text)) == one.causes
+#: Errors that are none of MLX's, or that only look like one that the table knows.
+NOT_UNDERSTOOD = (
+    "ZeroDivisionError: division by zero",
+    "KeyError: 'model.layers.0.self_attn.q_proj.weight'",
+    "FileNotFoundError: [Errno 2] No such file or directory: 'config.json'",
+    "AttributeError: 'NoneType' object has no attribute 'shape'",
+    "TypeError: unsupported operand type(s) for +: 'int' and 'str'",
+    "ModuleNotFoundError: No module named 'torch'",
+    "ImportError: cannot import name 'AutoModel' from 'transformers'",
+    "RuntimeError: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!",
+    "RuntimeError: The size of tensor a (4) must match the size of tensor b (3) at non-singleton dimension 1",
+    "RuntimeError: Error(s) in loading state_dict for Linear: size mismatch for weight",
+    "ValueError: operands could not be broadcast together with shapes (2,3) (4,3)",
+    "ValueError: cannot reshape array of size 6 into shape (4,2)",
+    "IndexError: list index out of range",
+    "json.decoder.JSONDecodeError: Expecting value: line 1 column 1 (char 0)",
+    "TypeError: Optimizer.step() missing 1 required positional argument: 'self'",
+    "TypeError: LBFGS.step() missing 1 required positional argument: 'closure'",
+    "TypeError: forward() missing 1 required positional argument: 'x'",
+    "ValueError: Model type llama not supported for GGUF conversion.",
+    'keyNotFound(CodingKeys(stringValue: "size", intValue: nil), Swift.DecodingError.Context(codingPath: []))',
+    "OSError: [Errno 28] No space left on device",
+    "huggingface_hub.errors.RepositoryNotFoundError: 401 Client Error",
+    "KeyboardInterrupt",
+    "",
+)
 
 
 @pytest.mark.parametrize("text", NOT_UNDERSTOOD)

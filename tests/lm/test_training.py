@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -30,24 +29,6 @@ def weights(model) -> dict[str, mx.array]:
 
 def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]).item() for name in a)
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    def make(**changes) -> trainer.TrainingArgs:
-        settings = {
-            "batch_size": 4,
-            "iters": 4,
-            "steps_per_report": 2,
-            "steps_per_eval": 2,
-            "steps_per_save": 2,
-            "val_batches": 1,
-            "max_seq_length": 64,
-            "adapter_file": tmp_path / "adapters" / "adapters.safetensors",
-        }
-        return trainer.TrainingArgs(**settings | changes)
-
-    return make
 
 
 @pytest.mark.cpu_only
@@ -91,26 +72,6 @@ with beside(Path({str(place / "adapters.safetensors")!r})) as folder:
     assert [file.name for file in place.iterdir()] == ["adapters.safetensors"]
 
 
-def test_the_result_says_what_the_run_did(toy, rows, arguments) -> None:
-    result = lm.train(toy(lora=True), optim.SGD(1e-2), rows, rows[:8], arguments(grad_accumulation_steps=2))
-    assert (result.iterations, result.batch_size, result.accumulation_steps, result.ranks) == (4, 4, 2, 1)
-    assert result.peak_bytes > 0
-    assert result.footprint_bytes > result.cache_bytes >= 0
-    assert result.tokens == result.losses[-1].tokens > 0
-    assert result.tokens_per_second > 0
-    assert [line.iteration for line in result.losses] == [2, 4]
-    assert [line.iteration for line in result.validation_losses] == [0, 1, 3]
-    assert result.limit_bytes is None
-    assert result.fit is None
-    assert result.loss_at(0) == result.losses[0].loss
-    assert result.loss_at(10**9) == result.losses[-1].loss
-    assert json.loads(json.dumps(result.to_dict()))["batch_size"] == 4
-    text = str(result)
-    assert "4 iterations of 4 rows x 2 = 8 an update" in text
-    assert "0 blocks checkpointed; not wired: " in text
-    assert "validation" in text
-
-
 def test_callbacks_are_told_as_by_mlx_lm(toy, rows, arguments) -> None:
     class Callback(TrainingCallback):
         def __init__(self) -> None:
@@ -126,11 +87,6 @@ def test_callbacks_are_told_as_by_mlx_lm(toy, rows, arguments) -> None:
     trainer.train(toy(lora=True), optim.SGD(1e-2), rows, rows[:8], arguments(), training_callback=plain)
     lm.train(toy(lora=True), optim.SGD(1e-2), rows, rows[:8], arguments(), training_callback=ours)
     assert ours.told == plain.told == [("val", 0), ("val", 1), ("train", 2), ("val", 3), ("train", 4)]
-
-
-@pytest.fixture
-def adapters_exist(arguments):
-    arguments().adapter_file.parent.mkdir()
 
 
 pytestmark = pytest.mark.usefixtures("adapters_exist")
@@ -256,20 +212,6 @@ def test_checkpoints_hold_during_a_search_that_asks_for_them(toy, rows, argument
     assert not mt.is_checkpointed(model.layers[0])
 
 
-def test_the_wired_limit_that_mlx_lm_leaves_behind_is_put_back(toy, rows, arguments, metal: MetalStandIn) -> None:
-    model, during = toy(lora=True), []
-
-    class Watch(TrainingCallback):
-        def on_train_loss_report(self, train_info: dict) -> None:
-            during.append(metal.limit)
-
-    metal.limit = 7 << 30
-    lm.train(model, optim.SGD(1e-2), rows, None, arguments(), training_callback=Watch())
-    assert metal.recommended_bytes in metal.limits  # mlx-lm does raise it to all of the working set
-    assert set(during) == {7 << 30}  # the model is far smaller than what was wired already
-    assert metal.limit == 7 << 30
-
-
 def test_a_block_that_ends_during_training_stays_ended(toy, rows, arguments, metal: MetalStandIn) -> None:
     model, during = toy(lora=True), []
     other = mt.wired_limit(7 << 30)
@@ -283,30 +225,6 @@ def test_a_block_that_ends_during_training_stays_ended(toy, rows, arguments, met
     other.__enter__()
     lm.train(model, optim.SGD(1e-2), rows, None, arguments(), training_callback=Watch())
     assert 0 < during[0] < 1 << 30  # the model alone
-    assert metal.limit == 0
-
-
-@pytest.mark.parametrize("how", ["turned off", "tight"])
-def test_where_nothing_is_to_be_wired_mlx_lm_does_not_wire_either(
-    toy, rows, arguments, metal: MetalStandIn, monkeypatch, how: str
-) -> None:
-    model, during = toy(lora=True), []
-
-    class Watch(TrainingCallback):
-        def on_train_loss_report(self, train_info: dict) -> None:
-            during.append(metal.limit)
-
-    limit = "3GB"
-    if how == "turned off":
-        monkeypatch.setenv("MLX_TUNE_NO_WIRING", "1")
-    else:
-        limit = sum(value.nbytes for value in weights(model).values())
-    with mt.memory_limit(limit):
-        result = lm.train(model, optim.SGD(1e-2), rows, None, arguments(), training_callback=Watch())
-    assert "not wired: " in result.wired
-    assert ("memory limit" in result.wired) == (how == "tight")
-    assert metal.recommended_bytes in metal.limits
-    assert set(during) == {0}
     assert metal.limit == 0
 
 

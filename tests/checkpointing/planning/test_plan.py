@@ -1,128 +1,21 @@
 """Plans for small models: real ones, and ones on a made-up machine whose best choice can be tried out."""
 
 import gc
-import json
-import signal
 from collections import Counter
-from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-from mlx.utils import tree_flatten
+from planned_training import Model, Training, between, plan_checkpoints
 
 import mlx_tune.checkpointing.planning.measure as measuring
 import mlx_tune.checkpointing.planning.plan as planning
 import mlx_tune.checkpointing.planning.survey as surveying
 from mlx_tune import BudgetError, CheckpointError, InvalidArgumentError, TraceError, checkpoint, is_checkpointed
-from mlx_tune import plan_checkpoints as plan_checkpoints_with_progress
-from mlx_tune.checkpointing.planning import checkpoint_plan
 from mlx_tune.graphs import estimate_memory
 from mlx_tune.measuring.step import StepTrial, run_step
-
-plan_checkpoints = partial(plan_checkpoints_with_progress, progress=False)
-WIDTH = 32
-
-
-class Block(nn.Module):
-    def __init__(self, hidden):
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
-        self.dropout = nn.Dropout(0.1)
-
-    def __call__(self, x):
-        return x + self.down(self.dropout(nn.gelu(self.up(self.norm(x)))))
-
-
-class Model(nn.Module):
-    def __init__(self, hidden=(128,) * 5, backwards=False):
-        super().__init__()
-        self.layers = [Block(h) for h in hidden]
-        self.backwards = backwards
-
-    def __call__(self, x):
-        for layer in reversed(self.layers) if self.backwards else self.layers:
-            x = layer(x)
-        return x
-
-
-class Training:
-    """A model with its optimizer, its step and its batches."""
-
-    def __init__(self, model=None, compiled=False):
-        mx.random.seed(0)
-        self.model = model or Model()
-        # Compiling for the CPU runs a C++ compiler on every fused kernel: few of them keep the tests quick.
-        self.optimizer = optim.SGD(1e-3) if compiled else optim.Adam(1e-3)
-        self.optimizer.init(self.model.trainable_parameters())
-        mx.eval(self.model.parameters(), self.optimizer.state)
-        self.traces = 0
-        gradient = nn.value_and_grad(self.model, lambda model, x: model(x).square().mean())
-
-        def step(x):
-            self.traces += 1
-            loss, gradients = gradient(self.model, x)
-            self.optimizer.update(self.model, gradients)
-            return loss
-
-        state = [self.model.state, self.optimizer.state, mx.random.state]
-        self.step = mx.compile(step, inputs=state, outputs=state) if compiled else step
-
-    @property
-    def state(self):
-        return self.model, self.optimizer
-
-    @staticmethod
-    def make_batch(n):
-        return mx.sin(mx.arange(n * WIDTH, dtype=mx.float32)).reshape(n, WIDTH)
-
-    def floor(self, checkpointed, n=256):
-        for layer, yes in zip(self.model.layers, checkpointed, strict=True):
-            if yes:
-                checkpoint(layer)
-        try:
-            return estimate_memory(self.step, self.make_batch(n), state=self.state).floor_bytes
-        finally:
-            from mlx_tune import uncheckpoint
-
-            uncheckpoint(self.model)
-
-    def everything(self):
-        flat = tree_flatten(self.model.parameters()) + tree_flatten(self.optimizer.state)
-        values = {name: value.tolist() for name, value in flat}
-        return values, mx.random.state[0].tolist(), [type(m) for m in self.model.modules()], sorted(self.model)
-
-    def plan(self, budget, n=256, **options):
-        return plan_checkpoints(
-            self.model,
-            self.step,
-            self.make_batch,
-            batch_size=n,
-            budget=budget + self.beside(),
-            state=self.optimizer,
-            **options,
-        )
-
-    def beside(self):
-        """What other tests left in memory."""
-        gc.collect()
-        held = sum({id(a): a.nbytes for _, a in tree_flatten([self.model.parameters(), self.optimizer.state])}.values())
-        return max(0, mx.get_active_memory() - held)
-
-
-@pytest.fixture(scope="module")
-def floors():
-    training = Training()
-    return training.floor([False] * 5), training.floor([True] * 5)
-
-
-def between(floors, share):
-    plain, everything = floors
-    return int(everything + share * (plain - everything))
 
 
 def test_nothing_is_checkpointed_where_everything_fits():
@@ -149,28 +42,6 @@ def test_a_tight_budget_is_kept_by_the_planned_step(floors):
         peak = min(run_step(training.step, [training.make_batch(256)], training.state).peak_bytes for _ in range(3))
     assert peak <= plan.budget_bytes
     assert not any(map(is_checkpointed, training.model.modules()))
-
-
-def test_apply_and_undo_wrap_exactly_the_planned_blocks(floors):
-    training = Training()
-    plan = training.plan(between(floors, 0.4))
-    names = [name for name, _ in tree_flatten(training.model.parameters())]
-
-    def wrapped():
-        return tuple(path for path, module in training.model.named_modules() if is_checkpointed(module))
-
-    handle = plan.apply()
-    assert sorted(wrapped()) == sorted(plan.paths)
-    assert [name for name, _ in tree_flatten(training.model.parameters())] == names
-    assert handle.undo() == len(plan.paths)
-    assert handle.undo() == 0
-    with plan.apply():
-        assert len(wrapped()) == len(plan.paths)
-    assert wrapped() == ()
-    plan.apply()
-    assert plan.undo() == len(plan.paths)
-    assert wrapped() == ()
-    assert sorted(training.model) == sorted(Model())
 
 
 def test_a_compiled_step_is_traced_anew_where_the_plan_changes():
@@ -275,12 +146,6 @@ def test_the_plan_is_the_fastest_of_all_choices_on_a_made_up_machine(monkeypatch
             assert plan.predicted_seconds == pytest.approx(plan.measured_seconds)
 
 
-def test_blocks_are_listed_in_the_order_they_run():
-    plan = Training(Model((64, 64, 128), backwards=True)).plan(10**9)
-    assert [b.path for b in plan.blocks] == [f"layers.{i}" for i in (2, 1, 0)]
-    assert [b.kind for b in plan.blocks] == [0, 1, 1]
-
-
 def test_an_optimizer_that_has_not_run_yet_is_planned_for_with_its_state():
     needed = []
     for initialized in (True, False):
@@ -299,18 +164,6 @@ def test_an_optimizer_that_has_not_run_yet_is_planned_for_with_its_state():
 def test_select_restricts_the_plan():
     plan = Training().plan(10**9, select="layers.[12]")
     assert [b.path for b in plan.blocks] == ["layers.1", "layers.2"]
-
-
-def test_the_table_and_the_dictionary_hold_the_figures(floors):
-    plan = Training().plan(between(floors, 0.5))
-    as_dict = json.loads(json.dumps(plan.to_dict()))
-    assert [b["path"] for b in as_dict["blocks"] if b["checkpointed"]] == list(plan.paths)
-    assert as_dict["peak_bytes"] == plan.peak_bytes
-    assert len(as_dict["trials"]) == len(plan.trials) >= 1
-    text = str(plan)
-    assert text.startswith(f"Checkpoint plan at batch size 256: {len(plan.paths)} of 5 blocks")
-    assert "predicted" in text
-    assert "measured under a memory limit of" in text
 
 
 def test_a_step_that_raises_while_measured_changes_nothing(floors, monkeypatch):
@@ -399,25 +252,6 @@ def test_a_step_that_evaluates_is_refused():
         plan_checkpoints(
             training.model, evaluates, training.make_batch, batch_size=4, budget="1GB", state=training.optimizer
         )
-    assert training.everything() == before
-
-
-def test_an_interrupt_while_blocks_are_wrapped_comes_when_they_are_not(floors, monkeypatch):
-    training = Training()
-    before = training.everything()
-    count = 0
-
-    def interrupted(block):
-        nonlocal count
-        count += 1
-        if count == 3:
-            signal.raise_signal(signal.SIGINT)
-        return checkpoint(block)
-
-    monkeypatch.setattr(checkpoint_plan, "checkpoint", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        training.plan(between(floors, 0.5))
-    assert count >= 5  # all blocks were wrapped first, and then unwrapped
     assert training.everything() == before
 
 
