@@ -45,6 +45,9 @@ _HOMES = {
     "autobatch": "batching.autobatch",
     "autobatch_by_length": "batching",
     "AutobatchResult": "batching",
+    # losses
+    "linear_cross_entropy": "losses.linear_cross_entropy",
+    "linear_log_probs": "losses",
     # quantization
     "quantize_model": "quantization",
     "plan_quantization": "quantization",
@@ -106,6 +109,8 @@ if TYPE_CHECKING:
     from mlx_tune.graphs import MemoryEstimate as MemoryEstimate
     from mlx_tune.graphs import estimate_memory as estimate_memory
     from mlx_tune.graphs import is_tracing as is_tracing
+    from mlx_tune.losses import linear_log_probs as linear_log_probs
+    from mlx_tune.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from mlx_tune.measuring.tightest_limit import TightestLimit as TightestLimit
     from mlx_tune.measuring.tightest_limit import tightest_limit as tightest_limit
     from mlx_tune.memory import MemoryBudget as MemoryBudget

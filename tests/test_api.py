@@ -25,6 +25,7 @@ FLOORS = [
     ["graphs", "wiring"],
     ["measuring"],
     ["checkpointing"],
+    ["losses"],
     ["batching", "quantization"],
     ["fitting", "diagnosis"],
     ["lm"],

@@ -1,0 +1,169 @@
+"""What the loss costs with its logits held and without: floors by the graph, and real steps.
+
+    python tests/benchmarks/loss.py [--model PATH] [--quick]
+
+First the floors of LoRA steps on a 0.6 B shape (width 1,024, 28 blocks, vocabulary 151,936, tied, bfloat16, every block
+checkpointed, 4 x 2,048 tokens) as the graph has them, which allocates nothing; then, with --model, steps of a real
+model that mlx-lm loads, in turns: LoRA of rank 8 and full fine-tuning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+import mlx_tune as mt
+from mlx_tune.presentation.tables import render_table
+
+
+def plain(hidden: mx.array, head: nn.Module, targets: mx.array) -> mx.array:
+    """The loss that holds all logits."""
+    return nn.losses.cross_entropy(head.as_linear(hidden).astype(mx.float32), targets, reduction="mean")
+
+
+def chunked(hidden: mx.array, head: nn.Module, targets: mx.array) -> mx.array:
+    """Sixteen plain checkpointed chunks, in no order."""
+
+    def one(h: mx.array, t: mx.array) -> mx.array:
+        return mx.checkpoint(lambda h: nn.losses.cross_entropy(head.as_linear(h).astype(mx.float32), t))(h)
+
+    parts = zip(mx.split(hidden.reshape(-1, hidden.shape[-1]), 16), mx.split(targets.reshape(-1), 16), strict=True)
+    return mx.concatenate([one(h, t) for h, t in parts]).mean()
+
+
+LOSSES: dict[str, Callable[..., mx.array]] = {
+    "plain": plain,
+    "16 checkpointed chunks": chunked,
+    "linear_cross_entropy": mt.linear_cross_entropy,
+}
+
+
+def step_of(model: Any, loss: Callable[..., mx.array], optimizer: optim.Optimizer) -> Callable[[mx.array], mx.array]:
+    """A training step on tokens `[rows, length]`; the table of tokens is the head."""
+
+    def loss_of(model: Any, tokens: mx.array) -> mx.array:
+        return loss(model.model(tokens[:, :-1]), model.model.embed_tokens, tokens[:, 1:])
+
+    grad = nn.value_and_grad(model, loss_of)
+
+    def step(tokens: mx.array) -> mx.array:
+        value, gradients = grad(model, tokens)
+        optimizer.update(model, gradients)
+        return value
+
+    return step
+
+
+def qwen_shape(blocks: int) -> nn.Module:
+    """A Qwen3 of 0.6 B parameters, never evaluated."""
+    from mlx_lm.models import qwen3
+
+    arguments = qwen3.ModelArgs(
+        model_type="qwen3", hidden_size=1024, num_hidden_layers=blocks, intermediate_size=3072, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, vocab_size=151936, max_position_embeddings=4096,
+        rope_theta=1e6, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = qwen3.Model(arguments)
+    model.set_dtype(mx.bfloat16)
+    return model
+
+
+def lora(model: nn.Module) -> optim.Optimizer:
+    """Adapters of rank 8 in every block, and their optimizer."""
+    model.freeze()
+    linear_to_lora_layers(model, len(model.layers), {"rank": 8, "scale": 20.0, "dropout": 0.0})
+    return optim.Adam(1e-4)
+
+
+def floors(blocks: int, rows: int, length: int) -> None:
+    """The table of floors."""
+    table = []
+    for name, loss in LOSSES.items():
+        model = qwen_shape(blocks)
+        optimizer = lora(model)
+        model.train()
+        mt.checkpoint_blocks(model)
+        tokens = mt.ArraySpec((rows, length + 1), mx.int32)
+        found = mt.estimate_memory(step_of(model, loss, optimizer), tokens, state=(model, optimizer))
+        own = found.floor_bytes - found.start_bytes
+        table.append((name, mt.format_bytes(found.floor_bytes), mt.format_bytes(own), f"{found.trace_seconds:.1f}"))
+        print(*table[-1], flush=True)
+    columns = ("loss", "floor, predicted", "of which the step", "seconds to predict")
+    print(render_table(columns, table, title=f"LoRA, {blocks} blocks, {rows} x {length} tokens, this backend"))
+
+
+def steps(path: str, rows: int, length: int, turns: int) -> None:
+    """Real steps in turns: the least peak under a limit of one byte, the peak and the time without."""
+    from mlx_lm import load
+
+    tokens = np.load(f"{path}/calibration_tokens.npy")[: rows * (length + 1)].reshape(rows, length + 1)
+    batch = mx.array(tokens.astype(np.int32))
+    table = []
+    for training in ("LoRA", "full"):
+        ready, seconds, peaks, floor, values = {}, {}, {}, {}, {}
+        for name, loss in LOSSES.items():
+            model = load(path)[0]
+            model.set_dtype(mx.float32)
+            optimizer = lora(model) if training == "LoRA" else optim.AdamW(1e-5)
+            model.train()
+            mt.checkpoint_blocks(model)
+            ready[name] = step_of(model, loss, optimizer), (model.state, optimizer.state)
+            seconds[name], peaks[name] = [], []
+            values[name] = run(ready[name], batch)[0]
+            with mt.memory_limit(1):
+                floor[name] = min(run(ready[name], batch)[1] for _ in range(2))
+        for _ in range(turns):
+            for name in LOSSES:
+                _, peak, took = run(ready[name], batch)
+                peaks[name].append(peak)
+                seconds[name].append(took)
+        for name in LOSSES:
+            ratios = [a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
+            spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+            figures = [mt.format_bytes(floor[name]), mt.format_bytes(max(peaks[name])), spread]
+            table.append((training, name, *figures, f"{values[name] / values['plain'] - 1:+.1e}"))
+            print(*table[-1], flush=True)
+    columns = ("training", "loss", "held back", "free", "time over plain", "first loss over plain")
+    print(render_table(columns, table, title=f"{path.rstrip('/').split('/')[-1]}, float32, {rows} x {length} tokens"))
+
+
+def run(ready: Any, batch: mx.array) -> tuple[float, int, float]:
+    """One step: its loss, what it held above what was there before, and its seconds."""
+    step, state = ready
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    began = time.perf_counter()
+    value = step(batch)
+    mx.eval(value, state)
+    mx.synchronize()
+    return value.item(), mx.get_peak_memory() - before, time.perf_counter() - began
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", help="folder of a model that mlx-lm loads, with tied embeddings and calibration_tokens.npy"
+    )
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="few blocks and tokens: to see that it runs")
+    options = parser.parse_args()
+    floors(*((2, 1, 256) if options.quick else (28, 4, 2048)))
+    if options.model:
+        steps(options.model, *((1, 64, 1) if options.quick else (options.rows, options.length, options.turns)))
+
+
+if __name__ == "__main__":
+    main()
