@@ -250,7 +250,7 @@ class _Reader:
             place = self._way.named[self._file].get(node.id)
             return {_reference(place)} if place in self._way.known else set()
         if isinstance(node, ast.Attribute):
-            return {c for kind in self._value(node.value) for c in self._way.attribute(kind, node.attr)}
+            return {c for kind in self._value(node.value) for c in self._attribute_of(kind, node.attr)}
         if isinstance(node, ast.Call):
             return self._call(node)
         if isinstance(node, ast.Lambda):
@@ -286,6 +286,14 @@ class _Reader:
             below = below[1:]
         return {kind for value in below for kind in value}
 
+    def _attribute_of(self, kind: Place, name: str) -> set[Place]:
+        """The classes of an attribute; of a method that is handed on, it and its object."""
+        method = (kind[0], f"{kind[1]}.{name}")
+        node = self._way.known.get(method)
+        if isinstance(node, Function) and not any("property" in ast.unparse(d) for d in node.decorator_list):
+            return {kind, _reference(method)}
+        return self._way.attribute(kind, name)
+
     def _call(self, node: ast.Call) -> set[Place]:
         way, function, arguments = self._way, node.func, list(node.args)
         if isinstance(function, ast.Name) and function.id == "partial" and arguments:
@@ -297,7 +305,9 @@ class _Reader:
             for file, kind in own:
                 targets |= {(file, f"{kind}.{function.attr}")} & set(way.known)
         else:
-            targets = {_place(kind) for kind in self._value(function) if kind[0].startswith(">")}
+            value = self._value(function)
+            targets = {_place(kind) for kind in value if kind[0].startswith(">")}
+            own = {kind for kind in value if not kind[0].startswith(">")}
         given = [self._value(a) for a in arguments]
         named = {k.arg: self._value(k.value) for k in node.keywords}
         everything = {kind for value in (own, *given, *named.values()) for kind in value}

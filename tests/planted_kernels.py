@@ -7,8 +7,7 @@ from collections import Counter
 
 import mlx.core as mx
 
-from mlx_tune.quantization.formats.modes import FIXED_MODES, Format
-from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
+from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES, FIXED_MODES, Format
 from mlx_tune.quantization.planning.kernel_trials import Kernels
 
 FORMATS = [Format(bits, size) for bits in AFFINE_BITS for size in AFFINE_GROUP_SIZES]

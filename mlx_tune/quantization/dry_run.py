@@ -12,12 +12,14 @@ from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.judging.evaluation import Watched
 from mlx_tune.quantization.learning.apply_layer import apply_layer
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.checks import note_of_range
 from mlx_tune.quantization.planning.faulty_kernels import fault_finder, keep_unpacked
 from mlx_tune.quantization.planning.layout import lay_out
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
+from mlx_tune.quantization.planning.request import Request
 from mlx_tune.quantization.planning.shape_check import rehearse
-from mlx_tune.quantization.sizing.target import allocate_to_target, parse_target
+from mlx_tune.quantization.sizing.target import allocate_to_target
 from mlx_tune.state import same_random_stream
 
 
@@ -78,36 +80,33 @@ def plan_quantization(
         >>> {layer.path: (layer.bits, layer.bytes_after) for layer in plan.layers}
         {'layers.0': (4, 5376), 'layers.2': (4, 3520)}
     """
-    plan = lay_out(
-        model,
-        bits,
-        group_size,
-        method=method,
-        mode=mode,
-        effort=effort,
-        activations=activations,
-        overrides=overrides,
-        skip=skip,
-        requantize=requantize,
-        scale_dtype=scale_dtype,
-    )
-    targeted = target_bpw is not None or target_bytes is not None
+    request = Request(
+        bits, group_size, method, mode, effort, overrides, skip, target_bpw, target_bytes, activations, requantize,
+        scale_dtype,
+    )  # fmt: skip
+    walked = WalkedModel(model)
+    plan = lay_out(walked, request)
     fault_of = None
     if verify_kernels:
-        fault_of = fault_finder(model)
+        fault_of = fault_finder(walked)
         # Whether inputs can be quantized here quantize_model finds out, and refuses; a plan for it can still be read.
-        plan = keep_unpacked(plan, fault_of, among=lambda layer: (layer.fixed or not targeted) and not _both(layer))
-    if not targeted:
+        plan = keep_unpacked(
+            plan, fault_of, among=lambda layer: (layer.fixed or not request.targeted) and not _both(layer)
+        )
+    if not request.targeted:
         plan = replace(plan, notes=(*plan.notes, *note_of_range(plan)))
         if calibration is None and evaluation is None:
             return plan
     with same_random_stream():
-        learn, judge = rehearse(plan, read_batches(calibration, "calibration"), read_batches(evaluation, "evaluation"))
-        if not targeted:
+        learn, judge = rehearse(
+            walked, plan, read_batches(calibration, "calibration"), read_batches(evaluation, "evaluation")
+        )
+        if not request.targeted:
             return plan
         return allocate_to_target(
+            walked,
             plan,
-            parse_target(plan, target_bpw, target_bytes),
+            request,
             watch=Watched,
             apply=apply_layer,
             calibration=learn,

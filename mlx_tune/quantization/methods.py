@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.learning.apply_layer import LayerOutcome, apply_layer, install, outcome_of
@@ -13,10 +16,8 @@ from mlx_tune.quantization.learning.dwq import Recompute, train_dwq
 from mlx_tune.quantization.learning.gptq_model import gptq_model
 from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.models.interception import FindBlocks
 from mlx_tune.quantization.models.layers import dense_twin, is_quantized
-from mlx_tune.quantization.models.sites import module_at
-from mlx_tune.quantization.models.transaction import Transaction, swap_module
+from mlx_tune.quantization.models.transaction import Transaction
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.units import format_names
 
@@ -28,7 +29,7 @@ def carry_out(
     transaction: Transaction,
     calibration: list[Batch],
     *,
-    blocks_of: FindBlocks,
+    blocks: Sequence[tuple[str, nn.Module]],
     recompute: Recompute,
     loss: Loss | None = None,
     progress: bool = False,
@@ -39,7 +40,7 @@ def carry_out(
         plan: The plan.
         transaction: The open one on its model.
         calibration: The batches that "gptq" and "dwq" learn from.
-        blocks_of: Finds the blocks of a model.
+        blocks: The model's blocks.
         recompute: Makes a model recompute the activations of its blocks.
         loss: The loss that "dwq" trains on instead of the distance to the unquantized model.
         progress: Show progress lines.
@@ -48,18 +49,20 @@ def carry_out(
         The outcome of each layer by its path, and notes for the report.
     """
     if plan.method in ("nearest", "optimal"):
-        return _each(plan.layers, plan, progress), []
-    _unpack(plan.layers)
+        return _each(plan.layers, plan, transaction, progress), []
+    _unpack(plan.layers, transaction)
     learnable = [layer for layer in plan.layers if layer.mode == "affine"]
     others = [layer for layer in plan.layers if layer.mode != "affine"]
-    outcomes = _each(others, plan, progress)
-    outcomes |= _gptq(learnable, plan, calibration, blocks_of, progress)
+    outcomes = _each(others, plan, transaction, progress)
+    outcomes |= _gptq(learnable, plan, transaction, calibration, blocks, progress)
     if plan.method == "gptq":
         return outcomes, []
     return _dwq(outcomes, learnable, plan, transaction, calibration, recompute, loss, progress)
 
 
-def _each(layers: list[LayerPlan] | tuple[LayerPlan, ...], plan: QuantizationPlan, progress: bool) -> dict[str, Any]:
+def _each(
+    layers: Sequence[LayerPlan], plan: QuantizationPlan, transaction: Transaction, progress: bool
+) -> dict[str, LayerOutcome]:
     """One layer after another, each by its weights alone."""
     method = "nearest" if plan.method == "nearest" else "optimal"
     outcomes = {}
@@ -67,31 +70,32 @@ def _each(layers: list[LayerPlan] | tuple[LayerPlan, ...], plan: QuantizationPla
         with progress_bar("quantizing", len(layers), enabled=progress) as bar:
             for layer in layers:
                 bar.update(text=layer.path)
-                outcomes[layer.path] = apply_layer(layer, method, plan.effort)
+                outcomes[layer.path] = apply_layer(layer, method, plan.effort, transaction.replace)
                 bar.advance()
     return outcomes
 
 
-def _unpack(layers: tuple[LayerPlan, ...]) -> None:
+def _unpack(layers: Sequence[LayerPlan], transaction: Transaction) -> None:
     """Give layers that are quantized anew unquantized modules, which the methods that run the model start from."""
-    for layer in layers:
-        twins: dict[int, Any] = {}
-        for path in layer.paths:
-            module = module_at(layer.model, path)
-            if is_quantized(module):
-                twin = twins.setdefault(id(module), dense_twin(module))
-                swap_module(layer.model, path, twin)
+    for site in (site for layer in layers for site in layer.sites):
+        if is_quantized(site.module):
+            transaction.replace(site, dense_twin(site.module))
 
 
 def _gptq(
-    layers: list[LayerPlan], plan: QuantizationPlan, calibration: list[Batch], blocks_of: FindBlocks, progress: bool
+    layers: list[LayerPlan],
+    plan: QuantizationPlan,
+    transaction: Transaction,
+    calibration: list[Batch],
+    blocks: Sequence[tuple[str, nn.Module]],
+    progress: bool,
 ) -> dict[str, LayerOutcome]:
     done = gptq_model(
-        plan.layers[0].model,
+        transaction.model,
         layers,
         calibration,
-        install=install,
-        blocks_of=blocks_of,
+        install=partial(install, put=transaction.replace),
+        blocks=blocks,
         effort=plan.effort,
         progress=progress,
     )
@@ -101,6 +105,7 @@ def _gptq(
     return {
         layer.path: outcome_of(
             layer,
+            transaction.original(layer.sites[0]),
             found.method,
             note=found.note,
             output_error=found.output_error,
@@ -120,16 +125,17 @@ def _dwq(
     loss: Loss | None,
     progress: bool,
 ) -> tuple[dict[str, LayerOutcome], list[str]]:
-    model = plan.layers[0].model
     reference = None if loss is not None else transaction.reference()
     before = {layer.path: _scales(layer.module) for layer in layers}
-    result = train_dwq(model, reference, calibration, loss=loss, recompute=recompute, progress=progress)
+    result = train_dwq(transaction.model, reference, calibration, loss=loss, recompute=recompute, progress=progress)
     del reference
     if result.note is not None:
         _log.warning("%s", result.summary)
     trained = [layer for layer in layers if not _same_scales(layer.module, before[layer.path])]
     kept = [layer.path for layer in plan.layers if layer.path not in {x.path for x in trained}]
-    outcomes = {**outcomes, **{x.path: outcome_of(x, "dwq", note=outcomes[x.path].note) for x in trained}}
+    for x in trained:
+        before_it = transaction.original(x.sites[0])
+        outcomes[x.path] = outcome_of(x, before_it, "dwq", note=outcomes[x.path].note)
     return outcomes, [result.summary, *_note_of_kept(kept, outcomes)]
 
 

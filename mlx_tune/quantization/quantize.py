@@ -29,13 +29,15 @@ from mlx_tune.quantization.learning.input_samples import InputSamples
 from mlx_tune.quantization.methods import carry_out
 from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch, count_tokens, read_batches, token_rows
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 from mlx_tune.quantization.models.transaction import Transaction
 from mlx_tune.quantization.planning.checks import check_backend, check_finite, check_overflow
 from mlx_tune.quantization.planning.faulty_kernels import fault_finder, keep_unpacked
 from mlx_tune.quantization.planning.layout import lay_out
+from mlx_tune.quantization.planning.request import Request
 from mlx_tune.quantization.planning.shape_check import rehearse
-from mlx_tune.quantization.sizing.target import allocate_to_target, parse_target
+from mlx_tune.quantization.sizing.target import allocate_to_target
 from mlx_tune.state import same_random_stream
 from mlx_tune.units import format_percent
 
@@ -118,19 +120,12 @@ def quantize_model(
         >>> [(layer.path, layer.bits) for layer in report.layers], report.accuracy.relative_error < 0.01
         ([('layers.0', 8), ('layers.2', 8)], True)
     """
-    plan = lay_out(
-        model,
-        bits,
-        group_size,
-        method=method,
-        mode=mode,
-        effort=effort,
-        activations=activations,
-        overrides=overrides,
-        skip=skip,
-        requantize=requantize,
-        scale_dtype=scale_dtype,
-    )
+    request = Request(
+        bits, group_size, method, mode, effort, overrides, skip, target_bpw, target_bytes, activations, requantize,
+        scale_dtype,
+    )  # fmt: skip
+    walked = WalkedModel(model)
+    plan = lay_out(walked, request)
     learn, judge = read_batches(calibration, "calibration"), read_batches(evaluation, "evaluation")
     if method in ("gptq", "dwq") and not learn:
         raise QuantizationError(
@@ -143,25 +138,25 @@ def quantize_model(
         raise QuantizationError("loss=... is what the evaluation is judged by: pass evaluation=[batches] as well.")
     warnings = _overlap_warning(judge, learn)
     check_backend(plan)
-    targeted = target_bpw is not None or target_bytes is not None
-    fault_of = fault_finder(model) if verify_kernels else None
+    fault_of = fault_finder(walked) if verify_kernels else None
     if fault_of is not None:
-        plan = keep_unpacked(plan, fault_of, among=lambda layer: layer.fixed or not targeted, progress=progress)
+        plan = keep_unpacked(plan, fault_of, among=lambda layer: layer.fixed or not request.targeted, progress=progress)
     with ExitStack() as stack:
         stack.enter_context(same_random_stream())
-        learn, judge = rehearse(plan, learn, judge, loss)
+        learn, judge = rehearse(walked, plan, learn, judge, loss)
         largest = check_finite(plan)
-        notes = list[str]()
-        if method == "optimal" or (method != "nearest" and targeted):
+        notes, blocks = list[str](), blocks_of(model)
+        if method == "optimal" or (method != "nearest" and request.targeted):
             samples = None
             if method == "optimal" and learn:
                 samples = stack.enter_context(InputSamples(len(few_of(learn))))
-            plan, unknown = with_energies(plan, learn, samples, blocks_of=blocks_of)
+            plan, unknown = with_energies(walked, plan, learn, samples, blocks=blocks)
             notes += unknown
-        if targeted:
+        if request.targeted:
             plan = allocate_to_target(
+                walked,
                 plan,
-                parse_target(plan, target_bpw, target_bytes),
+                request,
                 watch=Watched,
                 apply=apply_layer,
                 calibration=learn,
@@ -172,23 +167,23 @@ def quantize_model(
         check_overflow(plan, largest)
         store = stack.enter_context(OutputStore())
         comparison, before = None, None
-        if learn and method == "nearest" and not targeted:
+        if learn and method == "nearest" and not request.targeted:
             notes.append("The calibration was not used: method='nearest' looks at the weights alone.")
         if judge:
-            comparison = prepare_evaluation(model, judge, loss, warnings=warnings)
-            comparison.record(model, store, progress=progress)
-            before = _measured(partial(_time_before, model, comparison), notes)
+            comparison = prepare_evaluation(walked, judge, loss, warnings=warnings)
+            comparison.record(walked, store, progress=progress)
+            before = _measured(partial(_time_before, walked, comparison), notes)
         watch = guard = None
         if judge and watched(plan):
-            watch = Watched(model, part_of(judge), loss)
+            watch = Watched(walked, part_of(judge), loss)
             guard = Guard(plan, stack.enter_context(watch))
-        transaction = stack.enter_context(Transaction(model))
+        transaction = stack.enter_context(Transaction(walked))
         with track_memory() as memory:
             outcomes, remarks = carry_out(
                 plan,
                 transaction,
                 learn,
-                blocks_of=blocks_of,
+                blocks=blocks,
                 recompute=checkpoint_blocks,
                 loss=loss,
                 progress=progress,
@@ -198,8 +193,8 @@ def quantize_model(
         if watch is not None and guard is not None:
             warning = guard.verdict(watch.evaluation.kind, count_tokens(watch.evaluation.parts))
         if comparison is not None:
-            accuracy = comparison.judge(model, store, progress=progress)
-            speed = _measured(partial(_time_after, model, comparison, before), notes) if before else None
+            accuracy = comparison.judge(walked, store, progress=progress)
+            speed = _measured(partial(_time_after, walked, comparison, before), notes) if before else None
         report = report_of(plan, outcomes, memory, accuracy, speed, (*remarks, *transaction.notes, *notes))
         return replace(report, warning=warning)
 
@@ -240,12 +235,13 @@ def quantization_report(
     judge, learn = read_batches(evaluation, "evaluation"), read_batches(calibration, "calibration")
     if not judge:
         raise QuantizationError("evaluation=None: a comparison needs batches to compare on.")
+    after, before = WalkedModel(model), WalkedModel(reference)
     with same_random_stream():
-        comparison = prepare_evaluation(reference, judge, loss, warnings=_overlap_warning(judge, learn))
-        accuracy = comparison.side_by_side(model, reference, progress=progress)
-        report, notes = compare_layers(model, reference), list[str]()
-        before = _measured(partial(_time_before, reference, comparison), notes)
-        speed = _measured(partial(_time_after, model, comparison, before), notes) if before else None
+        comparison = prepare_evaluation(before, judge, loss, warnings=_overlap_warning(judge, learn))
+        accuracy = comparison.side_by_side(after, before, progress=progress)
+        report, notes = compare_layers(after, before), list[str]()
+        times = _measured(partial(_time_before, before, comparison), notes)
+        speed = _measured(partial(_time_after, after, comparison, times), notes) if times else None
         return replace(report, accuracy=accuracy, speed=speed, notes=(*report.notes, *notes))
 
 
@@ -257,11 +253,11 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
         return []
 
 
-def _time_before(model: nn.Module, comparison: Evaluation) -> list[Speed]:
+def _time_before(model: WalkedModel, comparison: Evaluation) -> list[Speed]:
     return measure_before(model, comparison.parts[0], tokens_in=comparison.kind == "tokens", loss=comparison.loss)
 
 
-def _time_after(model: nn.Module, comparison: Evaluation, before: list[Speed]) -> SpeedComparison:
+def _time_after(model: WalkedModel, comparison: Evaluation, before: list[Speed]) -> SpeedComparison:
     return measure_after(model, comparison.parts[0], before, loss=comparison.loss)
 
 

@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 import mlx_tune as mt
-from mlx_tune.quantization.models.arithmetic import float32_arithmetic
+from mlx_tune.quantization.models.sites import WalkedModel
 
 
 class Layer(nn.Module):
@@ -99,7 +99,7 @@ def load(folder: Path) -> Encoder:
 def vectors(model: Encoder, rows: list[list[int]]) -> np.ndarray:
     """A unit vector for each sentence."""
     found = []
-    with float32_arithmetic(model):
+    with WalkedModel(model).float32_arithmetic():
         for row in rows:
             mean = model(mx.array([row])).astype(mx.float32).mean(1)[0]
             found.append(np.array(mean / mx.linalg.norm(mean)))

@@ -16,7 +16,7 @@ import mlx_tune as mt
 from mlx_tune.presentation.tables import render_table
 from mlx_tune.quantization.formats.packing import dequantize_float32
 from mlx_tune.quantization.models.layers import dequantized_weight, is_quantized
-from mlx_tune.quantization.models.sites import sites_of
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 
 WINDOW = 256
@@ -74,7 +74,7 @@ class Judge:
         Also gives the mean divergence and the mean loss of every window.
         """
         weights = {k: v.astype(mx.float32) for k, v in tree_flatten(quantized.parameters()) if k in self.own}
-        for site in sites_of(quantized):
+        for site in WalkedModel(quantized).sites:
             if is_quantized(site.module):
                 weights |= {f"{path}.weight": dequantized_weight(site.module) for path in site.paths}
         self.model.load_weights(list((self.own | weights).items()))
@@ -147,7 +147,7 @@ def worse(losses: np.ndarray, base: np.ndarray) -> tuple[float, float]:
 def check_nearest(model: nn.Module, plain: nn.Module) -> None:
     """That the baseline is what MLX stores, nothing weaker."""
     before = dict(tree_flatten(plain.parameters()))
-    for site in sites_of(model):
+    for site in WalkedModel(model).sites:
         if is_quantized(site.module):
             size, bits = site.module.group_size, site.module.bits
             stored = mx.quantize(before[f"{site.path}.weight"], size, bits)

@@ -19,7 +19,7 @@ from quantization_judging import WINDOW, Judge, load, load_tokenizer, ratio, win
 from quantization_methods import ours
 
 from mlx_tune.presentation.tables import render_table
-from mlx_tune.quantization.models.sites import sites_of
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     text = options.text or Path(options.model) / "heldout_tokens.npy"
     held = windows(text, load_tokenizer(options.model), options.heldout_tokens // WINDOW, WINDOW)
     model = load(options.model)
-    layers = [path for site in sites_of(model) if hasattr(site.module, "to_quantized") for path in site.paths]
+    layers = [path for site in WalkedModel(model).sites if hasattr(site.module, "to_quantized") for path in site.paths]
     rows: list[dict[str, Any]] = []
     with OutputStore() as store:
         judge = Judge(options.model, mx.array(held), store)

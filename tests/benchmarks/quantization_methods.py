@@ -15,6 +15,7 @@ from quantization_judging import WINDOW, load
 import mlx_tune as mt
 from mlx_tune.quantization.learning.dwq import train_dwq
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 
 GROUP = 64
 THEIRS = ("mlx-lm gptq", "mlx-lm awq", "mlx-lm dwq")
@@ -50,7 +51,7 @@ def dwq_after_gptq(path: str, model: nn.Module, calibration: list[mx.array]) -> 
     _tell(
         [
             train_dwq(
-                model,
+                WalkedModel(model),
                 load(path),
                 read_batches(calibration, "calibration"),
                 recompute=mt.checkpoint_blocks,

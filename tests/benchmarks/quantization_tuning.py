@@ -35,6 +35,7 @@ from mlx_tune.quantization.learning import gptq_model
 from mlx_tune.quantization.learning.dwq import RATES, train_dwq
 from mlx_tune.quantization.learning.gptq import output_error, quantize_gptq, shrinkage_for
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 
 
@@ -97,7 +98,11 @@ def main() -> None:
             model = copy.deepcopy(start)
             began = time.perf_counter()
             done = train_dwq(
-                model, load(options.model), read_batches(calibration, "calibration"), rates=rates, progress=False
+                WalkedModel(model),
+                load(options.model),
+                read_batches(calibration, "calibration"),
+                rates=rates,
+                progress=False,
             )
             note(f"rates {', '.join(map(str, rates))}", model, time.perf_counter() - began, done.summary)
     columns = ("what", "mean KL", "ratio", "perplexity", "nats worse", "s")

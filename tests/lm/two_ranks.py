@@ -22,6 +22,7 @@ import mlx_tune as mt
 from mlx_tune import lm
 from mlx_tune.quantization.learning.dwq import train_dwq
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 
 
 def main(folder: Path, task: str) -> None:
@@ -65,7 +66,7 @@ def calibrate(file: Path) -> dict[str, object]:
     nn.quantize(model, 64, 3)
     tokens = (mx.arange(24 * 40) * 7919 % 320).reshape(24, 40)
     batches = read_batches([tokens[i : i + 3] for i in range(0, 24, 3)], "calibration")
-    result = train_dwq(model, reference, batches, epochs=2, progress=False)
+    result = train_dwq(WalkedModel(model), reference, batches, epochs=2, progress=False)
     grids = {path: value for path, value in tree_flatten(model.parameters()) if path.endswith(("scales", "biases"))}
     mx.savez(str(file), **grids)
     return {"dwq": [result.loss_before, result.loss_after, result.rate, result.steps], "dwq_ranks": result.ranks}

@@ -23,9 +23,9 @@ import mlx.core as mx, mlx.nn as nn
 import mlx_tune as mt
 from mlx_tune.quantization.learning import apply_layer
 import mlx_tune.quantization.judging.timed_runs as timed_runs
-import mlx_tune.quantization.models.arithmetic as arithmetic
+import mlx_tune.quantization.models.sites as sites
 
-arithmetic.ROOM_BYTES = 16 << 20  # so that a model of this size is held back
+sites.ROOM_BYTES = 16 << 20  # so that a model of this size is held back
 timed_runs._SECONDS = 0.0  # it is timed once: this is about memory
 file, layers, width, way = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 

@@ -10,7 +10,7 @@ import quantization_toys as toys
 import mlx_tune as mt
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization import quantization_config
-from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
+from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES
 from mlx_tune.upstream import is_lazy
 
 

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
 from mlx_tune.units import whole_number
 
 #: The length of a search.
 Effort = Literal["fast", "best"]
+
+#: What `mx.quantize` takes in mode "affine".
+AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
 
 #: Modes whose group size and bits are fixed: (group size, bits).
 FIXED_MODES = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}

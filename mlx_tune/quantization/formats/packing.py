@@ -10,10 +10,7 @@ import mlx.core as mx
 
 from mlx_tune.devices import backend
 from mlx_tune.errors import QuantizationError
-
-#: What `mx.quantize` takes in mode "affine".
-AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
-AFFINE_GROUP_SIZES = (32, 64, 128)
+from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES
 
 #: Packed weights, scales, and biases where the mode has them.
 PackedArrays = tuple[mx.array, mx.array, mx.array | None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -14,11 +16,11 @@ from mlx_tune.quantization.models.layers import (
     read_weight,
     weight_shape,
 )
-from mlx_tune.quantization.models.sites import module_at, own_arrays, sites_of
+from mlx_tune.quantization.models.sites import WalkedModel, own_arrays
 from mlx_tune.quantization.planning.layout import totals
 
 
-def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport:
+def compare_layers(model: WalkedModel, reference: WalkedModel) -> QuantizationReport:
     """A report of sizes and of every quantized layer's error, without accuracy.
 
     Raises:
@@ -28,13 +30,14 @@ def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport
     skipped: list[LayerReport] = []
     counted: set[int] = set()
     seen_before: set[int] = set()
-    for site in sites_of(model):
+    others = {path: site.module for site in reference.sites for path in site.paths}
+    for site in model.sites:
         module = site.module
         packed = is_quantized(module)
         dense = not packed and callable(getattr(module, "to_quantized", None))
         if not packed and not dense:
             continue
-        before = _counterpart(reference, site.path)
+        before = _counterpart(others, site.path)
         shape = weight_shape(module)
         if weight_shape(before) != shape:
             raise QuantizationError(
@@ -62,8 +65,8 @@ def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport
                 reason=None if packed else "not quantized",
             )
         )
-    size_before, parameters = totals(site.module for site in sites_of(reference))
-    size_after, _ = totals(site.module for site in sites_of(model))
+    size_before, parameters = totals(site.module for site in reference.sites)
+    size_after, _ = totals(site.module for site in model.sites)
     return QuantizationReport(
         method=COMPARED,
         size_before_bytes=size_before,
@@ -75,13 +78,10 @@ def compare_layers(model: nn.Module, reference: nn.Module) -> QuantizationReport
     )
 
 
-def _counterpart(reference: nn.Module, path: str) -> nn.Module:
-    try:
-        found = module_at(reference, path)
-    except (KeyError, IndexError, ValueError, TypeError):
-        raise QuantizationError(
-            f"The reference has no layer {path!r}: these are not two versions of one model."
-        ) from None
+def _counterpart(others: Mapping[str, nn.Module], path: str) -> nn.Module:
+    found = others.get(path)
+    if found is None:
+        raise QuantizationError(f"The reference has no layer {path!r}: these are not two versions of one model.")
     if "weight" not in found:
         raise QuantizationError(f"{path!r} is a {type(found).__name__} without a weight in the reference.")
     return found

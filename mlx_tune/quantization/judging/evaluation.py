@@ -19,12 +19,11 @@ from mlx_tune.quantization.judging.compare_answers import LOGITS_AT_ONCE, compar
 from mlx_tune.quantization.judging.statistics import TokenFigures
 from mlx_tune.quantization.judging.summaries import summarise_losses, summarise_outputs, summarise_tokens
 from mlx_tune.quantization.models.answers import HALVES, Loss, logits_of, mean_loss, narrow_dtype, output_arrays
-from mlx_tune.quantization.models.arithmetic import evaluation_mode, exactly, unpacked_on_cpu
-from mlx_tune.quantization.models.batches import Batch, rows_at_most, widen
+from mlx_tune.quantization.models.batches import Batch, rows_at_most
 from mlx_tune.quantization.models.layers import EMBEDDINGS, weight_shape
-from mlx_tune.quantization.models.model_calls import FAULTS, resolve, uncallable
-from mlx_tune.quantization.models.sites import own_arrays, sites_of
+from mlx_tune.quantization.models.sites import WalkedModel, own_arrays, widen
 from mlx_tune.quantization.models.stored_outputs import OutputStore
+from mlx_tune.quantization.planning.shape_check import FAULTS, resolve, uncallable
 from mlx_tune.units import number
 
 #: Tokens that the noise floor is measured on; fewer on a CPU, which multiplies half-precision numbers slowly.
@@ -55,7 +54,7 @@ class Evaluation:
     warnings: tuple[str, ...] = ()
     narrow: str | None = None
 
-    def record(self, reference: nn.Module, store: OutputStore, *, floor: bool = True, progress: bool = False) -> None:
+    def record(self, reference: WalkedModel, store: OutputStore, *, floor: bool = True, progress: bool = False) -> None:
         """Run the reference over all parts and put what it gave on disk; with `floor`, in its own dtype as well.
 
         Raises:
@@ -72,32 +71,32 @@ class Evaluation:
         if floor:
             self._measure_floor(reference)
 
-    def judge(self, model: nn.Module, store: OutputStore, *, progress: bool = False) -> Accuracy:
+    def judge(self, model: WalkedModel, store: OutputStore, *, progress: bool = False) -> Accuracy:
         """Run the quantized model over all parts and compare with what was recorded."""
         return self._compare(model, store.get, progress)
 
-    def side_by_side(self, model: nn.Module, reference: nn.Module, *, progress: bool = False) -> Accuracy:
+    def side_by_side(self, model: WalkedModel, reference: WalkedModel, *, progress: bool = False) -> Accuracy:
         """Compare two models that are both at hand; nothing is written to disk."""
 
         def outputs(i: int) -> list[mx.array]:
-            with exactly(reference):
+            with reference.exactly():
                 return self._run(reference, self.parts[i])
 
         self._measure_floor(reference)
         return self._compare(model, outputs, progress)
 
-    def _run(self, model: nn.Module, part: Batch) -> list[mx.array]:
+    def _run(self, model: WalkedModel, part: Batch) -> list[mx.array]:
         if self.kind == "loss":
             assert self.loss is not None
-            arrays = [mean_loss(part.call(self.loss, model, through=widen))]
+            arrays = [mean_loss(part.call(self.loss, model.model, through=widen))]
         else:
-            output = part.inputs.call(model, through=widen)
+            output = part.inputs.call(model.model, through=widen)
             self.narrow = self.narrow or narrow_dtype(output)
             arrays = [logits_of(output)] if self.kind == "tokens" else output_arrays(output)
         mx.eval(arrays)
         return arrays
 
-    def _compare(self, model: nn.Module, reference: Callable[[int], list[mx.array]], progress: bool) -> Accuracy:
+    def _compare(self, model: WalkedModel, reference: Callable[[int], list[mx.array]], progress: bool) -> Accuracy:
         rows: list[Any] = []
         with _measuring(model, "accuracy", len(self.parts), progress) as bar:
             sequence = 0
@@ -124,14 +123,14 @@ class Evaluation:
             **context,
         )
 
-    def _arithmetic(self, model: nn.Module) -> str:
+    def _arithmetic(self, model: WalkedModel) -> str:
         if self.narrow is not None:
             return f"computed in float32, but the model itself rounds its outputs to {self.narrow}"
-        if unpacked_on_cpu(model):
+        if model.unpacked_on_cpu:
             return "float32, packed weights unpacked, since MLX multiplies by packed ones slowly on CPUs"
         return "float32"
 
-    def _run_now(self, model: nn.Module, i: int) -> list[mx.array]:
+    def _run_now(self, model: WalkedModel, i: int) -> list[mx.array]:
         """The quantized model's answer to a part; what the reference could do, it may not be able to."""
         try:
             return self._run(model, self.parts[i])
@@ -141,14 +140,14 @@ class Evaluation:
                 f"quantized one cannot: {type(error).__name__}: {error}"
             ) from error
 
-    def _measure_floor(self, reference: nn.Module) -> None:
+    def _measure_floor(self, reference: WalkedModel) -> None:
         """The divergence between the reference in its own dtype and in float32: rounding alone."""
         if self.kind != "tokens":
             return
-        if not any(a.dtype in HALVES for s in sites_of(reference) for a in own_arrays(s.module).values()):
+        if not any(a.dtype in HALVES for s in reference.sites for a in own_arrays(s.module).values()):
             self.no_noise_floor = "the weights are float32"
             return
-        if unpacked_on_cpu(reference):
+        if reference.unpacked_on_cpu:
             self.no_noise_floor = "not measured: MLX multiplies by packed weights slowly on CPUs"
             return
         left = _FLOOR_TOKENS_CPU if computes_on_cpu() else _FLOOR_TOKENS
@@ -158,11 +157,11 @@ class Evaluation:
             count = min(left, targets.shape[1])  # of a long sequence its beginning, which is a sequence as well
             inputs, targets = (array[: left // count, :count] for array in (inputs, targets))
             try:
-                with evaluation_mode(reference):
-                    own = logits_of(reference(inputs))
+                with reference.evaluation_mode():
+                    own = logits_of(reference.model(inputs))
                     mx.eval(own)
-                with exactly(reference):
-                    wide = logits_of(reference(inputs))
+                with reference.exactly():
+                    wide = logits_of(reference.model(inputs))
                     mx.eval(wide)
             except RuntimeError as error:  # such as a stack of experts in bfloat16 on a CPU
                 self.no_noise_floor = f"not measured: MLX cannot run the model in its own dtype here ({error})"
@@ -176,7 +175,7 @@ class Evaluation:
 
 
 def prepare_evaluation(
-    model: nn.Module, batches: list[Batch], loss: Loss | None = None, *, warnings: tuple[str, ...] = ()
+    model: WalkedModel, batches: list[Batch], loss: Loss | None = None, *, warnings: tuple[str, ...] = ()
 ) -> Evaluation:
     """Find out what kind of model it is, by calling it once, and cut its batches into parts that fit.
 
@@ -196,12 +195,10 @@ def prepare_evaluation(
     if first.tokens is not None:
         highest = max(int(number(mx.max(b.tokens))) for b in batches if b.tokens is not None)
         lowest = min(int(number(mx.min(b.tokens))) for b in batches if b.tokens is not None)
-        rows = max(
-            (weight_shape(s.module)[0] for s in sites_of(model) if isinstance(s.module, EMBEDDINGS)), default=None
-        )
+        rows = max((weight_shape(s.module)[0] for s in model.sites if isinstance(s.module, EMBEDDINGS)), default=None)
         # MLX reads past the end of a table without a word, so the call is tried with tokens that are in it.
         probe = first.tokens[:1, :-1] if rows is None else mx.clip(first.tokens[:1, :-1], 0, rows - 1)
-        with exactly(model):
+        with model.exactly():
             logits = logits_of(_call(model, Batch((probe,), None)))
         if logits.ndim == 3 and logits.shape[:2] == probe.shape:
             vocabulary = logits.shape[2]
@@ -222,7 +219,7 @@ def prepare_evaluation(
                 at_once = max(1, LOGITS_AT_ONCE // (vocabulary * longest))
                 parts = [part for batch in batches for part in rows_at_most(batch, at_once)]
                 return Evaluation("tokens", parts, warnings=warnings)
-    with exactly(model):
+    with model.exactly():
         found = output_arrays(_call(model, first))
     if not found:
         raise QuantizationError(
@@ -244,7 +241,7 @@ class Watched:
         evaluation: The evaluation that both are compared by.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch], loss: Loss | None = None) -> None:
+    def __init__(self, model: WalkedModel, batches: list[Batch], loss: Loss | None = None) -> None:
         """Find out how the model takes the batches."""
         self._model = model
         self._store = OutputStore()
@@ -274,11 +271,12 @@ def perplexity(model: nn.Module, batches: list[Batch]) -> float:
     Returns:
         The exponential of the mean negative log-likelihood, over all predicted tokens.
     """
-    comparison = prepare_evaluation(model, batches, None)
+    walked = WalkedModel(model)
+    comparison = prepare_evaluation(walked, batches, None)
     if comparison.kind != "tokens":
         raise QuantizationError("The model gives no logits [batch, length, vocabulary], so it has no perplexity.")
     total, count = 0.0, 0
-    with _measuring(model, "perplexity", len(comparison.parts), False):
+    with _measuring(walked, "perplexity", len(comparison.parts), False):
         for part in comparison.parts:
             inputs, targets = part.shifted
             logits = logits_of(model(inputs)).astype(mx.float32)
@@ -288,9 +286,9 @@ def perplexity(model: nn.Module, batches: list[Batch]) -> float:
     return math.exp(total / count)
 
 
-def _call(model: nn.Module, batch: Batch) -> object:
+def _call(model: WalkedModel, batch: Batch) -> object:
     try:
-        output = batch.call(model, through=widen)
+        output = batch.call(model.model, through=widen)
         mx.eval(
             [leaf for leaf in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(leaf, mx.array)]
         )
@@ -300,6 +298,6 @@ def _call(model: nn.Module, batch: Batch) -> object:
 
 
 @contextmanager
-def _measuring(model: nn.Module, what: str, total: int, progress: bool) -> Iterator[Bar]:
-    with exactly(model), progress_bar(f"measuring {what}", total, enabled=progress) as bar:
+def _measuring(model: WalkedModel, what: str, total: int, progress: bool) -> Iterator[Bar]:
+    with model.exactly(), progress_bar(f"measuring {what}", total, enabled=progress) as bar:
         yield bar

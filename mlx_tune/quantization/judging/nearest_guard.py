@@ -11,7 +11,6 @@ from mlx_tune.quantization.formats.packing import dequantize_float32, quantize_n
 from mlx_tune.quantization.models.batches import Batch, rows_at_most
 from mlx_tune.quantization.models.interception import ModuleCall, intercepted
 from mlx_tune.quantization.models.layers import is_quantized
-from mlx_tune.quantization.models.sites import module_at
 from mlx_tune.quantization.planning.plan import QuantizationPlan
 
 #: Tokens that both are judged on.
@@ -31,10 +30,9 @@ class Guard:
 
     def __init__(self, plan: QuantizationPlan, divergence: Callable[[], float]) -> None:
         """Run the model rounded."""
-        model, self._divergence = plan.layers[0].model, divergence
-        modules = {id(module_at(model, path)): layer for layer in plan.layers for path in layer.paths}
-
-        everywhere = [module_at(model, path) for layer in plan.layers for path in layer.paths]
+        self._divergence = divergence
+        everywhere = [site.module for layer in plan.layers for site in layer.sites]
+        modules = {id(site.module): layer for layer in plan.layers for site in layer.sites}
         with intercepted(everywhere, lambda call: _rounded(call, modules[id(call.module)].format)):
             self.nearest = divergence()
 

@@ -13,8 +13,8 @@ import mlx.nn as nn
 from mlx_tune import devices
 from mlx_tune.quantization.judging.speed import Speed, SpeedComparison
 from mlx_tune.quantization.models.answers import tree_of
-from mlx_tune.quantization.models.arithmetic import evaluation_mode
 from mlx_tune.quantization.models.batches import Batch
+from mlx_tune.quantization.models.sites import WalkedModel
 
 #: Tokens of the prompt: the longest that can be timed within reason before and after.
 _PROMPT_TOKENS = (64, 16, 4)
@@ -24,7 +24,7 @@ _SECONDS, _PATIENCE = 1.0, 10.0
 
 
 def measure_before(
-    model: nn.Module, batch: Batch, *, tokens_in: bool, loss: Callable[..., object] | None = None
+    model: WalkedModel, batch: Batch, *, tokens_in: bool, loss: Callable[..., object] | None = None
 ) -> list[Speed]:
     """Time the unquantized model with its weights as they are stored.
 
@@ -38,18 +38,18 @@ def measure_before(
         For models that are called with tokens one measurement for each length of the prompt, the longest first, as it
         is not known yet which of them the quantized model can take: on a CPU it may be many times slower.
     """
-    with evaluation_mode(model):
+    with model.evaluation_mode():
         if loss is not None:
-            return [Speed(None, _median_seconds(lambda: batch.call(loss, model)), None)]
+            return [Speed(None, _median_seconds(lambda: batch.call(loss, model.model)), None)]
         if not tokens_in:
-            return [Speed(None, _median_seconds(lambda: batch.call(model)), None)]
+            return [Speed(None, _median_seconds(lambda: batch.call(model.model)), None)]
         assert batch.tokens is not None
         lengths = sorted({min(n, batch.tokens.shape[1]) for n in _PROMPT_TOKENS}, reverse=True)
-        return _with_prompts(model, batch.tokens, lengths, every=True)
+        return _with_prompts(model.model, batch.tokens, lengths, every=True)
 
 
 def measure_after(
-    model: nn.Module, batch: Batch, before: list[Speed], *, loss: Callable[..., object] | None = None
+    model: WalkedModel, batch: Batch, before: list[Speed], *, loss: Callable[..., object] | None = None
 ) -> SpeedComparison:
     """Time the quantized model likewise, with the longest prompt that it takes in reasonable time.
 
@@ -60,12 +60,12 @@ def measure_after(
         loss: As before.
     """
     lengths = [speed.prefill_tokens for speed in before if speed.prefill_tokens is not None]
-    with evaluation_mode(model):
+    with model.evaluation_mode():
         if lengths:
             assert batch.tokens is not None
-            after = _with_prompts(model, batch.tokens, lengths, every=False)[0]
+            after = _with_prompts(model.model, batch.tokens, lengths, every=False)[0]
         else:
-            run = (lambda: batch.call(model)) if loss is None else (lambda: batch.call(loss, model))
+            run = (lambda: batch.call(model.model)) if loss is None else (lambda: batch.call(loss, model.model))
             after = Speed(None, _median_seconds(run), None)
     same = next(speed for speed in before if speed.prefill_tokens == after.prefill_tokens)
     return SpeedComparison(same, after, devices.machine().name)

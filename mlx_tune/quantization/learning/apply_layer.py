@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,9 +14,11 @@ from mlx_tune.quantization.formats.packed_arrays import pack_weight, signal_to_n
 from mlx_tune.quantization.formats.packing import PackedArrays
 from mlx_tune.quantization.learning.input_samples import sampled_output_error
 from mlx_tune.quantization.models.layers import quantized_module, read_weight
-from mlx_tune.quantization.models.sites import module_at
-from mlx_tune.quantization.models.transaction import original, swap_module
+from mlx_tune.quantization.models.sites import Site
 from mlx_tune.quantization.planning.plan import LayerPlan
+
+#: Puts a module in all places of a site.
+Put = Callable[[Site, nn.Module], None]
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,19 @@ class LayerOutcome:
     input_snr_db: float | None = None
 
 
-def install(layer: LayerPlan, arrays: PackedArrays) -> None:
+def install(layer: LayerPlan, arrays: PackedArrays, put: Put = Site.put) -> None:
     """Put packed arrays in every place of a planned layer: tied modules share them.
 
     Args:
         layer: A layer of a plan, with a format.
         arrays: Its packed weights, scales and biases.
+        put: Puts a module in the places of a site, such as `Transaction.replace`, which can be undone.
     """
-    made: dict[int, nn.Module] = {}
-    olds = [module_at(layer.model, path) for path in layer.paths]
-    for path, old in zip(layer.paths, olds, strict=True):
-        if id(old) not in made:
-            made[id(old)] = quantized_module(old, layer.wanted, arrays)
-        swap_module(layer.model, path, made[id(old)])
+    for site in layer.sites:
+        put(site, quantized_module(site.module, layer.wanted, arrays))
 
 
-def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
+def apply_layer(layer: LayerPlan, method: str, effort: Effort, put: Put = Site.put) -> LayerOutcome:
     """Quantize one planned layer on its own, by "nearest" or "optimal", and put it in its places.
 
     Where the plan knows what the layer is given on calibration, the codes of "nearest" are kept if the outputs of those
@@ -67,6 +67,7 @@ def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
         layer: A layer of a plan, with a format.
         method: "nearest" or "optimal".
         effort: "fast" or "best".
+        put: As for `install`.
 
     Returns:
         The loss of the layer.
@@ -86,29 +87,31 @@ def apply_layer(layer: LayerPlan, method: str, effort: Effort) -> LayerOutcome:
     snr = signal_to_noise_db(weight, packed, layer.wanted)
     weighted = None if layer.energy is None else signal_to_noise_db(weight, packed, layer.wanted, layer.energy)
     del weight
-    install(layer, packed)
+    install(layer, packed, put)
     return LayerOutcome(layer.path, used, snr, error, optimal_error, note, weighted)
 
 
 def outcome_of(
     layer: LayerPlan,
+    before: nn.Module,
     method: str,
     *,
     note: str | None = None,
     output_error: float | None = None,
     optimal_output_error: float | None = None,
 ) -> LayerOutcome:
-    """The loss of a layer that is in the model already, against its original of the open transaction.
+    """The loss of a layer that is in the model already.
 
     Args:
         layer: A planned layer, quantized by now.
+        before: The module that stood there before.
         method: The method that was used.
         note: Further remarks.
         output_error: As in `LayerOutcome`.
         optimal_output_error: As in `LayerOutcome`.
     """
     now = layer.module
-    weight = read_weight(original(layer.model, layer.path))
+    weight = read_weight(before)
     snr = signal_to_noise_db(weight, (now["weight"], now["scales"], now.get("biases")), layer.wanted)
     return LayerOutcome(layer.path, method, snr, output_error, optimal_output_error, note)
 

@@ -32,8 +32,8 @@ from mlx_tune.quantization.learning.trainable import (
     trained_in_place,
 )
 from mlx_tune.quantization.models.answers import Loss, logits_of, mean_loss, output_arrays
-from mlx_tune.quantization.models.arithmetic import evaluation_mode, float32_arithmetic
-from mlx_tune.quantization.models.batches import Batch, count_tokens, in_parts, widen
+from mlx_tune.quantization.models.batches import Batch, count_tokens, in_parts
+from mlx_tune.quantization.models.sites import WalkedModel, widen
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 from mlx_tune.units import number
 
@@ -114,7 +114,7 @@ class DwqResult:
 
 
 def train_dwq(
-    model: nn.Module,
+    model: WalkedModel,
     reference: Callable[..., object] | None,
     calibration: Sequence[Batch],
     *,
@@ -159,7 +159,7 @@ def train_dwq(
         >>> reference = nn.Sequential(nn.Linear(64, 32))
         >>> model = nn.Sequential(nn.QuantizedLinear.from_linear(reference.layers[0], 64, 2))
         >>> batches = read_batches([mx.random.normal((64, 64)) for _ in range(16)], "calibration")
-        >>> result = train_dwq(model, reference, batches, progress=False)
+        >>> result = train_dwq(WalkedModel(model), reference, batches, progress=False)
         >>> result.loss_after < result.loss_before
         True
     """
@@ -177,18 +177,16 @@ def train_dwq(
     cpu = computes_on_cpu()
     dtype = mx.float32 if cpu else sites[0].module["scales"].dtype
     with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(model.evaluation_mode())
         if isinstance(reference, nn.Module):
-            stack.enter_context(evaluation_mode(reference))
-            if cpu:
-                stack.enter_context(float32_arithmetic(reference))
-        layers = stack.enter_context(trained_in_place(model, sites, dtype))
+            stack.enter_context(WalkedModel(reference).running())
+        layers = stack.enter_context(trained_in_place(sites, dtype))
         if cpu:
-            stack.enter_context(float32_arithmetic(model))
+            stack.enter_context(model.float32_arithmetic())
         shares = Shares(group)
         bar = stack.enter_context(progress_bar("dwq", enabled=progress and shares.rank == 0))
         store = stack.enter_context(OutputStore())
-        training = _Training(model, layers, reference, lessons, judges, loss, store, shares, bar)
+        training = _Training(model.model, layers, reference, lessons, judges, loss, store, shares, bar)
         result, best = training.run(
             tuple(rates), epochs, None if checkpoint is False else recompute, forced=checkpoint is True
         )

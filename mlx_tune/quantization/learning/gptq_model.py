@@ -27,10 +27,10 @@ from mlx_tune.quantization.learning.experts import note_of_experts
 from mlx_tune.quantization.learning.gptq import output_error, quantize_gptq, shrinkage_for
 from mlx_tune.quantization.learning.moments import Drift, InputMoments
 from mlx_tune.quantization.learning.propagation import Propagation
-from mlx_tune.quantization.models.arithmetic import running
 from mlx_tune.quantization.models.batches import Batch, in_parts
-from mlx_tune.quantization.models.interception import FindBlocks, Step, forward_steps, no_blocks
+from mlx_tune.quantization.models.interception import Step, forward_steps
 from mlx_tune.quantization.models.layers import read_weight
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.plan import LayerPlan
 from mlx_tune.units import number
 
@@ -65,12 +65,12 @@ class CalibratedLayer:
 
 
 def gptq_model(
-    model: nn.Module,
+    model: WalkedModel,
     layers: Sequence[LayerPlan],
     calibration: Sequence[Batch],
     *,
     install: Callable[[LayerPlan, Arrays], None],
-    blocks_of: FindBlocks = no_blocks,
+    blocks: Sequence[tuple[str, nn.Module]] = (),
     effort: Effort = "fast",
     progress: bool = False,
 ) -> list[CalibratedLayer]:
@@ -88,7 +88,7 @@ def gptq_model(
         calibration: Batches. Those of tokens are cut into parts of some thousand tokens; one part in eight judges
             instead of teaching.
         install: Puts a layer's packed weights into the model.
-        blocks_of: Finds the model's blocks; without, every layer is a step of its own.
+        blocks: The model's blocks; without, every layer is a step of its own.
         effort: "fast" or "best".
         progress: Show a progress line.
 
@@ -106,14 +106,14 @@ def gptq_model(
         >>> mix = mx.random.normal((8, 64))  # real inputs are correlated, too
         >>> batches = read_batches([mx.random.normal((32, 8)) @ mix for _ in range(8)], "calibration")
         >>> layers = plan_quantization(model, 3, 64).layers
-        >>> [layer.method for layer in gptq_model(model, layers, batches, install=install)]
+        >>> [layer.method for layer in gptq_model(WalkedModel(model), layers, batches, install=install)]
         ['gptq', 'gptq']
     """
     if not calibration:
         raise QuantizationError("GPTQ learns from batches: calibration is empty.")
     with progress_bar("gptq", len(layers), enabled=progress) as bar:
         run = _Pass(model, list(layers), in_parts(calibration, _PART_TOKENS), install, effort, bar)
-        done = run.all(blocks_of(model))
+        done = run.all(blocks)
     return [done[layer.path] for layer in layers]
 
 
@@ -122,7 +122,7 @@ class _Pass:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: WalkedModel,
         layers: list[LayerPlan],
         batches: list[Batch],
         install: Callable[[LayerPlan, Arrays], None],
@@ -135,9 +135,10 @@ class _Pass:
     def all(self, blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, CalibratedLayer]:
         done: dict[str, CalibratedLayer] = {}
         modules = {path: layer.module for layer in self._layers for path in layer.paths}
-        with running(self._model):
-            steps = forward_steps(partial(self._batches[0].inputs.call, self._model), list(modules.items()), blocks)
-        inputs = Propagation(self._model, self._batches, steps, running)
+        with self._model.running():
+            call = partial(self._batches[0].inputs.call, self._model.model)
+            steps = forward_steps(call, list(modules.items()), blocks)
+        inputs = Propagation(self._model, self._batches, steps)
         for layer in self._layers:
             if isinstance(layer.module, nn.Embedding):
                 done[layer.path] = self._embedding(layer, steps, inputs)

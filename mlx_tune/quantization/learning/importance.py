@@ -17,11 +17,10 @@ import mlx.nn as nn
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.quantization.formats.lazy_arrays import read_array
 from mlx_tune.quantization.learning.input_samples import InputSamples
-from mlx_tune.quantization.models.arithmetic import running
 from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.models.interception import FindBlocks, ModuleCall, intercepted, no_blocks
+from mlx_tune.quantization.models.interception import ModuleCall, intercepted
 from mlx_tune.quantization.models.layers import EMBEDDINGS
-from mlx_tune.quantization.models.sites import Site, sites_of
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.units import number
 from mlx_tune.upstream import is_lazy
@@ -89,33 +88,33 @@ class _Probe:
 
 
 def with_energies(
+    model: WalkedModel,
     plan: QuantizationPlan,
     calibration: Sequence[Batch],
     samples: InputSamples | None = None,
     *,
-    blocks_of: FindBlocks = no_blocks,
+    blocks: Sequence[tuple[str, nn.Module]] = (),
 ) -> tuple[QuantizationPlan, tuple[str, ...]]:
     """A plan whose layers know the energies of their inputs.
 
     Args:
-        plan: The plan; its model is as it was when this returns.
+        model: The model, which is as it was when this returns.
+        plan: Its plan.
         calibration: The batches to run the model on; where it is empty, random tokens.
         samples: Where to keep rows of what layers are given, for layers to hold outputs against.
-        blocks_of: Finds the model's blocks, of which one at a time is evaluated.
+        blocks: The model's blocks, of which one at a time is evaluated.
 
     Returns:
         The plan, and remarks for the report: why there are no energies, or which layers have none.
     """
-    model = plan.layers[0].model
     affine = [layer for layer in plan.layers if layer.mode == "affine"]
     if not affine:
         return plan, ()
     every = [layer for layer in (*plan.layers, *plan.skipped) if not layer.fixed or layer.format is not None]
-    sites = sites_of(model)
-    vocabulary = next((s.module["weight"].shape[0] for s in sites if isinstance(s.module, EMBEDDINGS)), None)
+    vocabulary = next((s.module["weight"].shape[0] for s in model.sites if isinstance(s.module, EMBEDDINGS)), None)
     batches = few_of(calibration) if calibration else _random_tokens(vocabulary)
     try:
-        found = _energies(sites, every, batches, vocabulary, samples, blocks_of(model), tokens_only=not calibration)
+        found = _energies(model, every, batches, vocabulary, samples, blocks, tokens_only=not calibration)
     except _NoTokensError:
         return plan, (_ALIKE.format("it looks no tokens up, so that there is nothing to run it on"),)
     except Exception as error:  # any model may refuse what it was not made for
@@ -143,7 +142,7 @@ _ALIKE = (
 
 
 def _energies(
-    sites: Sequence[Site],
+    model: WalkedModel,
     layers: Sequence[LayerPlan],
     batches: list[Batch],
     vocabulary: int | None,
@@ -157,20 +156,20 @@ def _energies(
         raise _NoTokensError
     modules = {layer.path: layer.module for layer in layers}
     probe = _Probe({id(module): path for path, module in modules.items()}, vocabulary, samples)
-    model, below = sites[0].module, tuple(f"{path}." for path, _ in blocks)
+    below = tuple(f"{path}." for path, _ in blocks)
     bodies = {id(block) for _, block in blocks}
-    inside = {id(s.module) for s in sites if id(s.module) in bodies or any(p.startswith(below) for p in s.paths)}
-    lookups = [site.module for site in sites if isinstance(site.module, nn.Embedding)]
+    inside = {id(s.module) for s in model.sites if id(s.module) in bodies or any(p.startswith(below) for p in s.paths)}
+    lookups = [site.module for site in model.sites if isinstance(site.module, nn.Embedding)]
     outer = [m for m in (*modules.values(), *lookups) if id(m) not in inside]
     inner = [m for m in modules.values() if id(m) in inside]
-    with running(model):
+    with model.running():
         for batch in batches:
             with (
                 intercepted([block for _, block in blocks], probe.block),
                 intercepted(inner, probe.layer),
                 intercepted(outer, probe.outside),
             ):
-                batch.inputs.call(model)
+                batch.inputs.call(model.model)
             mx.eval([seen.total for seen in probe.seen.values()])
     if tokens_only and not probe.looked_up:
         raise _NoTokensError
@@ -216,7 +215,7 @@ def _read(module: nn.Module) -> Iterator[None]:
     olds: list[tuple[nn.Module, str, mx.array]] = []
     with uninterrupted():
         try:
-            for site in sites_of(module):
+            for site in WalkedModel(module).sites:
                 for name, value in dict(site.module).items():
                     if isinstance(value, mx.array) and is_lazy(value):
                         olds.append((site.module, name, value))

@@ -6,8 +6,8 @@ model would give each block, so that it is known how far those have moved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.quantization.learning.moments import InputMoments, Seen
-from mlx_tune.quantization.models.batches import Batch, widen
+from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.interception import Hook, ModuleCall, Step, intercepted, run_until
-
-#: Has a model run as it is to be run while a block lasts.
-Running = Callable[[nn.Module], AbstractContextManager[None]]
+from mlx_tune.quantization.models.sites import WalkedModel, widen
 
 Extras = list[tuple[tuple[object, ...], dict[str, object]]]
 
@@ -36,12 +34,11 @@ class Propagation:
         model: The model, which is quantized step by step meanwhile.
         batches: The batches that it is called with; one in eight judges instead of teaching.
         steps: Its steps, in the order of the forward pass.
-        running: Has the model run as it is to be run while a block lasts.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], steps: Sequence[Step], running: Running) -> None:
+    def __init__(self, model: WalkedModel, batches: Sequence[Batch], steps: Sequence[Step]) -> None:
         """Run the unquantized model up to where its blocks begin to follow one another."""
-        self._model, self._batches, self._running = model, batches, running
+        self._model, self._batches = model, batches
         self._now: list[mx.array] | None = None  # the current step's first arguments
         self._now_at: str | None = None
         self._extras: dict[str, Extras] = {}
@@ -70,7 +67,7 @@ class Propagation:
                 inputs.setdefault(paths[id(call.module)], call.inputs)
             return call.run()
 
-        with self._running(self._model), intercepted(modules.values(), note):
+        with self._model.running(), intercepted(modules.values(), note):
             self._call(step, self._now, self._extras, 0)  # nothing of it is evaluated
         parts: list[list[str]] = []
         last: mx.array | None = None
@@ -104,7 +101,7 @@ class Propagation:
         learned = InputMoments(dict(modules))
         held = len(self._batches) > 1
         judged = InputMoments(dict(modules), own_drift=True) if held else None
-        with self._running(self._model):
+        with self._model.running():
             for i, batch in enumerate(self._batches):
                 # The last of each eight judges, and the last of all where there are fewer.
                 aside = held and (
@@ -124,7 +121,7 @@ class Propagation:
                     if self._now is not None:
                         self._call(step, self._now, self._extras, i)
                     else:
-                        batch.inputs.call(self._model, through=widen)
+                        batch.inputs.call(self._model.model, through=widen)
                     into.collect(before)
         if last and self._before_at == step.path:
             self._before_at = None  # until `leave` says of what these are the inputs
@@ -135,7 +132,7 @@ class Propagation:
         if following is None or self._now is None:
             self._now = self._now_at = None
             return
-        with self._running(self._model):
+        with self._model.running():
             if self._before is not None and self._before_at == step.path:  # nothing in it was quantized
                 for i in range(len(self._before)):
                     self._before[i] = self._call(step, self._before, self._extras_before, i)
@@ -158,9 +155,9 @@ class Propagation:
                 states.append(call.inputs)
                 extras.append((call.arguments[1:], call.keywords))
 
-        with self._running(self._model):
+        with self._model.running():
             for batch in self._batches:
-                run_until(partial(batch.inputs.call, self._model), step.module, 1, take)
+                run_until(partial(batch.inputs.call, self._model.model), step.module, 1, take)
                 mx.eval(states[-1:], extras[-1:])
         if len(states) != len(self._batches):
             return None

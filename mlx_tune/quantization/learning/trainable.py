@@ -19,18 +19,18 @@ from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packing import unpack
 from mlx_tune.quantization.models.layers import dense_twin, has_dense_class, is_quantized
-from mlx_tune.quantization.models.sites import Site, in_places, sites_of
+from mlx_tune.quantization.models.sites import Site, WalkedModel, in_places
 from mlx_tune.substitution import subclass, substitute
 
 #: Names of the two trained arrays of a layer.
 NAMES = ("stretch", "shift")
 
 
-def trainable_sites(model: nn.Module) -> list[Site]:
+def trainable_sites(model: WalkedModel) -> list[Site]:
     """Layers with affine scales and biases, each once."""
     return [
         site
-        for site in sites_of(model)
+        for site in model.sites
         if is_quantized(site.module)
         and getattr(site.module, "mode", "affine") == "affine"
         and isinstance(site.module.get("biases"), mx.array)
@@ -39,19 +39,18 @@ def trainable_sites(model: nn.Module) -> list[Site]:
 
 
 @contextmanager
-def trained_in_place(model: nn.Module, sites: Sequence[Site], dtype: mx.Dtype) -> Iterator[list[nn.Module]]:
+def trained_in_place(sites: Sequence[Site], dtype: mx.Dtype) -> Iterator[list[nn.Module]]:
     """Put trainable layers in the places of quantized ones while the block runs.
 
     Args:
-        model: The model.
-        sites: Of its quantized layers.
+        sites: Those of quantized layers of a model.
         dtype: The dtype that weights are worked out in for use.
 
     Yields:
         The trainable layers, in the order of the sites.
     """
     made = [_trainable(site.module, dtype) for site in sites]
-    with in_places(model, {path: new for site, new in zip(sites, made, strict=True) for path in site.paths}):
+    with in_places(zip(sites, made, strict=True)):
         yield made
 
 

@@ -9,11 +9,9 @@ from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from mlx_tune.errors import QuantizationError
 
-_LOW = (mx.bfloat16, mx.float16)
 _INTEGERS = (mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64)
 
 
@@ -62,16 +60,6 @@ class Batch:
         """Inputs [batch, length - 1] and the tokens that follow them."""
         assert self.tokens is not None
         return self.tokens[:, :-1], self.tokens[:, 1:]
-
-
-def widen(values: object) -> Any:
-    """Half-precision floats in a tree of arguments to float32; everything else as it is."""
-
-    def one(value: Any) -> object:
-        low = isinstance(value, mx.array) and value.dtype in _LOW
-        return value.astype(mx.float32) if low else value
-
-    return tree_map(one, values)
 
 
 def read_batches(batches: Iterable[object] | None, name: str) -> list[Batch]:

@@ -13,9 +13,6 @@ from mlx.utils import tree_flatten
 
 from mlx_tune.substitution import subclass, substituted
 
-#: Finds the blocks of a model: the path and the module of each.
-FindBlocks = Callable[[nn.Module], Sequence[tuple[str, nn.Module]]]
-
 #: Ways in which modules are called; a tied embedding is an output head through the second.
 _METHODS = ("__call__", "as_linear")
 
@@ -60,11 +57,6 @@ class ModuleCall:
 
 #: Sees a call, and gives back what it is to give back.
 Hook = Callable[[ModuleCall], object]
-
-
-def no_blocks(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
-    """The blocks of a model in which nothing is repeated."""
-    return []
 
 
 class _Enough(BaseException):  # no error: everything that was wanted has been seen

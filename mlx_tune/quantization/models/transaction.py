@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -15,23 +14,21 @@ import mlx.nn as nn
 from mlx_tune.errors import DiskError
 from mlx_tune.files.scratch import ScratchFiles, in_memory
 from mlx_tune.interrupts import uninterrupted
-from mlx_tune.quantization.models.sites import module_at, own_arrays, put_module, sites_of
+from mlx_tune.quantization.models.sites import Site, WalkedModel, own_arrays
 from mlx_tune.upstream import is_lazy
 
 _log = logging.getLogger(__name__)
 
-_open: ContextVar[tuple[Transaction, ...]] = ContextVar("open_transactions", default=())
-
 
 class Transaction:
-    """Every swap inside the block is undone if the block fails; nothing is held twice meanwhile.
+    """Every replacement inside the block is undone if the block fails; nothing is held twice meanwhile.
 
     A replaced module's weights go to a temporary file and leave memory, so that the model shrinks while it is
     quantized. Weights that were never read (of a lazily loaded model) stay as they are, since they hold no memory.
     If the disk has too little room, the originals stay in memory and `notes` says so.
 
     Args:
-        model: The model whose modules are swapped.
+        model: The model whose modules are replaced.
         folder: Where the temporary files go; by default the system's temporary folder, or `/var/tmp` where that lies
             in memory.
 
@@ -40,26 +37,25 @@ class Transaction:
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64))
-        >>> with Transaction(model) as transaction:
-        ...     swap_module(model, "layers.0", nn.Linear(64, 64).to_quantized())
+        >>> walked = WalkedModel(model)
+        >>> with Transaction(walked) as transaction:
+        ...     transaction.replace(walked.sites[1], nn.Linear(64, 64).to_quantized())
         ...     transaction.roll_back()
         >>> type(model.layers[0]).__name__
         'Linear'
     """
 
-    def __init__(self, model: nn.Module, *, folder: str | Path | None = None) -> None:
+    def __init__(self, model: WalkedModel, *, folder: str | Path | None = None) -> None:
         """Note which modules share arrays, so that undoing can tie them again."""
         self.model = model
         self.notes: list[str] = []
         self._scratch = ScratchFiles("What quantizing sets aside", name="originals", folder=folder)
-        self._log: list[tuple[str, _Parked]] = []
+        self._log: list[tuple[Site, _Parked]] = []
         self._shared = _shared_slots(model)
         self._parked_shared: dict[int, _Slot] = {}
-        self._token: Any = None
 
     def __enter__(self) -> Self:
-        """Make this the transaction that `swap_module` reports to."""
-        self._token = _open.set((*_open.get(), self))
+        """Begin with the model as it is."""
         return self
 
     def __exit__(
@@ -67,7 +63,6 @@ class Transaction:
     ) -> None:
         """Undo everything if the block failed, then delete the files. A Ctrl-C waits until that is done."""
         with uninterrupted():
-            _open.reset(self._token)
             try:
                 if error is not None:
                     self.roll_back()
@@ -76,29 +71,27 @@ class Transaction:
                 self._parked_shared.clear()
                 self._scratch.close()
 
-    def replace(self, path: str, module: nn.Module) -> None:
-        """Put `module` at `path` and set the module that stood there aside."""
-        old = module_at(self.model, path)
-        if any(place == path for place, _ in self._log):  # only what stood here at first is ever wanted back
-            put_module(self.model, path, module)
-            return
-        kept = {id(a) for a in own_arrays(module).values()}  # such as a bias that goes on being used
-        parked = next((p for _, p in self._log if p.stands_for(old)), None)
-        if parked is None:
-            parked = self._park(old, kept)
-        self._log.append((path, parked))  # first: a Ctrl-C between the two lines must find it there
-        put_module(self.model, path, module)
-
-    def original(self, path: str) -> nn.Module:
-        """The module that stood at `path` when the transaction began, its weights read anew where they were set aside.
+    def replace(self, site: Site, module: nn.Module) -> None:
+        """Put `module` in all places of a site of the model, and set the module that stood there aside.
 
         Args:
-            path: Of a module, replaced or not.
+            site: A site of the model.
+            module: The module to put there.
         """
-        for place, parked in self._log:
-            if place == path:
-                return parked.module(evaluate=False)
-        return module_at(self.model, path)
+        if not any(seen is site for seen, _ in self._log):  # only what stood here at first is ever wanted back
+            kept = {id(a) for a in own_arrays(module).values()}  # such as a bias that goes on being used
+            parked = self._park(site.module, kept)
+            self._log.append((site, parked))  # first: a Ctrl-C between the two lines must find it there
+        site.put(module)
+
+    def original(self, site: Site) -> nn.Module:
+        """The module that stood at a site when the transaction began, its weights read anew where they were set aside.
+
+        Args:
+            site: Of a module, replaced or not.
+        """
+        parked = next((parked for seen, parked in self._log if seen is site), None)
+        return site.module if parked is None else parked.module(evaluate=False)
 
     def reference(self) -> nn.Module:
         """A model like the one before: every module in it a new object, weights shared with what is in place still.
@@ -106,16 +99,14 @@ class Transaction:
         Weights that were set aside are read from their files when they are first used, and stay in memory from then
         on for as long as this model lives.
         """
-        return cast(nn.Module, _clone(self.model, "", dict(self._log)))
+        parked = {path: parked for site, parked in self._log for path in site.paths}
+        return cast(nn.Module, _clone(self.model.model, "", parked))
 
     def roll_back(self) -> None:
-        """Put every replaced module back; the last swap is undone first. A Ctrl-C meanwhile waits."""
-        restored: dict[int, nn.Module] = {}
+        """Put every replaced module back; the last one is undone first. A Ctrl-C meanwhile waits."""
         with uninterrupted():
-            for path, parked in reversed(self._log):
-                if id(parked) not in restored:
-                    restored[id(parked)] = parked.module(evaluate=True)
-                put_module(self.model, path, restored[id(parked)])
+            for site, parked in reversed(self._log):
+                site.put(parked.module(evaluate=True))
             self._log.clear()
 
     def _park(self, old: nn.Module, kept: set[int]) -> _Parked:
@@ -162,39 +153,6 @@ class Transaction:
             _log.warning("%s", self.notes[-1])
 
 
-def swap_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path` of `model`; inside a `Transaction` on that model it can be undone.
-
-    Args:
-        model: The model.
-        path: Dotted path of the module to replace.
-        module: The module to put there.
-
-    Raises:
-        KeyError: No module stands there.
-
-    Examples:
-        >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> swap_module(model, "layers.0", nn.ReLU())
-        >>> type(model.layers[0]).__name__
-        'ReLU'
-    """
-    for transaction in reversed(_open.get()):
-        if transaction.model is model:
-            transaction.replace(path, module)
-            return
-    module_at(model, path)
-    put_module(model, path, module)
-
-
-def original(model: nn.Module, path: str) -> nn.Module:
-    """The module that stood at `path` before the open `Transaction` on `model`, if there is one, replaced it."""
-    for transaction in reversed(_open.get()):
-        if transaction.model is model:
-            return transaction.original(path)
-    return module_at(model, path)
-
-
 class _Slot:
     """Where one array of a parked module is: in memory, or in a file."""
 
@@ -230,10 +188,6 @@ class _Parked:
         self._items = {name: slots.get(name, value) for name, value in module.items()}
         self._attributes = dict(vars(module))
 
-    def stands_for(self, module: nn.Module) -> bool:
-        """True where it is this very object that was parked."""
-        return self._alive() is module
-
     def module(self, evaluate: bool) -> nn.Module:
         """The module as it was: the same object where somebody still holds it, else one built of its parts."""
         alive = self._alive()
@@ -265,10 +219,10 @@ def _clone(node: object, path: str, parked: dict[str, _Parked]) -> object:
     return twin
 
 
-def _shared_slots(model: nn.Module) -> dict[tuple[int, str], int]:
+def _shared_slots(model: WalkedModel) -> dict[tuple[int, str], int]:
     """(module, name of its array) to the number of the group that shares one array, where more than one does."""
     holders: dict[int, list[tuple[int, str]]] = {}
-    for site in sites_of(model):
+    for site in model.sites:
         for name, array in own_arrays(site.module).items():
             holders.setdefault(id(array), []).append((id(site.module), name))
     return {slot: number for number, slots in enumerate(s for s in holders.values() if len(s) > 1) for slot in slots}

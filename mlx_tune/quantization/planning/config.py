@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.models.layers import current_format, find_dense_class, is_quantized, takes_mode
-from mlx_tune.quantization.models.sites import sites_of
+from mlx_tune.quantization.models.sites import WalkedModel
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     """
     entries: dict[str, dict[str, object] | None] = {}
     packed: Counter[Format] = Counter()
-    for site in sites_of(model):
+    for site in WalkedModel(model).sites:
         if is_quantized(site.module):
             now = current_format(site.module)
             packed[Format(now.bits, now.group_size, now.mode)] += len(site.paths)
@@ -70,7 +70,7 @@ def quantizes_inputs(model: nn.Module) -> bool:
         >>> quantizes_inputs(nn.Sequential(nn.Linear(64, 64).to_quantized()))
         False
     """
-    return any(isinstance(site.module, nn.QQLinear) for site in sites_of(model))
+    return any(isinstance(site.module, nn.QQLinear) for site in WalkedModel(model).sites)
 
 
 def keeps_inputs(model: nn.Module) -> list[str]:
@@ -80,4 +80,4 @@ def keeps_inputs(model: nn.Module) -> list[str]:
         >>> keeps_inputs(nn.Sequential(nn.Linear(64, 64).to_quantized()))
         ['layers.0']
     """
-    return [site.path for site in sites_of(model) if isinstance(site.module, nn.QuantizedLinear)]
+    return [site.path for site in WalkedModel(model).sites if isinstance(site.module, nn.QuantizedLinear)]

@@ -21,7 +21,7 @@ from mlx_tune.quantization.models.layers import (
     is_quantized,
     weight_shape,
 )
-from mlx_tune.quantization.models.sites import module_at, own_arrays, put_module, sites_of
+from mlx_tune.quantization.models.sites import WalkedModel, own_arrays
 from mlx_tune.quantization.planning.excluded_formats import FaultOf
 from mlx_tune.quantization.planning.kernel_trials import default_backend, fault_in
 from mlx_tune.quantization.planning.kernels import Fault, Use, combinations, note_of
@@ -30,7 +30,7 @@ from mlx_tune.units import dtype_name
 from mlx_tune.upstream import frozen
 
 
-def fault_finder(model: nn.Module) -> FaultOf:
+def fault_finder(model: WalkedModel) -> FaultOf:
     """A function that tells what is wrong with the kernels that a layer would need in a format, each tried once.
 
     Args:
@@ -39,7 +39,7 @@ def fault_finder(model: nn.Module) -> FaultOf:
     Examples:
         >>> from mlx_tune.quantization.dry_run import plan_quantization
         >>> plan = plan_quantization(nn.Sequential(nn.Linear(128, 64)))
-        >>> find = fault_finder(nn.Sequential(nn.Linear(128, 64)))
+        >>> find = fault_finder(WalkedModel(nn.Sequential(nn.Linear(128, 64))))
         >>> print(find(plan.layers[0], plan.layers[0].format))
         None
     """
@@ -48,8 +48,7 @@ def fault_finder(model: nn.Module) -> FaultOf:
 
     def find(layer: LayerPlan, wanted: Format) -> Fault | None:
         if layer.path not in known:
-            modules = (module_at(layer.model, path) for path in layer.paths)
-            known[layer.path] = tuple(dict.fromkeys(use for module in modules for use in uses_of(module, tied)))
+            known[layer.path] = tuple(dict.fromkeys(use for x in layer.sites for use in uses_of(x.module, tied)))
         return _first_fault(known[layer.path], layer.shape, wanted, layer.dtype)
 
     return find
@@ -112,10 +111,11 @@ def unpack_faulty(model: nn.Module, *, evaluate: bool = True) -> tuple[str, ...]
         >>> unpack_faulty(nn.Sequential(nn.Linear(128, 64).to_quantized()))
         ()
     """
-    tied, others = ties_embeddings(model), _float_dtype(model)
+    walked = WalkedModel(model)
+    tied, others = ties_embeddings(walked), _float_dtype(walked)
     unpacked: list[tuple[Fault, int]] = []
     stuck: list[tuple[Fault, int]] = []
-    for site in sites_of(model):
+    for site in walked.sites:
         if not is_quantized(site.module):
             continue
         scales = site.module["scales"].dtype
@@ -133,8 +133,7 @@ def unpack_faulty(model: nn.Module, *, evaluate: bool = True) -> tuple[str, ...]
         twin.freeze(recurse=False, keys=[name for name in twin if name in frozen(site.module)])
         if evaluate:
             mx.eval(twin["weight"])
-        for path in site.paths:
-            put_module(model, path, twin)
+        site.put(twin)
         unpacked.append((fault, len(site.paths)))
     no_class = "left packed, there being no unpacked class to put in its place: its results are wrong here, and nothing"
     return (*note_of(unpacked, "unpacked"), *note_of(stuck, f"{no_class} was done"))
@@ -158,14 +157,14 @@ def uses_of(module: nn.Module, tied: bool) -> tuple[Use, ...]:
     return ("gathered",) if _names_any(type(module), {"gather_mm", "gather_qmm"}) else ("batched",)
 
 
-def ties_embeddings(model: nn.Module) -> bool:
+def ties_embeddings(model: WalkedModel) -> bool:
     """True where a module's code uses an embedding as a linear layer, and its configuration does not deny it.
 
     Examples:
-        >>> ties_embeddings(nn.Sequential(nn.Embedding(64, 64)))
+        >>> ties_embeddings(WalkedModel(nn.Sequential(nn.Embedding(64, 64))))
         False
     """
-    for site in sites_of(model):
+    for site in model.sites:
         config = getattr(site.module, "args", getattr(site.module, "config", None))
         untied = getattr(config, "tie_word_embeddings", True) is False
         if not untied and _names_any(type(site.module), {"as_linear"}):
@@ -192,8 +191,8 @@ def _methods(kind: type) -> Iterator[FunctionType]:
             yield from (value for value in vars(base).values() if isinstance(value, FunctionType))
 
 
-def _float_dtype(model: nn.Module) -> str:
+def _float_dtype(model: WalkedModel) -> str:
     """The commonest floating point dtype of a model's unpacked arrays."""
-    counts = Counter(dtype_name(a.dtype) for site in sites_of(model) for a in own_arrays(site.module).values())
+    counts = Counter(dtype_name(a.dtype) for site in model.sites for a in own_arrays(site.module).values())
     found = [(count, name) for name, count in counts.items() if name in ITEM_BYTES]
     return max(found)[1] if found else "bfloat16"

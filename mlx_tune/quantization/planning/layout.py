@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.modes import ACTIVATION_MODES, ITEM_BYTES, Effort, Format, check_format
+from mlx_tune.quantization.formats.modes import ACTIVATION_MODES, ITEM_BYTES, Format, check_format
 from mlx_tune.quantization.models.layers import current_format, dense_twin, is_quantized, parameter_count
-from mlx_tune.quantization.models.sites import Site, own_arrays, sites_of
+from mlx_tune.quantization.models.sites import Site, WalkedModel, own_arrays
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan, notes_of
+from mlx_tune.quantization.planning.request import Request
 from mlx_tune.quantization.planning.rules import Decision, Rules, check_patterns, find_routers
 from mlx_tune.units import dtype_name
 
@@ -20,73 +21,63 @@ METHODS = ("nearest", "optimal", "gptq", "dwq")
 EFFORTS = ("fast", "best")
 
 
-def lay_out(
-    model: nn.Module,
-    bits: int,
-    group_size: int,
-    *,
-    method: str,
-    mode: str,
-    effort: Effort,
-    activations: bool,
-    overrides: Mapping[str, bool | Mapping[str, object]] | None,
-    skip: Iterable[str] | str | None,
-    requantize: bool,
-    scale_dtype: mx.Dtype | str | None,
-) -> QuantizationPlan:
-    """The plan for a request; for its arguments see `quantize_model`.
+def lay_out(model: WalkedModel, request: Request) -> QuantizationPlan:
+    """The plan for a request.
 
     Raises:
         QuantizationError: Something in it cannot be had.
     """
-    base = _check(model, bits, group_size, method=method, mode=mode, effort=effort, activations=activations)
-    scales = _scale_dtype(scale_dtype)
-    sites = sites_of(model)
-    candidates = [s for s in sites if is_quantized(s.module) or _has_matrix(s.module)]
+    base, scales = _check(request), _scale_dtype(request.scale_dtype)
+    candidates = [s for s in model.sites if is_quantized(s.module) or _has_matrix(s.module)]
     paths = [path for site in candidates for path in site.paths]
-    chosen, left = check_patterns(overrides, skip, paths)
-    predicate = getattr(model, "quant_predicate", None)
-    rules = Rules(base, chosen, left, predicate, frozenset(find_routers(sites)))
-    drafts = [_with_scales(_draft(site, rules, requantize), scales) for site in candidates]
-    _refuse_quantized(drafts, requantize)
+    chosen, left = check_patterns(request.overrides, request.skip, paths)
+    predicate = getattr(model.model, "quant_predicate", None)
+    rules = Rules(base, chosen, left, predicate, frozenset(find_routers(model.sites)))
+    drafts = [_with_scales(_draft(site, rules, request.requantize), scales) for site in candidates]
+    _refuse_quantized(drafts, request.requantize)
 
     ledger = _Ledger()
     layers: list[LayerPlan] = []
     skipped: list[LayerPlan] = []
     for order, (group, ties) in enumerate(_tied(drafts)):
-        layer = replace(_layer(model, base, group, ledger, ties), order=order)
+        layer = replace(_layer(base, group, ledger, ties), order=order)
         (skipped if layer.format is None else layers).append(layer)
     if not layers:
         raise QuantizationError(_nothing_left(skipped))
     # Everything else: loose parameters, norms, and biases of unquantized modules without a matrix.
-    size, parameters = totals(site.module for site in sites)
+    size, parameters = totals(site.module for site in model.sites)
     rest = size - sum(x.bytes_before for x in (*layers, *skipped))
     return QuantizationPlan(
-        tuple(layers), tuple(skipped), rest, parameters, method, effort, size, notes_of(layers, skipped), scales
+        layers=tuple(layers),
+        skipped=tuple(skipped),
+        rest_bytes=rest,
+        parameters=parameters,
+        method=request.method,
+        effort=request.effort,
+        size_before_bytes=size,
+        notes=notes_of(layers, skipped),
+        scale_dtype=scales,
     )
 
 
-def _check(
-    model: object, bits: int, group_size: int, *, method: str, mode: str, effort: Effort, activations: bool
-) -> Format:
+def _check(request: Request) -> Format:
     """Check what can be checked without looking at the model's layers, and make the base format of it."""
-    if not isinstance(model, nn.Module):
-        raise QuantizationError(f"model is a {type(model).__name__}, not an mlx.nn.Module.")
+    method, mode, effort = request.method, request.mode, request.effort
     if method not in METHODS:
         raise QuantizationError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}.")
     if effort not in EFFORTS:
         raise QuantizationError(f"effort={effort!r} is unknown: choose 'fast' or 'best'.")
-    base = check_format(bits, group_size, mode)
+    base = check_format(request.bits, request.group_size, mode)
     if mode != "affine" and method in ("gptq", "dwq"):
         raise QuantizationError(
             f"method={method!r} works on scales and biases of mode 'affine'; mode={mode!r} has neither. "
             "Use method='optimal' or 'nearest' with it."
         )
-    if activations and mode not in ACTIVATION_MODES:
+    if request.activations and mode not in ACTIVATION_MODES:
         raise QuantizationError(
             f"activations=True does not work in mode {mode!r}: MLX quantizes inputs in nvfp4 and mxfp8 only."
         )
-    return replace(base, quantize_input=activations)
+    return replace(base, quantize_input=request.activations)
 
 
 def totals(modules: Iterable[nn.Module]) -> tuple[int, int]:
@@ -170,7 +161,7 @@ def _tied(drafts: list[_Draft]) -> Iterator[tuple[list[_Draft], list[list[_Draft
         yield group, sharing[key]
 
 
-def _layer(model: nn.Module, base: Format, group: list[_Draft], ledger: _Ledger, ties: list[list[_Draft]]) -> LayerPlan:
+def _layer(base: Format, group: list[_Draft], ledger: _Ledger, ties: list[list[_Draft]]) -> LayerPlan:
     first = group[0]
     weight = first.twin.get("weight")
     shape = tuple(weight.shape) if isinstance(weight, mx.array) else ()
@@ -195,7 +186,7 @@ def _layer(model: nn.Module, base: Format, group: list[_Draft], ledger: _Ledger,
         bytes_after=0,
         reason="; ".join(reasons) or None,
         fixed=decision.by_hand or decision.protected,
-        model=model,
+        sites=tuple(draft.site for draft in group),
     )
     item = ITEM_BYTES.get(dtype)
     if chosen is not None and item is not None:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.quantization.formats.modes import ITEM_BYTES, Effort, Format
-from mlx_tune.quantization.models.sites import module_at
+from mlx_tune.quantization.models.sites import Site
 from mlx_tune.units import format_bytes, format_count
 
 
@@ -33,7 +33,7 @@ class LayerPlan:
         cost_bytes: The cost of leaving it: its bytes less those it would have in the format of the rest.
         fixed: True where an override, `skip` or the model itself decided, so that an allocation leaves it alone.
         order: Its place among all layers of the model, left alone or not.
-        model: The model that it is a layer of.
+        sites: Where its modules stand, one for each module that shares the weight.
         energy: The mean square of each of its inputs, `[inputs]`, once the model has been run; None where it was not.
         inputs: Reads rows of what it is given on calibration, `[rows, inputs]`; None where there is none.
     """
@@ -50,14 +50,14 @@ class LayerPlan:
     cost_bytes: int = 0
     fixed: bool = False
     order: int = 0
-    model: nn.Module = field(repr=False, compare=False, kw_only=True)
+    sites: tuple[Site, ...] = field(repr=False, compare=False, kw_only=True)
     energy: mx.array | None = field(default=None, repr=False, compare=False, kw_only=True)
     inputs: Callable[[], mx.array | None] | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     @property
     def module(self) -> nn.Module:
         """The module that stands at `path` now: looked up, so that a plan keeps no replaced weights alive."""
-        return module_at(self.model, self.path)
+        return self.sites[0].module
 
     @property
     def wanted(self) -> Format:

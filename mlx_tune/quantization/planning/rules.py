@@ -14,13 +14,13 @@ import mlx.nn as nn
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.formats.modes import (
     ACTIVATION_MODES,
+    AFFINE_GROUP_SIZES,
     DEFAULT_BITS,
     DEFAULT_GROUP_SIZE,
     FIXED_MODES,
     Format,
     check_format,
 )
-from mlx_tune.quantization.formats.packing import AFFINE_GROUP_SIZES
 from mlx_tune.quantization.models.layers import why_not_quantizable
 from mlx_tune.quantization.models.sites import Site
 
@@ -142,7 +142,7 @@ class Rules:
         return Format(target.bits, target.group_size, target.mode, wanted)
 
 
-def find_routers(sites: list[Site]) -> set[int]:
+def find_routers(sites: Iterable[Site]) -> set[int]:
     """Ids of the modules that choose a token's experts: a small error there sends it elsewhere.
 
     A router is a layer beside a stack of experts (weights with a first axis of E experts) with E outputs, or one

@@ -1,29 +1,32 @@
-"""Rehearsal of a model with its layers packed, before anything is computed or changed."""
+"""Calls of a model, nothing evaluated: as it is, to learn how it takes batches, and with its layers packed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.formats.packing import PackedArrays
-from mlx_tune.quantization.models.answers import Loss
+from mlx_tune.quantization.models.answers import Loss, mean_loss, output_arrays
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.layers import quantized_module
-from mlx_tune.quantization.models.model_calls import outline, resolve
-from mlx_tune.quantization.models.sites import in_places, module_at
+from mlx_tune.quantization.models.sites import WalkedModel, in_places, widen
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
+
+#: What a call fails with where shapes, types or names do not belong together.
+FAULTS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
 def rehearse(
-    plan: QuantizationPlan, learn: list[Batch], judge: list[Batch], loss: Loss | None = None
+    model: WalkedModel, plan: QuantizationPlan, learn: list[Batch], judge: list[Batch], loss: Loss | None = None
 ) -> tuple[list[Batch], list[Batch]]:
     """Find out whether the model takes the batches, as it is and with its layers packed, before anything is done.
 
     Args:
-        plan: A plan for the model.
+        model: The model.
+        plan: A plan for it.
         learn: Calibration, as `read_batches` gave it.
         judge: Evaluation.
         loss: The caller's loss.
@@ -34,14 +37,73 @@ def rehearse(
     Raises:
         QuantizationError: It does not.
     """
-    model = plan.layers[0].model
     learn, judge = resolve(model, learn, "calibration", loss), resolve(model, judge, "evaluation", loss)
     for batch in (learn or judge)[:1]:
         check_runs(model, plan.layers, batch, loss)
     return learn, judge
 
 
-def check_runs(model: nn.Module, layers: Sequence[LayerPlan], batch: Batch, loss: Loss | None = None) -> None:
+def resolve(model: WalkedModel, batches: list[Batch], where: str, loss: Loss | None = None) -> list[Batch]:
+    """Call the model with the first batch, nothing evaluated, to learn whether and how it takes these batches.
+
+    Args:
+        model: The model.
+        batches: The batches from `read_batches`.
+        where: The argument that they came in, for errors.
+        loss: The caller's loss, to be called instead.
+
+    Returns:
+        The batches; without tokens where the model takes the integer arrays as they are but not one token shorter.
+
+    Raises:
+        QuantizationError: The model, or the loss, cannot be called with them.
+    """
+    if not batches:
+        return batches
+    first = batches[0]
+    fault = outline(model, first, loss)
+    if not isinstance(fault, Exception):
+        return batches
+    plain = [replace(batch, tokens=None) for batch in batches]
+    if loss is None and first.tokens is not None and not isinstance(outline(model, plain[0]), Exception):
+        return plain
+    raise uncallable(first, where, fault, "loss" if loss is not None else "model") from fault
+
+
+def outline(model: WalkedModel, batch: Batch, loss: Loss | None = None) -> list[tuple[int, ...]] | Exception:
+    """Call the model, or the loss with it, evaluating nothing.
+
+    Args:
+        model: The model.
+        batch: The arguments of one call; of tokens, zeros in the shape of one sequence.
+        loss: The caller's loss.
+
+    Returns:
+        The shapes of what it gives back, or what it fails with.
+    """
+    with model.exactly():
+        try:
+            if loss is not None:
+                return [mean_loss(batch.call(loss, model.model, through=widen)).shape]
+            given = batch if batch.tokens is None else Batch((mx.zeros_like(batch.tokens[:1, :-1]),), None)
+            return [array.shape for array in output_arrays(given.call(model.model, through=widen))]
+        except QuantizationError:
+            raise
+        except FAULTS as error:
+            return error
+
+
+def uncallable(batch: Batch, where: str, fault: Exception, what: str = "model") -> QuantizationError:
+    named = [("", value) for value in batch.arguments] + [(f"{name}=", value) for name, value in batch.keywords.items()]
+    shapes = ", ".join(f"{n}{list(v.shape) if isinstance(v, mx.array) else type(v).__name__}" for n, v in named)
+    return QuantizationError(
+        f"The {what} cannot be called with {where}[0] ({shapes}): {type(fault).__name__}: {str(fault).rstrip('.')}. "
+        "Batches are what the model is called with: token arrays [batch, length], which are shifted here, tuples of "
+        "arguments, or dictionaries of arguments by name."
+    )
+
+
+def check_runs(model: WalkedModel, layers: Sequence[LayerPlan], batch: Batch, loss: Loss | None = None) -> None:
     """Call the model with its layers packed, nothing evaluated.
 
     A few models read a layer's weight themselves instead of calling the layer, as in `x @ embed_tokens.weight.T`.
@@ -59,12 +121,12 @@ def check_runs(model: nn.Module, layers: Sequence[LayerPlan], batch: Batch, loss
     expected = outline(model, batch, loss)
 
     def fault_with(chosen: Sequence[LayerPlan]) -> Exception | None:
-        packed = {
-            path: quantized_module(module_at(model, path), layer.wanted, _hollow(layer))
+        packed = [
+            (site, quantized_module(site.module, layer.wanted, _hollow(layer)))
             for layer in chosen
-            for path in layer.paths
-        }
-        with in_places(model, packed):
+            for site in layer.sites
+        ]
+        with in_places(packed):
             found = outline(model, batch, loss)
         if isinstance(found, Exception):
             return found

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_tune.quantization.formats.modes import FIXED_MODES, ITEM_BYTES, Format
-from mlx_tune.quantization.formats.packing import AFFINE_GROUP_SIZES
+from mlx_tune.quantization.formats.modes import AFFINE_GROUP_SIZES, FIXED_MODES, ITEM_BYTES, Format
 from mlx_tune.quantization.models.layers import why_not_quantizable
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_tune.quantization.learning.experts import FEW_INPUTS
 from mlx_tune.quantization.learning.moments import count_experts
-from mlx_tune.quantization.models.arithmetic import evaluation_mode
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.interception import ModuleCall, intercepted
-from mlx_tune.quantization.models.sites import module_at
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.plan import LayerPlan
 
 
@@ -41,7 +39,7 @@ class Coverage:
         return 2 * sum(count > 0 and count >= few for count in self.experts) > len(self.experts)
 
 
-def measure_coverage(model: nn.Module, layers: Sequence[LayerPlan], batches: Sequence[Batch]) -> dict[str, Coverage]:
+def measure_coverage(model: WalkedModel, layers: Sequence[LayerPlan], batches: Sequence[Batch]) -> dict[str, Coverage]:
     """Run the model and count what layers are given; of other than experts' routes nothing is evaluated.
 
     Args:
@@ -52,7 +50,7 @@ def measure_coverage(model: nn.Module, layers: Sequence[LayerPlan], batches: Seq
     Returns:
         By path, all layers.
     """
-    paths = {id(module_at(layer.model, path)): layer.path for layer in layers for path in layer.paths}
+    paths = {id(site.module): layer.path for layer in layers for site in layer.sites}
     stacks = {layer.path: layer.shape[0] for layer in layers if len(layer.shape) == 3}
     found = {layer.path: Coverage(0, (0,) * stacks[layer.path] if layer.path in stacks else None) for layer in layers}
     routes: list[tuple[str, mx.array]] = []
@@ -67,10 +65,10 @@ def measure_coverage(model: nn.Module, layers: Sequence[LayerPlan], batches: Seq
             found[path] = Coverage(found[path].inputs + count, found[path].experts)
         return call.run()
 
-    modules = [module_at(layer.model, path) for layer in layers for path in layer.paths]
-    with evaluation_mode(model), intercepted(modules, see):
+    modules = [site.module for layer in layers for site in layer.sites]
+    with model.evaluation_mode(), intercepted(modules, see):
         for batch in batches:
-            batch.inputs.call(model)
+            batch.inputs.call(model.model)
             for path, indices in routes:
                 counts = count_experts(indices, stacks[path])
                 before = found[path].experts or ()

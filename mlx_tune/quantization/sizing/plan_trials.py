@@ -10,34 +10,40 @@ import mlx.nn as nn
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.models.batches import Batch, rows_at_most
+from mlx_tune.quantization.models.sites import Site, WalkedModel
 from mlx_tune.quantization.models.transaction import Transaction
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 
 #: Takes down a model's answers to batches; the function that it hands the block tells how far they have moved since.
-Watch = Callable[[nn.Module, list[Batch]], AbstractContextManager[Callable[[], float]]]
+Watch = Callable[[WalkedModel, list[Batch]], AbstractContextManager[Callable[[], float]]]
+
+#: Quantizes one planned layer by a method and an effort, and has the last function put it in the places of a site.
+Apply = Callable[[LayerPlan, str, Effort, Callable[[Site, nn.Module], None]], object]
 
 #: Tokens that sensitivities are measured on, and that both candidates are judged on.
 _SENSITIVITY_TOKENS, _CHECK_TOKENS = 2048, 8192
 
 
 def better_of(
+    model: WalkedModel,
     mixed: QuantizationPlan,
     uniform: QuantizationPlan,
     batches: list[Batch],
     *,
     watch: Watch,
-    apply: Callable[[LayerPlan, str, Effort], object],
+    apply: Apply,
     held_out: bool,
     progress: bool = False,
 ) -> tuple[QuantizationPlan, str]:
     """The better of both by measurement, and a sentence that says so.
 
     Args:
+        model: The model of both plans; it is as it was when this returns or fails.
         mixed: The plan with formats layer by layer.
         uniform: The plan with one format.
         batches: The batches to try both on; where there are none, the first is taken.
         watch: Tells how far a model's answers move.
-        apply: Quantizes one planned layer, in a transaction, by "nearest" or "optimal".
+        apply: Quantizes one planned layer by "nearest" or "optimal".
         held_out: True where these are calibration that nothing was measured on.
         progress: Show progress lines.
     """
@@ -48,9 +54,8 @@ def better_of(
     if not batches:
         return mixed, f"Not checked against {other} everywhere ({size}), for want of calibration or evaluation."
     where = "calibration that was kept aside" if held_out else "the evaluation, as there is no calibration"
-    model = mixed.layers[0].model if mixed.layers else uniform.layers[0].model
     with watch(model, batches) as divergence:
-        ours, theirs = (_trial(plan, divergence, apply, progress) for plan in (mixed, uniform))
+        ours, theirs = (_trial(model, plan, divergence, apply, progress) for plan in (mixed, uniform))
     figures = (
         f"divergence {ours:.4g} mixed, {theirs:.4g} with {other} everywhere ({size}), on {amount(batches)} of {where}"
     )
@@ -60,17 +65,13 @@ def better_of(
 
 
 def _trial(
-    plan: QuantizationPlan,
-    divergence: Callable[[], float],
-    apply: Callable[[LayerPlan, str, Effort], object],
-    progress: bool,
+    model: WalkedModel, plan: QuantizationPlan, divergence: Callable[[], float], apply: Apply, progress: bool
 ) -> float:
     """The divergence of a plan, carried out and undone."""
-    model = plan.layers[0].model
     method = "nearest" if plan.method == "nearest" else "optimal"
     with Transaction(model) as transaction, progress_bar("trying formats", len(plan.layers), enabled=progress) as bar:
         for layer in plan.layers:
-            apply(layer, method, plan.effort)
+            apply(layer, method, plan.effort, transaction.replace)
             bar.advance()
         found = divergence()
         transaction.roll_back()

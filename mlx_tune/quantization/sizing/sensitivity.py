@@ -11,7 +11,7 @@ from mlx_tune.quantization.formats.modes import Effort, Format
 from mlx_tune.quantization.formats.packed_arrays import pack_weight, signal_to_noise_db
 from mlx_tune.quantization.formats.packing import PackedArrays
 from mlx_tune.quantization.models.layers import quantized_module, read_weight
-from mlx_tune.quantization.models.sites import in_places, module_at
+from mlx_tune.quantization.models.sites import in_places
 from mlx_tune.quantization.planning.plan import LayerPlan
 
 #: Weights of a layer that are looked at to learn how wrong a format makes them: over a thousand groups.
@@ -82,8 +82,7 @@ def measure_divergences(
             )
             error = _relative_error(weight, arrays, wanted, layer.energy)
             del weight
-            packed = {path: quantized_module(module_at(layer.model, path), wanted, arrays) for path in layer.paths}
-            with in_places(layer.model, packed):
+            with in_places((site, quantized_module(site.module, wanted, arrays)) for site in layer.sites):
                 moved = divergence()
             found[layer.path] = (max(0.0, moved), error)
             bar.advance()

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from numbers import Real
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import progress_bar
-from mlx_tune.quantization.formats.modes import Effort, Format
+from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.models.batches import Batch
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.checks import formats_that_fit
 from mlx_tune.quantization.planning.excluded_formats import ExcludedFormats, FaultOf
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan, bytes_in, notes_of
+from mlx_tune.quantization.planning.request import Request
 from mlx_tune.quantization.sizing.candidates import BITS, formats_for, is_free
 from mlx_tune.quantization.sizing.coverage import measure_coverage
-from mlx_tune.quantization.sizing.plan_trials import Watch, amount, better_of, split_batches
+from mlx_tune.quantization.sizing.plan_trials import Apply, Watch, amount, better_of, split_batches
 from mlx_tune.quantization.sizing.sensitivity import measure_divergences, weight_errors
 from mlx_tune.quantization.sizing.unreached_layers import allocate_with_unmeasured, note_of_unreached, sensitivity_like
 from mlx_tune.units import format_bytes, parse_bytes
@@ -25,12 +26,13 @@ from mlx_tune.units import format_bytes, parse_bytes
 Formats = dict[str, "Format | None"]
 
 
-def parse_target(plan: QuantizationPlan, target_bpw: float | None, target_bytes: int | str | None) -> int:
+def parse_target(plan: QuantizationPlan, request: Request) -> int:
     """The target in bytes of all parameters.
 
     Raises:
         QuantizationError: Both were given, or one that cannot be meant.
     """
+    target_bpw, target_bytes = request.target_bpw, request.target_bytes
     if target_bpw is not None and target_bytes is not None:
         raise QuantizationError(
             f"target_bpw={target_bpw!r} and target_bytes={target_bytes!r} say the same in two ways: give one of them."
@@ -43,11 +45,12 @@ def parse_target(plan: QuantizationPlan, target_bpw: float | None, target_bytes:
 
 
 def allocate_to_target(
+    model: WalkedModel,
     plan: QuantizationPlan,
-    target_bytes: int,
+    request: Request,
     *,
     watch: Watch,
-    apply: Callable[[LayerPlan, str, Effort], object],
+    apply: Apply,
     calibration: list[Batch],
     evaluation: list[Batch],
     progress: bool = False,
@@ -56,10 +59,11 @@ def allocate_to_target(
     """Choose a format for every layer of a plan that nothing else decides on.
 
     Args:
-        plan: Whose layers to choose for.
-        target_bytes: The limit of all parameters together.
+        model: The model, which is as it was when this returns or fails.
+        plan: Its plan.
+        request: Sets the limit of all parameters together.
         watch: Tells how far a model's answers move.
-        apply: Quantizes one planned layer, in a transaction, by "nearest" or "optimal".
+        apply: Quantizes one planned layer by "nearest" or "optimal".
         calibration: Batches to measure sensitivity on, and to check the choice; without, the weights' error counts.
         evaluation: The batches to check on where there is no calibration.
         progress: Show progress lines.
@@ -69,8 +73,9 @@ def allocate_to_target(
         The plan; its notes say how the choice was made and what it was compared with.
 
     Raises:
-        QuantizationError: Not even the smallest formats fit.
+        QuantizationError: The target cannot be meant, or not even the smallest formats fit.
     """
+    target_bytes = parse_target(plan, request)
     free = [layer for layer in (*plan.layers, *plan.skipped) if is_free(layer, plan)]
     spent = plan.size_after_bytes - sum(layer.bytes_after for layer in free)
     errors: dict[str, dict[Format, float]] = {}
@@ -85,7 +90,15 @@ def allocate_to_target(
     unseen: dict[str, str] = {}
     if sense:
         weights, unseen = _measured_weights(
-            plan, free, errors, sense, target_bytes=target_bytes, watch=watch, excluded=excluded, progress=progress
+            model,
+            plan,
+            free,
+            errors,
+            sense,
+            target_bytes=target_bytes,
+            watch=watch,
+            excluded=excluded,
+            progress=progress,
         )
         basis = f"each layer's effect on the model's answers, measured on {amount(sense)} of the calibration"
     else:
@@ -106,7 +119,14 @@ def allocate_to_target(
         notes.append("No single format for all layers meets the target, so there was none to compare with.")
     else:
         mixed, verdict = better_of(
-            mixed, uniform, check or evaluation, watch=watch, apply=apply, held_out=bool(check), progress=progress
+            model,
+            mixed,
+            uniform,
+            check or evaluation,
+            watch=watch,
+            apply=apply,
+            held_out=bool(check),
+            progress=progress,
         )
         notes.append(verdict)
     kept = [note for note in plan.notes if note not in notes_of(plan.layers, plan.skipped)]  # on layers left unpacked
@@ -116,6 +136,7 @@ def allocate_to_target(
 
 
 def _measured_weights(
+    model: WalkedModel,
     plan: QuantizationPlan,
     free: list[LayerPlan],
     errors: dict[str, dict[Format, float]],
@@ -143,7 +164,6 @@ def _measured_weights(
     measurable = [layer for layer in free if errors[layer.path]]
     if not measurable:
         return dict.fromkeys(errors, 1.0), {}
-    model = measurable[0].model
     coverage = measure_coverage(model, measurable, batches)
     most = max(found.inputs for found in coverage.values())
     reached = [layer for layer in measurable if coverage[layer.path].enough(most)]

@@ -11,7 +11,8 @@ from mlx_tune.devices import backend
 from mlx_tune.errors import QuantizationError
 from mlx_tune.measuring.float32_products import matmul_float32, rounds_factors
 from mlx_tune.quantization.formats.affine import dequantize_float32, group_errors, quantize_affine
-from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES, unpack
+from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES
+from mlx_tune.quantization.formats.packing import unpack
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 

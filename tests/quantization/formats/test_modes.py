@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.formats.modes import FIXED_MODES, Format, check_format
-from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES
+from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES, FIXED_MODES, Format, check_format
 
 
 @pytest.mark.parametrize("bits", AFFINE_BITS)

@@ -14,10 +14,9 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.formats.affine import group_errors, quantize_affine
-from mlx_tune.quantization.formats.modes import FIXED_MODES
-from mlx_tune.quantization.formats.packing import AFFINE_BITS
+from mlx_tune.quantization.formats.modes import AFFINE_BITS, FIXED_MODES
 from mlx_tune.quantization.models.layers import is_quantized
-from mlx_tune.quantization.models.sites import sites_of
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.quantize import quantize_model
 
 
@@ -97,7 +96,7 @@ MODELS: dict[str, Callable[[mx.array], nn.Module]] = {
 
 
 def packed_layers(model: nn.Module) -> list[Any]:
-    return [site.module for site in sites_of(model) if is_quantized(site.module)]
+    return [site.module for site in WalkedModel(model).sites if is_quantized(site.module)]
 
 
 def unpacks(model: nn.Module, dtype: mx.Dtype) -> bool:

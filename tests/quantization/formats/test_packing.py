@@ -5,15 +5,8 @@ from quantization_toys import stored_by_mlx
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.formats import packing
-from mlx_tune.quantization.formats.packing import (
-    AFFINE_BITS,
-    AFFINE_GROUP_SIZES,
-    check_affine,
-    dequantize_float32,
-    pack,
-    quantize_nearest,
-    unpack,
-)
+from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES
+from mlx_tune.quantization.formats.packing import check_affine, dequantize_float32, pack, quantize_nearest, unpack
 
 every_format = pytest.mark.parametrize(
     ("bits", "group_size"), [(bits, size) for bits in AFFINE_BITS for size in AFFINE_GROUP_SIZES]

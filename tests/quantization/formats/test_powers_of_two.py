@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from quantization_toys import stored_by_mlx
 
 from mlx_tune.quantization.formats.affine import dequantize_float32, quantize_affine
-from mlx_tune.quantization.formats.packing import AFFINE_BITS, AFFINE_GROUP_SIZES, unpack
+from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES
+from mlx_tune.quantization.formats.packing import unpack
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 

@@ -8,10 +8,13 @@ from token_figures import reference_figures
 from mlx_tune.quantization.judging.accuracy import LanguageAccuracy
 from mlx_tune.quantization.judging.evaluation import prepare_evaluation
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 
 
 def floor_of(model: nn.Module, *batches: mx.array) -> LanguageAccuracy:
-    found = prepare_evaluation(model, read_batches(batches, "evaluation"), None).side_by_side(model, model)
+    found = prepare_evaluation(WalkedModel(model), read_batches(batches, "evaluation"), None).side_by_side(
+        WalkedModel(model), WalkedModel(model)
+    )
     assert isinstance(found, LanguageAccuracy)
     return found
 

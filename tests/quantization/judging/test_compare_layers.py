@@ -5,7 +5,6 @@ import quantization_toys as toys
 
 import mlx_tune as mt
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.models.sites import module_at
 
 
 def quiet(model: nn.Module, *args, **kwargs) -> mt.QuantizationReport:
@@ -23,7 +22,7 @@ def test_quantization_report_of_two_models() -> None:
     for a, b in zip(found.layers, expected.layers, strict=True):
         assert a.snr_db == pytest.approx(b.snr_db, abs=1e-3)
     assert found.accuracy.mean_kl == pytest.approx(expected.accuracy.mean_kl, rel=1e-5)
-    assert module_at(model, "model.layers.0.mlp.up_proj").bits == 3
+    assert model.model.layers[0].mlp.up_proj.bits == 3
 
 
 def test_models_that_do_not_belong_together() -> None:

@@ -10,10 +10,10 @@ from token_figures import reference_figures
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.judging.accuracy import LanguageAccuracy
 from mlx_tune.quantization.judging.evaluation import perplexity, prepare_evaluation
-from mlx_tune.quantization.models.arithmetic import evaluation_mode
 from mlx_tune.quantization.models.batches import read_batches
-from mlx_tune.quantization.models.model_calls import resolve
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.models.stored_outputs import OutputStore
+from mlx_tune.quantization.planning.shape_check import resolve
 
 
 def test_perplexity_is_that_of_numpy() -> None:
@@ -41,7 +41,7 @@ def test_what_a_model_puts_into_itself_when_called_is_taken_out_again() -> None:
 
     model = Restless()
     before = model.inner.weight
-    with evaluation_mode(model):
+    with WalkedModel(model).evaluation_mode():
         model(mx.ones((2, 64)))
         assert model.inner.weight.dtype == mx.float32
     assert model.inner.weight is before
@@ -52,12 +52,14 @@ def test_recorded_and_side_by_side_agree() -> None:
     reference, model = toys.llama(), toys.llama()
     nn.quantize(model, 64, 3)
     batches = read_batches([toys.tokens(5, 17, seed=i) for i in range(2)], "evaluation")
-    together = prepare_evaluation(reference, batches, None).side_by_side(model, reference)
+    together = prepare_evaluation(WalkedModel(reference), batches, None).side_by_side(
+        WalkedModel(model), WalkedModel(reference)
+    )
     with OutputStore() as store:
-        comparison = prepare_evaluation(reference, batches, None)
-        comparison.record(reference, store)
+        comparison = prepare_evaluation(WalkedModel(reference), batches, None)
+        comparison.record(WalkedModel(reference), store)
         assert len(store) == len(comparison.parts)
-        apart = comparison.judge(model, store)
+        apart = comparison.judge(WalkedModel(model), store)
     assert isinstance(together, LanguageAccuracy)
     assert isinstance(apart, LanguageAccuracy)
     assert together.mean_kl == pytest.approx(apart.mean_kl, rel=1e-6)
@@ -76,7 +78,7 @@ def test_a_vocabulary_too_small_for_the_tokens_means_other_outputs() -> None:
         def __call__(self, x: mx.array) -> mx.array:
             return self.table(x)
 
-    comparison = prepare_evaluation(Encoder(), read_batches([toys.tokens()], "evaluation"), None)
+    comparison = prepare_evaluation(WalkedModel(Encoder()), read_batches([toys.tokens()], "evaluation"), None)
     assert comparison.kind == "outputs"
     with pytest.raises(QuantizationError, match="gives no logits"):
         perplexity(Encoder(), read_batches([toys.tokens()], "evaluation"))
@@ -84,9 +86,11 @@ def test_a_vocabulary_too_small_for_the_tokens_means_other_outputs() -> None:
 
 def test_tokens_of_another_tokenizer_are_named() -> None:
     with pytest.raises(QuantizationError, match="holds token 96, but the model's vocabulary ends at 95"):
-        prepare_evaluation(toys.llama(), read_batches([toys.tokens(), mx.array([[3, 96, 4]])], "evaluation"), None)
+        prepare_evaluation(
+            WalkedModel(toys.llama()), read_batches([toys.tokens(), mx.array([[3, 96, 4]])], "evaluation"), None
+        )
     with pytest.raises(QuantizationError, match="holds token -100: padding would be judged as text"):
-        prepare_evaluation(toys.llama(), read_batches([mx.array([[3, 4, -100]])], "evaluation"), None)
+        prepare_evaluation(WalkedModel(toys.llama()), read_batches([mx.array([[3, 4, -100]])], "evaluation"), None)
 
 
 def test_integers_that_are_no_tokens_are_given_as_they_are() -> None:
@@ -105,14 +109,14 @@ def test_integers_that_are_no_tokens_are_given_as_they_are() -> None:
 
     batches = [mx.random.randint(0, 8, (4, 3), key=mx.random.key(0))]
     for model in (Categories(), Fixed()):
-        resolved = resolve(model, read_batches(batches, "evaluation"), "evaluation")
+        resolved = resolve(WalkedModel(model), read_batches(batches, "evaluation"), "evaluation")
         assert resolved[0].tokens is None
-        comparison = prepare_evaluation(model, resolved, None)
+        comparison = prepare_evaluation(WalkedModel(model), resolved, None)
         assert comparison.kind == "outputs"
-        found = comparison.side_by_side(model, model)
+        found = comparison.side_by_side(WalkedModel(model), WalkedModel(model))
         assert (found.values, found.relative_error) == (20, 0)
 
 
 def test_a_model_that_cannot_be_called_so() -> None:
     with pytest.raises(QuantizationError, match=r"cannot be called with evaluation\[0\] \(\[4, 3\]\)"):
-        prepare_evaluation(toys.vision(), read_batches([mx.zeros((4, 3))], "evaluation"), None)
+        prepare_evaluation(WalkedModel(toys.vision()), read_batches([mx.zeros((4, 3))], "evaluation"), None)

@@ -13,12 +13,13 @@ from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.judging.evaluation import Watched
 from mlx_tune.quantization.judging.nearest_guard import Guard
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 
 
 def test_a_result_worse_than_nearest_says_so_first(monkeypatch: pytest.MonkeyPatch) -> None:
     made = {"method": "optimal", "skip": "embed", "evaluation": [tokens(5)], "progress": False}
     assert mt.quantize_model(Outliers(), 3, 64, **made).warning is None  # type: ignore[arg-type]
-    monkeypatch.setattr(quantize_of, "with_energies", lambda plan, *_, **__: (plan, ()))
+    monkeypatch.setattr(quantize_of, "with_energies", lambda model, plan, *_, **__: (plan, ()))
     report = mt.quantize_model(Outliers(), 3, 64, **made)  # type: ignore[arg-type]
     nearest = divergence(3, "nearest")
     assert f"divergence {report.accuracy.mean_kl:.4g} against {nearest:.4g} on 256 tokens" in report.warning  # type: ignore[union-attr, operator]
@@ -32,7 +33,7 @@ def test_the_guard_measures_what_nearest_gives(make: Callable[[], nn.Module]) ->
     judge = read_batches([toys.tokens(4, 17)], "evaluation")
     before = toys.arrays_of(model)
     plan = plan_quantization(model, 3, 32)
-    with Watched(model, judge) as divergence:
+    with Watched(WalkedModel(model), judge) as divergence:
         found = Guard(plan, divergence)
     assert toys.same_arrays(before, toys.arrays_of(model))
     report = mt.quantize_model(make(), 3, 32, method="nearest", evaluation=[toys.tokens(4, 17)], progress=False)

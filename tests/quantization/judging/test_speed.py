@@ -9,6 +9,7 @@ import pytest
 from mlx_tune.quantization.judging import timed_runs
 from mlx_tune.quantization.judging.timed_runs import measure_after, measure_before
 from mlx_tune.quantization.models.batches import Batch
+from mlx_tune.quantization.models.sites import WalkedModel
 
 
 class Says(nn.Module):
@@ -45,8 +46,8 @@ def tokens(length: int = 100) -> Batch:
     ],
 )
 def test_the_longest_prompt_that_both_take_in_reasonable_time(before, after, length, expected) -> None:
-    first = measure_before(Says(before), tokens(length), tokens_in=True)
-    found = measure_after(Says(after), tokens(length), first)
+    first = measure_before(WalkedModel(Says(before)), tokens(length), tokens_in=True)
+    found = measure_after(WalkedModel(Says(after)), tokens(length), first)
     assert found.before.prefill_tokens == found.after.prefill_tokens == expected
     assert found.before.prefill_seconds == pytest.approx(before * expected)
     assert found.after.prefill_seconds == pytest.approx(after * expected)
@@ -59,7 +60,7 @@ def test_the_longest_prompt_that_both_take_in_reasonable_time(before, after, len
 
 def test_other_models_are_timed_by_the_batch() -> None:
     batch = Batch((mx.zeros((2, 5)),), None)
-    found = measure_after(Says(2.0), batch, measure_before(Says(1.0), batch, tokens_in=False))
+    found = measure_after(WalkedModel(Says(2.0)), batch, measure_before(WalkedModel(Says(1.0)), batch, tokens_in=False))
     assert (found.before.prefill_seconds, found.after.prefill_seconds) == (5.0, 10.0)
     assert found.after.decode_seconds is None
     assert "one batch" in str(found)

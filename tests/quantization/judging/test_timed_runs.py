@@ -7,6 +7,7 @@ import pytest
 from mlx_tune.quantization.judging import timed_runs
 from mlx_tune.quantization.judging.timed_runs import measure_after, measure_before
 from mlx_tune.quantization.models.batches import Batch
+from mlx_tune.quantization.models.sites import WalkedModel
 
 
 class Says(nn.Module):
@@ -30,7 +31,12 @@ def test_a_loss_is_timed_with_its_model() -> None:
         return 100 * model(x)
 
     batch = Batch((mx.zeros((2, 5)),), None)
-    found = measure_after(Says(2.0), batch, measure_before(Says(1.0), batch, tokens_in=False, loss=loss), loss=loss)
+    found = measure_after(
+        WalkedModel(Says(2.0)),
+        batch,
+        measure_before(WalkedModel(Says(1.0)), batch, tokens_in=False, loss=loss),
+        loss=loss,
+    )
     assert (found.before.prefill_seconds, found.after.prefill_seconds) == (500.0, 1000.0)
 
 

@@ -12,6 +12,7 @@ from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.learning import dwq
 from mlx_tune.quantization.learning.dwq import train_dwq
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 
 
 def batches(count=12):
@@ -31,7 +32,7 @@ def test_training_lowers_the_divergence_and_leaves_the_codes(monkeypatch):
     monkeypatch.undo()  # all the steps that there usually are
     model, reference = pair_of_models()
     before = snapshot(model)
-    result = train_dwq(model, reference, batches(40), progress=False)
+    result = train_dwq(WalkedModel(model), reference, batches(40), progress=False)
     assert result.note is None
     assert result.loss_after < 0.9 * result.loss_before
     assert result.layers == 5
@@ -68,24 +69,24 @@ def test_outputs_of_the_reference_that_are_needed_again_are_not_worked_out_again
         return reference(tokens)
 
     calibration = batches(4)
-    stored = train_dwq(copy.deepcopy(model), counting, calibration, epochs=2, progress=False)
+    stored = train_dwq(WalkedModel(copy.deepcopy(model)), counting, calibration, epochs=2, progress=False)
     assert calls == 4
     monkeypatch.setattr(dwq, "_STORED_BYTES", 0)
-    assert train_dwq(model, counting, calibration, epochs=2, progress=False) == stored
+    assert train_dwq(WalkedModel(model), counting, calibration, epochs=2, progress=False) == stored
     assert calls > 8
 
 
 def test_the_reported_loss_is_that_of_the_model_as_it_is_left():
     model, reference = pair_of_models()
     calibration = batches()
-    result = train_dwq(model, reference, calibration, progress=False)
-    again = train_dwq(model, reference, calibration, rates=(1e-9,), progress=False)
+    result = train_dwq(WalkedModel(model), reference, calibration, progress=False)
+    again = train_dwq(WalkedModel(model), reference, calibration, rates=(1e-9,), progress=False)
     assert again.loss_before == pytest.approx(result.loss_after, rel=1e-3)
 
 
 def test_a_rate_that_is_too_high_comes_down():
     model, reference = pair_of_models()
-    result = train_dwq(model, reference, batches(40), rates=(1.0,), progress=False)
+    result = train_dwq(WalkedModel(model), reference, batches(40), rates=(1.0,), progress=False)
     assert result.rate < 1
     assert result.loss_after < 0.5 * result.loss_before
 
@@ -93,7 +94,7 @@ def test_a_rate_that_is_too_high_comes_down():
 def test_a_model_that_would_get_worse_stays_as_it_was():
     model, reference = pair_of_models()
     before = snapshot(model)
-    result = train_dwq(model, reference, batches(4), rates=(50.0,), progress=False)
+    result = train_dwq(WalkedModel(model), reference, batches(4), rates=(50.0,), progress=False)
     assert result.loss_after == result.loss_before
     assert "left as it was" in result.note
     assert "left as it was" in result.summary
@@ -104,7 +105,7 @@ def test_a_model_that_would_get_worse_stays_as_it_was():
 def test_a_reference_that_gives_no_numbers_changes_nothing():
     model, _ = pair_of_models()
     before = snapshot(model)
-    result = train_dwq(model, lambda x: mx.full((*x.shape, 40), float("nan")), batches(3), progress=False)
+    result = train_dwq(WalkedModel(model), lambda x: mx.full((*x.shape, 40), float("nan")), batches(3), progress=False)
     assert result.note is not None
     assert all(np.array_equal(value, before[name]) for name, value in snapshot(model).items())
 
@@ -114,7 +115,12 @@ def test_recomputing_activations_gives_the_same():
     for checkpoint in (False, True):
         model, reference = pair_of_models()
         result = train_dwq(
-            model, reference, batches(6), recompute=mt.checkpoint_blocks, checkpoint=checkpoint, progress=False
+            WalkedModel(model),
+            reference,
+            batches(6),
+            recompute=mt.checkpoint_blocks,
+            checkpoint=checkpoint,
+            progress=False,
         )
         found.append(result.loss_after)
         assert result.checkpointed is checkpoint
@@ -133,7 +139,7 @@ def test_any_module_and_any_loss_will_do():
     ):
         model = copy.deepcopy(reference)
         nn.quantize(model, 64, 2)
-        result = train_dwq(model, reference_or_none, calibration, loss=loss, progress=False)
+        result = train_dwq(WalkedModel(model), reference_or_none, calibration, loss=loss, progress=False)
         assert result.loss_after < result.loss_before
 
 
@@ -141,20 +147,20 @@ def test_modes_are_left_alone():
     model, reference = pair_of_models()
     model.train()
     model.layers[1].eval()
-    train_dwq(model, reference, batches(3), progress=False)
+    train_dwq(WalkedModel(model), reference, batches(3), progress=False)
     assert [model.training, model.layers[0].training, model.layers[1].training] == [True, True, False]
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda m, r: train_dwq(m, r, one_sequence()), "calibration holds one sequence"),
+        (lambda m, r: train_dwq(WalkedModel(m), r, one_sequence()), "calibration holds one sequence"),
         (
-            lambda m, r: train_dwq(nn.Sequential(m), r, read_batches([mx.ones((2, 3))], "c")),
+            lambda m, r: train_dwq(WalkedModel(nn.Sequential(m)), r, read_batches([mx.ones((2, 3))], "c")),
             "calibration holds one batch",
         ),
-        (lambda m, r: train_dwq(m, None, batches(2)), "unquantized model as reference, or a loss"),
-        (lambda m, r: train_dwq(r, r, batches(2)), "no layer of the model has affine scales"),
+        (lambda m, r: train_dwq(WalkedModel(m), None, batches(2)), "unquantized model as reference, or a loss"),
+        (lambda m, r: train_dwq(WalkedModel(r), r, batches(2)), "no layer of the model has affine scales"),
     ],
 )
 def test_what_is_missing_is_said(call, text):

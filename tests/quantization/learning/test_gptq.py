@@ -6,12 +6,14 @@ import pytest
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.formats.affine import dequantize_float32, quantize_affine
-from mlx_tune.quantization.formats.packing import AFFINE_BITS, unpack
+from mlx_tune.quantization.formats.modes import AFFINE_BITS
+from mlx_tune.quantization.formats.packing import unpack
 from mlx_tune.quantization.learning import gptq_model as passes
 from mlx_tune.quantization.learning.apply_layer import install
 from mlx_tune.quantization.learning.gptq import output_error, quantize_gptq
 from mlx_tune.quantization.learning.gptq_model import gptq_model
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.quantize import blocks_of
 
 
@@ -112,7 +114,7 @@ def test_experts_are_solved_one_by_one():
     x = correlated_inputs(8 * 64, 64).reshape(8, 64, 64)
     batches = read_batches(list(x), "calibration")
     layers = plan_quantization(model, 3, 64).layers
-    done = gptq_model(model, layers, batches, install=install, blocks_of=blocks_of)
+    done = gptq_model(WalkedModel(model), layers, batches, install=install, blocks=blocks_of(model))
     assert {layer.path: layer.method for layer in done}["experts.up_proj"] == "gptq"
     assert type(model.experts.up_proj).__name__ == "QuantizedSwitchLinear"
 
@@ -131,7 +133,7 @@ def test_a_layer_keeps_nearest_where_its_outputs_lose_least_with_it(monkeypatch)
     before = model.layers[0].weight
     batches = read_batches([correlated_inputs(32, 64, seed) for seed in range(4)], "calibration")
     layers = plan_quantization(model, 3, 64).layers
-    (done,) = gptq_model(model, layers, batches, install=install, blocks_of=blocks_of)
+    (done,) = gptq_model(WalkedModel(model), layers, batches, install=install, blocks=blocks_of(model))
     assert done.method == "nearest"
     assert "kept 'nearest': gptq's output error was" in done.note
     assert mx.array_equal(model.layers[0].weight, mx.quantize(before, 64, 3)[0]).item()

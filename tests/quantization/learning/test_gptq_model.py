@@ -11,6 +11,7 @@ from mlx_tune.quantization.learning import gptq_model as passes
 from mlx_tune.quantization.learning.apply_layer import install
 from mlx_tune.quantization.learning.gptq_model import gptq_model
 from mlx_tune.quantization.learning.propagation import Propagation
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.quantize import blocks_of
 
 
@@ -19,7 +20,13 @@ def test_blocks_make_up_for_what_those_before_them_lost(monkeypatch):
     for share in (0.0, 0.5):
         monkeypatch.setattr(drift_correction, "_SHARE", share)
         model = make()
-        gptq_model(model, plan_quantization(model, 2, 64).layers, tokens(32), install=install, blocks_of=blocks_of)
+        gptq_model(
+            WalkedModel(model),
+            plan_quantization(model, 2, 64).layers,
+            tokens(32),
+            install=install,
+            blocks=blocks_of(model),
+        )
         found.append(sum(mx.square(model(b.shifted[0]) - twin(b.shifted[0])).sum().item() for b in tokens(2)))
     assert found[1] < 0.97 * found[0]
 
@@ -30,7 +37,13 @@ def test_layers_learn_from_quantized_ones_of_their_own_block(monkeypatch):
         if not staged:
             monkeypatch.setattr(Propagation, "stages", lambda self, step, modules: [list(modules)])
         model = make()
-        gptq_model(model, plan_quantization(model, 2, 64).layers, tokens(32), install=install, blocks_of=blocks_of)
+        gptq_model(
+            WalkedModel(model),
+            plan_quantization(model, 2, 64).layers,
+            tokens(32),
+            install=install,
+            blocks=blocks_of(model),
+        )
         found.append(sum(mx.square(model(b.shifted[0]) - twin(b.shifted[0])).sum().item() for b in tokens(2)))
     assert found[0] < 0.99 * found[1]
 
@@ -40,7 +53,7 @@ def test_a_model_is_quantized_block_by_block(chained):
     model, twin = make(chained), make(chained)
     batches = tokens()
     layers = plan_quantization(model, 2, 64).layers
-    done = gptq_model(model, layers, batches, install=install, blocks_of=blocks_of)
+    done = gptq_model(WalkedModel(model), layers, batches, install=install, blocks=blocks_of(model))
     assert [layer.path for layer in done] == [layer.path for layer in layers]
     by_path = {layer.path: layer for layer in done}
     assert by_path["unused"].method == "optimal"
@@ -61,7 +74,9 @@ def test_a_model_is_quantized_block_by_block(chained):
 def test_a_layer_that_does_not_gain_keeps_the_start(monkeypatch):
     monkeypatch.setattr(passes, "_error", lambda *_: 1.0)
     model = make()
-    done = gptq_model(model, plan_quantization(model, 4, 64).layers, tokens(2), install=install, blocks_of=blocks_of)
+    done = gptq_model(
+        WalkedModel(model), plan_quantization(model, 4, 64).layers, tokens(2), install=install, blocks=blocks_of(model)
+    )
     assert {layer.method for layer in done} == {"optimal"}
     assert any("gptq's output error was 1 against 1" in (layer.note or "") for layer in done)
 
@@ -69,11 +84,13 @@ def test_a_layer_that_does_not_gain_keeps_the_start(monkeypatch):
 def test_lookups_alone_have_nothing_to_correct():
     mx.random.seed(0)
     model = nn.Sequential(nn.Embedding(40, 64), nn.Linear(64, 8))
-    done = gptq_model(model, plan_quantization(model, 4, 64).layers, tokens(2), install=install, blocks_of=blocks_of)
+    done = gptq_model(
+        WalkedModel(model), plan_quantization(model, 4, 64).layers, tokens(2), install=install, blocks=blocks_of(model)
+    )
     assert done[0].method == "optimal"
     assert "lookups only" in done[0].note
 
 
 def test_no_batches_are_an_error():
     with pytest.raises(QuantizationError, match="calibration is empty"):
-        gptq_model(make(), [], [], install=install, blocks_of=blocks_of)
+        gptq_model(WalkedModel(make()), [], [], install=install)

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +20,8 @@ from mlx_tune.quantization import quantize as quantize_of
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.learning import importance
 from mlx_tune.quantization.learning.importance import with_energies
-from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.batches import Batch, read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.quantize import blocks_of
 from mlx_tune.upstream import is_lazy
 
@@ -27,15 +29,22 @@ from mlx_tune.upstream import is_lazy
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_large_channels_are_no_harm(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     nearest, now = divergence(bits, "nearest"), divergence(bits, "optimal")
-    monkeypatch.setattr(quantize_of, "with_energies", lambda plan, *_, **__: (plan, ()))
+    monkeypatch.setattr(quantize_of, "with_energies", lambda model, plan, *_, **__: (plan, ()))
     alike = divergence(bits, "optimal")
     assert alike > nearest  # the fault that this is about: all inputs counted alike
     assert now < 0.8 * nearest
 
 
+def with_energies_of(
+    model: nn.Module, batches: list[Batch], **options: Any
+) -> tuple[mt.QuantizationPlan, tuple[str, ...]]:
+    """A plan at 4 bits with energies, and remarks."""
+    return with_energies(WalkedModel(model), plan_quantization(model, 4, **options), batches, blocks=blocks_of(model))
+
+
 def test_energies_are_mean_squares_of_inputs() -> None:
     model, batches = Outliers(), read_batches([tokens(1), tokens(2)], "calibration")
-    plan, notes = with_energies(plan_quantization(model, 4, 64, skip="embed"), batches, blocks_of=blocks_of)
+    plan, notes = with_energies_of(model, batches, group_size=64, skip="embed")
     assert notes == ()
     x = model.embed(mx.concatenate([tokens(1), tokens(2)])[:, :-1])
     expected = {}
@@ -52,7 +61,7 @@ def test_energies_are_mean_squares_of_inputs() -> None:
 
 
 def test_random_tokens_find_the_large_channels() -> None:
-    plan, _ = with_energies(plan_quantization(Outliers(), 4, 64), [], blocks_of=blocks_of)
+    plan, _ = with_energies_of(Outliers(), [], group_size=64)
     for layer in plan.layers:
         if layer.path.endswith("up"):
             assert layer.energy is not None
@@ -63,7 +72,7 @@ def test_random_tokens_find_the_large_channels() -> None:
 def test_every_layer_of_a_language_model_is_reached_and_nothing_changed(make: Callable[[], nn.Module]) -> None:
     model = make()
     before, state = toys.arrays_of(model), mx.random.state[0].tolist()  # type: ignore[index]
-    plan, notes = with_energies(plan_quantization(model, 4, 32), [], blocks_of=blocks_of)
+    plan, notes = with_energies_of(model, [], group_size=32)
     assert notes == ()
     for layer in plan.layers:
         if not layer.kind.endswith("Embedding") or model.get("lm_head") is None:
@@ -76,9 +85,9 @@ def test_every_layer_of_a_language_model_is_reached_and_nothing_changed(make: Ca
 def test_a_lazily_loaded_model_stays_so(tmp_path: Path) -> None:
     toy = toys.llama(tied=False)
     mx.save_safetensors(str(tmp_path / "w.safetensors"), dict(tree_flatten(toy.parameters())))
-    expected, _ = with_energies(plan_quantization(toy, 4, 32), [], blocks_of=blocks_of)
+    expected, _ = with_energies_of(toy, [], group_size=32)
     toy.load_weights(str(tmp_path / "w.safetensors"))
-    plan, _ = with_energies(plan_quantization(toy, 4, 32), [], blocks_of=blocks_of)
+    plan, _ = with_energies_of(toy, [], group_size=32)
     large = [array for _, array in tree_flatten(toy.parameters()) if array.ndim == 2]
     assert all(is_lazy(array) for array in large)
     for layer, before in zip(plan.layers, expected.layers, strict=True):
@@ -101,7 +110,7 @@ class TwoInputs(Outliers):
 def test_so_does_one_that_cannot_run_on_tokens_alone() -> None:
     model = TwoInputs()
     before = toys.arrays_of(model)
-    plan, notes = with_energies(plan_quantization(model, 4, 64), [], blocks_of=blocks_of)
+    plan, notes = with_energies_of(model, [], group_size=64)
     assert all(layer.energy is None for layer in plan.layers)
     assert "TypeError" in notes[0]
     assert "calibration=[batches]" in notes[0]

@@ -12,9 +12,9 @@ from mlx_tune.quantization.learning import gptq_model as passes
 from mlx_tune.quantization.learning.apply_layer import install
 from mlx_tune.quantization.learning.gptq_model import gptq_model
 from mlx_tune.quantization.learning.propagation import Propagation
-from mlx_tune.quantization.models.arithmetic import running
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.interception import forward_steps
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.quantize import blocks_of
 
 
@@ -24,7 +24,7 @@ def test_layers_that_are_given_the_same_are_one_stage():
     modules = dict(model.named_modules())
     layers = {path: m for path, m in modules.items() if isinstance(m, nn.Linear)}
     steps = forward_steps(partial(batches[0].inputs.call, model), list(layers.items()), blocks_of(model))
-    inputs = Propagation(model, batches, steps, running)
+    inputs = Propagation(WalkedModel(model), batches, steps)
     step = next(s for s in steps if s.path == "model.layers.0")
     inputs.enter(step)
     mine = {path: m for path, m in layers.items() if path.startswith("model.layers.0.")}
@@ -40,7 +40,11 @@ def test_one_large_batch_is_as_good_as_many_small_ones(monkeypatch):
     for calibration in (many, one):
         model = make()
         done = gptq_model(
-            model, plan_quantization(model, 3, 64).layers, calibration, install=install, blocks_of=blocks_of
+            WalkedModel(model),
+            plan_quantization(model, 3, 64).layers,
+            calibration,
+            install=install,
+            blocks=blocks_of(model),
         )
         found.append((done, model.layers[2].two.weight))
     assert found[0][0] == found[1][0]
@@ -55,7 +59,13 @@ def test_both_ways_of_running_blocks_learn_the_same(monkeypatch):
     found = []
     for chained in (True, False):
         model = make(chained)
-        gptq_model(model, plan_quantization(model, 4, 64).layers, tokens(3), install=install, blocks_of=blocks_of)
+        gptq_model(
+            WalkedModel(model),
+            plan_quantization(model, 4, 64).layers,
+            tokens(3),
+            install=install,
+            blocks=blocks_of(model),
+        )
         found.append(dict(tree_flatten(model.parameters())))
     for name, array in found[0].items():
         if "scales" in name:

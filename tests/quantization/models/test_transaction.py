@@ -17,8 +17,8 @@ import mlx_tune as mt
 import mlx_tune.quantization.models.transaction as transaction_module
 from mlx_tune.quantization.judging.evaluation import Evaluation
 from mlx_tune.quantization.learning import apply_layer
-from mlx_tune.quantization.models.sites import module_at
-from mlx_tune.quantization.models.transaction import Transaction, original, swap_module
+from mlx_tune.quantization.models.sites import Site, WalkedModel
+from mlx_tune.quantization.models.transaction import Transaction
 from mlx_tune.upstream import is_lazy
 
 
@@ -29,9 +29,17 @@ class FailedError(Exception):
 @contextmanager
 def failing(model: nn.Module, **options: Any) -> Iterator[Transaction]:
     """A transaction whose block fails at its end."""
-    with pytest.raises(FailedError), Transaction(model, **options) as transaction:  # noqa: PT012
+    with pytest.raises(FailedError), Transaction(WalkedModel(model), **options) as transaction:  # noqa: PT012
         yield transaction
         raise FailedError
+
+
+def site_at(transaction: Transaction, path: str) -> Site:
+    return next(site for site in transaction.model.sites if path in site.paths)
+
+
+def swap(transaction: Transaction, path: str, module: nn.Module) -> None:
+    transaction.replace(site_at(transaction, path), module)
 
 
 def wide(layers: int = 4, width: int = 512) -> nn.Sequential:
@@ -41,21 +49,22 @@ def wide(layers: int = 4, width: int = 512) -> nn.Sequential:
     return model
 
 
-def quantize_all(model: nn.Sequential) -> None:
+def quantize_all(transaction: Transaction) -> None:
+    model: Any = transaction.model.model
     for i in range(len(model.layers)):
         new = model.layers[i].to_quantized(64, 4)
         mx.eval(new.parameters())
-        swap_module(model, f"layers.{i}", new)
+        swap(transaction, f"layers.{i}", new)
         del new
 
 
 def test_a_failure_puts_everything_back(tmp_path: Path) -> None:
     model = toys.llama(tied=False)
     before, modules = toys.arrays_of(model), [type(m) for m in model.modules()]
-    with failing(model, folder=tmp_path):
-        swap_module(model, "lm_head", model.lm_head.to_quantized(64, 4))
-        swap_module(model, "model.layers.1.mlp.up_proj", nn.ReLU())
-        swap_module(model, "model.layers.1.mlp.up_proj", nn.GELU())
+    with failing(model, folder=tmp_path) as transaction:
+        swap(transaction, "lm_head", model.lm_head.to_quantized(64, 4))
+        swap(transaction, "model.layers.1.mlp.up_proj", nn.ReLU())
+        swap(transaction, "model.layers.1.mlp.up_proj", nn.GELU())
     assert toys.same_arrays(before, toys.arrays_of(model))
     assert [type(m) for m in model.modules()] == modules
     assert list(tmp_path.iterdir()) == []
@@ -79,8 +88,8 @@ def interrupting(monkeypatch, owner: Any, name: str, at: int) -> None:
     [
         (apply_layer, "pack_weight", 3),
         (apply_layer, "signal_to_noise_db", 15),
-        (transaction_module, "put_module", 1),
-        (transaction_module, "put_module", 15),
+        (Site, "put", 1),
+        (Site, "put", 15),
         (mx, "save_safetensors", 4),
         (Evaluation, "judge", 1),
     ],
@@ -101,10 +110,10 @@ def test_a_ctrl_c_at_any_moment_leaves_the_model_as_it_was(monkeypatch, tmp_path
 def test_a_second_ctrl_c_waits_until_everything_is_back(monkeypatch) -> None:
     model = toys.llama(tied=False)
     before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
-    with pytest.raises(KeyboardInterrupt), Transaction(model):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), Transaction(WalkedModel(model)) as transaction:  # noqa: PT012
         for i in range(2):
-            swap_module(model, f"model.layers.{i}.mlp.up_proj", nn.ReLU())
-        interrupting(monkeypatch, transaction_module, "put_module", 1)
+            swap(transaction, f"model.layers.{i}.mlp.up_proj", nn.ReLU())
+        interrupting(monkeypatch, Site, "put", 1)
         raise FailedError
     assert toys.same_arrays(before, toys.arrays_of(model))
     assert [type(m) for m in model.modules()] == kinds
@@ -112,8 +121,8 @@ def test_a_second_ctrl_c_waits_until_everything_is_back(monkeypatch) -> None:
 
 def test_success_leaves_no_file_and_keeps_the_swaps(tmp_path: Path) -> None:
     model = wide()
-    with Transaction(model, folder=tmp_path) as transaction:
-        quantize_all(model)
+    with Transaction(WalkedModel(model), folder=tmp_path) as transaction:
+        quantize_all(transaction)
         assert len(list(tmp_path.glob("mlx_tune-originals-*/*/*.safetensors"))) == 4
         assert transaction.notes == []
     assert list(tmp_path.iterdir()) == []
@@ -124,9 +133,9 @@ def test_replaced_weights_leave_memory(tmp_path: Path) -> None:
     model = wide()
     one = 512 * 512 * 4
     before = mx.get_active_memory()
-    with Transaction(model, folder=tmp_path):
+    with Transaction(WalkedModel(model), folder=tmp_path) as transaction:
         mx.reset_peak_memory()
-        quantize_all(model)
+        quantize_all(transaction)
         assert mx.get_active_memory() < before - 3 * one
         assert mx.get_peak_memory() < before + one
         kept = mx.get_active_memory()
@@ -138,8 +147,8 @@ def test_replaced_weights_leave_memory(tmp_path: Path) -> None:
 def test_undoing_needs_no_more_than_the_model_and_a_layer(tmp_path: Path) -> None:
     model = wide()
     before = mx.get_active_memory()
-    with failing(model, folder=tmp_path):
-        quantize_all(model)
+    with failing(model, folder=tmp_path) as transaction:
+        quantize_all(transaction)
         mx.reset_peak_memory()
     assert mx.get_peak_memory() <= before + 512 * 512 * 4
     assert mx.get_active_memory() == before
@@ -150,9 +159,9 @@ def test_a_lazily_loaded_model_is_lazy_again_after_a_failure(tmp_path: Path) -> 
     mx.save_safetensors(str(tmp_path / "w.safetensors"), toys.arrays_of(model))
     expected = toys.arrays_of(model)
     model.load_weights(str(tmp_path / "w.safetensors"))
-    with failing(model):
+    with failing(model) as transaction:
         for i in range(4):
-            swap_module(model, f"layers.{i}", nn.ReLU())
+            swap(transaction, f"layers.{i}", nn.ReLU())
     assert all(is_lazy(layer.weight) for layer in model.layers)
     assert toys.same_arrays(expected, toys.arrays_of(model))
 
@@ -163,17 +172,17 @@ def test_a_lazily_loaded_weight_is_not_written_anywhere(tmp_path: Path) -> None:
     model.load_weights(str(tmp_path / "w.safetensors"))
     spill = tmp_path / "spill"
     spill.mkdir()
-    with Transaction(model, folder=spill):
-        swap_module(model, "layers.0", nn.ReLU())
+    with Transaction(WalkedModel(model), folder=spill) as transaction:
+        swap(transaction, "layers.0", nn.ReLU())
         assert list(spill.iterdir()) == []
 
 
 def test_tied_weights_are_tied_again() -> None:
     model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96, bias=False))
     model.layers[1].weight = model.layers[0].weight
-    with failing(model):
-        swap_module(model, "layers.0", nn.ReLU())
-        swap_module(model, "layers.1", nn.ReLU())
+    with failing(model) as transaction:
+        swap(transaction, "layers.0", nn.ReLU())
+        swap(transaction, "layers.1", nn.ReLU())
     assert model.layers[0].weight is model.layers[1].weight
 
 
@@ -182,9 +191,9 @@ def test_a_module_in_two_places_is_one_again() -> None:
     model = nn.Sequential(layer, layer)
     before = toys.arrays_of(layer)
     del layer
-    with failing(model):
-        swap_module(model, "layers.0", nn.ReLU())
-        swap_module(model, "layers.1", nn.ReLU())
+    with failing(model) as transaction:
+        swap(transaction, "layers.0", nn.ReLU())
+        swap(transaction, "layers.1", nn.ReLU())
     assert model.layers[0] is model.layers[1]
     assert toys.same_arrays(before, toys.arrays_of(model.layers[0]))
 
@@ -192,8 +201,8 @@ def test_a_module_in_two_places_is_one_again() -> None:
 def test_a_module_that_somebody_holds_comes_back_itself() -> None:
     model = wide(1)
     held = model.layers[0]
-    with failing(model):
-        swap_module(model, "layers.0", nn.ReLU())
+    with failing(model) as transaction:
+        swap(transaction, "layers.0", nn.ReLU())
     assert model.layers[0] is held
 
 
@@ -201,8 +210,8 @@ def test_frozen_sets_and_training_flags_come_back() -> None:
     model = wide(1)
     model.layers[0].freeze()
     model.layers[0]._training = False
-    with failing(model):
-        swap_module(model, "layers.0", nn.ReLU())
+    with failing(model) as transaction:
+        swap(transaction, "layers.0", nn.ReLU())
     assert model.layers[0]._no_grad == {"weight"}
     assert model.layers[0].training is False
 
@@ -212,16 +221,19 @@ def test_originals_and_the_reference_can_be_read_meanwhile() -> None:
     x = toys.tokens()
     expected = model(x)
     before = toys.arrays_of(model)
-    with Transaction(model) as transaction:
+    with Transaction(WalkedModel(model)) as transaction:
         for path in ("model.embed_tokens", "model.layers.0.mlp.up_proj"):
-            swap_module(model, path, module_at(model, path).to_quantized(64, 2))
+            swap(transaction, path, site_at(transaction, path).module.to_quantized(64, 2))
         assert not mx.array_equal(model(x), expected).item()
         reference = transaction.reference()
         assert mx.array_equal(reference(x), expected).item()
         assert toys.same_arrays(before, toys.arrays_of(reference))
-        up = original(model, "model.layers.0.mlp.up_proj")
+        up = transaction.original(site_at(transaction, "model.layers.0.mlp.up_proj"))
         assert mx.array_equal(up.weight, before["model.layers.0.mlp.up_proj.weight"]).item()
-        assert original(model, "model.layers.1.mlp.up_proj") is model.model.layers[1].mlp.up_proj
+        assert (
+            transaction.original(site_at(transaction, "model.layers.1.mlp.up_proj"))
+            is model.model.layers[1].mlp.up_proj
+        )
         assert isinstance(model.model.embed_tokens, nn.QuantizedEmbedding)
 
 
@@ -231,7 +243,7 @@ def test_a_full_disk_keeps_the_originals_in_memory_and_says_so(monkeypatch) -> N
     model = wide(2)
     before = toys.arrays_of(model)
     with failing(model) as transaction:
-        quantize_all(model)
+        quantize_all(transaction)
         assert len(transaction.notes) == 1
         assert "stayed in memory" in transaction.notes[0]
     assert toys.same_arrays(before, toys.arrays_of(model))
@@ -239,24 +251,13 @@ def test_a_full_disk_keeps_the_originals_in_memory_and_says_so(monkeypatch) -> N
 
 def test_a_temporary_folder_in_memory_is_in_the_notes(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(transaction_module, "in_memory", lambda folder: folder == tmp_path)
-    with Transaction(wide(), folder=tmp_path) as transaction:
-        quantize_all(transaction.model)
+    with Transaction(WalkedModel(wide()), folder=tmp_path) as transaction:
+        quantize_all(transaction)
         assert [f"set aside in {tmp_path}, which lies in memory itself" in note for note in transaction.notes] == [True]
-
-
-def test_swaps_outside_a_transaction_are_plain() -> None:
-    model = wide(2)
-    other = wide(2)
-    with Transaction(other):
-        swap_module(model, "layers.0", nn.ReLU())
-    assert isinstance(model.layers[0], nn.ReLU)
-    with pytest.raises(KeyError):
-        swap_module(model, "nothing", nn.ReLU())
-    assert "nothing" not in model
 
 
 def test_the_folder_is_made_only_when_needed() -> None:
     found = set(Path(tempfile.gettempdir()).glob("mlx_tune-originals-*"))
-    with Transaction(wide(1)):
+    with Transaction(WalkedModel(wide(1))):
         pass
     assert set(Path(tempfile.gettempdir()).glob("mlx_tune-originals-*")) <= found

@@ -7,6 +7,7 @@ from planted_kernels import garbage, nan
 from quantization_toys import llama, qwen3_moe
 
 import mlx_tune as mt
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.faulty_kernels import ties_embeddings, unpack_faulty, uses_of
 
 
@@ -151,6 +152,6 @@ def test_what_layers_do_with_their_weights():
 
 
 def test_tied_embeddings_are_known_from_code_and_configuration():
-    assert ties_embeddings(llama())
-    assert not ties_embeddings(llama(tied=False))
-    assert not ties_embeddings(nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8)))
+    assert ties_embeddings(WalkedModel(llama()))
+    assert not ties_embeddings(WalkedModel(llama(tied=False)))
+    assert not ties_embeddings(WalkedModel(nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8))))

@@ -3,7 +3,7 @@ import pytest
 import quantization_toys as toys
 
 import mlx_tune as mt
-from mlx_tune.quantization.models.sites import sites_of
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.rules import find_routers, matches
 
 
@@ -51,7 +51,7 @@ def test_routers_are_found_without_a_predicate() -> None:
             self.shared_expert = nn.Linear(64, 64)
 
     model = nn.Sequential(Mixture(), nn.Linear(64, 4))
-    sites = sites_of(model)
+    sites = WalkedModel(model).sites
     found = find_routers(sites)
     assert sorted(s.path for s in sites if id(s.module) in found) == ["layers.0.gate", "layers.0.shared_expert_gate"]
     plan = mt.plan_quantization(model, 2, 64)

@@ -1,4 +1,4 @@
-"""Models that read a layer's weight themselves: found before anything is computed."""
+"""Models that cannot be called, or that read a layer's weight themselves: found before anything is computed."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -6,9 +6,11 @@ import pytest
 import quantization_toys as toys
 
 import mlx_tune as mt
+from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.dry_run import plan_quantization
-from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.planning.shape_check import check_runs
+from mlx_tune.quantization.models.batches import Batch, read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
+from mlx_tune.quantization.planning.shape_check import check_runs, outline, resolve
 
 
 class Tied(nn.Module):
@@ -67,7 +69,7 @@ def test_several_culprits_are_all_found() -> None:
     model = Several(6)
     layers = plan_quantization(model).layers
     with pytest.raises(mt.MlxTuneError, match=r"once layers\.0, layers\.1, layers\.4 are packed"):
-        check_runs(model, layers, Batch((toys.tokens(),), toys.tokens()))
+        check_runs(WalkedModel(model), layers, Batch((toys.tokens(),), toys.tokens()))
 
 
 def test_nothing_is_evaluated(tmp_path) -> None:
@@ -75,7 +77,7 @@ def test_nothing_is_evaluated(tmp_path) -> None:
     mx.save_safetensors(str(tmp_path / "w.safetensors"), toys.arrays_of(model))
     model.load_weights(str(tmp_path / "w.safetensors"))
     before = mx.get_active_memory()
-    check_runs(model, plan_quantization(model).layers, Batch((toys.tokens(),), toys.tokens()))
+    check_runs(WalkedModel(model), plan_quantization(model).layers, Batch((toys.tokens(),), toys.tokens()))
     assert mx.get_active_memory() < before + 10_000
     assert type(model.model.embed_tokens) is nn.Embedding
 
@@ -84,4 +86,55 @@ def test_nothing_is_evaluated(tmp_path) -> None:
 @pytest.mark.parametrize("make", [toys.llama, toys.qwen3_moe, toys.gemma2, toys.lfm2])
 def test_models_that_call_their_layers_pass_in_every_mode(make, mode: str) -> None:
     model = make()
-    check_runs(model, plan_quantization(model, mode=mode).layers, Batch((toys.tokens(),), toys.tokens()))
+    check_runs(WalkedModel(model), plan_quantization(model, mode=mode).layers, Batch((toys.tokens(),), toys.tokens()))
+
+
+class Predictor(nn.Module):
+    """Logits for token ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+
+    def __call__(self, tokens):
+        return self.embed.as_linear(self.embed(tokens))
+
+
+class WholeRows(Predictor):
+    """Takes rows of one length alone."""
+
+    def __call__(self, tokens):
+        return super().__call__(tokens.reshape(-1, 6))
+
+
+def batches(*of):
+    return read_batches(list(of), "evaluation")
+
+
+def test_shapes_are_known_without_evaluating():
+    model = Predictor()
+    assert outline(WalkedModel(model), batches(mx.zeros((4, 6), mx.int32))[0]) == [(1, 5, 16)]
+    assert outline(WalkedModel(nn.Linear(3, 2)), batches(mx.zeros((4, 3)))[0]) == [(4, 2)]
+
+
+def test_a_fault_is_handed_back():
+    assert isinstance(outline(WalkedModel(nn.Linear(3, 2)), batches(mx.zeros((4, 5)))[0]), ValueError)
+
+
+def test_integers_that_cannot_be_shortened_are_no_tokens():
+    tokens = mx.zeros((4, 6), mx.int32)
+    assert resolve(WalkedModel(Predictor()), batches(tokens), "evaluation")[0].tokens is not None
+    assert resolve(WalkedModel(WholeRows()), batches(tokens), "evaluation")[0].tokens is None
+
+
+def test_what_cannot_be_called_is_named_with_its_shapes():
+    with pytest.raises(QuantizationError, match=r"model cannot be called with calibration\[0\] \(\[4, 5\]\)"):
+        resolve(WalkedModel(nn.Linear(3, 2)), batches(mx.zeros((4, 5))), "calibration")
+    with pytest.raises(QuantizationError, match="loss cannot be called"):
+        resolve(
+            WalkedModel(nn.Linear(3, 2)), batches(mx.zeros((4, 3))), "calibration", lambda model, x: model(x, x).sum()
+        )
+
+
+def test_no_batches_need_no_call():
+    assert resolve(WalkedModel(nn.Linear(3, 2)), [], "evaluation") == []

@@ -8,13 +8,16 @@ import quantization_toys as toys
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.learning.moments import InputMoments, count_experts
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.sizing.coverage import Coverage, measure_coverage
 
 
 def test_reach_is_what_layers_are_given() -> None:
     model = toys.qwen3_moe()
     layers = plan_quantization(model).layers
-    found = measure_coverage(model, layers, read_batches([toys.tokens(2, 17), toys.tokens(1, 9)], "calibration"))
+    found = measure_coverage(
+        WalkedModel(model), layers, read_batches([toys.tokens(2, 17), toys.tokens(1, 9)], "calibration")
+    )
     tokens = 2 * 16 + 8
     assert found["model.embed_tokens"] == found["lm_head"] == Coverage(tokens)
     stack = found["model.layers.0.mlp.switch_mlp.up_proj"]

@@ -8,6 +8,7 @@ from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.judging.accuracy import divergence_of
 from mlx_tune.quantization.judging.evaluation import Watched
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.sizing.sensitivity import measure_divergences
 
 
@@ -18,7 +19,7 @@ def calibration(count: int = 4) -> list[mx.array]:
 def test_measured_divergence_is_that_of_the_layer_alone() -> None:
     model = toys.llama(tied=False)
     plan = mt.plan_quantization(model, 2, 64, method="nearest")
-    with Watched(model, read_batches(calibration(1), "calibration")) as divergence:
+    with Watched(WalkedModel(model), read_batches(calibration(1), "calibration")) as divergence:
         found = measure_divergences(plan.layers[:2], lambda layer: Format(2, 64), divergence, method="nearest")
     for layer in plan.layers[:2]:
         other = toys.llama(tied=False)
