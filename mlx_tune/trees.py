@@ -54,7 +54,7 @@ class StateArray:
     Attributes:
         holder: The dictionary or list that holds it.
         key: Where in that.
-        array: The array.
+        array: The array, of any shape and dtype.
         role: "parameter" in a module, "optimizer" in an optimizer, else "state".
         label: Its path, in a module as the module names it.
     """
@@ -77,6 +77,13 @@ class StateArray:
 
 def holders(node: Any) -> list[Holder]:
     """The containers that a node is made of: itself, and the dictionary of its attributes.
+
+    Args:
+        node: A module, an optimizer, a container, an array or a plain value.
+
+    Returns:
+        None for an array or a plain value; one for a list, a tuple, a dictionary or an optimizer; two for a module: its
+        items, and its attributes.
 
     Examples:
         >>> holders([1, 2]), holders(3)
@@ -106,6 +113,9 @@ def entries(tree: object, stop: type | tuple[type, ...] = ()) -> Iterator[Entry]
     Args:
         tree: Any nesting; one that contains itself has an end all the same.
         stop: Nodes of these classes are not entered.
+
+    Returns:
+        Entries, as they are asked for; arrays, of whatever shape, and values as often as they occur.
     """
     seen: dict[int, object] = {}  # kept, so that no other object gets the identity of one that was made on the way
     waiting = [iter([Entry(tree)])]
@@ -184,12 +194,18 @@ def arrays_of(tree: object) -> Iterator[mx.array]:
 
 
 def arrays_once(tree: object) -> list[mx.array]:
-    """Every array of a tree, those that are shared once, such as tied weights."""
+    """Every array of a tree, of any shape, those that are shared once, such as tied weights; in order of occurrence."""
     return list({id(array): array for array in arrays_of(tree)}.values())
 
 
 def nbytes_of(tree: object) -> int:
     """The bytes of a tree's arrays, those that are shared once.
+
+    Args:
+        tree: Any nesting of modules, optimizers, containers and arrays.
+
+    Returns:
+        The sum of `array.nbytes`, 0 without arrays: elements times the bytes of their dtype, without padding.
 
     Examples:
         >>> import mlx.core as mx

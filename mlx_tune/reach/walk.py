@@ -54,13 +54,13 @@ class Walk:
         room: The most items to note, the nearest first; a place with more is passed over. Any by default.
 
     Attributes:
-        arrays: The arrays found.
+        arrays: The arrays found, of any shape and dtype, each once.
         paths: Where each was found first.
         notes: The places found, with what they held. They hold arrays until they are told to forget them.
         seen: Everything entered, by identity, which holds on to it so that nothing else can have that identity.
         iterators: Iterators found that only run once, with where.
         generators: Random generators of Python and NumPy, with where.
-        room: The number of items that may still be noted.
+        room: The number of items, members of containers, that may still be noted.
         made: True where what code names does not count.
         path: Where the value is that is looked at.
         home: The module of the class or function that holds it.
@@ -98,7 +98,15 @@ class Walk:
         self.asked = (0, 0)
 
     def add(self, value: object, path: Path | None = None) -> Any:
-        """Note a value and everything below it; returns what stands for it."""
+        """Note a value and everything below it.
+
+        Args:
+            value: An array of any shape, a container, a function, a class or another object.
+            path: The way to it from the top, link by link; None where it is the top.
+
+        Returns:
+            A `Ref` for an array, a `Remade` for a tuple or frozen set that holds some, else the value itself.
+        """
         self.path = path
         template = self.look(value)
         self._finish()

@@ -11,7 +11,7 @@ import mlx.optimizers as optim
 import pytest
 
 import mlx_tune as mt
-from mlx_tune.batching.probe import Probe
+from mlx_tune.batching import probe
 from mlx_tune.graphs import estimate as estimating
 from mlx_tune.measuring.floors import Floor
 from mlx_tune.measuring.forecast import Forecast
@@ -36,21 +36,21 @@ def deep(layers):
 def counted(made):
     """The graphs that a search looks at, and the steps that it runs."""
     looked, ran = [], []
-    follow, run = estimating.follow_step, Probe._step_once
+    follow, run = estimating.follow_step, probe.run_step
 
     def following(step, args, state):
         looked.append(args[0].shape[0])
         return follow(step, args, state)
 
-    def running(probe, batch, limit, size, cache):
-        ran.append((size, limit))
-        return run(probe, batch, limit, size, cache)
+    def running(step, args, state, limit, **how):
+        ran.append((args[0].shape[0], limit))
+        return run(step, args, state, limit, **how)
 
     step, make_batch, state = deep(64)
     if made == "before":
         mx.eval(step(make_batch(1)), state[0].parameters(), state[1].state)
     budget = mx.get_active_memory() + 8_000_000
-    with mock.patch.object(estimating, "follow_step", following), mock.patch.object(Probe, "_step_once", running):
+    with mock.patch.object(estimating, "follow_step", following), mock.patch.object(probe, "run_step", running):
         result = mt.autobatch(step, make_batch, budget=budget, state=state, progress=False)
     assert result.peak_bytes <= budget
     return {"looked": looked, "ran": ran}

@@ -41,6 +41,7 @@ def quantize_affine(
     effort: Effort = "fast",
     importance: mx.array | None = None,
     scale_dtype: mx.Dtype | None = None,
+    groups_at_once: int | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Quantize a weight with the least squared error that its format allows, in `mx.quantize`'s own format.
 
@@ -52,6 +53,8 @@ def quantize_affine(
         importance: The energy of each input, `[columns]` or, for a stack of experts, `[experts, columns]`: squared
             errors count in proportion to it. Uniform by default.
         scale_dtype: Of scales and biases; the weight's by default.
+        groups_at_once: Groups that are searched together, which bounds the memory; by default as many as keep the
+            device busy.
 
     Returns:
         Packed `uint32` codes `[..., rows, columns * bits / 32]`, and scales and biases
@@ -80,7 +83,8 @@ def quantize_affine(
     stack = weight.reshape(experts, rows, columns)
     energies = _energies(importance, columns, tuple(lead))
     cpu = computes_on_cpu()
-    per_chunk = max(1, (_CPU_GROUPS if cpu else _GPU_GROUPS) // (columns // group_size))
+    groups = groups_at_once or (_CPU_GROUPS if cpu else _GPU_GROUPS)
+    per_chunk = max(1, groups // (columns // group_size))
     solve = Solver(bits, group_size, plan_search(bits, effort), scale_dtype or weight.dtype)
     streams = _streams() if cpu else [mx.default_stream(mx.default_device())]
 

@@ -187,6 +187,10 @@ def in_places(modules: Iterable[tuple[Site, nn.Module]]) -> Iterator[None]:
 def own_arrays(module: nn.Module) -> dict[str, mx.array]:
     """A module's parameters, those in its own lists and dictionaries included, without those of modules below it.
 
+    Returns:
+        The arrays by their dotted names below the module, in the shapes it holds them in: of a `Linear`,
+        `weight` `[outputs, inputs]` and `bias` `[outputs]`.
+
     Examples:
         >>> list(own_arrays(nn.Linear(2, 2)))
         ['weight', 'bias']

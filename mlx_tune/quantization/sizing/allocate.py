@@ -14,15 +14,18 @@ from mlx_tune.pareto import unbeaten
 
 #: Partial sums kept after a layer. Beyond it the finest differences in bytes are dropped, always towards fewer bytes,
 #: so that the budget holds and the answer is still within a hair of the best.
-_STATES = 200_000
+MOST_STATES = 200_000
 
 
-def allocate(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: int) -> list[int] | None:
+def allocate(
+    options: Sequence[Sequence[tuple[int, float]]], budget_bytes: int, *, most_states: int = MOST_STATES
+) -> list[int] | None:
     """Choose one option for each layer.
 
     Args:
         options: For each layer its options, each (bytes, cost).
         budget_bytes: The limit of the chosen bytes.
+        most_states: Partial sums to keep after each layer; above that, those of nearly equal bytes count as one.
 
     Returns:
         The place of each layer's choice in its options, of least total cost; None if even the smallest do not fit.
@@ -62,7 +65,7 @@ def allocate(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: int) 
         order = alive[np.lexsort((all_costs[alive], all_sums[alive]))]
         falling = np.minimum.accumulate(all_costs[order])
         first = np.concatenate([[True], all_costs[order][1:] < falling[:-1]])
-        kept = _thin(order[first], all_sums)
+        kept = _thin(order[first], all_sums, most_states)
         sums, costs = all_sums[kept], all_costs[kept]
         trail.append((np.array(places)[kept % len(places)], kept // len(places)))
 
@@ -112,13 +115,13 @@ def _greedy_cost(options: Sequence[Sequence[tuple[int, float]]], budget_bytes: i
         chosen[i] = option
 
 
-def _thin(kept: Any, sums: Any) -> Any:
-    """At most `_STATES` of the states, by rising bytes: of those that are nearly alike, the smallest."""
+def _thin(kept: Any, sums: Any, most: int) -> Any:
+    """At most `most` of the states, by rising bytes: of those that are nearly alike, the smallest."""
     import numpy as np
 
-    if len(kept) <= _STATES:
+    if len(kept) <= most:
         return kept
     span = sums[kept[-1]] - sums[kept[0]] + 1
-    bucket = (sums[kept] - sums[kept[0]]) * _STATES // span
+    bucket = (sums[kept] - sums[kept[0]]) * most // span
     last = np.concatenate([bucket[1:] != bucket[:-1], [True]])  # the cheapest of its bucket, as costs fall
     return kept[last]

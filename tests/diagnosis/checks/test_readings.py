@@ -40,9 +40,10 @@ def test_a_gpu_is_found_where_a_container_has_no_nvidia_smi(tmp_path, monkeypatc
     (tmp_path / "cuda.c").write_text(LIBCUDA)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"], check=True)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-    monkeypatch.setattr(readings, "_nvidia_smi", lambda query: "")
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert readings.nvidia_gpus() == [NvidiaGpu("NVIDIA Stand-in", "", (9, 0), (13, 0))]
-    monkeypatch.setattr(readings, "_nvidia_smi", lambda query: "NVIDIA A100, 535.1, 8.0\n")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA A100, 535.1, 8.0\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
     assert readings.nvidia_gpus() == [NvidiaGpu("NVIDIA A100", "535.1", (8, 0), (13, 0))]
 
 

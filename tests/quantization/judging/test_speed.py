@@ -6,7 +6,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_tune.quantization.judging import timed_runs
 from mlx_tune.quantization.judging.timed_runs import measure_after, measure_before
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.sites import WalkedModel
@@ -23,9 +22,9 @@ class Says(nn.Module):
         return self.each * x.shape[1]
 
 
-@pytest.fixture(autouse=True)
-def believed(monkeypatch) -> None:
-    monkeypatch.setattr(timed_runs, "_median_seconds", lambda run: run())
+def believed(run):
+    """The seconds that a model says it takes."""
+    return run()
 
 
 def tokens(length: int = 100) -> Batch:
@@ -46,8 +45,8 @@ def tokens(length: int = 100) -> Batch:
     ],
 )
 def test_the_longest_prompt_that_both_take_in_reasonable_time(before, after, length, expected) -> None:
-    first = measure_before(WalkedModel(Says(before)), tokens(length), tokens_in=True)
-    found = measure_after(WalkedModel(Says(after)), tokens(length), first)
+    first = measure_before(WalkedModel(Says(before)), tokens(length), tokens_in=True, timer=believed)
+    found = measure_after(WalkedModel(Says(after)), tokens(length), first, timer=believed)
     assert found.before.prefill_tokens == found.after.prefill_tokens == expected
     assert found.before.prefill_seconds == pytest.approx(before * expected)
     assert found.after.prefill_seconds == pytest.approx(after * expected)
@@ -60,7 +59,8 @@ def test_the_longest_prompt_that_both_take_in_reasonable_time(before, after, len
 
 def test_other_models_are_timed_by_the_batch() -> None:
     batch = Batch((mx.zeros((2, 5)),), None)
-    found = measure_after(WalkedModel(Says(2.0)), batch, measure_before(WalkedModel(Says(1.0)), batch, tokens_in=False))
+    first = measure_before(WalkedModel(Says(1.0)), batch, tokens_in=False, timer=believed)
+    found = measure_after(WalkedModel(Says(2.0)), batch, first, timer=believed)
     assert (found.before.prefill_seconds, found.after.prefill_seconds) == (5.0, 10.0)
     assert found.after.decode_seconds is None
     assert "one batch" in str(found)

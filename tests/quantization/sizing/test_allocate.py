@@ -1,10 +1,8 @@
 import itertools
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mlx_tune.quantization.sizing.allocate as module
 from mlx_tune.quantization.sizing.allocate import allocate
 
 Options = list[list[tuple[int, float]]]
@@ -44,9 +42,7 @@ def test_it_is_the_best_of_all(options: Options, budget: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(LAYER, min_size=1, max_size=5), st.integers(0, 160))
 def test_thinned_out_it_still_keeps_the_budget(options: Options, budget: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_STATES", 3)
-        found = allocate(options, budget)
+    found = allocate(options, budget, most_states=3)
     if brute_force(options, budget) is None:
         assert found is None
     else:
