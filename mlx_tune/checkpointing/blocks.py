@@ -182,6 +182,14 @@ def find_blocks(model: nn.Module, select: Select | None = None) -> tuple[Stack, 
     return tuple(stacks)
 
 
+def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks that a model repeats, each with its path; none where nothing is repeated."""
+    try:
+        return [block for stack in find_blocks(model) for block in stack]
+    except CheckpointError:
+        return []
+
+
 def _children(module: object) -> list[tuple[str, object]]:
     """The members of a module, list, tuple or dictionary, by name."""
     if isinstance(module, dict):

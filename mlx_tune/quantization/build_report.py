@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from mlx_tune.memory import track_memory
 from mlx_tune.quantization.judging.accuracy import Accuracy
 from mlx_tune.quantization.judging.report import LayerReport, QuantizationReport
 from mlx_tune.quantization.judging.speed import SpeedComparison
-from mlx_tune.quantization.learning.apply_layer import LayerOutcome
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 
 #: Decibels below which a layer's error is more than half as large as its weights.
 _LOST_DB = 6.0
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """The outcome of a layer.
+
+    Attributes:
+        path: Where it stands first.
+        method: The method by which its codes were found: "nearest", "optimal", "gptq" or "dwq".
+        snr_db: Power of the weights over the power of their error, in decibels; infinite where nothing was lost.
+        output_error: Squared error of its outputs over their squares, measured on calibration; None if it was not.
+        optimal_output_error: The same had it been quantized by "optimal".
+        note: Further remarks, such as a fallback with its reason.
+        input_snr_db: As `snr_db`, each input counted by its energy; None where that is not known.
+    """
+
+    path: str
+    method: str
+    snr_db: float
+    output_error: float | None = None
+    optimal_output_error: float | None = None
+    note: str | None = None
+    input_snr_db: float | None = None
 
 
 def report_of(

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.judging.evaluation import Watched
-from mlx_tune.quantization.learning.apply_layer import apply_layer
+from mlx_tune.quantization.methods import apply_layer
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.checks import note_of_range

@@ -1,9 +1,9 @@
-"""Carrying a plan out by the method that it names."""
+"""Carrying a plan out by the method that it names: modules with packed arrays in their places, and what was lost."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,17 +11,103 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.progress import progress_bar
-from mlx_tune.quantization.learning.apply_layer import LayerOutcome, apply_layer, install, outcome_of
+from mlx_tune.quantization.build_report import LayerOutcome
+from mlx_tune.quantization.formats.modes import Effort
+from mlx_tune.quantization.formats.overflow import overflows
+from mlx_tune.quantization.formats.packed_arrays import pack_weight, signal_to_noise_db, unpacked
+from mlx_tune.quantization.formats.packing import PackedArrays
 from mlx_tune.quantization.learning.dwq import Recompute, train_dwq
 from mlx_tune.quantization.learning.gptq_model import gptq_model
+from mlx_tune.quantization.learning.input_samples import sampled_output_error
 from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.models.layers import dense_twin, is_quantized
+from mlx_tune.quantization.models.layers import dense_twin, is_quantized, quantized_module, read_weight
+from mlx_tune.quantization.models.sites import Site
 from mlx_tune.quantization.models.transaction import Transaction
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.units import format_names
 
 _log = logging.getLogger(__name__)
+
+#: Puts a module in all places of a site.
+Put = Callable[[Site, nn.Module], None]
+
+
+def install(layer: LayerPlan, arrays: PackedArrays, put: Put = Site.put) -> None:
+    """Put packed arrays in every place of a planned layer: tied modules share them.
+
+    Args:
+        layer: A layer of a plan, with a format.
+        arrays: Its packed weights, scales and biases.
+        put: Puts a module in the places of a site, such as `Transaction.replace`, which can be undone.
+    """
+    for site in layer.sites:
+        put(site, quantized_module(site.module, layer.wanted, arrays))
+
+
+def apply_layer(layer: LayerPlan, method: str, effort: Effort, put: Put = Site.put) -> LayerOutcome:
+    """Quantize one planned layer on its own, by "nearest" or "optimal", and put it in its places.
+
+    Where the plan knows what the layer is given on calibration, the codes of "nearest" are kept if the outputs of those
+    of "optimal" are further from the unquantized layer's: the search counts each input by its energy, which leaves out
+    how inputs go together.
+
+    Args:
+        layer: A layer of a plan, with a format.
+        method: "nearest" or "optimal".
+        effort: "fast" or "best".
+        put: As for `install`.
+
+    Returns:
+        The loss of the layer.
+    """
+    weight = read_weight(layer.module)
+    packed, used = pack_weight(weight, layer.wanted, method, effort, layer.energy)
+    mx.eval(packed)
+    error = optimal_error = note = None
+    inputs = layer.inputs() if layer.inputs is not None and used == "optimal" else None
+    if inputs is not None:
+        plain, _ = pack_weight(weight, layer.wanted, "nearest")
+        error = optimal_error = _output_error(layer, inputs, weight, packed)
+        nearest = _output_error(layer, inputs, weight, plain)
+        if nearest < error and not overflows(plain, layer.wanted, weight.dtype):
+            note = f"kept 'nearest': the output error of 'optimal' was {error:.3g} against {nearest:.3g}"
+            packed, used, error = plain, "nearest", nearest
+    snr = signal_to_noise_db(weight, packed, layer.wanted)
+    weighted = None if layer.energy is None else signal_to_noise_db(weight, packed, layer.wanted, layer.energy)
+    del weight
+    install(layer, packed, put)
+    return LayerOutcome(layer.path, used, snr, error, optimal_error, note, weighted)
+
+
+def outcome_of(
+    layer: LayerPlan,
+    before: nn.Module,
+    method: str,
+    *,
+    note: str | None = None,
+    output_error: float | None = None,
+    optimal_output_error: float | None = None,
+) -> LayerOutcome:
+    """The loss of a layer that is in the model already.
+
+    Args:
+        layer: A planned layer, quantized by now.
+        before: The module that stood there before.
+        method: The method that was used.
+        note: Further remarks.
+        output_error: As in `LayerOutcome`.
+        optimal_output_error: As in `LayerOutcome`.
+    """
+    now = layer.module
+    weight = read_weight(before)
+    snr = signal_to_noise_db(weight, (now["weight"], now["scales"], now.get("biases")), layer.wanted)
+    return LayerOutcome(layer.path, method, snr, output_error, optimal_output_error, note)
+
+
+def _output_error(layer: LayerPlan, inputs: mx.array, weight: mx.array, arrays: PackedArrays) -> float:
+    lookups = isinstance(layer.module, nn.Embedding)
+    return sampled_output_error(inputs, weight, unpacked(arrays, layer.wanted), lookups=lookups)
 
 
 def carry_out(

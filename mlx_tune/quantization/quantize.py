@@ -11,22 +11,20 @@ from typing import TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.checkpointing.blocks import checkpoint_blocks, find_blocks
-from mlx_tune.errors import CheckpointError, QuantizationError
+from mlx_tune.checkpointing.blocks import blocks_of, checkpoint_blocks
+from mlx_tune.errors import QuantizationError
 from mlx_tune.memory import track_memory
 from mlx_tune.quantization.build_report import report_of
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.judging.compare_layers import compare_layers
-from mlx_tune.quantization.judging.evaluation import Evaluation, Watched, prepare_evaluation
+from mlx_tune.quantization.judging.evaluation import Watched, prepare_evaluation
 from mlx_tune.quantization.judging.nearest_guard import Guard, part_of, watched
 from mlx_tune.quantization.judging.report import QuantizationReport
-from mlx_tune.quantization.judging.speed import Speed, SpeedComparison
 from mlx_tune.quantization.judging.statistics import overlap
 from mlx_tune.quantization.judging.timed_runs import measure_after, measure_before
-from mlx_tune.quantization.learning.apply_layer import apply_layer
 from mlx_tune.quantization.learning.importance import few_of, with_energies
 from mlx_tune.quantization.learning.input_samples import InputSamples
-from mlx_tune.quantization.methods import carry_out
+from mlx_tune.quantization.methods import apply_layer, carry_out
 from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch, count_tokens, read_batches, token_rows
 from mlx_tune.quantization.models.sites import WalkedModel
@@ -36,7 +34,7 @@ from mlx_tune.quantization.planning.checks import check_backend, check_finite, c
 from mlx_tune.quantization.planning.faulty_kernels import fault_finder, keep_unpacked
 from mlx_tune.quantization.planning.layout import lay_out
 from mlx_tune.quantization.planning.request import Request
-from mlx_tune.quantization.planning.shape_check import rehearse
+from mlx_tune.quantization.planning.shape_check import rehearse, resolve
 from mlx_tune.quantization.sizing.target import allocate_to_target
 from mlx_tune.state import same_random_stream
 from mlx_tune.units import format_percent
@@ -172,7 +170,8 @@ def quantize_model(
         if judge:
             comparison = prepare_evaluation(walked, judge, loss, warnings=warnings)
             comparison.record(walked, store, progress=progress)
-            before = _measured(partial(_time_before, walked, comparison), notes)
+            timed, in_tokens = comparison.parts[0], comparison.kind == "tokens"
+            before = _measured(partial(measure_before, walked, timed, tokens_in=in_tokens, loss=loss), notes)
         watch = guard = None
         if judge and watched(plan):
             watch = Watched(walked, part_of(judge), loss)
@@ -194,7 +193,8 @@ def quantize_model(
             warning = guard.verdict(watch.evaluation.kind, count_tokens(watch.evaluation.parts))
         if comparison is not None:
             accuracy = comparison.judge(walked, store, progress=progress)
-            speed = _measured(partial(_time_after, walked, comparison, before), notes) if before else None
+            timed = comparison.parts[0]
+            speed = _measured(partial(measure_after, walked, timed, before, loss=loss), notes) if before else None
         report = report_of(plan, outcomes, memory, accuracy, speed, (*remarks, *transaction.notes, *notes))
         return replace(report, warning=warning)
 
@@ -237,28 +237,14 @@ def quantization_report(
         raise QuantizationError("evaluation=None: a comparison needs batches to compare on.")
     after, before = WalkedModel(model), WalkedModel(reference)
     with same_random_stream():
+        judge = resolve(before, judge, "evaluation", loss)
         comparison = prepare_evaluation(before, judge, loss, warnings=_overlap_warning(judge, learn))
         accuracy = comparison.side_by_side(after, before, progress=progress)
         report, notes = compare_layers(after, before), list[str]()
-        times = _measured(partial(_time_before, before, comparison), notes)
-        speed = _measured(partial(_time_after, after, comparison, times), notes) if times else None
+        timed, in_tokens = comparison.parts[0], comparison.kind == "tokens"
+        times = _measured(partial(measure_before, before, timed, tokens_in=in_tokens, loss=loss), notes)
+        speed = _measured(partial(measure_after, after, timed, times, loss=loss), notes) if times else None
         return replace(report, accuracy=accuracy, speed=speed, notes=(*report.notes, *notes))
-
-
-def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The blocks that a model repeats, each with its path; none where nothing is repeated."""
-    try:
-        return [block for stack in find_blocks(model) for block in stack]
-    except CheckpointError:
-        return []
-
-
-def _time_before(model: WalkedModel, comparison: Evaluation) -> list[Speed]:
-    return measure_before(model, comparison.parts[0], tokens_in=comparison.kind == "tokens", loss=comparison.loss)
-
-
-def _time_after(model: WalkedModel, comparison: Evaluation, before: list[Speed]) -> SpeedComparison:
-    return measure_after(model, comparison.parts[0], before, loss=comparison.loss)
 
 
 def _measured(measure: Callable[[], T], notes: list[str]) -> T | None:

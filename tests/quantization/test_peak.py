@@ -21,7 +21,7 @@ CHILD = """
 import json, resource, sys
 import mlx.core as mx, mlx.nn as nn
 import mlx_tune as mt
-from mlx_tune.quantization.learning import apply_layer
+from mlx_tune.quantization import methods
 import mlx_tune.quantization.judging.timed_runs as timed_runs
 import mlx_tune.quantization.models.sites as sites
 
@@ -42,13 +42,13 @@ model.load_weights(file)
 if way in ("loaded", "failing"):
     mx.eval(model.parameters())
 if way == "failing":
-    real, done = apply_layer.install, []
+    real, done = methods.install, []
     def install(*arguments):
         done.append(1)
         if len(done) == layers:
             raise MemoryError
         real(*arguments)
-    apply_layer.install = install
+    methods.install = install
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

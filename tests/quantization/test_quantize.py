@@ -9,7 +9,7 @@ import quantization_toys as toys
 
 import mlx_tune as mt
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization import quantization_config
+from mlx_tune.quantization import methods, quantization_config
 from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES
 from mlx_tune.upstream import is_lazy
 
@@ -165,7 +165,6 @@ def test_a_requantized_model_of_experts_keeps_its_classes() -> None:
 
 @pytest.mark.parametrize("fail_at", [0, 7, 14])
 def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at: int) -> None:
-    from mlx_tune.quantization.learning import apply_layer
 
     model = toys.llama()
     before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
@@ -177,8 +176,8 @@ def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, fail_at:
             raise MemoryError("no more")
         return real(*arguments, **options)
 
-    real = apply_layer.pack_weight
-    monkeypatch.setattr(apply_layer, "pack_weight", pack)
+    real = methods.pack_weight
+    monkeypatch.setattr(methods, "pack_weight", pack)
     mx.random.seed(1)
     expected = mx.random.uniform().item()
     mx.random.seed(1)

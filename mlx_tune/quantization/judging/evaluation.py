@@ -181,14 +181,13 @@ def prepare_evaluation(
 
     Args:
         model: The reference.
-        batches: The batches from `read_batches`.
+        batches: The batches, as `resolve` gives them.
         loss: The caller's loss, if any.
         warnings: Reasons to doubt what will be measured.
 
     Raises:
         QuantizationError: The model cannot be called with the batches, or gives back nothing to compare.
     """
-    batches = resolve(model, batches, "evaluation", loss)
     if loss is not None:
         return Evaluation("loss", batches, loss, warnings=warnings)
     first = batches[0]
@@ -198,8 +197,7 @@ def prepare_evaluation(
         rows = max((weight_shape(s.module)[0] for s in model.sites if isinstance(s.module, EMBEDDINGS)), default=None)
         # MLX reads past the end of a table without a word, so the call is tried with tokens that are in it.
         probe = first.tokens[:1, :-1] if rows is None else mx.clip(first.tokens[:1, :-1], 0, rows - 1)
-        with model.exactly():
-            logits = logits_of(_call(model, Batch((probe,), None)))
+        logits = logits_of(_call(model, Batch((probe,), None)))
         if logits.ndim == 3 and logits.shape[:2] == probe.shape:
             vocabulary = logits.shape[2]
             if highest >= vocabulary and rows is not None and highest >= rows:
@@ -219,8 +217,7 @@ def prepare_evaluation(
                 at_once = max(1, LOGITS_AT_ONCE // (vocabulary * longest))
                 parts = [part for batch in batches for part in rows_at_most(batch, at_once)]
                 return Evaluation("tokens", parts, warnings=warnings)
-    with model.exactly():
-        found = output_arrays(_call(model, first))
+    found = output_arrays(_call(model, first))
     if not found:
         raise QuantizationError(
             "The model's output for evaluation[0] holds no floating point array to compare. "
@@ -272,7 +269,7 @@ def perplexity(model: nn.Module, batches: list[Batch]) -> float:
         The exponential of the mean negative log-likelihood, over all predicted tokens.
     """
     walked = WalkedModel(model)
-    comparison = prepare_evaluation(walked, batches, None)
+    comparison = prepare_evaluation(walked, resolve(walked, batches, "evaluation"))
     if comparison.kind != "tokens":
         raise QuantizationError("The model gives no logits [batch, length, vocabulary], so it has no perplexity.")
     total, count = 0.0, 0
@@ -287,13 +284,13 @@ def perplexity(model: nn.Module, batches: list[Batch]) -> float:
 
 
 def _call(model: WalkedModel, batch: Batch) -> object:
-    try:
-        output = batch.call(model.model, through=widen)
-        mx.eval(
-            [leaf for leaf in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(leaf, mx.array)]
-        )
-    except FAULTS as error:
-        raise uncallable(batch, "evaluation", error) from error
+    with model.exactly():
+        try:
+            output = batch.call(model.model, through=widen)
+            several = output if isinstance(output, (tuple, list)) else [output]
+            mx.eval([leaf for leaf in several if isinstance(leaf, mx.array)])
+        except FAULTS as error:
+            raise uncallable(batch, "evaluation", error) from error
     return output
 
 

@@ -99,7 +99,7 @@ def gptq_model(
         QuantizationError: There are no batches, or inputs are not finite.
 
     Examples:
-        >>> from mlx_tune.quantization.learning.apply_layer import install
+        >>> from mlx_tune.quantization.methods import install
         >>> from mlx_tune.quantization.models.batches import read_batches
         >>> from mlx_tune.quantization.dry_run import plan_quantization
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))

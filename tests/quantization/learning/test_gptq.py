@@ -3,18 +3,18 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_tune.checkpointing.blocks import blocks_of
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.formats.affine import dequantize_float32, quantize_affine
 from mlx_tune.quantization.formats.modes import AFFINE_BITS
 from mlx_tune.quantization.formats.packing import unpack
 from mlx_tune.quantization.learning import gptq_model as passes
-from mlx_tune.quantization.learning.apply_layer import install
 from mlx_tune.quantization.learning.gptq import output_error, quantize_gptq
 from mlx_tune.quantization.learning.gptq_model import gptq_model
+from mlx_tune.quantization.methods import install
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.sites import WalkedModel
-from mlx_tune.quantization.quantize import blocks_of
 
 
 def correlated_inputs(rows, columns, seed=0):

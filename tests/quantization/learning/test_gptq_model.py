@@ -3,16 +3,16 @@ import mlx.nn as nn
 import pytest
 from block_models import make, tokens
 
+from mlx_tune.checkpointing.blocks import blocks_of
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.formats.affine import quantize_affine
 from mlx_tune.quantization.learning import drift_correction
 from mlx_tune.quantization.learning import gptq_model as passes
-from mlx_tune.quantization.learning.apply_layer import install
 from mlx_tune.quantization.learning.gptq_model import gptq_model
 from mlx_tune.quantization.learning.propagation import Propagation
+from mlx_tune.quantization.methods import install
 from mlx_tune.quantization.models.sites import WalkedModel
-from mlx_tune.quantization.quantize import blocks_of
 
 
 def test_blocks_make_up_for_what_those_before_them_lost(monkeypatch):

@@ -16,13 +16,13 @@ from mlx.utils import tree_flatten
 from outlier_model import LARGE, Outliers, divergence, tokens
 
 import mlx_tune as mt
+from mlx_tune.checkpointing.blocks import blocks_of
 from mlx_tune.quantization import quantize as quantize_of
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.learning import importance
 from mlx_tune.quantization.learning.importance import with_energies
 from mlx_tune.quantization.models.batches import Batch, read_batches
 from mlx_tune.quantization.models.sites import WalkedModel
-from mlx_tune.quantization.quantize import blocks_of
 from mlx_tune.upstream import is_lazy
 
 

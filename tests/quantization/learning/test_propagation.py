@@ -6,16 +6,16 @@ import quantization_toys as toys
 from block_models import make, tokens
 from mlx.utils import tree_flatten
 
+from mlx_tune.checkpointing.blocks import blocks_of
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.learning import drift_correction
 from mlx_tune.quantization.learning import gptq_model as passes
-from mlx_tune.quantization.learning.apply_layer import install
 from mlx_tune.quantization.learning.gptq_model import gptq_model
 from mlx_tune.quantization.learning.propagation import Propagation
+from mlx_tune.quantization.methods import install
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.interception import forward_steps
 from mlx_tune.quantization.models.sites import WalkedModel
-from mlx_tune.quantization.quantize import blocks_of
 
 
 def test_layers_that_are_given_the_same_are_one_stage():

@@ -2,8 +2,8 @@ from functools import partial
 
 from block_models import Block, make, tokens
 
+from mlx_tune.checkpointing.blocks import blocks_of
 from mlx_tune.quantization.models.interception import forward_steps, run_until
-from mlx_tune.quantization.quantize import blocks_of
 
 
 def linear_paths(model):

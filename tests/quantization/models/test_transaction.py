@@ -15,8 +15,8 @@ import quantization_toys as toys
 
 import mlx_tune as mt
 import mlx_tune.quantization.models.transaction as transaction_module
+from mlx_tune.quantization import methods
 from mlx_tune.quantization.judging.evaluation import Evaluation
-from mlx_tune.quantization.learning import apply_layer
 from mlx_tune.quantization.models.sites import Site, WalkedModel
 from mlx_tune.quantization.models.transaction import Transaction
 from mlx_tune.upstream import is_lazy
@@ -86,8 +86,8 @@ def interrupting(monkeypatch, owner: Any, name: str, at: int) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [
-        (apply_layer, "pack_weight", 3),
-        (apply_layer, "signal_to_noise_db", 15),
+        (methods, "pack_weight", 3),
+        (methods, "signal_to_noise_db", 15),
         (Site, "put", 1),
         (Site, "put", 15),
         (mx, "save_safetensors", 4),

@@ -41,7 +41,7 @@ class Tied(nn.Module):
 def test_a_weight_that_the_model_reads_itself_is_named_before_anything_is_done(monkeypatch, options: dict) -> None:
     model = Tied()
     before, kinds = toys.arrays_of(model), [type(m) for m in model.modules()]
-    monkeypatch.setattr("mlx_tune.quantization.learning.apply_layer.pack_weight", None)
+    monkeypatch.setattr("mlx_tune.quantization.methods.pack_weight", None)
     with pytest.raises(mt.MlxTuneError, match=r"once embed is packed: ValueError: .*skip=\['embed'\]"):
         mt.quantize_model(model, 4, 64, progress=False, **options)
     assert [type(m) for m in model.modules()] == kinds
