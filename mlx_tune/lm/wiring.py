@@ -12,7 +12,7 @@ from mlx_tune.trees import nbytes_of
 from mlx_tune.units import format_bytes, format_limit
 from mlx_tune.wiring.context import SLACK, registry, wired_limit
 from mlx_tune.wiring.limits import read_capacity
-from mlx_tune.wiring.registry import Request
+from mlx_tune.wiring.registry import WiredRequest
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -56,7 +56,7 @@ def wired_for_training(model: nn.Module) -> Iterator[Wired]:
     # blocks come and go meanwhile.
     token = registry.make_token()
     try:
-        before = registry.enter(token, Request(), capacity.cap_bytes)
+        before = registry.enter(token, WiredRequest(), capacity.cap_bytes)
         limit, wanted = open_limit_bytes(), max(before, int((1 + _HEADROOM) * nbytes_of(model)))
         if limit is not None and limit < SLACK * wanted:
             text = (

@@ -16,7 +16,7 @@ from mlx_tune import memory
 from mlx_tune.presentation.plain import Json
 from mlx_tune.units import format_bytes, parse_fraction
 from mlx_tune.wiring import limits
-from mlx_tune.wiring.registry import Registry, Request, total_bytes
+from mlx_tune.wiring.registry import Registry, WiredRequest, total_bytes
 
 OFF_VARIABLE = "MLX_TUNE_NO_WIRING"
 #: A memory limit below this many times the wired bytes counts as tight.
@@ -117,7 +117,7 @@ class wired_limit:  # noqa: N801 - used as a function
             raise
         return self
 
-    def _ask(self, request: Request, capacity: limits.Capacity) -> None:
+    def _ask(self, request: WiredRequest, capacity: limits.Capacity) -> None:
         token = registry.make_token()
         # Whoever drops an entered block without leaving it, a generator that nobody finished for one, has left it.
         # This comes first, so that an interrupt cannot lose the request.

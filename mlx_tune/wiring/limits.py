@@ -11,7 +11,7 @@ from mlx_tune import devices
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.trees import arrays_of, walk
 from mlx_tune.units import format_bytes, parse_bytes
-from mlx_tune.wiring.registry import Request
+from mlx_tune.wiring.registry import WiredRequest
 
 #: What the system keeps for itself: this, or a quarter of RAM where that is more, but never above half of RAM.
 RESERVE_BYTES = 8_000_000_000
@@ -73,7 +73,7 @@ def read_capacity() -> Capacity:
     return Capacity(cap, recommended, memory)
 
 
-def read_request(wanted: Any, headroom: float, cap_bytes: int) -> Request:
+def read_request(wanted: Any, headroom: float, cap_bytes: int) -> WiredRequest:
     """Turn what `wired_limit` was given into a request.
 
     Args:
@@ -89,16 +89,16 @@ def read_request(wanted: Any, headroom: float, cap_bytes: int) -> Request:
         InvalidArgumentError: Not a size.
     """
     if wanted is None:
-        return Request(extra_bytes=cap_bytes)
+        return WiredRequest(extra_bytes=cap_bytes)
     if _is_size(wanted):
-        return Request(extra_bytes=parse_bytes(wanted))
+        return WiredRequest(extra_bytes=parse_bytes(wanted))
     arrays = list(_arrays(wanted))
     # A weak reference tells arrays apart without keeping them alive: a training step replaces them while they are
     # wired. Python hands out one per object, so its address is a key as long as the request holds it; the array's own
     # address might belong to another array by then.
     references = tuple(weakref.ref(array) for array in arrays)
     sizes = {id(reference): array.nbytes for reference, array in zip(references, arrays, strict=True)}
-    return Request(arrays=sizes, headroom=headroom, keys=references)
+    return WiredRequest(arrays=sizes, headroom=headroom, keys=references)
 
 
 def check_wanted(wanted: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Request:
+class WiredRequest:
     """The memory that one live `with` wants resident.
 
     Attributes:
@@ -27,19 +27,19 @@ class Request:
     keys: tuple[object, ...] = ()
 
 
-def total_bytes(requests: Iterable[Request]) -> int:
+def total_bytes(requests: Iterable[WiredRequest]) -> int:
     """The memory that all requests together want resident.
 
     Each distinct array counts once, with the largest headroom that any request gives it; bytes asked for outright
     add up.
 
     Examples:
-        >>> model = Request(arrays={"weight": 100}, headroom=0.2)
-        >>> total_bytes([model, model, Request(extra_bytes=5)])
+        >>> model = WiredRequest(arrays={"weight": 100}, headroom=0.2)
+        >>> total_bytes([model, model, WiredRequest(extra_bytes=5)])
         125
     """
     extra = 0
-    by_headroom: dict[float, list[Request]] = {}
+    by_headroom: dict[float, list[WiredRequest]] = {}
     for request in requests:
         extra += request.extra_bytes
         by_headroom.setdefault(request.headroom, []).append(request)
@@ -55,11 +55,11 @@ def total_bytes(requests: Iterable[Request]) -> int:
     return extra + total
 
 
-def rule(requests: Iterable[Request], baseline_bytes: int, cap_bytes: int) -> int:
+def rule(requests: Iterable[WiredRequest], baseline_bytes: int, cap_bytes: int) -> int:
     """The limit that has to hold while these requests are live: `min(cap, max(baseline, total))`.
 
     Examples:
-        >>> rule([Request(extra_bytes=30)], baseline_bytes=10, cap_bytes=20)
+        >>> rule([WiredRequest(extra_bytes=30)], baseline_bytes=10, cap_bytes=20)
         20
     """
     return min(cap_bytes, max(baseline_bytes, total_bytes(requests)))
@@ -88,7 +88,7 @@ class Registry:
         self._clear_cache = clear_cache
         self._lock = threading.RLock()
         self._tokens = itertools.count()
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, WiredRequest] = {}
         self._left: list[int] = []
         self._settling = False
         self._baseline: int | None = None  # None while nobody has changed the limit
@@ -109,7 +109,7 @@ class Registry:
         """A name for a request that is about to be made."""
         return next(self._tokens)
 
-    def enter(self, token: int, request: Request, cap_bytes: int) -> int:
+    def enter(self, token: int, request: WiredRequest, cap_bytes: int) -> int:
         """Add a request and raise the limit to what the rule says.
 
         Args:
