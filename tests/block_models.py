@@ -3,7 +3,12 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.checkpointing.blocks import blocks_of
+from mlx_tune.quantization.dry_run import plan_quantization
+from mlx_tune.quantization.learning.gptq_model import gptq_model
+from mlx_tune.quantization.methods import install
 from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
 
 
 class Block(nn.Module):
@@ -43,3 +48,9 @@ def make(chained=True):
     model = Tied(chained)
     mx.eval(model.parameters())
     return model
+
+
+def quantized(model, bits, batches):
+    """Quantize a model by GPTQ, in groups of 64; what became of each layer."""
+    layers = plan_quantization(model, bits, 64).layers
+    return gptq_model(WalkedModel(model), layers, batches, install=install, blocks=blocks_of(model))

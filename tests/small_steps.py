@@ -14,6 +14,18 @@ import mlx.optimizers as optim
 ROWS = 100
 
 
+def training_step(model, optimizer, loss_of):
+    """A step on one batch `x`: the loss `loss_of(model, x)`, and the model's update."""
+    grad = nn.value_and_grad(model, loss_of)
+
+    def step(x):
+        loss, gradients = grad(model, x)
+        optimizer.update(model, gradients)
+        return loss
+
+    return step
+
+
 def build(dropout=0.0, compiled=False):
     """Step, make_batch and state; a batch is `[n, 100, 64]`."""
     mx.random.seed(0)
@@ -21,13 +33,7 @@ def build(dropout=0.0, compiled=False):
     model.train()
     mx.eval(model.parameters())
     optimizer = optim.AdamW(1e-4)
-    grad = nn.value_and_grad(model, lambda model, x: (model(x) - x).square().mean())
-
-    def step(x):
-        loss, gradients = grad(model, x)
-        optimizer.update(model, gradients)
-        return loss
-
+    step = training_step(model, optimizer, lambda model, x: (model(x) - x).square().mean())
     if compiled:
         held = [model.state, optimizer.state, mx.random.state]
         step = mx.compile(step, inputs=held, outputs=held)

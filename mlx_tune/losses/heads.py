@@ -101,31 +101,22 @@ class Head:
         Returns:
             The losses, the gradient of `hidden`, and those of the wanted arrays, in float32 where that costs little.
         """
-        if self._weight is None:
-            return self._general_vjp(arrays, hidden, losses_of, cotangent, wanted)
-        logits = self.logits(arrays, hidden).astype(mx.float32)
-        (losses,), (slopes,) = mx.vjp(lambda logits: [losses_of(logits)], [logits], [cotangent])
-        # Half-precision products summed over chunks would be further off than the one product of a plain loss.
-        wide = hidden.astype(mx.float32)
-        of_arrays = [slopes.T @ wide if i == self._weight else slopes.sum(0) for i in wanted]
-        return losses, slopes.astype(hidden.dtype) @ arrays[self._weight], of_arrays
+        if self._weight is not None:
+            logits = self.logits(arrays, hidden).astype(mx.float32)
+            (losses,), (slopes,) = mx.vjp(lambda logits: [losses_of(logits)], [logits], [cotangent])
+            # Half-precision products summed over chunks would be further off than the one product of a plain loss.
+            wide = hidden.astype(mx.float32)
+            of_arrays = [slopes.T @ wide if i == self._weight else slopes.sum(0) for i in wanted]
+            return losses, slopes.astype(hidden.dtype) @ arrays[self._weight], of_arrays
 
-    def _general_vjp(
-        self,
-        arrays: Sequence[mx.array],
-        hidden: mx.array,
-        losses_of: Callable[[mx.array], mx.array],
-        cotangent: mx.array,
-        wanted: Sequence[int],
-    ) -> tuple[mx.array, mx.array, list[mx.array]]:
-        def function(hidden: mx.array, *some: mx.array) -> list[mx.array]:
+        def losses_from(hidden: mx.array, *some: mx.array) -> list[mx.array]:
             own = list(arrays)
             for i, array in zip(wanted, some, strict=True):
                 own[i] = array
             return [losses_of(self.logits(own, hidden).astype(mx.float32))]
 
         given = [arrays[i].astype(mx.float32) if self._is_adapter(i) else arrays[i] for i in wanted]
-        (losses,), (gradient, *of_arrays) = mx.vjp(function, [hidden, *given], [cotangent])
+        (losses,), (gradient, *of_arrays) = mx.vjp(losses_from, [hidden, *given], [cotangent])
         return losses, gradient, of_arrays
 
     def _is_adapter(self, number: int) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from command_help import help_of
 
 from mlx_tune.cli import SUBCOMMANDS, main
 
@@ -10,12 +11,6 @@ from mlx_tune.cli import SUBCOMMANDS, main
 @pytest.fixture(autouse=True)
 def eighty_columns(monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-
-
-def help_of(command: str, capsys) -> str:
-    with pytest.raises(SystemExit):
-        main([*([command] if command else []), "--help"])
-    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", SUBCOMMANDS)

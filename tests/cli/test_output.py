@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from command_help import help_of
 
 from mlx_tune.cli import SUBCOMMANDS, main
 from mlx_tune.cli.output import command_lines
@@ -15,12 +16,6 @@ from mlx_tune.cli.output import command_lines
 @pytest.fixture(autouse=True)
 def eighty_columns(monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-
-
-def help_of(command: str, capsys) -> str:
-    with pytest.raises(SystemExit):
-        main([*([command] if command else []), "--help"])
-    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["", *SUBCOMMANDS])

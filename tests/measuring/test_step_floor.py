@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
+import small_steps
 
 import mlx_tune as mt
 from mlx_tune.batching import probe
@@ -23,13 +24,7 @@ def deep(layers):
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
     optimizer = optim.AdamW(1e-4)
     mx.eval(model.parameters())
-    grad = nn.value_and_grad(model, lambda model, x: model(x).square().mean())
-
-    def step(x):
-        loss, gradients = grad(model, x)
-        optimizer.update(model, gradients)
-        return loss
-
+    step = small_steps.training_step(model, optimizer, lambda model, x: model(x).square().mean())
     return step, lambda n: mx.ones((n, 8)), (model, optimizer)
 
 

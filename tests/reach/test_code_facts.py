@@ -1,16 +1,6 @@
+from slotted import Single, Slotted
+
 from mlx_tune.reach.code_facts import slot_names
-
-
-class Slotted:
-    __slots__ = ("__private", "__weakref__", "seen")
-
-    def __init__(self):
-        self.seen = [1]
-        self.__private = "a"
-
-
-class Single:
-    __slots__ = "only"
 
 
 def test_slots_have_the_names_they_have_outside():

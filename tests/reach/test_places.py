@@ -7,6 +7,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from slotted import Single, Slotted
 
 import mlx_tune as mt
 from mlx_tune.reach.code_facts import slot_names
@@ -21,18 +22,6 @@ from mlx_tune.reach.places import (
     SelectedItems,
     Sequence,
 )
-
-
-class Slotted:
-    __slots__ = ("__private", "__weakref__", "seen")
-
-    def __init__(self):
-        self.seen = [1]
-        self.__private = "a"
-
-
-class Single:
-    __slots__ = "only"
 
 
 class Holder:

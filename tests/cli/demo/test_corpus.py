@@ -1,21 +1,9 @@
 from __future__ import annotations
 
-import sysconfig
-from pathlib import Path
-
 import pytest
 
 from mlx_tune.cli.demo.corpus import read_corpus
 from mlx_tune.errors import InvalidArgumentError
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A dozen of the standard library's modules."""
-    folder = tmp_path_factory.mktemp("text")
-    for source in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:24]:
-        (folder / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    return folder
 
 
 def test_held_out_text_is_apart_from_training_text(text):

@@ -10,15 +10,6 @@ import mlx_tune as mt
 from mlx_tune.quantization.judging.accuracy import LanguageAccuracy, LossAccuracy, OutputAccuracy
 
 
-@pytest.fixture(scope="module")
-def report() -> mt.QuantizationReport:
-    model = toys.llama(tied=False)
-    batches = [toys.tokens(seed=i) for i in range(2)]
-    return mt.quantize_model(
-        model, 4, 64, skip="*.1.mlp.down_proj", evaluation=batches, calibration=batches[:1], progress=False
-    )
-
-
 def test_it_says_what_was_done(report: mt.QuantizationReport) -> None:
     text = str(report)
     assert "Quantization report (optimal, measured)" in text

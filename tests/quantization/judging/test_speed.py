@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
+from self_timed import Says, believed
 
 from mlx_tune.quantization.judging.timed_runs import measure_after, measure_before
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.sites import WalkedModel
-
-
-class Says(nn.Module):
-    """Its answer is the seconds that it takes: so many for a token."""
-
-    def __init__(self, each: float) -> None:
-        super().__init__()
-        self.each = each
-
-    def __call__(self, x: mx.array) -> float:
-        return self.each * x.shape[1]
-
-
-def believed(run):
-    """The seconds that a model says it takes."""
-    return run()
 
 
 def tokens(length: int = 100) -> Batch:

@@ -1,7 +1,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from block_models import make, tokens
+from block_models import make, quantized, tokens
 
 from mlx_tune.checkpointing.blocks import blocks_of
 from mlx_tune.errors import QuantizationError
@@ -20,13 +20,7 @@ def test_blocks_make_up_for_what_those_before_them_lost(monkeypatch):
     for share in (0.0, 0.5):
         monkeypatch.setattr(drift_correction, "_SHARE", share)
         model = make()
-        gptq_model(
-            WalkedModel(model),
-            plan_quantization(model, 2, 64).layers,
-            tokens(32),
-            install=install,
-            blocks=blocks_of(model),
-        )
+        quantized(model, 2, tokens(32))
         found.append(sum(mx.square(model(b.shifted[0]) - twin(b.shifted[0])).sum().item() for b in tokens(2)))
     assert found[1] < 0.97 * found[0]
 
@@ -37,13 +31,7 @@ def test_layers_learn_from_quantized_ones_of_their_own_block(monkeypatch):
         if not staged:
             monkeypatch.setattr(Propagation, "stages", lambda self, step, modules: [list(modules)])
         model = make()
-        gptq_model(
-            WalkedModel(model),
-            plan_quantization(model, 2, 64).layers,
-            tokens(32),
-            install=install,
-            blocks=blocks_of(model),
-        )
+        quantized(model, 2, tokens(32))
         found.append(sum(mx.square(model(b.shifted[0]) - twin(b.shifted[0])).sum().item() for b in tokens(2)))
     assert found[0] < 0.99 * found[1]
 
@@ -74,9 +62,7 @@ def test_a_model_is_quantized_block_by_block(chained):
 def test_a_layer_that_does_not_gain_keeps_the_start(monkeypatch):
     monkeypatch.setattr(passes, "_error", lambda *_: 1.0)
     model = make()
-    done = gptq_model(
-        WalkedModel(model), plan_quantization(model, 4, 64).layers, tokens(2), install=install, blocks=blocks_of(model)
-    )
+    done = quantized(model, 4, tokens(2))
     assert {layer.method for layer in done} == {"optimal"}
     assert any("gptq's output error was 1 against 1" in (layer.note or "") for layer in done)
 
@@ -84,9 +70,7 @@ def test_a_layer_that_does_not_gain_keeps_the_start(monkeypatch):
 def test_lookups_alone_have_nothing_to_correct():
     mx.random.seed(0)
     model = nn.Sequential(nn.Embedding(40, 64), nn.Linear(64, 8))
-    done = gptq_model(
-        WalkedModel(model), plan_quantization(model, 4, 64).layers, tokens(2), install=install, blocks=blocks_of(model)
-    )
+    done = quantized(model, 4, tokens(2))
     assert done[0].method == "optimal"
     assert "lookups only" in done[0].note
 

@@ -3,16 +3,13 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import quantization_toys as toys
-from block_models import make, tokens
+from block_models import make, quantized, tokens
 from mlx.utils import tree_flatten
 
 from mlx_tune.checkpointing.blocks import blocks_of
-from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.learning import drift_correction
 from mlx_tune.quantization.learning import gptq_model as passes
-from mlx_tune.quantization.learning.gptq_model import gptq_model
 from mlx_tune.quantization.learning.propagation import Propagation
-from mlx_tune.quantization.methods import install
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.interception import forward_steps
 from mlx_tune.quantization.models.sites import WalkedModel
@@ -39,13 +36,7 @@ def test_one_large_batch_is_as_good_as_many_small_ones(monkeypatch):
     found = []
     for calibration in (many, one):
         model = make()
-        done = gptq_model(
-            WalkedModel(model),
-            plan_quantization(model, 3, 64).layers,
-            calibration,
-            install=install,
-            blocks=blocks_of(model),
-        )
+        done = quantized(model, 3, calibration)
         found.append((done, model.layers[2].two.weight))
     assert found[0][0] == found[1][0]
     assert mx.array_equal(found[0][1], found[1][1]).item()
@@ -59,13 +50,7 @@ def test_both_ways_of_running_blocks_learn_the_same(monkeypatch):
     found = []
     for chained in (True, False):
         model = make(chained)
-        gptq_model(
-            WalkedModel(model),
-            plan_quantization(model, 4, 64).layers,
-            tokens(3),
-            install=install,
-            blocks=blocks_of(model),
-        )
+        quantized(model, 4, tokens(3))
         found.append(dict(tree_flatten(model.parameters())))
     for name, array in found[0].items():
         if "scales" in name:
