@@ -72,18 +72,25 @@ class LimitSearch:
         most_timed: The most steps under one limit that are timed before it counts as fast enough, if it was not shown
             to be slow.
         most_steps: The most steps in all.
+        told: Called with each limit that was tried, as it stands then.
 
     Attributes:
         free: The free steps, as measured.
     """
 
     def __init__(
-        self, run: Callable[[int | None], StepTrial], *, slowdown: float, most_timed: int = 4, most_steps: int = 60
+        self,
+        run: Callable[[int | None], StepTrial],
+        *,
+        slowdown: float,
+        most_timed: int = 4,
+        most_steps: int = 60,
+        told: Callable[[LimitTrial], object] = lambda trial: None,
     ) -> None:
         """Begin with nothing measured."""
         self._run, self._allowed = run, math.log1p(slowdown)
         self._turns, self._timed = max(1, math.ceil(most_timed / _TIMED)), min(_TIMED, most_timed)
-        self._most, self._steps = most_steps, 0
+        self._most, self._steps, self._told = most_steps, 0, told
         self.free: list[StepTrial] = []
         self._free: list[_Reading] = []
         self._limited: dict[int, list[_Reading]] = {}
@@ -173,6 +180,7 @@ class LimitSearch:
 
     def _fast_enough(self, limit: int, turns: int) -> bool:
         self._fits[limit] = self._judge(limit, turns)
+        self._told(self._trial(limit))
         return self._fits[limit]
 
     def _judge(self, limit: int, turns: int) -> bool:

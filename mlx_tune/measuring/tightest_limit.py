@@ -167,7 +167,10 @@ def tightest_limit(
             bar.update(text="no limit" if limit is None else f"limit {format_bytes(limit)}")
             return run_step(step, args, state, limit)
 
-        search = LimitSearch(run, slowdown=slowdown, most_timed=repeats)
+        def ended(trial: LimitTrial) -> None:
+            bar.ended(f"limit {format_bytes(trial.limit_bytes)}: {trial.slowdown:+.1%} in time")
+
+        search = LimitSearch(run, slowdown=slowdown, most_timed=repeats, told=ended)
         high = search.begin()
         trials = search.trials(resident, high, max(1, int(RESOLUTION * high)))
     free = search.free
