@@ -5,12 +5,12 @@ being the same everywhere: a rank that asks for another exchange than the others
 """
 
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from launching import launched
 
 from mlx_tune.batching.journal import Journal
 from mlx_tune.batching.journal_lines import started
@@ -50,9 +50,7 @@ def launch(tmp_path, mode):
     root = Path(__file__).parents[2]
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(path=[str(root), str(root / "tests")], mode=mode))
-    launcher = Path(sys.executable).with_name("mlx.launch")
-    command = [str(launcher), "-n", "2", "--backend", "ring", "--", sys.executable, str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(launched(str(script)), capture_output=True, text=True, timeout=240, check=False)
     lines = sorted(line[line.index("rank ") :] for line in done.stdout.splitlines() if "rank " in line)
     assert len(lines) == 2, done.stdout + done.stderr
     return lines

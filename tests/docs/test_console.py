@@ -13,7 +13,6 @@ import functools
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import textwrap
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from launching import LAUNCHER, free_port
 from page_output import matches
 
 ROOT = Path(__file__).parents[2]
@@ -82,9 +82,7 @@ def folder(tmp_path_factory, model_folder, data_folder):
 def run(words: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ, HF_HUB_OFFLINE="1", COLUMNS="120", NO_COLOR="1")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/benchmarks")])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     words = tuple(port if word == _FREE_PORT else word for word in words)
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -94,8 +92,7 @@ def here(words: list[str]) -> list[str]:
     program, *rest = words
     if program == "mlx.launch":
         dashes = rest.index("--") if "--" in rest else len(rest)
-        launch = str(Path(sys.executable).with_name("mlx.launch"))
-        return [launch, *rest[:dashes], "--starting-port", _FREE_PORT, "--", *here(rest[dashes + 1 :])]
+        return [LAUNCHER, *rest[:dashes], "--starting-port", _FREE_PORT, "--", *here(rest[dashes + 1 :])]
     if [program, *rest[:2]] == ["uv", "run", "python"]:
         program, rest = "python", rest[2:]
     assert program in ("mlx-tune", "python"), f"run it here, or say why not: <!-- not run: ... -->: {shlex.join(words)}"

@@ -2,10 +2,9 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from launching import launched
 
 from mlx_tune.errors import TrialError
 
@@ -43,32 +42,21 @@ open(sys.argv[1] + str(group.rank()), "w").write(json.dumps(said))
 """
 
 
-def launched(tmp_path, *arguments):
+def said_by_both(tmp_path, *arguments):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    launch = [
-        str(Path(sys.executable).parent / "mlx.launch"),
-        "-n",
-        "2",
-        "--backend",
-        "ring",
-        "--python",
-        sys.executable,
-    ]
-    subprocess.run(
-        [*launch, str(script), str(tmp_path / "said"), *arguments], check=True, timeout=240, cwd=tmp_path,
-        capture_output=True,
-    )  # fmt: skip
+    words = launched(str(script), str(tmp_path / "said"), *arguments)
+    subprocess.run(words, check=True, timeout=240, cwd=tmp_path, capture_output=True)
     return [json.loads((tmp_path / f"said{rank}").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.slow
 def test_two_ranks_on_loopback_come_to_the_same_answer(tmp_path):
-    first, second = launched(tmp_path)
+    first, second = said_by_both(tmp_path)
     assert first == second
     assert first[3] == 20_000_000
 
 
 @pytest.mark.slow
 def test_a_rank_that_raises_stops_the_other(tmp_path):
-    assert launched(tmp_path, "raise") == [TrialError.__name__, "ValueError"]
+    assert said_by_both(tmp_path, "raise") == [TrialError.__name__, "ValueError"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from launching import launched
 
 pytestmark = pytest.mark.slow
 
@@ -19,14 +19,8 @@ SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
 def run(folder: Path, task: str, ranks: int) -> None:
-    alone = [sys.executable, str(SCRIPT), str(folder), task]
-    words = alone
-    if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launch = str(Path(sys.executable).parent / "mlx.launch")
-        words = [launch, "-n", str(ranks), "--backend", "ring", "--starting-port", str(port), "--", *alone]
+    words = [str(SCRIPT), str(folder), task]
+    words = launched(*words, ranks=ranks) if ranks > 1 else [sys.executable, *words]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
