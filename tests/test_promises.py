@@ -18,8 +18,8 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up = nn.Linear(64, 128)
-        self.down = nn.Linear(128, 64)
+        self.up = nn.Linear(128, 256)
+        self.down = nn.Linear(256, 128)
         self.dropout = nn.Dropout(0.1)
 
     def __call__(self, x):
@@ -70,7 +70,7 @@ class Job:
 
     @staticmethod
     def make_batch(n):
-        return mx.ones((n, 16, 64))
+        return mx.ones((n, 16, 128))
 
     def everything(self):
         """Values of arrays, flags, classes, limits and the random stream, comparable with ==."""
@@ -121,7 +121,7 @@ FAILING = {
     ),
     "quantize_model, swapped arguments": lambda job: mt.quantize_model(job.model, 64, 4, progress=False),
     "quantize_model, an evaluation that fails": lambda job: mt.quantize_model(
-        job.model, 4, 64, evaluation=[mx.ones((2, 3, 63))], progress=False
+        job.model, 4, 64, evaluation=[mx.ones((2, 3, 127))], progress=False
     ),
     "autofit, a step that raises": lambda job: mt.autofit(
         job.model, job.broken_step, job.make_batch, budget="200MB", state=job.state
@@ -176,7 +176,7 @@ def test_3_measured_and_predicted_stand_apart():
 
 
 def test_4_a_skipped_layer_is_listed_with_its_reason():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(80, 64), nn.Conv1d(4, 4, 3))
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(80, 64), nn.Conv1d(4, 4, 3))
     report = mt.quantize_model(model, 4, 64, method="nearest", progress=False)
     reasons = {row.path: row.reason for row in report.skipped}
     assert set(reasons) == {"layers.1", "layers.2"}

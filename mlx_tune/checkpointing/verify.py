@@ -17,6 +17,7 @@ from mlx_tune.checkpointing.blocks import checkpoint_blocks
 from mlx_tune.checkpointing.verify_report import VERDICTS, GradientDifference, VerifyReport
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.graphs.tracing.trace import taking
+from mlx_tune.measuring.float32_products import rounds_factors
 from mlx_tune.reach.walk import Walk
 from mlx_tune.state import Snapshot
 from mlx_tune.units import number
@@ -216,12 +217,17 @@ def _compared(
 
 def _rounding(dtype: mx.Dtype) -> float:
     """The distance that two orders of the same sum may be apart, relative to its value."""
-    return _RELATIVE.get(dtype, 1e-6)
+    return max(_RELATIVE.get(dtype, 1e-6), _of_factors(dtype))
 
 
 def _cancelled(dtype: mx.Dtype) -> float:
     """The remainder of terms that cancel, relative to their size."""
-    return max(1e-6, float(mx.finfo(dtype).eps))
+    return max(1e-6, float(mx.finfo(dtype).eps), _of_factors(dtype))
+
+
+def _of_factors(dtype: mx.Dtype) -> float:
+    """The rounding of the factors of float32 products, relative to them: TF32 keeps ten bits."""
+    return 2.0**-10 if dtype == mx.float32 and rounds_factors() else 0.0
 
 
 def _largest(gradient: mx.array) -> float:

@@ -81,7 +81,7 @@ def plans(models: tuple[str, ...]) -> dict[str, Any]:
             chosen = sum(1 for row in plan.blocks if row.checkpointed)
             cells = [f"{plan.predicted_peak_bytes / GB:.2f}", f"{plan.peak_bytes / GB:.2f}"]
             table.append(note([budget, f"{chosen} of {len(plan.blocks)}", *cells, f"{plan.measured_seconds:.4f}", ""]))
-            del job
+            del job, plan  # a plan keeps its model, which would count towards the next one's floor
             release()
         columns = ["budget", "checkpointed", "predicted peak GB", "measured GB", "seconds", "note"]
         print(render_table(columns, table, title=f"\nplan_checkpoints, {size}, batch {rows}"))

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
+from arithmetic import rounding
 from checkpoint_cases import WIDTH, batch, square
 from checkpoint_contract import apart
 from hypothesis import example, given, settings
@@ -171,7 +172,7 @@ def assert_same(kind, blocks, writes, **setting):
     plain, checked = (trained(kind, blocks, writes, wrap=wrap, **setting) for wrap in (False, True))
     assert [name for name, _ in plain] == [name for name, _ in checked]
     for (name, a), (_, b) in zip(plain, checked, strict=True):
-        assert mx.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True).item(), (name, a, b)
+        assert mx.allclose(a, b, rtol=rounding(1e-5), atol=rounding(1e-6), equal_nan=True).item(), (name, a, b)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

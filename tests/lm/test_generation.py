@@ -12,6 +12,7 @@ from workload_models import language_model
 
 import mlx_tune as mt
 from mlx_tune import lm
+from mlx_tune.devices import backend
 from mlx_tune.lm.generation import grow
 from mlx_tune.lm.generation_result import GenerationTrial
 
@@ -92,6 +93,7 @@ def test_caches_have_their_final_length(toy) -> None:
     assert peaks[600] - peaks[30] >= 4 * 3 * 2 * 32 * 4 * 512  # rows, layers, keys and values, head, bytes, tokens
 
 
+@pytest.mark.skipif(backend() == "cuda", reason="CUDA has no packed product of 32 inputs: ml-explore/mlx#2536")
 def test_a_quantized_cache_takes_less(toy) -> None:
     model = toy()
     options = {"prompt_tokens": 8, "max_tokens": 400, "budget": "1GB", "max_batch": 4, "steps": 2, "progress": False}

@@ -2,15 +2,21 @@ import math
 
 import mlx.core as mx
 
+from mlx_tune.devices import backend
 from mlx_tune.diagnosis.checks import kernels
 from mlx_tune.quantization.planning import kernel_trials
 
 
 def test_packed_products_in_the_shapes_of_common_models_are_right_here():
     result = kernels.quantized_kernels.run()
+    assert result.figures["tried"] == len(kernels.SHAPES)
+    if backend() == "cuda":  # its kernel for 4 bits is wrong at narrow inputs: docs/upstream.md
+        [fault] = result.figures["faults"]
+        assert "product of 64 inputs in 4 bits" in fault
+        return
     assert result.status == "pass"
     assert result.summary.startswith(f"{len(kernels.SHAPES)} kinds of packed weights")
-    assert result.figures == {"tried": len(kernels.SHAPES), "faults": []}
+    assert result.figures["faults"] == []
 
 
 def test_a_wrong_one_is_named_with_the_way_out(monkeypatch):
@@ -41,4 +47,4 @@ def test_a_missing_one_is_named_in_mlxs_words(monkeypatch):
     monkeypatch.setattr(kernel_trials, "MLX", kernel_trials.Kernels(gather=gather))
     result = kernels.quantized_kernels.run()
     assert result.status == "warn"
-    assert "No implementation for problem shape" in result.summary
+    assert any("No implementation for problem shape" in fault for fault in result.figures["faults"])
