@@ -22,7 +22,7 @@ from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.step_calls import require_functions
 from mlx_tune.graphs.tracing.trace import step_of_batches
 from mlx_tune.interrupts import uninterrupted
-from mlx_tune.measuring.forecast import Forecast
+from mlx_tune.measuring.forecast import Forecast, timing_margin
 from mlx_tune.measuring.half_precision import slow_half_precision
 from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.measuring.step_floor import StepFloor
@@ -123,7 +123,7 @@ def autobatch(
         if isolate is not None:
             left = ranks.smallest(ranks.agree(lambda: _beside_parent(allowed)))
             isolated = IsolatedProbe(isolate, left, trial_timeout, note)
-            session = Session(_through(isolated, note, ranks), sizes, left, steps, bar)
+            session = Session(_through(isolated, note, ranks), sizes, left, steps, bar, margin=timing_margin())
             session.foresee(lambda: Forecast.of_knots(ranks.first_knots(lambda: isolated.knots(sizes))))
             found = session.largest()
             if found.size is None:
@@ -137,7 +137,7 @@ def autobatch(
             with uninterrupted(), quick_collections(), ranks.agree(lambda: Snapshot(state, spill=True)) as before:
                 step = ranks.agree(partial(step_of_batches, step, make_batch, sizes[0], state))
                 probe = Probe(step, make_batch, state, int(allowed), restore=before.restore, ranks=ranks)
-                session = Session(_through(probe, note, ranks), sizes, int(allowed), steps, bar)
+                session = Session(_through(probe, note, ranks), sizes, int(allowed), steps, bar, margin=timing_margin())
                 session.notes += slow_half_precision(state, bar)
                 floor = StepFloor(step, make_batch, state)
                 session.look_ahead(

@@ -68,6 +68,7 @@ class Probe:
     unit: str = "rows"
     seen: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     _warm: bool = False
+    _taken: list[tuple[bool, float]] = field(default_factory=list)  # since the last trial: a size's first; its seconds
     _shapes: dict[tuple[object, ...], int] = field(default_factory=dict)
     _rows: set[tuple[int, int]] | None = None  # axes that were as long as the size, every time
 
@@ -115,7 +116,14 @@ class Probe:
         gc.collect()
         mx.clear_cache()
         swapped = max(0, devices.swap_used_bytes() - swap)
-        trials[-1] = replace(trials[-1], footprint_bytes=devices.footprint_bytes(), swapped_bytes=swapped)
+        trials[-1] = replace(
+            trials[-1],
+            footprint_bytes=devices.footprint_bytes(),
+            swapped_bytes=swapped,
+            first_seconds=sum(seconds for first, seconds in self._taken if first),
+            repeated_seconds=sum(seconds for first, seconds in self._taken if not first),
+        )
+        self._taken.clear()
         if swapped > max(_SWAP_BYTES, _SWAP_SHARE * self.budget_bytes):
             trials[-1] = replace(trials[-1], fits=False, reason=f"the system swapped {format_bytes(swapped)}")
         return trials
@@ -321,7 +329,9 @@ class Probe:
 
     def _together(self, batch: object, limit: int, size: int, cache: int | None) -> StepTrial:
         """A step that all ranks take at once."""
-        return self.ranks.step(lambda: self._step_once(batch, limit, size, cache))
+        reading = self.ranks.step(lambda: self._step_once(batch, limit, size, cache))
+        self._taken.append((size not in self.seen, reading.seconds))
+        return reading
 
     def _step_once(self, batch: object, limit: int, size: int, cache: int | None) -> StepTrial:
         reading = run_step(self.step, (batch,), self.state, limit, cache_limit_bytes=cache, judge=fault_of)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from mlx_tune.measuring.forecast import ESTIMATE_MARGIN
 from mlx_tune.memory import held_limits
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
@@ -41,6 +42,9 @@ class Trial:
         fits: True where peak and cache stay within the budget under that limit.
         footprint_bytes: The memory that the system charged the process with after the trial.
         swapped_bytes: The growth of the system's swap during the trial.
+        first_seconds: The time of the size's first step, which traces it and compiles its kernels; with the first
+            trial, that of the step taken beforehand as well.
+        repeated_seconds: The time of all its other steps, under whatever limit.
         reason: Why it does not fit, where that is not the peak.
     """
 
@@ -58,6 +62,8 @@ class Trial:
     steps: int = 0
     footprint_bytes: int | None = None
     swapped_bytes: int = 0
+    first_seconds: float = 0.0
+    repeated_seconds: float = 0.0
     reason: str | None = None
 
     @property
@@ -131,6 +137,16 @@ class AutobatchResult(Tabular):
         return 0.0 if chosen.ran_free else free.items_per_second / chosen.items_per_second - 1
 
     @property
+    def first_seconds(self) -> float:
+        """The part of the search that went into the first step of each size, which traces it and compiles kernels."""
+        return sum(trial.first_seconds for trial in self.trials)
+
+    @property
+    def repeated_seconds(self) -> float:
+        """The part of the search that went into all other steps."""
+        return sum(trial.repeated_seconds for trial in self.trials)
+
+    @property
     def _chosen(self) -> Trial | None:
         return next((t for t in reversed(self.trials) if t.batch_size == self.batch_size and t.fits), None)
 
@@ -153,7 +169,8 @@ class AutobatchResult(Tabular):
         """Everything, ready for JSON."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         trials = [trial.to_dict() for trial in self.trials]
-        return fields | {"slowdown": self.slowdown, "trials": trials, "notes": list(self.notes)}
+        spent = {"first_seconds": self.first_seconds, "repeated_seconds": self.repeated_seconds}
+        return fields | spent | {"slowdown": self.slowdown, "trials": trials, "notes": list(self.notes)}
 
     def table(self) -> Table:
         """The answer, and a table of the trials behind it."""
@@ -185,12 +202,14 @@ class AutobatchResult(Tabular):
         limit = format_limit(self.limit_bytes)
         lines.append(f"the peak holds under a memory limit of {limit}: in Python, train inside result.applied()")
         if self.next_size is not None and not self.next_measured:
-            lines.append(
-                f"batch {self.next_size} was not tried: it is predicted to need {_bytes(self.next_bytes)}"
-                if self.next_bytes is not None
-                else f"batch {self.next_size} was not tried"
-            )
+            lines.append(self._untried())
         lines.extend(self._speed())
+        if self.repeated_seconds:
+            lines.append(
+                f"the search took {format_seconds(self.search_seconds)}: {format_seconds(self.first_seconds)} in the "
+                f"first step of each size, which traces it and compiles its kernels, "
+                f"{format_seconds(self.repeated_seconds)} in other steps"
+            )
         footprints = [trial.footprint_bytes for trial in self.trials if trial.footprint_bytes is not None]
         if footprints:
             lines.append(
@@ -198,6 +217,14 @@ class AutobatchResult(Tabular):
                 f"Python, libraries and buffers kept for reuse"
             )
         return lines
+
+    def _untried(self) -> str:
+        if self.next_bytes is None:
+            return f"batch {self.next_size} was not tried"
+        line = f"batch {self.next_size} was not tried: it is predicted to need {_bytes(self.next_bytes)}"
+        if self.next_bytes > self.budget_bytes:
+            return line
+        return f"{line}, too near the budget: on a GPU peaks were up to {format_percent(ESTIMATE_MARGIN, 0)} above that"
 
     def _speed(self) -> list[str]:
         """The cost of the limit, and the way to ask for less of it."""

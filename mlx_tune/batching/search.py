@@ -69,6 +69,7 @@ def search(
     shape: Callable[[int], float] | None = None,
     look: Callable[[int], bool] | None = None,
     start: int = 0,
+    margin: float = 0.0,
 ) -> Found:
     """Find the largest of `sizes` that fits.
 
@@ -85,6 +86,8 @@ def search(
         look: Makes `shape` exact at a size; False where it was already. Called for each size before it is measured
             or ruled out, so that between those a shape may be cheap and rough.
         start: The position in `sizes` to begin at, where more than the smallest is known to be harmless.
+        margin: How far a peak may lie above what is expected of a size, as a share of what the step adds to what was
+            there before. A size that would be above the budget by it is not measured.
 
     Returns:
         The answer, and how the size above it was ruled out.
@@ -95,7 +98,7 @@ def search(
         >>> found.size, found.next_size, found.next_bytes
         (128, 129, 1003)
     """
-    curve = _Curve(budget_bytes, shape)
+    curve = _Curve(budget_bytes, shape, margin)
     low, high = -1, len(sizes)  # positions: the largest that fitted, the smallest that did not
     stalled = 0
     first = min(max(start, 0), len(sizes) - 1)
@@ -136,6 +139,7 @@ class _Curve:
 
     budget: int
     shape: Callable[[int], float] | None
+    margin: float = 0.0
     fitting: list[tuple[int, int]] = field(default_factory=list)  # size and peak, ascending
     above: dict[int, int] = field(default_factory=dict)
     scatter: float = 0.0  # how far peaks were from what three points foretold
@@ -259,6 +263,11 @@ class _Curve:
         last = self.fitting[-1]
         return last[1] + self.least_slope * (self.x(size) - self.x(last[0]))
 
+    def allows(self, size: int) -> bool:
+        """True where a larger size may be measured: it is expected within the budget, by the margin."""
+        least = self.least(size)
+        return least + self.margin * (least - (self.base or 0)) <= self.budget
+
     def predict(self, size: int) -> int:
         """The peak expected at a larger size; where that is uncertain, the least that it can be."""
         if not self.fitting:
@@ -281,7 +290,7 @@ def _next_position(curve: _Curve, sizes: Sequence[int], low: int, high: int, sta
         return None
     if not curve.fitting:  # peaks could not be read: nothing but halving is left
         return low + 1 if high == len(sizes) and low == 0 else (low + high) // 2
-    allowed = _last(lambda i: curve.least(sizes[i]) <= curve.budget, low, high)
+    allowed = _last(lambda i: curve.allows(sizes[i]), low, high)
     if allowed == low:
         return None
     if stalled >= 2:  # neither the line nor the bracket has helped twice over: halve, or double where nothing failed

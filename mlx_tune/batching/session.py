@@ -41,6 +41,7 @@ class Session:
         bar: Told what is being tried.
         trials: Everything that was measured, in order.
         notes: Remarks on what was out of the ordinary.
+        margin: How far a peak may lie above what is expected of its size, as a share of what the step adds.
     """
 
     runner: Runner
@@ -53,6 +54,7 @@ class Session:
     notes: list[str] = field(default_factory=list)
     forecast: Forecast | None = None
     start: int = 0
+    margin: float = 0.0
 
     def look_ahead(self, estimate: Callable[[int], Floor], warm: Callable[[int, int], bool]) -> None:
         """Read the step's graph where that is possible, so that fewer sizes have to be tried.
@@ -114,6 +116,7 @@ class Session:
                 shape=self.forecast,
                 look=None if self.forecast is None else self.forecast.look,
                 start=self.start,
+                margin=self.margin,
             )
             if found.size is None:
                 return found

@@ -31,6 +31,16 @@ def test_peaks_are_those_of_steps_that_ran_under_the_limit():
     assert trial.footprint_bytes > trial.peak_bytes
 
 
+def test_first_and_further_steps_are_timed_apart():
+    clock = probe()
+    [first, *_] = clock.trial(2, None, 2)
+    again = clock.trial(2, None, 2)[-1]
+    assert first.first_seconds > 0
+    assert first.repeated_seconds > 0
+    assert again.first_seconds == 0  # it was traced and compiled the time before
+    assert again.repeated_seconds > 0
+
+
 def test_limits_are_put_back():
     limit, cache = mx.set_memory_limit(10**9), mx.set_cache_limit(10**6)
     try:

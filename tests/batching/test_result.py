@@ -56,6 +56,19 @@ def test_the_table_says_what_was_tried_and_what_it_left_open():
     assert str(RESULT) == TABLE
 
 
+def test_a_size_left_out_for_the_margin_says_so():
+    near = dataclasses.replace(RESULT, next_bytes=990_000)
+    assert "batch 24 was not tried: it is predicted to need 990 kB, too near the budget: on a GPU peaks" in str(near)
+
+
+def test_the_time_of_the_search_is_told_apart():
+    times = [dataclasses.replace(t, first_seconds=0.4, repeated_seconds=0.1) for t in RESULT.trials[:2]]
+    found = with_trials(*times)
+    assert "the search took 1.50 s: 800 ms in the first step of each size" in str(found)
+    assert "200 ms in other steps" in str(found)
+    assert found.to_dict()["first_seconds"] == 0.8
+
+
 def with_trials(*trials):
     return dataclasses.replace(RESULT, trials=trials)
 

@@ -116,6 +116,41 @@ def test_an_exact_shape_takes_three_trials_and_none_is_above():
     assert max(taken) <= 4
 
 
+def test_a_margin_keeps_machines_whose_peaks_depend_on_timing_below_the_budget():
+    """What steps add is up to 1.5 % off the line, and the shape 3 %: without a margin half the searches go above."""
+    above, taken, shares = {0.0: 0, 0.03: 0}, [], []
+    for seed in range(400):
+        rng = random.Random(seed)
+        base, growth, off = rng.uniform(1e7, 3e9), rng.uniform(5e6, 2e8), rng.uniform(0.97, 1.03)
+        budget = int(base + growth * rng.uniform(8, 300))
+        expected = (budget - base) / growth
+
+        def peak(n, seed=seed, base=base, slope=growth * off):
+            return int(base + slope * n * random.Random(f"{seed} {n}").uniform(0.985, 1.015))
+
+        for margin in above:
+            measured = {}
+
+            def measure(n, predicted, measured=measured, peak=peak, budget=budget, base=base):
+                measured[n] = peak(n)
+                return SizeMeasurement(measured[n] <= budget, measured[n], int(base))
+
+            found = search(
+                measure, range(1, 10**6), budget, margin=margin, start=max(0, int(expected / 8) - 1),
+                shape=lambda n, base=base, growth=growth: base + growth * n,
+            )  # fmt: skip
+            above[margin] += max(measured.values()) > budget
+        taken.append(len(measured))
+        shares.append(found.size / max(n for n in range(1, int(1.2 * expected) + 2) if peak(n) <= budget))
+        assert found.next_measured or found.next_bytes * 1.03 > budget
+    assert above[0.0] >= 150
+    assert above[0.03] <= 8  # two in a hundred
+    assert sum(taken) / len(taken) <= 3.5
+    assert max(taken) <= 6
+    assert sum(shares) / len(shares) >= 0.96
+    assert min(shares) >= 0.8
+
+
 def bent(rng):
     """Flat, then straight: small batches need less than the optimizer's update does."""
     line, s = affine(rng)
