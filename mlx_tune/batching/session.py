@@ -41,7 +41,7 @@ class Session:
         bar: Told what is being tried.
         trials: Everything that was measured, in order.
         notes: Remarks on what was out of the ordinary.
-        margin: How far a peak may lie above what is expected of its size, as a share of what the step adds.
+        margin: The most that a peak may lie above what is expected of its size, as a share of what the step adds.
     """
 
     runner: Runner

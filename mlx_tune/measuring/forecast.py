@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def timing_margin() -> float:
-    """How far a peak may lie above the expected one here, as a share of what the step adds: not at all on a CPU.
+    """The most that a peak may lie above the expected one here, as a share of what the step adds: not at all on a CPU.
 
     A GPU gives buffers back when it is done with them, and chooses kernels by the size, so that the same step's peak
     was up to 3 % above what smaller batches foretold (docs/measurements/gpu.md).
