@@ -86,8 +86,8 @@ def search(
         look: Makes `shape` exact at a size; False where it was already. Called for each size before it is measured
             or ruled out, so that between those a shape may be cheap and rough.
         start: The position in `sizes` to begin at, where more than the smallest is known to be harmless.
-        margin: The most that a peak may lie above what is expected of a size, as a share of what the step adds to what was
-            there before. A size that would be above the budget by it is not measured.
+        margin: The most that a peak may lie above what is expected of a size, as a share of what the step adds to
+            what was there before. A size that would be above the budget by it is not measured.
 
     Returns:
         The answer, and how the size above it was ruled out.
