@@ -132,6 +132,7 @@ def autobatch(models: tuple[str, ...]) -> dict[str, Any]:
         ("1B", {}, "100GB"),
         ("8B", LORA, "40GB"),
         ("8B", LORA, "100GB"),
+        ("8B", QLORA, "40GB"),
     ]
     table, figures = [], []
     for size, options, budget in cases:
@@ -146,11 +147,13 @@ def autobatch(models: tuple[str, ...]) -> dict[str, Any]:
         figures.append({"model": size, "budget": budget, "search_seconds": seconds, **found.to_dict()})
         print(found, flush=True)
         cells = [found.batch_size, f"{found.peak_bytes / GB:.2f}", len(found.trials), above]
-        times = [f"{seconds:.1f}", f"{seconds / one['seconds']:.1f}"]
-        table.append(note([f"{size}{' LoRA' if options else ''}", budget, *cells, *times]))
+        times = [f"{seconds:.1f}", f"{found.first_seconds:.1f}", f"{found.repeated_seconds / one['seconds']:.1f}"]
+        kind = {"lora": " LoRA", "bits": " on 4 bits"}
+        table.append(note([size + "".join(kind[key] for key in options), budget, *cells, *times]))
         del job
         release()
-    columns = ["model", "budget", "batch", "peak GB", "trials", "above budget", "search s", "in steps"]
+    columns = ["model", "budget", "batch", "peak GB", "trials", "above budget"]
+    columns += ["search s", "of it in first steps", "other steps, in steps at the answer"]
     print(render_table(columns, table))
     return {"searches": figures}
 
