@@ -16,13 +16,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import ScratchFiles
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.trees import arrays_of, containers_of, outermost, state_arrays
-from mlx_tune.upstream import random_key
+from mlx_tune.upstream import random_key, set_mode
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
 
 
 class _Spilled:
@@ -270,3 +273,14 @@ def _put_back(
     wanted = {name: back(value) for name, value in items.items()}
     dict.clear(container)
     dict.update(container, wanted)
+
+
+@contextmanager
+def same_training(model: nn.Module) -> Iterator[None]:
+    """Put back each module's own training flag after the block: `model.train()` sets the same one everywhere."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            set_mode(module, training)

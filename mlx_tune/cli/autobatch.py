@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             ready.args,
             optimizer=ready.optimizer,
             valid_set=ready.valid_set,
+            plain_loss=ready.plain_loss,
             budget=arguments.memory_budget,
             max_batch=arguments.max_batch,
             target_batch=arguments.target_batch,

@@ -53,7 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     def find(ready: FineTuning) -> CheckpointPlan:
         return plan_checkpoints(
-            ready.model, ready.train_set, ready.args, optimizer=ready.optimizer, budget=arguments.memory_budget
+            ready.model,
+            ready.train_set,
+            ready.args,
+            optimizer=ready.optimizer,
+            plain_loss=ready.plain_loss,
+            budget=arguments.memory_budget,
         )
 
     size = [] if arguments.batch_size is None else ["--batch-size", str(arguments.batch_size)]

@@ -45,7 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
         ready = prepare_run(arguments, lazy=True)
         with progress_bar("estimate") as bar:
             bar.update(text="reading the step's graph")
-            estimate = estimate_memory(ready.model, ready.train_set, ready.args, optimizer=ready.optimizer)
+            estimate = estimate_memory(
+                ready.model, ready.train_set, ready.args, optimizer=ready.optimizer, plain_loss=ready.plain_loss
+            )
         save_plot(estimate, arguments.plot)
     budget = None if arguments.memory_budget is None else resolve_budget(arguments.memory_budget)
     fits = budget is None or estimate.floor_bytes <= budget

@@ -20,6 +20,7 @@ PASSED_ON = (
     "max_seq_length",
     "grad_accumulation_steps",
     "grad_checkpoint",
+    "plain_loss",
     "mask_prompt",
     "seed",
     "trust_remote_code",
@@ -61,10 +62,22 @@ def add_fine_tuning(parser: argparse.ArgumentParser, *, batch: bool, checkpoint:
         group.add_argument(
             "--grad-checkpoint", action="store_true", default=None, help="checkpoint every block of the model"
         )
+    add_plain_loss(group)
     group.add_argument("--mask-prompt", action="store_true", default=None, help="leave prompts out of the loss")
     group.add_argument("--seed", type=int, metavar="N", help="seed of adapters and data (default: 0)")
     group.add_argument("-c", "--config", metavar="FILE", help="mlx_lm.lora's YAML file, for what has no flag")
     add_json(parser)
+
+
+def add_plain_loss(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--plain-loss`."""
+    parser.add_argument(
+        "--plain-loss",
+        action="store_true",
+        default=None,
+        help="hold the logits of the whole batch, as mlx-lm does (default: of a few tokens at a time, where the model "
+        "can be split)",
+    )
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:

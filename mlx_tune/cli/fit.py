@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             ready.args,
             optimizer=ready.optimizer,
             valid_set=ready.valid_set,
+            plain_loss=ready.plain_loss,
             budget=arguments.memory_budget,
             target_batch=arguments.target_batch,
             max_batch=arguments.max_batch,

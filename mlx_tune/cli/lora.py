@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.cli.arguments import Subcommand, make_parser
+from mlx_tune.cli.fine_tuning import add_plain_loss
 from mlx_tune.cli.output import (
     check_place,
     command_lines,
@@ -114,6 +115,7 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
     parser.add_argument(
         "--target-batch", type=int, metavar="N", help="rows that make up an update; auto chooses batch x accumulation"
     )
+    add_plain_loss(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     return parser
 
@@ -207,9 +209,11 @@ def _train(
     from mlx_lm.tuner.utils import print_trainable_parameters
 
     from mlx_tune.lm.lora import check_reporting, reporting_callback
+    from mlx_tune.lm.losses.next_token import choose_loss
     from mlx_tune.lm.training import train
 
     check_reporting(settings)
+    loss = choose_loss(ready.model, plain=ready.plain_loss)
     print_trainable_parameters(ready.model)
     fit = _choose(ready, settings)
     final = {**ready.settings, "lora_parameters": _lora_parameters(ready.settings)}
@@ -219,12 +223,19 @@ def _train(
     if is_first_rank():
         if fit is not None:
             say(f"{folded(fit)}\n")
-        say(_equivalent(final, fit, settings, arguments.passed_on) + "\n")
+        say(_equivalent(final, fit, settings, arguments.passed_on, linear=loss.linear) + "\n")
         folder = Path(settings["adapter_path"])
         write_whole(folder / "adapter_config.json", json.dumps(_plain(final), indent=4, sort_keys=True) + "\n")
     callback = reporting_callback(_plain(final))
     return train(
-        ready.model, ready.optimizer, ready.train_set, ready.valid_set, ready.args, fit=fit, training_callback=callback
+        ready.model,
+        ready.optimizer,
+        ready.train_set,
+        ready.valid_set,
+        ready.args,
+        fit=fit,
+        plain_loss=ready.plain_loss,
+        training_callback=callback,
     )
 
 
@@ -236,6 +247,7 @@ def _choose(ready: FineTuning, settings: dict[str, Any]) -> Fit | AutobatchResul
     shared: dict[str, Any] = {
         "optimizer": ready.optimizer,
         "budget": settings["memory_budget"],
+        "plain_loss": ready.plain_loss,
     }
     sizes: dict[str, Any] = {"valid_set": ready.valid_set, "target_batch": settings["target_batch"]}
     if batch == "largest":
@@ -262,7 +274,9 @@ def _plain(settings: dict[str, object]) -> dict[str, object]:
     }
 
 
-def _equivalent(final: dict[str, Any], fit: object, settings: dict[str, object], typed: Sequence[str]) -> str:
+def _equivalent(
+    final: dict[str, Any], fit: object, settings: dict[str, object], typed: Sequence[str], *, linear: bool
+) -> str:
     """The plain command that comes nearest, and what it cannot say."""
     words = ["mlx_lm.lora", *typed, "--batch-size", str(final["batch_size"])]
     if final["grad_accumulation_steps"] > 1 and "--grad-accumulation-steps" not in typed:
@@ -277,6 +291,8 @@ def _equivalent(final: dict[str, Any], fit: object, settings: dict[str, object],
         lines.append(f"  (it checkpoints every block; here {len(paths)} are: {', '.join(paths)})")
     elif settings["grad_checkpoint"] == "auto" and {"-c", "--config"} & set(typed):
         lines.append("  (take grad_checkpoint out of the configuration file: it would read auto as yes)")
+    if linear:
+        lines.append("  (it holds the logits of the whole batch; here those of a few tokens at a time are held)")
     limit = getattr(fit, "limit_bytes", None)
     if limit is not None:
         lines.append(f"  (it sets no memory limit; here it is {format_limit(limit)}, without which the peak is higher)")

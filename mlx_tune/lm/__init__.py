@@ -9,6 +9,7 @@ from mlx_tune.lm.fitting import autobatch, autofit, estimate_memory, plan_checkp
 from mlx_tune.lm.generation import autobatch_generate
 from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
 from mlx_tune.lm.loading import load
+from mlx_tune.lm.losses import loss
 from mlx_tune.lm.saving import save_quantized
 from mlx_tune.lm.steps import TrainingStep, training_step
 from mlx_tune.lm.tokens import read_texts, token_batches
@@ -27,6 +28,7 @@ __all__ = [
     "autofit",
     "estimate_memory",
     "load",
+    "loss",
     "make_optimizer",
     "plan_checkpoints",
     "read_texts",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm.adapters import awake_adapters
+from mlx_tune.lm.losses.next_token import Loss
 from mlx_tune.lm.steps import training_step
 from mlx_tune.units import Budget
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from mlx_tune.fitting.result import Fit
     from mlx_tune.graphs.estimate import MemoryEstimate
 
-Loss = Callable[..., tuple["mx.array", "mx.array"]]
-
 
 def autobatch(
     model: nn.Module,
@@ -36,6 +35,7 @@ def autobatch(
     optimizer: Optimizer | None = None,
     valid_set: object = None,
     loss: Loss | None = None,
+    plain_loss: bool = False,
     budget: Budget = None,
     max_batch: int | None = None,
     **options: Any,
@@ -54,7 +54,9 @@ def autobatch(
         optimizer: The optimizer; Adam, as mlx-lm's default, where None.
         valid_set: The validation set, if there is one: mlx-lm evaluates with the training batch, which therefore
             cannot be larger than it.
-        loss: As mlx-lm's trainer takes it.
+        loss: As mlx-lm's trainer takes it; by default `lm.loss` where it is exact, else mlx-lm's own;
+            a note says which.
+        plain_loss: Take mlx-lm's own loss, which holds the logits.
         budget: Bytes, text such as "24GB", a share of what is free such as 0.8, or None for `memory_budget()`.
         max_batch: The largest batch to consider.
         **options: Whatever else `mlx_tune.autobatch` takes, such as `target_batch` or `slowdown`.
@@ -83,7 +85,9 @@ def autobatch(
         args = _with_accumulation(args)
     with (
         _checkpointed(model, args),
-        training_step(model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss) as ready,
+        training_step(
+            model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss, plain_loss=plain_loss
+        ) as ready,
     ):
         found = find_batch(
             ready.step,
@@ -95,6 +99,7 @@ def autobatch(
             group=_group(ready.multiple_of),
             **options,
         )
+        found = replace(found, notes=(*found.notes, *ready.notes))
     return found if options.get("target_batch") else replace(found, accumulation_steps=args.grad_accumulation_steps)
 
 
@@ -105,6 +110,7 @@ def estimate_memory(
     *,
     optimizer: Optimizer | None = None,
     loss: Loss | None = None,
+    plain_loss: bool = False,
 ) -> MemoryEstimate:
     """Compute the memory that mlx-lm's training step needs at the least, without running it.
 
@@ -114,7 +120,9 @@ def estimate_memory(
         args: mlx-lm's `TrainingArgs`: `batch_size`, `max_seq_length`, `grad_accumulation_steps` and
             `grad_checkpoint` count.
         optimizer: The optimizer; Adam where None.
-        loss: As mlx-lm's trainer takes it.
+        loss: As mlx-lm's trainer takes it; by default `lm.loss` where it is exact, else mlx-lm's own;
+            a note says which.
+        plain_loss: Take mlx-lm's own loss, which holds the logits.
 
     Returns:
         The result of `mlx_tune.estimate_memory`, for the longest batch.
@@ -131,14 +139,16 @@ def estimate_memory(
     args = TrainingArgs() if args is None else args
     with (
         _checkpointed(model, args),
-        training_step(model, _optimizer(optimizer), dataset, args, loss=loss, evaluate=False) as ready,
+        training_step(
+            model, _optimizer(optimizer), dataset, args, loss=loss, plain_loss=plain_loss, evaluate=False
+        ) as ready,
     ):
         batch = ready.make_batch(args.batch_size)
         if ready.kept is None:
-            return trace(ready.step, batch, state=ready.state)
-        # What is kept counts among what the step is given.
-        accumulating = partial(_accumulating, ready.step)
-        return trace(accumulating, batch, ready.kept, state=ready.state)
+            found = trace(ready.step, batch, state=ready.state)
+        else:  # what is kept counts among what the step is given
+            found = trace(partial(_accumulating, ready.step), batch, ready.kept, state=ready.state)
+        return replace(found, notes=(*found.notes, *ready.notes))
 
 
 def _accumulating(step: Callable[..., object], batch: object, kept: object) -> object:
@@ -153,6 +163,7 @@ def autofit(
     optimizer: Optimizer | None = None,
     valid_set: object = None,
     loss: Loss | None = None,
+    plain_loss: bool = False,
     budget: Budget = None,
     target_batch: int | None = None,
     max_batch: int | None = None,
@@ -167,7 +178,9 @@ def autofit(
         args: mlx-lm's `TrainingArgs`; `max_seq_length` and `grad_accumulation_steps` count.
         optimizer: The optimizer; Adam where None.
         valid_set: The validation set, if there is one; a batch is no larger than it.
-        loss: As mlx-lm's trainer takes it.
+        loss: As mlx-lm's trainer takes it; by default `lm.loss` where it is exact, else mlx-lm's own;
+            a note says which.
+        plain_loss: Take mlx-lm's own loss, which holds the logits.
         budget: As for `mlx_tune.autofit`.
         target_batch: Rows that make up an update of the optimizer; None for whatever is fastest.
         max_batch: The largest batch to consider.
@@ -193,7 +206,9 @@ def autofit(
         args = _with_accumulation(args)
     with (
         nullcontext() if checkpoint else _checkpointed(model, args),
-        training_step(model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss) as ready,
+        training_step(
+            model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss, plain_loss=plain_loss
+        ) as ready,
     ):
         found = find_fit(
             model,
@@ -208,6 +223,7 @@ def autofit(
             group=_group(ready.multiple_of),
             **options,
         )
+        found = replace(found, notes=(*found.notes, *ready.notes))
     return found if target_batch else replace(found, accumulation_steps=args.grad_accumulation_steps)
 
 
@@ -218,6 +234,7 @@ def plan_checkpoints(
     *,
     optimizer: Optimizer | None = None,
     loss: Loss | None = None,
+    plain_loss: bool = False,
     budget: Budget = None,
     **options: Any,
 ) -> CheckpointPlan:
@@ -228,7 +245,9 @@ def plan_checkpoints(
         dataset: A data set for mlx-lm's trainer.
         args: mlx-lm's `TrainingArgs`.
         optimizer: The optimizer; Adam where None.
-        loss: As mlx-lm's trainer takes it.
+        loss: As mlx-lm's trainer takes it; by default `lm.loss` where it is exact, else mlx-lm's own;
+            a note says which.
+        plain_loss: Take mlx-lm's own loss, which holds the logits.
         budget: As for `mlx_tune.plan_checkpoints`.
         **options: Whatever else `mlx_tune.plan_checkpoints` takes.
 
@@ -249,13 +268,13 @@ def plan_checkpoints(
     from mlx_tune.checkpointing.planning.plan import plan_checkpoints as plan
 
     args = TrainingArgs() if args is None else args
-    with training_step(model, _optimizer(optimizer), dataset, args, loss=loss) as ready:
+    with training_step(model, _optimizer(optimizer), dataset, args, loss=loss, plain_loss=plain_loss) as ready:
         if ready.multiple_of > 1:
             raise InvalidArgumentError(
                 f"A plan is made on one machine, and here are {ready.multiple_of} ranks: call lm.autofit(..., "
                 f"min_batch={args.batch_size}, max_batch={args.batch_size}), which agrees across them."
             )
-        return plan(
+        found = plan(
             model,
             ready.step,
             ready.make_batch,
@@ -264,6 +283,7 @@ def plan_checkpoints(
             state=ready.state,
             **options,
         )
+        return replace(found, notes=(*found.notes, *ready.notes))
 
 
 def verify_checkpoint(
@@ -278,7 +298,7 @@ def verify_checkpoint(
         model: The model as it will be trained.
         dataset: A data set for mlx-lm's trainer.
         args: mlx-lm's `TrainingArgs`; `batch_size` and `max_seq_length` count.
-        loss: As mlx-lm's trainer takes it.
+        loss: As mlx-lm's trainer takes it; its own by default.
 
     Returns:
         The result of `mlx_tune.verify_checkpoint`; `.ok` is the verdict.

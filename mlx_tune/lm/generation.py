@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import BudgetError, InvalidArgumentError
 from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
-from mlx_tune.lm.steps import same_training
 from mlx_tune.memory import MemoryBudget, resolve_budget, track_memory
 from mlx_tune.progress import progress_bar
+from mlx_tune.state import same_training
 from mlx_tune.units import Budget, format_bytes
 
 if TYPE_CHECKING:

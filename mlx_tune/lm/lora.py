@@ -85,6 +85,7 @@ def test_loss(ready: FineTuning, batch_size: int, *, trained: bool) -> float:
     from mlx_lm.tuner.trainer import evaluate
     from mlx_lm.tuner.utils import load_adapters
 
+    from mlx_tune.lm.losses.next_token import choose_loss
     from mlx_tune.lm.steps import as_rows, largest_batch
 
     settings = SimpleNamespace(**ready.settings)
@@ -106,5 +107,6 @@ def test_loss(ready: FineTuning, batch_size: int, *, trained: bool) -> float:
         batch_size=min(batch_size, most),
         num_batches=settings.test_batches,
         max_seq_length=settings.max_seq_length,
+        loss=choose_loss(ready.model, plain=ready.plain_loss).function,
     )
     return float(loss)

@@ -48,6 +48,11 @@ class FineTuning:
     args: TrainingArgs
     settings: dict[str, object]
 
+    @property
+    def plain_loss(self) -> bool:
+        """True where mlx-lm's own loss was asked for, which holds the logits."""
+        return bool(self.settings.get("plain_loss"))
+
 
 def read_settings(given: Mapping[str, object], config: str | Path | None = None) -> dict[str, Any]:
     """Settings as `mlx_lm.lora` makes them: what was given, then the configuration file, then mlx-lm's defaults.

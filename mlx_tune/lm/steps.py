@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.graphs.tracing.recomputation import is_tracing
 from mlx_tune.lm.adapters import integer_parameters
-from mlx_tune.state import Snapshot
-from mlx_tune.upstream import set_mode
+from mlx_tune.lm.losses.next_token import Loss, choose_loss
+from mlx_tune.state import Snapshot, same_training
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -40,6 +40,7 @@ class TrainingStep:
         kept: Gradients kept from earlier batches, zeros here; None without accumulation.
         accumulation_steps: Batches to an update of the optimizer. Where it is above 1, `step` is the one that holds
             most: the one that adds to gradients kept from before, and updates.
+        loss: The loss in words: linear, plain and why, or that it was given.
     """
 
     step: Callable[..., tuple[mx.array, mx.array]]
@@ -50,6 +51,12 @@ class TrainingStep:
     multiple_of: int
     accumulation_steps: int
     kept: object = None
+    loss: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks for the report of a search."""
+        return (f"loss: {self.loss}",)
 
 
 @contextmanager
@@ -60,7 +67,8 @@ def training_step(
     args: TrainingArgs,
     *,
     valid_set: object = None,
-    loss: Callable[..., tuple[mx.array, mx.array]] | None = None,
+    loss: Loss | None = None,
+    plain_loss: bool = False,
     evaluate: bool = True,
 ) -> Iterator[TrainingStep]:
     """Make a model ready for training as mlx-lm trains, hand out its step, and put the model back as it was.
@@ -78,7 +86,8 @@ def training_step(
             returns, a `CacheDataset`, or any sequence of `(tokens, offset)`.
         args: mlx-lm's `TrainingArgs`; `max_seq_length` and `grad_accumulation_steps` are used.
         valid_set: As `train_set`. mlx-lm evaluates with the training batch, which therefore cannot be larger.
-        loss: As mlx-lm's trainer takes it; its default by default.
+        loss: As mlx-lm's trainer takes it; by default its own, without holding the logits where the model can be split.
+        plain_loss: Hold the logits, as mlx-lm does.
         evaluate: Make the kept gradients now. A step that is only going to be traced does without.
 
     Yields:
@@ -98,6 +107,7 @@ def training_step(
     rows = as_rows(train_set)
     max_batch = largest_batch(rows, None if valid_set is None else as_rows(valid_set), world.size())
     make_batch = longest_batches(rows, args.max_seq_length, world)
+    chosen = choose_loss(model, loss, plain=plain_loss)
     with ExitStack() as undo:
         undo.enter_context(same_training(model))
         if not getattr(optimizer, "_initialized", True):
@@ -108,7 +118,7 @@ def training_step(
         if evaluate:
             mx.eval(kept)  # only what exists counts for what a trial holds
         yield TrainingStep(
-            step=_compiled_step(model, optimizer, loss, accumulation, kept),
+            step=_compiled_step(model, optimizer, chosen.function, accumulation, kept),
             make_batch=make_batch,
             state=(model, optimizer),
             length=make_batch.length,
@@ -116,6 +126,7 @@ def training_step(
             multiple_of=world.size(),
             accumulation_steps=accumulation,
             kept=kept,
+            loss=chosen.text,
         )
 
 
@@ -138,27 +149,15 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-@contextmanager
-def same_training(model: nn.Module) -> Iterator[None]:
-    """Put back each module's own training flag after the block: `model.train()` sets the same one everywhere."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            set_mode(module, training)
-
-
 def _compiled_step(
-    model: nn.Module, optimizer: Optimizer, loss: Callable[..., object] | None, accumulation: int, kept: object
+    model: nn.Module, optimizer: Optimizer, loss: Loss, accumulation: int, kept: object
 ) -> Callable[..., tuple[mx.array, mx.array]]:
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.nn.utils import average_gradients
     from mlx.utils import tree_map
-    from mlx_lm.tuner.trainer import default_loss
 
-    loss_and_gradients = nn.value_and_grad(model, default_loss if loss is None else loss)
+    loss_and_gradients = nn.value_and_grad(model, loss)
     state = [model.state, optimizer.state, mx.random.state]
 
     def update(batch: Iterable[object], kept: object) -> tuple[mx.array, mx.array]:

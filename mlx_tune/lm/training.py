@@ -14,11 +14,13 @@ from mlx_tune.checkpointing.planning.checkpoint_plan import CheckpointPlan
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import writing
 from mlx_tune.files.unfinished import beside
-from mlx_tune.lm.fitting import Loss, autofit
-from mlx_tune.lm.steps import Row, as_rows, check_trainable, largest_batch, same_training
+from mlx_tune.lm.fitting import autofit
+from mlx_tune.lm.losses.next_token import ChosenLoss, Loss, choose_loss
+from mlx_tune.lm.steps import Row, as_rows, check_trainable, largest_batch
 from mlx_tune.lm.training_result import LossReport, TrainingResult
 from mlx_tune.lm.wiring import wired_for_training
 from mlx_tune.memory import open_limit_bytes, track_memory
+from mlx_tune.state import same_training
 from mlx_tune.trees import nbytes_of
 from mlx_tune.units import Budget
 
@@ -42,6 +44,7 @@ def train(
     budget: Budget = None,
     target_batch: int | None = None,
     loss: Loss | None = None,
+    plain_loss: bool = False,
     training_callback: TrainingCallback | None = None,
 ) -> TrainingResult:
     """Train with mlx-lm's own trainer, under the batch, checkpoints and limit that were found, and say what it took.
@@ -63,7 +66,9 @@ def train(
             and limit replace those of `args`. "auto" calls `lm.autofit` first. `iters` stays the number of batches.
         budget: For fit="auto": the memory to stay within.
         target_batch: For fit="auto": rows that make up an update of the optimizer.
-        loss: As mlx-lm's trainer takes it.
+        loss: As mlx-lm's trainer takes it; by default `lm.loss` where it is exact, else mlx-lm's own. The result says
+            which, and why.
+        plain_loss: Take mlx-lm's own loss, which holds the logits.
         training_callback: mlx-lm's `TrainingCallback`; it is told everything as by mlx-lm itself.
 
     Returns:
@@ -100,6 +105,7 @@ def train(
             optimizer=optimizer,
             valid_set=valid_rows,
             loss=loss,
+            plain_loss=plain_loss,
             budget=budget,
             target_batch=target_batch,
         )
@@ -114,7 +120,8 @@ def train(
         if not isinstance(chosen, CheckpointPlan):  # a plan says nothing of accumulation
             args = replace(args, grad_accumulation_steps=chosen.accumulation_steps)
     _check_batch(args.batch_size, train_rows, valid_rows)
-    return _run(model, optimizer, train_rows, valid_rows, args, chosen, every_block, loss, training_callback)
+    trained_on = choose_loss(model, loss, plain=plain_loss)
+    return _run(model, optimizer, train_rows, valid_rows, args, chosen, every_block, trained_on, training_callback)
 
 
 def _run(
@@ -125,7 +132,7 @@ def _run(
     args: TrainingArgs,
     fit: Fit | AutobatchResult | CheckpointPlan | None,
     every_block: bool,
-    loss: Loss | None,
+    loss: ChosenLoss,
     training_callback: TrainingCallback | None,
 ) -> TrainingResult:
     """mlx-lm's trainer, with everything set around it and put back behind it."""
@@ -160,7 +167,7 @@ def _run(
             train_dataset=train_rows,
             val_dataset=valid_rows,
             args=replace(args, adapter_file=files.staged),
-            loss=trainer.default_loss if loss is None else loss,
+            loss=loss.function,
             iterate_batches=iterate_batches,
             training_callback=log,
         )
@@ -180,6 +187,7 @@ def _run(
         limit_bytes=limit,
         checkpointed=checkpointed,
         wired=wired.text,
+        loss=loss.text,
         losses=tuple(log.losses),
         validation_losses=tuple(log.validations),
         adapter_file=str(args.adapter_file),

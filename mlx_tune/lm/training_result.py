@@ -47,6 +47,7 @@ class TrainingResult(Tabular):
         limit_bytes: The memory limit that held; None for MLX's own.
         checkpointed: Paths of the blocks that were checkpointed.
         wired: The wired memory, or the reason why there was none.
+        loss: The loss in words: linear, plain and why, or that it was given.
         losses: The training log.
         validation_losses: The validations.
         adapter_file: Where the trained weights are.
@@ -67,6 +68,7 @@ class TrainingResult(Tabular):
     limit_bytes: int | None
     checkpointed: tuple[str, ...]
     wired: str
+    loss: str
     losses: tuple[LossReport, ...]
     validation_losses: tuple[LossReport, ...]
     adapter_file: str
@@ -98,6 +100,7 @@ class TrainingResult(Tabular):
             f"{format_bytes(self.cache_bytes)} for reuse, and the whole process, Python and libraries included, took "
             f"{format_bytes(self.footprint_bytes)}",
             f"{format_count(len(self.checkpointed), 'block')} checkpointed; {self.wired}",
+            f"loss: {self.loss}",
             f"weights in {self.adapter_file}",
         ]
         rows = [(*_cells(line), "") for line in _thinned(self.losses)]

@@ -16,12 +16,14 @@ import mlx.nn as nn
 
 from mlx_tune.checkpointing.block.randomness import draws_from, thread_stream
 from mlx_tune.errors import InvalidArgumentError, TraceError
-from mlx_tune.graphs import is_tracing
+from mlx_tune.graphs.tracing.recomputation import is_tracing
 from mlx_tune.losses.heads import Head
 from mlx_tune.units import whole_number
 
 #: Bytes of a chunk's logits in float32, of which three or four arrays are alive at a time.
 _CHUNK_BYTES = 128 << 20
+#: Chunks at the least, as far as they have that many tokens: one alone would hold as much as the plain loss, or more.
+_LEAST_CHUNKS = 8
 #: Tokens of a chunk at the least: fewer would leave a matrix product idle.
 _LEAST_TOKENS = 64
 
@@ -54,7 +56,8 @@ def linear_cross_entropy(
         scale: Multiplies logits before that, as Cohere and Granite do.
         label_smoothing: Share of the target that is spread over the vocabulary, from 0 up to 1, exclusively.
         reduction: "mean" over all tokens, as MLX takes it (weights do not count), "sum" or "none".
-        chunk_tokens: Tokens whose logits are there at a time; by default what makes them some 130 MB.
+        chunk_tokens: Tokens whose logits are there at a time; by default what makes them an eighth of all, and some
+            130 MB at the most.
 
     Returns:
         A scalar, or `[...]` with "none", in float32.
@@ -80,9 +83,7 @@ def linear_cross_entropy(
     chunk = whole_number(chunk_tokens, "chunk_tokens", least=1) if chunk_tokens is not None else None
 
     def losses_of(logits: mx.array, at: slice) -> mx.array:
-        logits = logits if scale is None else logits * scale
-        logits = logits if softcap is None else mx.tanh(logits / softcap) * softcap
-        return nn.losses.cross_entropy(logits, wanted[at], label_smoothing=label_smoothing)
+        return nn.losses.cross_entropy(finished(logits, scale, softcap), wanted[at], label_smoothing=label_smoothing)
 
     work = _Chunks(layer, losses_of, tokens, chunk or _default_chunk(tokens, vocabulary))
     each = mx.ones((tokens,)) if weights is None else weights.reshape(-1).astype(mx.float32)
@@ -127,6 +128,12 @@ def linear_log_probs(
     return -linear_cross_entropy(
         hidden, head, targets, softcap=softcap, scale=scale, reduction="none", chunk_tokens=chunk_tokens
     )
+
+
+def finished(logits: mx.array, scale: float | None, softcap: float | None) -> mx.array:
+    """Logits multiplied by a scale, then capped, where there is either."""
+    logits = logits if scale is None else logits * scale
+    return logits if softcap is None else mx.tanh(logits / softcap) * softcap
 
 
 class _Chunks:
@@ -285,14 +292,15 @@ def _(*_: object) -> mx.array:
 
 def _default_chunk(tokens: int, vocabulary: int) -> int:
     """Tokens in a chunk, a multiple of the least."""
-    most = max(1, _CHUNK_BYTES // (4 * vocabulary) // _LEAST_TOKENS) * _LEAST_TOKENS
-    return max(1, min(tokens, most))
+    most = min(_CHUNK_BYTES // (4 * vocabulary), -(-tokens // _LEAST_CHUNKS))
+    return max(1, most // _LEAST_TOKENS) * _LEAST_TOKENS
 
 
 def _vocabulary(layer: Head, states: mx.array, head: object) -> int:
     """The head's outputs, from the shape of one token's logits, which are not computed."""
     try:
-        return layer.logits(layer.arrays, mx.zeros((1, states.shape[-1]), dtype=states.dtype)).shape[-1]
+        with draws_from(mx.random.key(0)):  # a head may drop out: the stream is for logits that count
+            return layer.logits(layer.arrays, mx.zeros((1, states.shape[-1]), dtype=states.dtype)).shape[-1]
     except ValueError as error:
         kind = f"array {list(head.shape)}" if isinstance(head, mx.array) else type(head).__name__
         width = states.shape[-1]

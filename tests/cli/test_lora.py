@@ -76,9 +76,10 @@ def test_without_auto_it_trains_what_mlx_lm_trains(lora, model_folder, data_fold
         "max_seq_length": 33,
     }
     plain_run(SimpleNamespace(**(CONFIG_DEFAULTS | given)))
-    code, out, _ = lora(*SHORT, "--learning-rate", "1e-2")
+    code, out, _ = lora(*SHORT, "--learning-rate", "1e-2", "--plain-loss")
     assert code == 0
     assert "4 iterations of 4 rows" in out
+    assert "loss: plain, as asked for" in out
     ours, theirs = (mx.load(str(tmp_path / name / "adapters.safetensors")) for name in ("adapters", "theirs"))
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
@@ -88,6 +89,10 @@ def test_without_auto_it_trains_what_mlx_lm_trains(lora, model_folder, data_fold
     assert {name: written[name] for name in expected if name != "adapter_path"} == {
         name: value for name, value in expected.items() if name != "adapter_path"
     }
+    code, out, _ = lora(*SHORT, "--learning-rate", "1e-2")
+    assert code == 0
+    assert "loss: linear: logits of model.embed_tokens a few tokens at a time" in " ".join(out.split())
+    assert "(it holds the logits of the whole batch; here" in " ".join(out.split())
     model, _ = mlx_lm.load(str(model_folder("tied")), adapter_path=str(tmp_path / "adapters"))
     assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])).astype(mx.float32))).all()
 

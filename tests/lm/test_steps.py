@@ -104,7 +104,7 @@ def test_steps_train_exactly_as_mlx_lm_does(toy, rows, tmp_path) -> None:
     ours, optimizer = toy(lora=True), optim.AdamW(1e-2)
     np.random.seed(0)
     batches = trainer.iterate_batches(rows, 4, 64, loop=True)
-    with lm.training_step(ours, optimizer, rows, args) as ready:
+    with lm.training_step(ours, optimizer, rows, args, plain_loss=True) as ready:
         for _ in range(3):
             mx.eval(ready.step(next(batches)), ours.state, optimizer.state)
     assert same(weights(ours), weights(theirs))

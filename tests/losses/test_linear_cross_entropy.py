@@ -274,6 +274,18 @@ def test_the_random_stream_goes_on_as_if_drawn_once():
     assert mx.array_equal(after, mx.random.uniform(shape=(3,))).item()
 
 
+def test_dropout_in_one_chunk_is_that_of_the_plain_loss():
+    """One key is drawn, and no other for finding out the vocabulary."""
+    head = base_frozen(adapted(LoRALinear.from_base(linear(False), r=4, dropout=0.5)))
+    hidden, targets, found = normal(12, WIDTH, seed=1), mx.arange(12), []
+    for loss in (linear_cross_entropy, plain):
+        mx.random.seed(7)
+        found.append((loss(hidden, head, targets), mx.random.uniform(shape=(3,))))
+    (ours, after), (theirs, expected) = found
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert mx.array_equal(after, expected).item()
+
+
 def test_large_and_infinite_logits_are_what_the_plain_loss_makes_of_them():
     weight = normal(7, 4)
     weight[2] = -math.inf

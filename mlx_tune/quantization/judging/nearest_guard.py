@@ -9,9 +9,9 @@ import mlx.core as mx
 from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.formats.packing import dequantize_float32, quantize_nearest
 from mlx_tune.quantization.models.batches import Batch, rows_at_most
-from mlx_tune.quantization.models.interception import ModuleCall, intercepted
 from mlx_tune.quantization.models.layers import is_quantized
 from mlx_tune.quantization.planning.plan import QuantizationPlan
+from mlx_tune.substitution import ModuleCall, intercepted
 
 #: Tokens that both are judged on.
 _TOKENS = 1024

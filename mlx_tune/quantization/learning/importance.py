@@ -18,10 +18,10 @@ from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.quantization.formats.lazy_arrays import read_array
 from mlx_tune.quantization.learning.input_samples import InputSamples
 from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.models.interception import ModuleCall, intercepted
 from mlx_tune.quantization.models.layers import EMBEDDINGS
 from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
+from mlx_tune.substitution import ModuleCall, intercepted
 from mlx_tune.units import number
 from mlx_tune.upstream import is_lazy
 

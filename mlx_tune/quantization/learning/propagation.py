@@ -16,8 +16,9 @@ import mlx.nn as nn
 
 from mlx_tune.quantization.learning.moments import InputMoments, Seen
 from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.models.interception import Hook, ModuleCall, Step, intercepted, run_until
+from mlx_tune.quantization.models.interception import Step, run_until
 from mlx_tune.quantization.models.sites import WalkedModel, widen
+from mlx_tune.substitution import Hook, ModuleCall, intercepted
 
 Extras = list[tuple[tuple[object, ...], dict[str, object]]]
 

@@ -1,9 +1,8 @@
-"""Recording what layers are given while a model runs, and running a model one block at a time."""
+"""Running a model one block at a time, and up to one layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,88 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_tune.substitution import subclass, substituted
-
-#: Ways in which modules are called; a tied embedding is an output head through the second.
-_METHODS = ("__call__", "as_linear")
-
-
-@dataclass(frozen=True)
-class ModuleCall:
-    """One call of a module.
-
-    Attributes:
-        module: The module.
-        name: The method that was called: "__call__" or "as_linear".
-        arguments: The positional arguments.
-        keywords: The arguments by name.
-        method: The module's own method, for `run`.
-    """
-
-    module: nn.Module
-    name: str
-    arguments: tuple[Any, ...]
-    keywords: dict[str, object]
-    method: Callable[..., object]
-
-    def run(self) -> Any:
-        """Call the module itself."""
-        return self.method(self.module, *self.arguments, **self.keywords)
-
-    @property
-    def inputs(self) -> mx.array | None:
-        """The first argument, where that is an array."""
-        return self.arguments[0] if self.arguments and isinstance(self.arguments[0], mx.array) else None
-
-    @property
-    def experts(self) -> Any:
-        """The experts that each input goes to, where the module is a stack of them."""
-        return self.arguments[1] if len(self.arguments) > 1 else self.keywords.get("indices")
-
-    @property
-    def looks_up(self) -> bool:
-        """True where tokens are looked up in an embedding: no product with its weights."""
-        return isinstance(self.module, nn.Embedding) and self.name == "__call__"
-
-
-#: Sees a call, and gives back what it is to give back.
-Hook = Callable[[ModuleCall], object]
+from mlx_tune.substitution import Hook, ModuleCall, intercepted
 
 
 class _Enough(BaseException):  # no error: everything that was wanted has been seen
     """Ends a model's call from inside."""
-
-
-@contextmanager
-def intercepted(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
-    """Route every call of these module objects, and of no others, through a hook while the block runs.
-
-    Args:
-        modules: The modules; one named twice is intercepted once.
-        hook: Called instead of the module.
-
-    Examples:
-        >>> seen = []
-        >>> layer = nn.Linear(2, 2)
-        >>> with intercepted([layer], lambda call: seen.append(call.inputs.shape) or call.run()):
-        ...     y = layer(mx.ones((3, 2)))
-        >>> seen
-        [(3, 2)]
-    """
-    with substituted((module, _listening(type(module), hook)) for module in modules):
-        yield
-
-
-def _listening(kind: type, hook: Hook) -> type:
-    def through(name: str) -> Callable[..., object]:
-        method = getattr(kind, name)
-
-        def call(self: Any, *arguments: Any, **keywords: object) -> object:
-            return hook(ModuleCall(self, name, arguments, keywords, method))
-
-        return call
-
-    return subclass(kind, {name: through(name) for name in _METHODS if hasattr(kind, name)})
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import mlx.core as mx
 from mlx_tune.quantization.learning.experts import FEW_INPUTS
 from mlx_tune.quantization.learning.moments import count_experts
 from mlx_tune.quantization.models.batches import Batch
-from mlx_tune.quantization.models.interception import ModuleCall, intercepted
 from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.plan import LayerPlan
+from mlx_tune.substitution import ModuleCall, intercepted
 
 
 @dataclass(frozen=True)
