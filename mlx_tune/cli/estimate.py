@@ -16,7 +16,8 @@ _EXAMPLES = """\
   mlx-tune estimate --model models/mine --data data/ --fine-tune-type full \\
       --plot memory.svg
   mlx-tune estimate --model models/mine --batch-size 32 \\
-      --memory-budget 24GB && echo it fits"""
+      --memory-budget 24GB && echo it fits
+  mlx-tune estimate --model models/mine --backend metal --memory-budget 20GB"""
 
 
 def add_parser(subparsers: object) -> argparse.ArgumentParser:
@@ -32,6 +33,11 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
     )
     add_fine_tuning(parser, batch=True, checkpoint=True)
     add_budget(parser)
+    parser.add_argument(
+        "--backend",
+        choices=("metal", "cuda", "cpu"),
+        help="the backend to price the step for, on any machine (default: this machine's)",
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw memory over the step into an .svg or .png file")
     return parser
 
@@ -46,7 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
         with progress_bar("estimate") as bar:
             bar.update(text="reading the step's graph")
             estimate = estimate_memory(
-                ready.model, ready.train_set, ready.args, optimizer=ready.optimizer, plain_loss=ready.plain_loss
+                ready.model,
+                ready.train_set,
+                ready.args,
+                optimizer=ready.optimizer,
+                plain_loss=ready.plain_loss,
+                backend=arguments.backend,
             )
         save_plot(estimate, arguments.plot)
     budget = None if arguments.memory_budget is None else resolve_budget(arguments.memory_budget)

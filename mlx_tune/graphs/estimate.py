@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -9,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from mlx_tune.devices import Backend
 from mlx_tune.garbage import no_collections
+from mlx_tune.graphs.backends import Rules, rules_of
 from mlx_tune.graphs.graph import Graph
 from mlx_tune.graphs.owners import modules_of
 from mlx_tune.graphs.simulating.allocator import PURPOSES, Buffer
@@ -18,7 +21,7 @@ from mlx_tune.graphs.simulating.timeline import Timeline, simulate
 from mlx_tune.graphs.tracing.trace import taking, trace_step
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
-from mlx_tune.units import dtype_name, format_bytes, format_percent, format_seconds
+from mlx_tune.units import dtype_name, format_bytes, format_percent, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +94,13 @@ class MemoryEstimate(Tabular):
         unknown_operations: Operations whose effect on memory is not known, and how often they occur. Each was
             taken to allocate its outputs and nothing else.
         trace_seconds: Time that tracing and simulating took.
-        notes: Further remarks.
+        notes: Further remarks, with how far the backend's rules were measured.
+        backend: The backend that the step was priced for.
+        peak_bytes: The most that the step is expected to peak at under `limit_bytes`: dispatch is as far ahead of the
+            device as MLX lets it be. Where the device is faster than dispatch the peak is closer to the floor.
+        limit_bytes: The memory limit that `peak_bytes` is for; None for none.
+        command_buffers: On a GPU the kernels in each command buffer, or CUDA graph, that goes to the device full: what
+            is read in one is held until it has run. The last one, which is not full, is left out.
     """
 
     floor_bytes: int
@@ -108,6 +117,10 @@ class MemoryEstimate(Tabular):
     unknown_operations: dict[str, int]
     trace_seconds: float
     notes: tuple[str, ...] = ()
+    backend: Backend = "cpu"
+    peak_bytes: int = 0
+    limit_bytes: int | None = None
+    command_buffers: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def parameters_bytes(self) -> int:
@@ -146,6 +159,10 @@ class MemoryEstimate(Tabular):
             "unknown_operations": dict(self.unknown_operations),
             "trace_seconds": self.trace_seconds,
             "notes": list(self.notes),
+            "backend": self.backend,
+            "peak_bytes": self.peak_bytes,
+            "limit_bytes": self.limit_bytes,
+            "command_buffers": list(self.command_buffers),
         }
 
     def table(self) -> Table:
@@ -174,12 +191,21 @@ class MemoryEstimate(Tabular):
                 for name, count in self.unknown_operations.items()
             ),
             *self.notes,
+            self._range(),
         ]
         return Table(
             ["at the peak", "bytes", "share", "what"],
             [*purposes, *largest],
             title=f"Floor of the step: {format_bytes(self.floor_bytes)}",
             notes=notes,
+        )
+
+    def _range(self) -> str:
+        """The words on what the peak may be besides the floor."""
+        limit = "without a memory limit" if self.limit_bytes is None else f"under {format_bytes(self.limit_bytes)}"
+        return (
+            f"The floor is reached under the lowest memory limit; {limit} the step peaks at up to "
+            f"{format_bytes(self.peak_bytes)}, as far as dispatch runs ahead of the device."
         )
 
     def largest_owners(self, most: int = 10) -> list[tuple[PeakOwner, int]]:
@@ -220,11 +246,18 @@ class MemoryEstimate(Tabular):
         return draw_memory(self.live_by_purpose, self.by_purpose, self.peak_operation, largest, path, dark=dark)
 
 
-def estimate_memory(step: Callable[..., object], *args: object, state: object = ()) -> MemoryEstimate:
+def estimate_memory(
+    step: Callable[..., object],
+    *args: object,
+    state: object = (),
+    backend: str | None = None,
+    limit: int | str | None = None,
+) -> MemoryEstimate:
     """Predict the least memory that one call of `step(*args)` needs, without evaluating anything.
 
     The step's Python runs once with placeholders for arrays. Its graph is then put in the order in which MLX would
-    evaluate it, and every allocation, donation and release is followed, as MLX's CPU backend does them.
+    evaluate it, and every allocation, donation and release is followed, as MLX's backends do them. A step can be
+    priced for another backend than this machine's: operations are then those that it has kernels for.
 
     Args:
         step: One training step. It only builds arrays (it does not evaluate) and returns the loss first.
@@ -234,14 +267,17 @@ def estimate_memory(step: Callable[..., object], *args: object, state: object = 
         state: Objects that the step changes, such as `(model, optimizer)`. It is afterwards as it was. An optimizer
             that has not run yet, and arrays of which the step makes a wider dtype, are taken as they are from the
             second step on.
+        backend: "metal", "cuda" or "cpu"; by default what this process computes on. Another machine's device is taken
+            to be an H200 or a Max chip: how much is held until it has run depends on that.
+        limit: The memory limit that `peak_bytes` is to be for, in bytes or as text such as "12GB"; none by default.
 
     Returns:
         The floor, what it is made of, and memory over the step's operations.
 
     Raises:
         TraceError: The step evaluates, returns no array, or leaves arrays in places that are not in `state`.
-        InvalidArgumentError: `step` is not callable or takes no such batch, or `state` holds nothing that a step can
-            change.
+        InvalidArgumentError: `step` is not callable or takes no such batch, `state` holds nothing that a step can
+            change, or there is no such backend.
 
     Examples:
         >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim
@@ -254,24 +290,34 @@ def estimate_memory(step: Callable[..., object], *args: object, state: object = 
         >>> estimate = estimate_memory(step, ArraySpec((10_000_000, 1024), mx.float32), state=(model, optimizer))
         >>> estimate.floor_bytes > 80e9
         True
+        >>> estimate_memory(step, mx.zeros((8, 1024)), state=(model, optimizer), backend="cuda").backend
+        'cuda'
     """
     started = time.perf_counter()
     with no_collections():
-        graph, timeline = follow_step(taking(step, args, state), args, state)
-        return _estimate(graph, timeline, time.perf_counter() - started)
+        rules = rules_of(backend)
+        limit_bytes = None if limit is None else parse_bytes(limit)
+        graph, timeline = follow_step(taking(step, args, state), args, state, rules)
+        free = simulate(graph, timeline.order, rules, limit_bytes=math.inf if limit_bytes is None else limit_bytes)
+        estimate = _estimate(graph, timeline, rules, time.perf_counter() - started)
+        return replace(estimate, peak_bytes=max(free.peak_bytes, timeline.peak_bytes), limit_bytes=limit_bytes)
 
 
-def follow_step(step: Callable[..., object], args: Sequence[object], state: object) -> tuple[Graph, Timeline]:
+def follow_step(
+    step: Callable[..., object], args: Sequence[object], state: object, rules: Rules | None = None
+) -> tuple[Graph, Timeline]:
     """Trace a step and follow its memory: what `estimate_memory` does before it finds out whose memory that is.
 
     Args:
         step: As for `estimate_memory`.
         args: The step's arguments.
         state: Objects that the step changes.
+        rules: The backend; that of this machine by default.
     """
     with no_collections():
-        graph = trace_step(step, args, state)
-        return graph, simulate(graph, evaluation_order(graph))
+        rules = rules_of() if rules is None else rules
+        graph = trace_step(step, args, state, rules=rules)
+        return graph, simulate(graph, evaluation_order(graph), rules)
 
 
 def _starred(path: str) -> str:
@@ -289,7 +335,7 @@ def _in_common(owners: list[PeakOwner]) -> PeakOwner:
     return replace(owners[0], label=common([o.label for o in owners]), module=common([o.module for o in owners]))
 
 
-def _estimate(graph: Graph, timeline: Timeline, seconds: float) -> MemoryEstimate:
+def _estimate(graph: Graph, timeline: Timeline, rules: Rules, seconds: float) -> MemoryEstimate:
     modules = modules_of(graph, timeline.order)
     updated = dict(zip(graph.outputs[graph.results :], graph.updated, strict=True))
     owners = sorted((_owner(graph, b, modules, updated) for b in timeline.owners), key=lambda o: -o.nbytes)
@@ -310,7 +356,9 @@ def _estimate(graph: Graph, timeline: Timeline, seconds: float) -> MemoryEstimat
         stand_ins=graph.stand_ins,
         unknown_operations=dict(timeline.unknown),
         trace_seconds=seconds,
-        notes=tuple(graph.notes),
+        notes=(*graph.notes, *([rules.measured] if rules.name != "cpu" else [])),
+        backend=rules.name,
+        command_buffers=tuple(timeline.command_buffers),
     )
 
 

@@ -51,13 +51,17 @@ class CompiledCall:
 
 @dataclass(frozen=True)
 class Mark:
-    """One number: which end of which call it marks, and the shape and dtype of the array that belongs there."""
+    """One number: which end of which call it marks, and the shape and dtype of the array that belongs there.
+
+    A kernel's has its primitive's name as well.
+    """
 
     end: str
     call: int
     position: int
     shape: tuple[int, ...]
     dtype: mx.Dtype
+    primitive: str = ""
 
 
 @dataclass
@@ -87,6 +91,21 @@ class Graph:
     def producers(self) -> dict[int, int]:
         """Which node makes each made value."""
         return {v: n for n, node in enumerate(self.nodes) for v in node.outputs}
+
+    def rename(self, names: dict[int, int]) -> None:
+        """Read other values in the place of some; what they are renamed to may be renamed itself."""
+
+        def new(values: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(map(latest, values))
+
+        def latest(value: int) -> int:
+            while value in names:
+                value = names[value]
+            return value
+
+        self.nodes = [Node(n.name, new(n.inputs), n.outputs, n.arguments) for n in self.nodes]
+        self.outputs = list(new(tuple(self.outputs)))
+        self.compiled_calls = [CompiledCall(new(call.inputs), new(call.outputs)) for call in self.compiled_calls]
 
     def drop_unneeded(self) -> None:
         """Forget operations that no output needs, and captured arrays that only those read."""

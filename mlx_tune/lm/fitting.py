@@ -111,6 +111,7 @@ def estimate_memory(
     optimizer: Optimizer | None = None,
     loss: Loss | None = None,
     plain_loss: bool = False,
+    backend: str | None = None,
 ) -> MemoryEstimate:
     """Compute the memory that mlx-lm's training step needs at the least, without running it.
 
@@ -123,6 +124,7 @@ def estimate_memory(
         loss: As mlx-lm's trainer takes it; by default `lm.loss` where it is exact, else mlx-lm's own;
             a note says which.
         plain_loss: Take mlx-lm's own loss, which holds the logits.
+        backend: As `mlx_tune.estimate_memory` takes it: "metal", "cuda", "cpu", or None for this machine's.
 
     Returns:
         The result of `mlx_tune.estimate_memory`, for the longest batch.
@@ -145,9 +147,9 @@ def estimate_memory(
     ):
         batch = ready.make_batch(args.batch_size)
         if ready.kept is None:
-            found = trace(ready.step, batch, state=ready.state)
+            found = trace(ready.step, batch, state=ready.state, backend=backend)
         else:  # what is kept counts among what the step is given
-            found = trace(partial(_accumulating, ready.step), batch, ready.kept, state=ready.state)
+            found = trace(partial(_accumulating, ready.step), batch, ready.kept, state=ready.state, backend=backend)
         return replace(found, notes=(*found.notes, *ready.notes))
 
 

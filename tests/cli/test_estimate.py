@@ -46,6 +46,14 @@ def test_estimate_counts_what_is_asked_for(tool) -> None:
     assert floors["accumulated"] > floors["full"]
 
 
+def test_estimate_prices_for_another_backend(tool) -> None:
+    found = {name: json.loads(tool("estimate", "--json", "--backend", name)[1]) for name in ("cuda", "metal", "cpu")}
+    assert {name: one["backend"] for name, one in found.items()} == {name: name for name in found}
+    assert found["cuda"]["floor_bytes"] != found["cpu"]["floor_bytes"]
+    assert "never measured on an Apple GPU" in tool("estimate", "--backend", "metal")[1].replace("\n", " ")
+    assert "RMSNormVJP" in found["metal"]["operations"]
+
+
 def test_estimate_draws(tool, tmp_path: Path) -> None:
     assert tool("estimate", "--plot", str(tmp_path / "memory.svg"))[0] == 0
     assert (tmp_path / "memory.svg").read_text().lstrip().startswith("<?xml")

@@ -291,3 +291,35 @@ def test_the_picture_is_written(tmp_path: Path, dark: bool) -> None:
     figure = estimate_of_a_step().plot(tmp_path / "memory.svg", dark=dark)
     assert (tmp_path / "memory.svg").read_text().startswith("<?xml")
     assert figure.axes[0].get_xlabel() == "operations, in the order of evaluation"
+
+
+def test_a_backend_that_there_is_not_is_told_the_three() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"backend='gpu'.*\"metal\", \"cuda\" and \"cpu\""):
+        estimate_memory(lambda x: x + 1, mx.zeros(3), backend="gpu")
+
+
+def test_a_gpu_s_floor_says_how_far_it_was_measured_and_a_range() -> None:
+    x = mx.zeros((64, 64))
+    metal = estimate_memory(lambda x: mx.sin(x) @ x, x, backend="metal")
+    assert "never measured on an Apple GPU" in str(metal).replace("\n", " ")
+    assert metal.to_dict()["backend"] == "metal"
+    here = estimate_memory(lambda x: mx.sin(x) @ x, x)
+    assert here.backend == ("cpu" if mx.default_device() == mx.Device(mx.cpu) else here.backend)
+    assert not any("measured" in note for note in estimate_memory(lambda x: x + 1, x, backend="cpu").notes)
+
+
+def chain(x: mx.array) -> mx.array:
+    for _ in range(2000):
+        x = x @ x
+    return x
+
+
+def test_the_peak_under_a_limit_lies_between_the_floor_and_that_without_one() -> None:
+    x = mx.zeros((512, 512))  # 1 MiB
+    free = estimate_memory(chain, x, backend="cuda")
+    limited = estimate_memory(chain, x, backend="cuda", limit="400MB")
+    assert (free.limit_bytes, limited.limit_bytes) == (None, 400_000_000)
+    assert free.floor_bytes == limited.floor_bytes < limited.peak_bytes < free.peak_bytes
+    assert 400_000_000 < limited.peak_bytes < 400_000_000 + 102 * (1 << 20)
+    assert "under 400 MB the step peaks at up to" in str(limited).replace("\n", " ")
+    assert set(free.command_buffers) == {101}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from mlx_tune.graphs.graph import Graph
+from mlx_tune.graphs.graph import Graph, Node
 from mlx_tune.graphs.simulating.layouts import Layout, row_major
 
 # An input may become the output if its buffer is at most this much larger: mlx/backend/common/utils.h.
@@ -30,10 +31,15 @@ class Buffer(NamedTuple):
 
 @dataclass
 class Allocator:
-    """The state of a simulated evaluation: which array lies in which buffer, and who still needs it."""
+    """The state of a simulated evaluation: which array lies in which buffer, and who still needs it.
+
+    `rounded` gives the bytes that an allocation takes; `launches` counts the kernels of the current operation.
+    """
 
     graph: Graph
     order: list[int]
+    rounded: Callable[[int], int] = int
+    launches: int = 0
     live: int = 0
     peak: int = -1
     peak_step: int = -1
@@ -99,7 +105,12 @@ class Allocator:
     def rows(self, value: int, out: int) -> None:
         """Copy `value` for an operation that takes nothing but rows, unless it lies in rows."""
         if not self.layout[value].row:
-            self.temporary(self.nbytes(value), out)
+            self.copy_of(value, out)
+
+    def copy_of(self, value: int, out: int) -> None:
+        """Copy `value` for the operation that makes `out`, whole and in rows."""
+        self.launches += 1
+        self.temporary(self.nbytes(value), out)
 
     def temporary(self, nbytes: int, value: int) -> None:
         """Allocate working memory that is held until the operation that made `value` has run."""
@@ -128,6 +139,7 @@ class Allocator:
             purpose = "updates" if value in self.updates else "activations"
         else:
             purpose = _PURPOSE_OF_ROLE.get(role, "other state")
+        nbytes = self.rounded(nbytes)
         self.buffers.append(Buffer(nbytes, purpose, value, node))
         self.holders.append(1)
         self.live += nbytes
@@ -137,3 +149,18 @@ class Allocator:
         if self.live > self.peak:
             self.peak, self.peak_step, self.peak_buffer = self.live, self.step, len(self.buffers) - 1
         return len(self.buffers) - 1
+
+
+#: The function that follows the memory of one primitive.
+Effect: TypeAlias = Callable[[Allocator, Node], None]
+
+
+def table(effect: Effect, source: str, names: str) -> dict[str, tuple[Effect, str]]:
+    """Rows of a table of effects.
+
+    Args:
+        effect: The function.
+        source: The file under mlx/backend that it follows.
+        names: The primitives.
+    """
+    return dict.fromkeys(names.split(), (effect, source))

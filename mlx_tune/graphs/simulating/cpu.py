@@ -1,17 +1,17 @@
 """The memory of each primitive on the CPU backend: views, donations, copies and temporaries.
 
 One function a kind of primitive; convolutions and products have files of their own. The table at the end names for
-each primitive its function and the upstream file that it was read from (MLX 0.32). Metal and CUDA differ in temporaries
-and in fusing more; their rows can be added as a second table.
+each primitive its function and the upstream file that it was read from (MLX 0.32). GPUs differ in temporaries and in
+fusing more: gpu.py, cuda.py and metal.py have their rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from mlx_tune.graphs.simulating import layouts
+from mlx_tune.graphs.simulating.allocator import Effect, table
 from mlx_tune.graphs.simulating.convolutions import convolution
 from mlx_tune.graphs.simulating.layouts import Layout
 from mlx_tune.graphs.simulating.matrix_products import addmm, gather_quantized_matmul, matmul, quantized_matmul
@@ -19,8 +19,6 @@ from mlx_tune.graphs.simulating.matrix_products import addmm, gather_quantized_m
 if TYPE_CHECKING:
     from mlx_tune.graphs.graph import Node
     from mlx_tune.graphs.simulating.allocator import Allocator
-
-Effect: TypeAlias = "Callable[[Allocator, Node], None]"
 
 
 def fresh(m: Allocator, node: Node) -> None:
@@ -258,7 +256,7 @@ def logsumexp(m: Allocator, node: Node) -> None:
     value, out = node.inputs[0], node.outputs[0]
     layout = m.layout[value]
     if not (layout.contiguous and layout.strides[-1] == 1):
-        m.temporary(m.nbytes(value), out)
+        m.copy_of(value, out)
     m.allocate(out)
 
 
@@ -278,71 +276,55 @@ def scanned(m: Allocator, node: Node) -> None:
     m.allocate(node.outputs[0])
 
 
-def _table(effect: Effect, source: str, names: str) -> dict[str, tuple[Effect, str]]:
-    return dict.fromkeys(names.split(), (effect, source))
-
-
 #: Primitive, its effect on memory, and the file under mlx/backend that it follows.
 CPU: dict[str, tuple[Effect, str]] = {
-    **_table(
+    **table(
         unary,
         "common/unary.h",
         "Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh BitwiseInvert Ceil Conjugate Cos Cosh Erf ErfInv Exp Expm1 "
         "Floor Imag Log Log1p LogicalNot Negative Real Round Sigmoid Sign Sin Sinh Square Sqrt Tan Tanh ConvertFP8",
     ),
-    **_table(
+    **table(
         binary,
         "common/binary.h",
         "Add ArcTan2 BitwiseBinary Divide Equal Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr "
         "Maximum Minimum Multiply NotEqual Power Remainder Subtract FloorDivide",
     ),
-    **_table(binary_two, "cpu/binary.cpp", "DivMod"),
-    **_table(ternary, "common/ternary.h", "Select"),
-    **_table(compiled, "common/compiled.cpp", "Compiled"),
-    **_table(same_buffer, "common/common.cpp", "Copy Depends StopGradient"),
-    **_table(last_inputs, "common/common.cpp", "CustomTransforms"),
-    **_table(reshaped, "common/common.cpp", "Reshape Flatten Unflatten"),
-    **_table(transposed, "common/common.cpp", "Transpose"),
-    **_table(broadcasted, "common/broadcasting.cpp", "Broadcast BroadcastAxes"),
-    **_table(sliced, "common/slicing.cpp", "Slice"),
-    **_table(split, "common/common.cpp", "Split"),
-    **_table(squeezed, "common/common.cpp", "Squeeze"),
-    **_table(expanded, "common/common.cpp", "ExpandDims"),
-    **_table(strided, "common/common.cpp", "AsStrided"),
-    **_table(viewed, "cpu/primitives.cpp", "View"),
-    **_table(contiguous, "cpu/primitives.cpp", "Contiguous"),
-    **_table(cast, "cpu/primitives.cpp", "AsType"),
-    **_table(filled, "cpu/primitives.cpp", "Full"),
-    **_table(updated, "cpu/indexing.cpp", "SliceUpdate DynamicSliceUpdate"),
-    **_table(scattered, "cpu/indexing.cpp", "Scatter ScatterAxis MaskedScatter"),
-    **_table(sorted_copy, "cpu/sort.cpp", "Sort Partition"),
-    **_table(softmax, "cpu/softmax.cpp", "Softmax"),
-    **_table(logsumexp, "cpu/logsumexp.cpp", "LogSumExp"),
-    **_table(concatenated, "cpu/primitives.cpp", "Concatenate"),
-    **_table(padded, "cpu/primitives.cpp", "Pad"),
-    **_table(scanned, "cpu/scan.cpp", "Scan"),
-    **_table(matmul, "cpu/matmul.cpp", "Matmul"),
-    **_table(addmm, "cpu/matmul.cpp", "AddMM"),
-    **_table(matmul, "cpu/masked_mm.cpp", "GatherMM SegmentedMM BlockMaskedMM"),
-    **_table(quantized_matmul, "cpu/quantized.cpp", "QuantizedMatmul Quantize"),
-    **_table(gather_quantized_matmul, "cpu/quantized.cpp", "GatherQMM"),
-    **_table(convolution, "cpu/conv.cpp", "Convolution"),
-    **_table(
+    **table(binary_two, "cpu/binary.cpp", "DivMod"),
+    **table(ternary, "common/ternary.h", "Select"),
+    **table(compiled, "common/compiled.cpp", "Compiled"),
+    **table(same_buffer, "common/common.cpp", "Copy Depends StopGradient"),
+    **table(last_inputs, "common/common.cpp", "CustomTransforms"),
+    **table(reshaped, "common/common.cpp", "Reshape Flatten Unflatten"),
+    **table(transposed, "common/common.cpp", "Transpose"),
+    **table(broadcasted, "common/broadcasting.cpp", "Broadcast BroadcastAxes"),
+    **table(sliced, "common/slicing.cpp", "Slice"),
+    **table(split, "common/common.cpp", "Split"),
+    **table(squeezed, "common/common.cpp", "Squeeze"),
+    **table(expanded, "common/common.cpp", "ExpandDims"),
+    **table(strided, "common/common.cpp", "AsStrided"),
+    **table(viewed, "cpu/primitives.cpp", "View"),
+    **table(contiguous, "cpu/primitives.cpp", "Contiguous"),
+    **table(cast, "cpu/primitives.cpp", "AsType"),
+    **table(filled, "cpu/primitives.cpp", "Full"),
+    **table(updated, "cpu/indexing.cpp", "SliceUpdate DynamicSliceUpdate"),
+    **table(scattered, "cpu/indexing.cpp", "Scatter ScatterAxis MaskedScatter"),
+    **table(sorted_copy, "cpu/sort.cpp", "Sort Partition"),
+    **table(softmax, "cpu/softmax.cpp", "Softmax"),
+    **table(logsumexp, "cpu/logsumexp.cpp", "LogSumExp"),
+    **table(concatenated, "cpu/primitives.cpp", "Concatenate"),
+    **table(padded, "cpu/primitives.cpp", "Pad"),
+    **table(scanned, "cpu/scan.cpp", "Scan"),
+    **table(matmul, "cpu/matmul.cpp", "Matmul"),
+    **table(addmm, "cpu/matmul.cpp", "AddMM"),
+    **table(matmul, "cpu/masked_mm.cpp", "GatherMM SegmentedMM BlockMaskedMM"),
+    **table(quantized_matmul, "cpu/quantized.cpp", "QuantizedMatmul Quantize"),
+    **table(gather_quantized_matmul, "cpu/quantized.cpp", "GatherQMM"),
+    **table(convolution, "cpu/conv.cpp", "Convolution"),
+    **table(
         fresh,
         "cpu/primitives.cpp, cpu/reduce.cpp, cpu/arg_reduce.cpp, cpu/indexing.cpp, cpu/sort.cpp, cpu/fft.cpp",
         "Arange ArgPartition ArgReduce ArgSort DynamicSlice FFT Gather GatherAxis Hadamard NumberOfElements RandomBits "
         "Reduce SearchSorted",
     ),
-    # On CPU these never appear: MLX builds them from other primitives there. On a GPU they are one kernel each.
-    **_table(
-        fresh,
-        "metal/normalization.cpp, metal/scaled_dot_product_attention.cpp, cuda/layer_norm.cu, cuda/rms_norm.cu",
-        "RMSNorm RMSNormVJP LayerNorm LayerNormVJP RoPE ScaledDotProductAttention",
-    ),
 }
-
-
-def effect_of(name: str) -> tuple[Effect, bool]:
-    """The effect of a primitive, and whether it is known; an unknown one is taken to allocate its outputs."""
-    entry = CPU.get(name)
-    return (fresh, False) if entry is None else (entry[0], True)

@@ -39,7 +39,7 @@ def gather_quantized_matmul(m: Allocator, node: Node) -> None:
     for value in node.inputs[:-2]:
         rows, columns = m.layout[value].strides[-2:]
         if rows != m.shape(value)[-1] or columns != 1:
-            m.temporary(m.nbytes(value), out)
+            m.copy_of(value, out)
     m.allocate(out)
 
 
@@ -47,4 +47,4 @@ def _plain(m: Allocator, value: int, out: int) -> None:
     (rows, columns), shape = m.layout[value].strides[-2:], m.shape(value)
     if (rows == shape[-1] and columns == 1) or (rows == 1 and columns == shape[-2]):
         return
-    m.temporary(m.nbytes(value), out)
+    m.copy_of(value, out)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from mlx_tune.graphs.arguments import argument_arrays, with_arrays
+from mlx_tune.graphs.arguments import ArraySpec, argument_arrays, with_arrays
 from mlx_tune.graphs.graph import Mark
 from mlx_tune.graphs.tracing.recomputation import is_differentiable
 from mlx_tune.units import number
@@ -35,9 +35,9 @@ class Marks:
     made: list[Mark] = field(default_factory=list)
     calls: int = 0
 
-    def new(self, end: str, position: int, array: mx.array) -> mx.array:
+    def new(self, end: str, position: int, array: mx.array | ArraySpec, primitive: str = "") -> mx.array:
         """A number that occurs nowhere else, for one end of the latest call."""
-        self.made.append(Mark(end, self.calls, position, tuple(array.shape), array.dtype))
+        self.made.append(Mark(end, self.calls, position, tuple(array.shape), array.dtype, primitive))
         return mx.array(len(self.made) * _SMALLEST, mx.float32)
 
     def find(self, array: mx.array) -> Mark | None:

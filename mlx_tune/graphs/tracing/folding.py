@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from mlx_tune.graphs.graph import CompiledCall, Graph, Mark, Node
+from mlx_tune.graphs.graph import Graph, Mark, Node
 
 
 def fold_written_out(graph: Graph) -> None:
@@ -37,17 +37,7 @@ def _fold_custom_gradients(graph: Graph) -> None:
         outputs = {out: value for out, value in zip(node.outputs, node.inputs, strict=False) if value in sums}
         replaced |= {out: graph.nodes[sums[value]].outputs[0] for out, value in outputs.items()}
 
-    def new(values: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(map(latest, values))
-
-    def latest(value: int) -> int:
-        while value in replaced:  # the cotangent of one call can be the gradient of another
-            value = replaced[value]
-        return value
-
-    graph.nodes = [Node(n.name, new(n.inputs), n.outputs, n.arguments) for n in graph.nodes]
-    graph.outputs = list(new(tuple(graph.outputs)))
-    graph.compiled_calls = [CompiledCall(new(call.inputs), new(call.outputs)) for call in graph.compiled_calls]
+    graph.rename(replaced)  # the cotangent of one call can be the gradient of another
 
 
 class _Links:

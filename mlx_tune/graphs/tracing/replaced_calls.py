@@ -7,13 +7,15 @@ any other thread they are the originals. They are put back when the last trace e
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from mlx_tune.devices import Backend
 from mlx_tune.graphs.arguments import argument_arrays, with_arrays
 from mlx_tune.graphs.tracing.built_graph import BuiltGraph
 from mlx_tune.graphs.tracing.custom_gradients import Marks, called_with_gradient, derivative_of
@@ -24,6 +26,7 @@ _thread = threading.local()
 _lock = threading.Lock()
 _depth = 0
 _originals: list[tuple[object, str, object]] = []
+_NO_KERNELS: dict[str, Callable[..., object]] = {}
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,16 @@ class StandIn:
 
 @dataclass
 class ReplacedCalls:
-    """The record of a trace: what compiled functions read and made, and which stand-ins were used, with why."""
+    """The record of a trace: what compiled functions read and made, and which stand-ins were used, with why.
+
+    `fused` are the functions of `mx.fast` that are one kernel on `backend`; `gradients` counts the transformations that
+    are being done, compilation apart.
+    """
 
     compiles: bool = True
+    backend: Backend = "cpu"
+    fused: frozenset[str] = frozenset()
+    gradients: int = 0
     compiled_calls: list[tuple[list[mx.array], list[mx.array]]] = field(default_factory=list)
     stand_ins: dict[str, str] = field(default_factory=dict)
     marks: Marks = field(default_factory=Marks)
@@ -53,17 +63,20 @@ class ReplacedCalls:
 
 
 @contextmanager
-def replacing_calls(replaced: ReplacedCalls, stand_ins: Iterable[StandIn]) -> Iterator[None]:
+def replacing_calls(
+    replaced: ReplacedCalls, stand_ins: Iterable[StandIn], kernels: Mapping[str, Callable[..., object]] = _NO_KERNELS
+) -> Iterator[None]:
     """Route this thread's calls through those of the trace for the body.
 
     Args:
         replaced: The record of the trace, and which stand-ins it asks for.
         stand_ins: All that there are.
+        kernels: Stand-ins for functions of `mx.fast` that are one kernel on the trace's backend.
     """
     global _depth
     with _lock:
         if _depth == 0:
-            _install(stand_ins)
+            _install(stand_ins, kernels)
         _depth += 1
     previous = getattr(_thread, "replaced", None)
     _thread.replaced = replaced
@@ -77,16 +90,19 @@ def replacing_calls(replaced: ReplacedCalls, stand_ins: Iterable[StandIn]) -> It
                 _uninstall()
 
 
-def _install(stand_ins: Iterable[StandIn]) -> None:
+def _install(stand_ins: Iterable[StandIn], kernels: Mapping[str, Callable[..., object]]) -> None:
     operations = {(s.owner, s.name): _stand_in(s) for s in stand_ins}
-    for owner, name, replacement in [
+    replacements: list[tuple[object, str, Callable[..., Callable[..., object]]]] = [
         (mx, "checkpoint", _checkpoint),
         (FUNCTION, "__call__", _call_transformed),
         (mx.custom_function, "__call__", _call_custom),
         (mx, "vjp", _transforming),
         (mx, "jvp", _transforming),
+        (mx, "default_device", _default_device),
         *((owner, name, replacement) for (owner, name), replacement in operations.items()),
-    ]:
+        *((mx.fast, name, _kernel(name, function)) for name, function in kernels.items()),
+    ]
+    for owner, name, replacement in replacements:
         original = getattr(owner, name)
         _originals.append((owner, name, original))
         setattr(owner, name, replacement(original))
@@ -141,10 +157,12 @@ def _call_transformed(original: Callable[..., object]) -> Callable[..., object]:
         if kind == "checkpoint":
             return _write_out(function_of(self), args, kwargs)
         replaced.transforms += 1
+        replaced.gradients += 1
         try:
             result = original(self, *args, **kwargs)
         finally:
             replaced.transforms -= 1
+            replaced.gradients -= 1
         if kind == "unknown":
             kind = "checkpoint" if _is_custom(result) else "transform"
             replaced.kinds[id(self)] = kind
@@ -162,10 +180,12 @@ def _transforming(original: Callable[..., object]) -> Callable[..., object]:
     def call(*args: object, **kwargs: object) -> object:
         replaced = _current() or ReplacedCalls()
         replaced.transforms += 1
+        replaced.gradients += 1
         try:
             return original(*args, **kwargs)
         finally:
             replaced.transforms -= 1
+            replaced.gradients -= 1
 
     return call
 
@@ -255,3 +275,35 @@ def _stand_in(stand_in: StandIn) -> Callable[[Callable[..., object]], Callable[.
         return call
 
     return replacement
+
+
+def _kernel(name: str, function: Callable[..., object]) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """Route calls of an operation to what stands for its kernel where the traced backend has one."""
+
+    def replacement(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            replaced = _current()
+            if replaced is None or name not in replaced.fused:
+                return original(*args, **kwargs)
+            kwargs.pop("stream", None)
+            return function(original, replaced, *args, **kwargs)
+
+        return call
+
+    return replacement
+
+
+def _default_device(original: Callable[[], mx.Device]) -> Callable[[], mx.Device]:
+    """`mlx.nn` asks for the device to choose between kernels: for it the traced backend's counts.
+
+    Everybody else may want a stream of it.
+    """
+
+    def call() -> mx.Device:
+        replaced = _current()
+        if replaced is None or not replaced.fused:
+            return original()
+        asks = sys._getframe(1).f_globals.get("__name__", "")
+        return mx.Device(mx.gpu) if asks.startswith("mlx.nn.") else original()
+
+    return call

@@ -5,9 +5,13 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 
+import mlx.core as mx
+
 from mlx_tune.errors import InvalidArgumentError, TraceError
 from mlx_tune.graphs.arguments import Leaf, leaves
+from mlx_tune.graphs.backends import Rules, rules_of
 from mlx_tune.graphs.graph import Graph
+from mlx_tune.graphs.kernels import KERNELS, fold_kernels, unwrap_kernels
 from mlx_tune.graphs.step_calls import Way, called, fits_inside, fitting_ways
 from mlx_tune.graphs.tracing.compiled_calls import fuse_compiled_calls
 from mlx_tune.graphs.tracing.failures import explain_failure, refused_primitive
@@ -29,13 +33,16 @@ from mlx_tune.units import dtype_name
 _MOST_RETRACED = 3
 
 
-def trace_step(step: Callable[..., object], args: Sequence[object], state: object = ()) -> Graph:
+def trace_step(
+    step: Callable[..., object], args: Sequence[object], state: object = (), *, rules: Rules | None = None
+) -> Graph:
     """Describe one call of `step(*args)` as a graph, without evaluating anything.
 
     Args:
         step: The training step. Its result may be any nesting that holds at least one array.
         args: Its arguments; arrays may be `ArraySpec`s.
         state: Objects that the step changes: models, optimizers, dictionaries and lists.
+        rules: The backend whose kernels the step is to be made of; that of this machine by default.
 
     Returns:
         The graph. `state`, the random streams and the training flags are as they were.
@@ -47,8 +54,9 @@ def trace_step(step: Callable[..., object], args: Sequence[object], state: objec
     """
     if not callable(step):
         raise InvalidArgumentError(f"step={step!r} is not callable: pass the function that runs one training step.")
+    rules = rules_of() if rules is None else rules
     first = FirstStep(state)
-    graph = _traced(step, args, state, first)
+    graph = _traced(step, args, state, first, rules)
     if not first.differs:
         return graph
     notes: list[str] = []
@@ -57,7 +65,7 @@ def trace_step(step: Callable[..., object], args: Sequence[object], state: objec
         while first.differs and len(notes) < _MOST_RETRACED:
             notes += first.take()
             first = FirstStep(state)
-            graph = _traced(step, args, state, first)
+            graph = _traced(step, args, state, first, rules)
     graph.notes += dict.fromkeys(notes)
     return graph
 
@@ -109,13 +117,15 @@ def step_of_batches(
         return taking(step, (make_batch(size),), state)
 
 
-def _traced(step: Callable[..., object], args: Sequence[object], state: object, first: FirstStep) -> Graph:
+def _traced(
+    step: Callable[..., object], args: Sequence[object], state: object, first: FirstStep, rules: Rules
+) -> Graph:
     """Trace until every operation that MLX cannot export has its stand-in."""
     slots = list(state_arrays(state))
     batch = list(leaves(args, "args"))
     stand_ins: dict[str, str] = {}
     while True:
-        replaced = ReplacedCalls(compiles=compiles(), stand_ins=dict(stand_ins))
+        replaced = ReplacedCalls(compiles(), rules.name, rules.fused, stand_ins=dict(stand_ins))
         try:
             return _trace(step, args, state, batch, slots, replaced, first)
         except _RefusedError as refused:
@@ -147,7 +157,8 @@ def _trace(
         recorder = Recorder()
         snapshot = Snapshot(state)
         try:
-            with tracing(), replacing_calls(replaced, STAND_INS.values()):
+            # With kernels in the place of operations that a GPU has them for, any backend's graph is built on the CPU.
+            with tracing(), replacing_calls(replaced, STAND_INS.values(), KERNELS), mx.stream(mx.cpu):
                 recorder.trace(step, args, batch, slots, state, replaced.marks, replaced.compiled_calls)
             first.note()
         except BaseException as error:
@@ -185,7 +196,9 @@ def _as_evaluated(recorder: Recorder, stand_ins: dict[str, str]) -> Graph:
     if graph is None:
         stand_ins["operations that were built twice"] = "taken to be evaluated once, since they could not be told apart"
         graph = simplified
+    made = fold_kernels(graph)
     fold_written_out(graph)
+    unwrap_kernels(graph, made)
     if not graph.compiled:
         return graph
     return fuse(graph) if graph is simplified else fuse_compiled_calls(graph)
