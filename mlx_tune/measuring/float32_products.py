@@ -40,6 +40,17 @@ def matmul_float32(a: mx.array, b: mx.array) -> mx.array:
     return product_of_parts(a, b, mx.matmul)
 
 
+def arithmetic() -> str:
+    """The arithmetic of float32 products here, in a sentence for reports that judge by them."""
+    if not rounds_factors():
+        return "Float32 products were computed to float32's precision."
+    return (
+        "MLX rounds the factors of float32 products to ten bits on this device (TF32): sums over inputs and the errors "
+        "of outputs were computed in parts, to float32's precision; products within the model were rounded. Set "
+        "MLX_ENABLE_TF32=0 before Python starts for none to be."
+    )
+
+
 def rounds_factors() -> bool:
     """True where MLX rounds the factors of float32 products on its default device. Tried once for each device."""
     return _rounds_factors(mx.default_device().type)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from mlx_tune.measuring.float32_products import arithmetic
 from mlx_tune.memory import track_memory
 from mlx_tune.quantization.judging.accuracy import Accuracy
 from mlx_tune.quantization.judging.report import LayerReport, QuantizationReport
@@ -68,6 +69,7 @@ def report_of(
         speed=speed,
         seconds=memory.seconds,
         peak_bytes=memory.peak_bytes,
+        arithmetic=arithmetic(),
         notes=(*plan.notes, *_little_left(outcomes.values()), *notes),
     )
 

@@ -54,6 +54,14 @@ def test_half_precision_takes_one_product(dtype: mx.Dtype) -> None:
     assert len([product_of_parts(a, b.astype(mx.float32), counted), *calls]) == 4  # two products more
 
 
+@pytest.mark.parametrize(
+    ("rounds", "said"), [(False, "to float32's precision."), (True, "ten bits on this device (TF32)")]
+)
+def test_the_arithmetic_is_said(monkeypatch: pytest.MonkeyPatch, rounds: bool, said: str) -> None:
+    monkeypatch.setattr(float32_products, "_rounds_factors", lambda device: rounds)
+    assert said in float32_products.arithmetic()
+
+
 def test_it_is_the_plain_product_where_nothing_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (mx.random.normal((3, 16, 16), key=mx.random.key(i)) for i in (0, 1))
     monkeypatch.setattr(float32_products, "_rounds_factors", lambda device: False)

@@ -103,6 +103,7 @@ class QuantizationReport(Tabular):
         speed: Time of the model before and now, or None where none was measured.
         seconds: The time of quantizing, evaluation left out.
         peak_bytes: The most that MLX held meanwhile, evaluation left out; None where nothing was quantized.
+        arithmetic: The arithmetic of the float32 products that it was judged by, in a sentence.
         notes: Further remarks.
         warning: A sentence where the model is worse than rounding to nearest would have made it, measured on a part of
             the evaluation; None where it is not, or nothing was measured.
@@ -119,6 +120,7 @@ class QuantizationReport(Tabular):
     speed: SpeedComparison | None = None
     seconds: float = 0.0
     peak_bytes: int | None = None
+    arithmetic: str = ""
     notes: tuple[str, ...] = ()
     warning: str | None = None
 
@@ -152,6 +154,7 @@ class QuantizationReport(Tabular):
             "speed": None if self.speed is None else self.speed.to_dict(),
             "seconds": self.seconds,
             "peak_bytes": self.peak_bytes,
+            "arithmetic": self.arithmetic,
             "notes": list(self.notes),
             "warning": self.warning,
         }
@@ -221,7 +224,7 @@ class QuantizationReport(Tabular):
         notes = list(self.notes)
         if self.seconds:
             peak = f", at most {format_bytes(self.peak_bytes)} in use" if self.peak_bytes else ""
-            notes.append(f"Quantized in {format_seconds(self.seconds)}{peak}.")
+            notes.append(f"Quantized in {format_seconds(self.seconds)}{peak}. {self.arithmetic}".rstrip())
         title = f"Quantization report ({self.method}, measured)"
         return Table(
             ("layer", "shape", "bits", "group", "before", "after", "SNR dB", "remark"),
