@@ -22,6 +22,7 @@ FLOORS = [
     ["presentation", "progress", "reach"],
     ["devices"],
     ["memory", "state"],
+    ["machines"],
     ["graphs", "wiring"],
     ["measuring"],
     ["checkpointing"],

@@ -5,6 +5,8 @@ generator driven with what the rest of the library measured.
 """
 
 from mlx_tune.lm.adapters import add_adapters, make_optimizer
+from mlx_tune.lm.fits.answer import fits
+from mlx_tune.lm.fits.result import Fits, TrainingWay
 from mlx_tune.lm.fitting import autobatch, autofit, estimate_memory, plan_checkpoints, verify_checkpoint
 from mlx_tune.lm.generation import autobatch_generate
 from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
@@ -17,16 +19,19 @@ from mlx_tune.lm.training import train
 from mlx_tune.lm.training_result import LossReport, TrainingResult
 
 __all__ = [
+    "Fits",
     "GenerationBatchResult",
     "GenerationTrial",
     "LossReport",
     "TrainingResult",
     "TrainingStep",
+    "TrainingWay",
     "add_adapters",
     "autobatch",
     "autobatch_generate",
     "autofit",
     "estimate_memory",
+    "fits",
     "load",
     "loss",
     "make_optimizer",

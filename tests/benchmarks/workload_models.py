@@ -15,6 +15,11 @@ VOCABULARY = 512
 def language_model(family: str, **sizes: Any) -> nn.Module:
     """A language model of mlx-lm's `family` at a toy size; `sizes` overrides fields of its config."""
     module = importlib.import_module(f"mlx_lm.models.{family}")
+    return module.Model(module.ModelArgs.from_dict(configuration(family, **sizes)))
+
+
+def configuration(family: str, **sizes: Any) -> dict[str, Any]:
+    """The settings of such a model; lists with an entry for each block are repeated where `sizes` asks for more."""
     config: dict[str, Any] = {
         "model_type": family,
         "hidden_size": 128,
@@ -30,7 +35,12 @@ def language_model(family: str, **sizes: Any) -> nn.Module:
         "tie_word_embeddings": True,
     }
     config |= (FAMILIES[family] if family in FAMILIES else _EXPERTS | EXPERTS[family]) | sizes
-    return module.Model(module.ModelArgs.from_dict(config))
+    blocks = config["num_hidden_layers"]
+    if "layer_types" in config:
+        config["layer_types"] = (config["layer_types"] * blocks)[:blocks]
+    if "is_moe_layer" in config:
+        config["is_moe_layer"] = [False] + [True] * (blocks - 1)
+    return config
 
 
 # What an architecture needs beside the sizes above.

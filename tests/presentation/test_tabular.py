@@ -72,8 +72,10 @@ def test_html_holds_the_same_as_the_text_and_nothing_that_runs():
 def results():
     """One of each result, made as quickly as that can be done."""
     from mlx_tune.diagnosis.report import CheckResult, Diagnosis
+    from mlx_tune.lm.fits.result import Fits, TrainingWay
     from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
     from mlx_tune.lm.training_result import LossReport, TrainingResult
+    from mlx_tune.machines.table import find_machine
 
     mx.random.seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(2)))
@@ -107,6 +109,8 @@ def results():
     yield GenerationBatchResult(
         1, 8, 8, None, 100, 10**9, "given", (GenerationTrial(1, None, 5, 6, 0.1, True),), None, 1.0
     )
+    way = TrainingWay("plain", 5, 6, True, 2, 64, False)
+    yield Fits("toy", 4, 3, "lora", 1, 32, find_machine("Mac 8GB"), (way,), False, 1.0)
     losses = (LossReport(1, 10, 2.0, 5.0),)
     yield TrainingResult(
         1, 1, 1, 1, 10, 5.0, 2.0, 1, 1, 1, None, (), "nothing wired", losses, (), "adapters.safetensors"

@@ -1,0 +1,26 @@
+"""The course of a step's memory, by classes of operations: the one place where steps of unloaded models are traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+from mlx_tune.graphs.estimate import follow_step
+from mlx_tune.lm.fits.depth import START, Course
+
+
+def course_of(step: Callable[..., object], args: tuple[object, ...], state: object) -> Course:
+    """Trace a step and sort its operations into classes.
+
+    Args:
+        step: As `estimate_memory` takes it.
+        args: Its arguments.
+        state: Objects that it changes.
+    """
+    graph, timeline = follow_step(step, args, state)
+    highest: dict[Hashable, int] = {START: timeline.start_bytes}
+    for index, live in zip(timeline.order, timeline.live, strict=True):
+        node = graph.nodes[index]
+        made = tuple((graph.values[i].shape, graph.values[i].dtype.size) for i in node.outputs)
+        key = (node.name, made)
+        highest[key] = max(live, highest.get(key, 0))
+    return Course(highest)

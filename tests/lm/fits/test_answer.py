@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import pytest
+from mlx_lm.tuner.trainer import TrainingArgs, default_loss
+from workload_models import configuration
+
+import mlx_tune as mt
+from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.lm.fits.answer import fits
+from mlx_tune.lm.fits.unloaded import Unloaded
+from mlx_tune.lm.preparation import StandInRows
+from mlx_tune.measuring.forecast import ESTIMATE_MARGIN
+
+CONFIG = configuration("llama", num_hidden_layers=6)
+
+
+def floor(rows: int, length: int, checkpoint: bool) -> int:
+    model = mt.lm.add_adapters(Unloaded(CONFIG).build(), num_layers=-1)
+    args = TrainingArgs(batch_size=rows, max_seq_length=length, grad_checkpoint=checkpoint)
+    rows_of_data = StandInRows(1 << 20, length, 512)
+    return mt.lm.estimate_memory(model, rows_of_data, args, loss=default_loss).floor_bytes
+
+
+@pytest.mark.parametrize("budget", ["30MB", "300MB"])
+def test_the_answers_are_the_largest_that_fit(budget):
+    answer = fits(CONFIG, budget=budget, machine="Mac 16GB", max_seq_length=128)
+    assert answer.fits
+    room = answer.budget_bytes / (1 + ESTIMATE_MARGIN)
+    for way in answer.rows[:2]:
+        checkpoint = way.way == "checkpointed"
+        assert way.floor_bytes == floor(1, 128, checkpoint)
+        assert floor(way.largest_batch, 128, checkpoint) <= room < floor(way.largest_batch + 1, 128, checkpoint)
+        if not way.row_limited:
+            assert floor(1, way.longest_row, checkpoint) <= room < floor(1, way.longest_row + 32, checkpoint)
+
+
+def test_the_answer_is_a_sentence_and_json_and_predicted():
+    answer = fits(CONFIG, machine="M1 8GB", max_seq_length=128, batch_size=4)
+    text = str(answer)
+    assert text.startswith("LoRA of llama fits M1 8 GB: batch 4 at 128 tokens, plain, peaks at ")
+    assert "Every figure is predicted" in text
+    plain = json.loads(json.dumps(answer.to_dict()))
+    assert plain["predicted"] is plain["fits"] is True
+    assert {row["way"] for row in plain["rows"]} >= {"plain", "checkpointed"}
+    assert plain["floor_bytes"] <= plain["peak_bytes"] <= plain["budget_bytes"]
+    assert plain["machine"]["name"] == "M1 8 GB"
+
+
+def test_nothing_is_evaluated_and_the_random_stream_stays():
+    mx.random.seed(7)
+    state, active = mx.random.state[0].tolist(), mx.get_active_memory()
+    fits(CONFIG, machine="M1 8GB", max_seq_length=64)
+    assert mx.random.state[0].tolist() == state
+    assert mx.get_active_memory() - active < 1e5
+
+
+def test_too_small_a_budget_says_what_would_do():
+    answer = fits(CONFIG, budget="12MB", machine="Mac 8GB", max_seq_length=512, batch_size=16)
+    assert not answer.fits
+    assert "does not fit Mac 8 GB" in answer.answer
+    assert "a Mac with 8 GB does" in answer.answer
+    assert "tokens do at batch 1" in answer.answer
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"budget": "1MB"}, "The weights of llama alone take .* gives 1.00 MB"),
+        ({"machine": "M9 Ultra 1TB"}, "is not in the table"),
+        ({"machine": "M1 8GB", "memory": "8GB"}, "both name a machine"),
+        ({"bits": 4, "model": CONFIG | {"quantization": {"bits": 8, "group_size": 64}}}, "quantized already"),
+        ({"model": CONFIG | {"model_type": "nobody"}}, "does not know this architecture"),
+        ({"fine_tune_type": "prefix"}, "fine_tune_type='prefix': it is one of lora, dora, full"),
+        ({"optimizer": "lion"}, "optimizer='lion'"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"rank": 0}, "rank=0"),
+        ({"max_seq_length": 1}, "max_seq_length=1"),
+        ({"num_layers": 99}, "num_layers=99: the model has 6 blocks"),
+    ],
+)
+def test_bad_input_is_refused(options, text):
+    with pytest.raises(InvalidArgumentError, match=text):
+        fits(**{"model": CONFIG, "max_seq_length": 64} | options)
+
+
+def test_a_row_beyond_the_models_own_limit_is_said():
+    answer = fits(CONFIG, machine="Mac 8GB", max_seq_length=1024)
+    assert any("allows 512 tokens" in note for note in answer.notes)
+    assert all(way.longest_row == 512 and way.row_limited for way in answer.rows)
