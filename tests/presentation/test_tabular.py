@@ -113,7 +113,7 @@ def results():
     yield Fits("toy", 4, 3, "lora", 1, 32, find_machine("Mac 8GB"), (way,), False, 1.0)
     losses = (LossReport(1, 10, 2.0, 5.0),)
     yield TrainingResult(
-        1, 1, 1, 1, 10, 5.0, 2.0, 1, 1, 1, None, (), "nothing wired", losses, (), "adapters.safetensors"
+        1, 1, 1, 1, 10, 5.0, 2.0, 1, 1, 1, None, (), "nothing wired", "linear", losses, (), "adapters.safetensors"
     )
 
 
