@@ -41,6 +41,10 @@ _HOMES = {
     "CheckpointPlan": "checkpointing",
     "verify_checkpoint": "checkpointing",
     "keep": "checkpointing.block.keep",
+    "tile": "checkpointing.tile",
+    "untile": "checkpointing",
+    "is_tiled": "checkpointing",
+    "tile_blocks": "checkpointing",
     # batch
     "autobatch": "batching.autobatch",
     "autobatch_by_length": "batching",
@@ -87,10 +91,14 @@ if TYPE_CHECKING:
     from mlx_tune.checkpointing import checkpoint_blocks as checkpoint_blocks
     from mlx_tune.checkpointing import is_checkpointed as is_checkpointed
     from mlx_tune.checkpointing import is_recomputing as is_recomputing
+    from mlx_tune.checkpointing import is_tiled as is_tiled
     from mlx_tune.checkpointing import plan_checkpoints as plan_checkpoints
+    from mlx_tune.checkpointing import tile_blocks as tile_blocks
     from mlx_tune.checkpointing import uncheckpoint as uncheckpoint
+    from mlx_tune.checkpointing import untile as untile
     from mlx_tune.checkpointing import verify_checkpoint as verify_checkpoint
     from mlx_tune.checkpointing.block.keep import keep as keep
+    from mlx_tune.checkpointing.tile import tile as tile
     from mlx_tune.diagnosis import diagnose as diagnose
     from mlx_tune.diagnosis.explain import explain as explain
     from mlx_tune.errors import BackendError as BackendError

@@ -57,6 +57,8 @@ PUBLIC = [
     "plan_checkpoints",
     "verify_checkpoint",
     "keep",
+    "tile",
+    "untile",
     "autobatch",
     "autobatch_by_length",
     "quantize_model",

@@ -56,7 +56,7 @@ class Refusals:
         if self._known and (known := self._known.get(_like(arrays))):
             suspects, refusing = known
             certain, tracers = constants(arrays, suspects)
-            ignored = certain | tracers & refusing & _untrained(notes)
+            ignored = certain | tracers & refusing & untrained(notes)
         error = found = gradients(differentiable - ignored)
         if not isinstance(found, Exception):
             return found, ignored
@@ -64,7 +64,7 @@ class Refusals:
         found, refusing = gradients(differentiable - certain), set()
         if isinstance(found, Exception):
             # Which of the tracers refuse has to be tried: the others may be what is differentiated by.
-            refusing = _refusing(sorted(tracers & _untrained(notes)), gradients)
+            refusing = _refusing(sorted(tracers & untrained(notes)), gradients)
             found = gradients(differentiable - certain - refusing)
         if isinstance(found, Exception):
             return error, set()
@@ -134,7 +134,7 @@ def _tracer() -> str:
     return next((operation for operation, _, _ in operations_in(drawn[0])), "")
 
 
-def _untrained(notes: list[Note]) -> set[int]:
+def untrained(notes: list[Note]) -> set[int]:
     """The indices of arrays that modules hold and do not train: frozen ones, and those named with an underscore."""
     trained: set[int] = set()
     found: set[int] = set()

@@ -65,6 +65,11 @@ def plainly() -> Iterator[None]:
         _thread.plain = outer
 
 
+def is_plain() -> bool:
+    """True where what is checkpointed is called as it is, on this thread."""
+    return getattr(_thread, "plain", False)
+
+
 @contextmanager
 def runs_again() -> Iterator[set[int]]:
     """Collect what is run again for its gradient on this thread, by identity."""
@@ -98,11 +103,11 @@ def call_checkpointed(
     Returns:
         The value that the body returns.
     """
-    if getattr(_thread, "plain", False):
+    if is_plain():
         return body(*args, **kwargs)
-    call = _Call(body, owner, args, kwargs, keep, refusals)
-    outputs = _recomputed(call)
-    return call.result(outputs)
+    call = Call(body, owner, args, kwargs, keep, refusals)
+    arrays, call.arrays = call.arrays, []
+    return call.result(traced_checkpoint(call, arrays) if is_tracing() else recomputed(call, arrays))
 
 
 class _Outputs:
@@ -157,7 +162,7 @@ def _changed_keys(old: Any, new: Any) -> list[object]:
     return [i for i, value in enumerate(new) if i >= len(old) or old[i] is not value]
 
 
-class _Call:
+class Call:
     """One call of a checkpointed block: run once when it is made, and again from the same state for each gradient."""
 
     def __init__(
@@ -174,6 +179,7 @@ class _Call:
         found_before = len(walk.iterators)
         self.body = body
         self.owner = id(owner)
+        self.name = getattr(owner, "__qualname__", None) or type(owner).__name__
         self.args = walk.add(args)
         self.kwargs = [(name, walk.add(value)) for name, value in kwargs.items()]
         self.used_up = [type(value).__name__ for value, _ in walk.iterators[found_before:]]
@@ -203,12 +209,12 @@ class _Call:
         args, kwargs = self._first
         self._first = None
         with Frame(self.keep) as frame:
-            result = self.body(*args, **kwargs)
+            result = self.first(args, kwargs)
         missed = sorted(self.keep - frame.seen)
         if missed:
             marked = ", ".join(map(repr, sorted(frame.seen))) or "nothing"
             raise CheckpointError(
-                f"keep={missed} names no value that {_name(self.body)} marks; it marked {marked}. "
+                f"keep={missed} names no value that {self.name} marks; it marked {marked}. "
                 "Mark values inside the block with mlx_tune.keep(array, name)."
             )
         self.outputs = _Outputs(result, self.notes, [note.items for note in self.notes], self.seen)
@@ -217,8 +223,12 @@ class _Call:
         arrays = [*self.outputs.arrays, *frame.values]
         self.outputs.arrays = []
         self.marks = len(frame.values)
-        self.shapes = _shapes(arrays)
-        return arrays or _nothing()
+        self.shapes = shapes_of(arrays)
+        return arrays or nothing()
+
+    def first(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """The value of the first run."""
+        return self.body(*args, **kwargs)
 
     def run_again(self, arrays: list[mx.array], moving: set[int], frame: Frame) -> list[mx.array]:
         """Run the block from the state it had at first, on these arrays, and leave no trace of it.
@@ -230,7 +240,7 @@ class _Call:
         """
         if self.used_up:
             raise CheckpointError(
-                f"{_name(self.body)} was given an iterator ({self.used_up[0]}) as an argument, and cannot be run again "
+                f"{self.name} was given an iterator ({self.used_up[0]}) as an argument, and cannot be run again "
                 "for its gradient: the first run has used it up. Pass a list or a tuple."
             )
         # Integers, keys and booleans have no gradient, and some operations raise when they are asked for one.
@@ -256,14 +266,18 @@ class _Call:
         finally:
             _thread.depth -= 1
         found = [*outputs.arrays, *frame.values]
-        shapes = _shapes(found)
-        if shapes != self.shapes:
+        shapes, before = shapes_of(found), self.expected(arrays)
+        if shapes != before:
             raise CheckpointError(
-                f"{_name(self.body)} did something else when it was run again for its gradient: it gave "
-                f"{_described(shapes)} where the first run gave {_described(self.shapes)}. A checkpointed block must "
+                f"{self.name} did something else when it was run again for its gradient: it gave "
+                f"{_described(shapes)} where the first run gave {_described(before)}. A checkpointed block must "
                 "do the same each time: look for Python's or NumPy's random numbers, a counter or a clock in it."
             )
-        return found or _nothing()
+        return found or nothing()
+
+    def expected(self, arrays: list[mx.array]) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+        """The shapes and dtypes that a run on some arrays gives: those of the first run."""
+        return self.shapes
 
     def watched(self, outputs: list[mx.array]) -> list[mx.array]:
         """The outputs that the block gave, each noting when a gradient reaches it.
@@ -278,7 +292,7 @@ class _Call:
     def gradients(self, arrays: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
         """The gradient of every input, zero for those that have none."""
         ends = len(self.shapes) - self.marks
-        reached = sorted(self.reached) if ends > 1 else list(range(ends))
+        reached = sorted(self.reached) if ends > 1 and not is_tracing() else list(range(ends))
         self.reached.clear()
         wanted = [c for c in cotangents[ends : len(self.shapes)] if is_differentiable(c)]
         wanted += [cotangents[i] for i in reached]
@@ -288,7 +302,7 @@ class _Call:
         def of(moving: set[int]) -> list[mx.array] | Exception:
             runs = self.runs
             try:
-                return self._vjp(moving, reached, arrays, wanted, outputs)
+                return self.vjp(moving, reached, arrays, wanted, outputs)
             except (ValueError, RuntimeError) as error:
                 if self.runs == runs:
                     raise  # the block's own
@@ -297,14 +311,14 @@ class _Call:
         found, ignored = self.refusals.without_constants(arrays, self.differentiable, self.notes, of)
         if isinstance(found, Exception):
             found.add_note(
-                f"{_name(self.body)} is checkpointed, so it is asked for the gradients of all its floating point "
+                f"{self.name} is checkpointed, so it is asked for the gradients of all its floating point "
                 "inputs. Pass one that needs none, such as a mask, through mx.stop_gradient."
             )
             raise found
         # Nobody takes the gradient of a constant. Where somebody does after all, it must not look like one.
         return [mx.full(a.shape, math.nan, a.dtype) if i in ignored else found[i] for i, a in enumerate(arrays)]
 
-    def _vjp(
+    def vjp(
         self,
         moving: set[int],
         reached: list[int],
@@ -323,11 +337,11 @@ class _Call:
         # Each a value of its own. Equal ones, such as the zeros of arrays that one call wrote and the next did not use,
         # go through equal operations in many blocks, of which `mx.compile` loses some ("_Map_base::at").
         wanted = mx.depends(wanted, [])
-        tied = _tied(arrays, [*outputs, *wanted])
+        inputs = tied(arrays, [*outputs, *wanted])
 
         def again(*primals: mx.array) -> list[mx.array]:
-            saved = [a if is_differentiable(a) else mx.stop_gradient(a) for a in primals[len(tied) :]]
-            found = self.run_again(list(primals[: len(tied)]), moving, Frame(self.keep, saved))
+            saved = [a if is_differentiable(a) else mx.stop_gradient(a) for a in primals[len(inputs) :]]
+            found = self.run_again(list(primals[: len(inputs)]), moving, Frame(self.keep, saved))
             self.runs += 1
             links = [array for array in found[ends:] if is_differentiable(array)]
             # mx.vjp skips outputs of stop_gradient and gives their cotangents to the next: make them others.
@@ -335,7 +349,7 @@ class _Call:
 
         # What has no gradient is among the primals as well: MLX walks the graph behind everything else, and behind
         # these is all that has been computed so far.
-        return mx.vjp(again, [*tied, *outputs[ends:]], wanted)[1][: len(tied)]
+        return mx.vjp(again, [*inputs, *outputs[ends:]], wanted)[1][: len(inputs)]
 
     def result(self, arrays: Sequence[mx.array]) -> object:
         """The results and writes of the first run, with these arrays as its outputs."""
@@ -345,12 +359,8 @@ class _Call:
         return outputs.put(list(arrays))
 
 
-def _recomputed(call: _Call) -> list[mx.array]:
-    """Run a call under MLX's transformations."""
-    arrays = call.arrays
-    call.arrays = []
-    if is_tracing():
-        return traced_checkpoint(call, arrays)
+def recomputed(call: Call, arrays: list[mx.array]) -> list[mx.array]:
+    """Run a call on its arrays, with the gradients that it gives itself."""
     forward: Any = mx.custom_function(lambda held: call(*held))
     forward.vjp(call.gradients)
     return call.watched(forward(arrays))
@@ -370,26 +380,21 @@ def _watched(output: mx.array, index: int, reached: set[int]) -> mx.array:
     return with_gradient(note)(output)
 
 
-def _tied(arrays: list[mx.array], ends: list[mx.array]) -> list[mx.array]:
+def tied(arrays: list[mx.array], ends: list[mx.array]) -> list[mx.array]:
     """These arrays, once the ends are there.
 
     In groups, since each output of an operation knows all others: a thousand at once take a million steps.
     """
-    return [tied for i in range(0, len(arrays), 64) for tied in mx.depends(arrays[i : i + 64], ends)]
+    return [array for i in range(0, len(arrays), 64) for array in mx.depends(arrays[i : i + 64], ends)]
 
 
-def _nothing() -> list[mx.array]:
+def nothing() -> list[mx.array]:
     """MLX's custom functions must return something."""
     return [mx.array(0.0)]
 
 
-def _shapes(arrays: list[mx.array]) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+def shapes_of(arrays: list[mx.array]) -> list[tuple[tuple[int, ...], mx.Dtype]]:
     return [(a.shape, a.dtype) for a in arrays]
-
-
-def _name(body: Callable[..., object]) -> str:
-    owner = getattr(body, "__self__", None)
-    return type(owner).__name__ if owner is not None else getattr(body, "__qualname__", repr(body))
 
 
 def _described(shapes: list[tuple[tuple[int, ...], mx.Dtype]]) -> str:

@@ -6,20 +6,20 @@ the module stays, so its parameters keep their names.
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, cast, overload
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.checkpointing.block.classes import Wrapping
 from mlx_tune.checkpointing.block.constants import Refusals
 from mlx_tune.checkpointing.block.recompute import call_checkpointed
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
-from mlx_tune.substitution import Substitute, plain_class, subclass, substitute
+from mlx_tune.substitution import Substitute
 from mlx_tune.upstream import has_mode
 
 P = ParamSpec("P")
@@ -33,7 +33,6 @@ _REFUSALS = "_checkpoint_refusals"  # the one with the inputs that have no gradi
 # checkpoint for ever. With one more array among its inputs it is traced anew, and an undone block's trace comes back.
 _MARK = "_checkpoint_trace"
 _serials: dict[frozenset[str], int] = {}  # the array's length stands for the names to keep
-_classes: WeakValueDictionary[type, type] = WeakValueDictionary()
 _functions: WeakSet[Callable[..., object]] = WeakSet()
 
 
@@ -166,13 +165,7 @@ def require_initialized(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 def unwrap(module: nn.Module) -> bool:
     """Make one module what it was before; false where there was nothing to undo."""
-    if not isinstance(module, _Checkpointed):
-        return False
-    substitute(module, plain_class(type(module)))
-    vars(module).pop(_NAMES, None)
-    vars(module).pop(_REFUSALS, None)
-    module.pop(_MARK, None)
-    return True
+    return _wrapping.take_off(module, _NAMES, _REFUSALS, _MARK)
 
 
 def kept_names(module: nn.Module) -> frozenset[str]:
@@ -189,53 +182,24 @@ class _Checkpointed(Substitute):
 
 def _wrap_module(block: M, names: frozenset[str]) -> M:
     if not isinstance(block, _Checkpointed):
-        kind = _checkpointed_class(type(block))
-        try:
-            substitute(block, kind)
-        except TypeError as error:
-            raise CheckpointError(
-                f"{type(block).__name__} cannot be checkpointed: its instances cannot change class ({error}). "
-                "Checkpoint a module that calls it."
-            ) from error
+        _wrapping.put_on(block)
     object.__setattr__(block, _NAMES, names)
     object.__setattr__(block, _REFUSALS, Refusals())
     block[_MARK] = mx.zeros((0, _serials.setdefault(names, len(_serials) + 1)), mx.bool_)
     return block
 
 
-def _checkpointed_class(plain: type) -> type:
-    found = _classes.get(plain)
-    if found is not None:
-        return found
-
-    def __call__(self: Any, *args: object, **kwargs: object) -> object:  # noqa: N807
-        body = super(kind, self).__call__
-        if not self.training:
-            return body(*args, **kwargs)
-        return call_checkpointed(body, self, args, kwargs, kept_names(self), vars(self).get(_REFUSALS) or Refusals())
-
-    def __reduce_ex__(self: object, protocol: Any) -> object:  # noqa: N807
-        # The subclass cannot be found by its name, so what is written down is how to make it from the plain one.
-        made, *rest = super(kind, self).__reduce_ex__(max(2, protocol))
-        if made is copyreg.__newobj__ and rest[0][0] is kind:  # type: ignore[attr-defined]
-            return (_new_checkpointed, (plain, *rest[0][1:]), *rest[1:])
-        return (made, *rest)
-
-    methods = {"__call__": wraps(plain.__call__)(__call__), "__reduce_ex__": __reduce_ex__}
-    try:
-        kind: Any = subclass(plain, methods, _Checkpointed)
-    except TypeError as error:
-        raise CheckpointError(
-            f"{plain.__name__} cannot be checkpointed: it cannot be subclassed ({error}). "
-            "Checkpoint a module that calls it."
-        ) from error
-    _classes[plain] = kind
-    return cast(type, kind)
+def _call(body: Callable[..., object], block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    if not block.training:
+        return body(*args, **kwargs)
+    return call_checkpointed(body, block, args, kwargs, kept_names(block), vars(block).get(_REFUSALS) or Refusals())
 
 
 def _new_checkpointed(plain: type, *args: object) -> object:
-    kind = _checkpointed_class(plain)
-    return kind.__new__(kind, *args)
+    return _wrapping.new(plain, *args)
+
+
+_wrapping = Wrapping(_Checkpointed, _call, "checkpointed", _new_checkpointed)
 
 
 def _wrap_function(function: Callable[P, R], names: frozenset[str]) -> Callable[P, R]:
