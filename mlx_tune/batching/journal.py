@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +9,7 @@ from typing import Protocol
 from mlx_tune.batching import journal_lines
 from mlx_tune.batching.result import Trial
 from mlx_tune.errors import DiskError, InvalidArgumentError
-from mlx_tune.files.scratch import writing
+from mlx_tune.files.durable_lines import append_line
 from mlx_tune.memory import MemoryBudget
 from mlx_tune.units import format_bytes
 
@@ -84,19 +83,7 @@ class Journal:
         return trials
 
     def _write(self, line: str) -> None:
-        text = line.encode()
-        with (
-            writing(self.path.parent, self._name, needed_bytes=None, way_out=_ELSEWHERE),
-            self.path.open("ab", buffering=0) as file,
-        ):
-            before = file.tell()
-            try:
-                if file.write(text) < len(text):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(file.fileno())  # the next trial may take the machine down
-            except OSError:
-                file.truncate(before)  # or the next line would go on from half of this one
-                raise
+        append_line(self.path, line, self._name, _ELSEWHERE)
 
     def _read(self, asked: object) -> None:
         """Go on from what the file holds, if it is about the same budget; mend its end, or start it."""

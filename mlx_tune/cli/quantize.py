@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from mlx_tune.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    import mlx.nn as nn
 
     from mlx_tune.lm.tokens import Tokenizer
     from mlx_tune.quantization.judging.report import QuantizationReport
@@ -47,7 +50,8 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
         "quantize",
         "quantize a model into a new folder, with a report of what that cost",
         description="Quantize a model that mlx-lm loads into a new folder that mlx-lm loads. The folder appears whole "
-        "or not at all.",
+        "or not at all. A model that does not fit in memory is quantized layer by layer, by methods "
+        "that need no text: where that was interrupted, the same command goes on.",
         examples=_EXAMPLES,
     )
     add_model(parser)
@@ -150,8 +154,13 @@ def run(arguments: argparse.Namespace) -> int:
             "calibration": _batches(tokenizer, arguments.calibration, arguments.num_samples, arguments),
         }
         mx.random.seed(arguments.seed)
+        way = "in memory" if arguments.plan else _way(model, arguments, shared)
+        result: Any
         if arguments.plan:
-            result: Any = plan_quantization(model, arguments.bits, arguments.group_size, **shared)
+            result = plan_quantization(model, arguments.bits, arguments.group_size, **shared)
+        elif way == "from folder to folder":
+            del model
+            result = _piecewise(arguments, shared, target) if is_first_rank() else None
         else:
             result = quantize_model(
                 model,
@@ -163,7 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
             if is_first_rank():
                 with progress_bar(f"saving {target}"):
                     save_quantized(str(target), model, tokenizer, config, source=folder)
-            save_plot(result, arguments.plot)
+        save_plot(result, arguments.plot)
     if is_first_rank():
         if arguments.report is not None:
             write_whole(arguments.report, json.dumps(result.to_dict(), indent=2) + "\n")
@@ -173,6 +182,38 @@ def run(arguments: argparse.Namespace) -> int:
             print(folded(ending(result, str(target), verbose=arguments.verbose)))
             print(command_lines(["mlx_lm.generate", "--model", str(target), "--prompt", "TEXT"]))
     return 0
+
+
+def _way(model: nn.Module, arguments: argparse.Namespace, shared: Mapping[str, Any]) -> str:
+    """The way that this machine has the memory for, or the only one that there is."""
+    from mlx_tune.lm.quantizing.quantize_folder import METHODS, fits_in_memory
+    from mlx_tune.quantization.dry_run import plan_quantization
+
+    learns = arguments.method not in METHODS or shared["calibration"] is not None
+    if learns or arguments.target_bpw is not None or arguments.target_bytes is not None:
+        return "in memory"
+    asked = {**shared, "verify_kernels": False}
+    plan = plan_quantization(model, arguments.bits, arguments.group_size, **asked)
+    return "in memory" if fits_in_memory(plan) else "from folder to folder"
+
+
+def _piecewise(arguments: argparse.Namespace, shared: Mapping[str, Any], target: Path | None) -> QuantizationReport:
+    """Quantize from folder to folder, and say so."""
+    from mlx_tune.lm.quantizing.quantize_folder import quantize_folder
+
+    assert target is not None
+    report = quantize_folder(
+        arguments.model,
+        target,
+        arguments.bits,
+        arguments.group_size,
+        dtype=arguments.dtype,
+        trust_remote_code=bool(arguments.trust_remote_code),
+        **{key: value for key, value in shared.items() if key not in ("target_bpw", "target_bytes", "calibration")},
+    )
+    note = "The model does not fit in memory, so that it was quantized from folder to folder"
+    note += "." if arguments.evaluation is None else ", and what that cost was not measured."
+    return replace(report, notes=(*report.notes, note))
 
 
 def ending(report: QuantizationReport, target: str, *, verbose: bool) -> str:

@@ -9,6 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
+
+from mlx_tune.errors import InvalidArgumentError
 
 #: How the names begin of folders in which something is made that is not whole yet.
 UNFINISHED = ".unfinished-"
@@ -44,6 +47,68 @@ def beside(target: Path, *, instead: Path | None = None) -> Iterator[Path]:
         except Exception as error:
             _rename(error, str(folder), str(instead or target.parent))
             raise
+
+
+class Resumable:
+    """A folder beside a place that stays where work ends early, so that the next process goes on in it.
+
+    It is deleted after a block that ends well, and after one that fails before it has set `worth_keeping`. One that is
+    killed leaves it behind as it was.
+
+    Args:
+        target: The place, in which something is to stand as a whole once it is done.
+
+    Attributes:
+        folder: The folder; its name is that of the place with `.unfinished` after it.
+        worth_keeping: True where an earlier process left something, or once this one has made what takes long.
+
+    Raises:
+        InvalidArgumentError: Another process is at work in it.
+
+    Examples:
+        >>> with Resumable(Path("model")) as work:
+        ...     _ = (work.folder / "part").write_text("")
+        >>> work.folder.exists()
+        False
+    """
+
+    def __init__(self, target: Path) -> None:
+        """Choose its name; it is made when the block begins."""
+        self.folder = target.with_name(f"{target.name}.unfinished")
+        self.worth_keeping = False
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        """Make the folder, or take it over from a process that has died."""
+        while self._lock is None or not (self.folder / _LOCK).exists():
+            if self._lock is not None:
+                os.close(self._lock)  # its owner deleted it meanwhile
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._lock)
+                self._lock = None
+                raise InvalidArgumentError(
+                    f"Another process is at work in {str(self.folder)!r}: wait for it, or name another destination."
+                ) from None
+            except OSError:  # a disk without locks: then nobody else can lock it either
+                break
+        self.worth_keeping = any(entry.name != _LOCK for entry in self.folder.iterdir())
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Delete it, or say where it is."""
+        if error is None or not self.worth_keeping:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        elif not isinstance(error, InvalidArgumentError):
+            error.add_note(
+                f"What was done so far is in {str(self.folder)!r}: the same call goes on from there. Delete that "
+                "folder to begin anew."
+            )
+        if self._lock is not None:
+            os.close(self._lock)
 
 
 @contextmanager

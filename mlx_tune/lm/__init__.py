@@ -12,6 +12,7 @@ from mlx_tune.lm.generation import autobatch_generate
 from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
 from mlx_tune.lm.loading import load
 from mlx_tune.lm.losses import loss
+from mlx_tune.lm.quantizing.quantize_folder import quantize_folder
 from mlx_tune.lm.saving import save_quantized
 from mlx_tune.lm.steps import TrainingStep, training_step
 from mlx_tune.lm.tokens import read_texts, token_batches
@@ -36,6 +37,7 @@ __all__ = [
     "loss",
     "make_optimizer",
     "plan_checkpoints",
+    "quantize_folder",
     "read_texts",
     "save_quantized",
     "token_batches",

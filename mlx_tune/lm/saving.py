@@ -62,7 +62,7 @@ def save_quantized(
         lm.save_quantized("model-4bit/", model, tokenizer, config)
         ```
     """
-    from mlx_lm.utils import create_model_card, load_config, save_config, save_model
+    from mlx_lm.utils import load_config, save_model
 
     target = Path(path)
     folder = None if source is None else Path(source)
@@ -72,28 +72,62 @@ def save_quantized(
         config = load_config(folder)
     if tokenizer is None and folder is None:
         raise InvalidArgumentError("save_quantized needs tokenizer=, or source= to copy the tokenizer's files from.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InvalidArgumentError(f"{str(target)!r} is there already and not empty: give a new folder.")
-    described = _describe(model, config)
+    check_new(target)
+    described = describe(model, config)
     size = nbytes_of(model.parameters())
     with beside(target, instead=target) as made:
         with writing(target.parent, "The model", needed_bytes=size, way_out="Save it to a folder on a larger disk."):
             save_model(made, model)
-            save_config(described, made / "config.json", keep_vision_config="vision_config" in described)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(made))
-            if folder is not None:
-                _copy_companions(folder, made, with_tokenizer=tokenizer is None)
-            create_model_card(made, None)  # with a name it would fetch that model's own from the hub
-        _check_loads(made, described)
-        made.chmod(0o755)  # a temporary folder is private, a model is not
-        if target.exists():
-            target.rmdir()
-        made.rename(target)
+            write_companions(made, described, tokenizer, folder)
+        put_in_place(made, described, target)
     return target
 
 
-def _describe(model: nn.Module, config: Mapping[str, object]) -> dict[str, object]:
+def check_new(target: Path) -> None:
+    """See that a folder may be made at a place.
+
+    Raises:
+        InvalidArgumentError: Something is there already.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InvalidArgumentError(f"{str(target)!r} is there already and not empty: give a new folder.")
+
+
+def write_companions(
+    made: Path, described: dict[str, object], tokenizer: TokenizerWrapper | None, source: Path | None
+) -> None:
+    """Write what belongs to a model beside its weights.
+
+    Args:
+        made: The folder.
+        described: Its configuration.
+        tokenizer: Its tokenizer; None copies the files of the source's.
+        source: The folder that it was loaded from.
+    """
+    from mlx_lm.utils import create_model_card, save_config
+
+    save_config(described, made / "config.json", keep_vision_config="vision_config" in described)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(made))
+    if source is not None:
+        _copy_companions(source, made, with_tokenizer=tokenizer is None)
+    create_model_card(made, None)  # with a name it would fetch that model's own from the hub
+
+
+def put_in_place(made: Path, described: dict[str, object], target: Path) -> None:
+    """Move a folder to its place once mlx-lm has loaded it.
+
+    Raises:
+        MlxTuneError: mlx-lm cannot.
+    """
+    _check_loads(made, described)
+    made.chmod(0o755)  # a temporary folder is private, a model is not
+    if target.exists():
+        target.rmdir()
+    made.rename(target)
+
+
+def describe(model: nn.Module, config: Mapping[str, object]) -> dict[str, object]:
     """The configuration with what belongs to the model as it is quantized now."""
     described = copy.deepcopy(dict(config))
     described["quantization"] = quantization_config(model)

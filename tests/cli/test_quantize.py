@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
@@ -206,3 +207,33 @@ def test_kernels_are_tried_unless_told_not_to(model_folder, tmp_path: Path, caps
     assert quantize(*words) != 0
     assert "No layer can be packed as asked" in capsys.readouterr().err
     assert quantize(*words, "--no-verify-kernels") == 0
+
+
+def test_a_model_that_does_not_fit_goes_from_folder_to_folder(
+    model_folder, tmp_path: Path, capsys, monkeypatch, text
+) -> None:
+    words = ["--model", model_folder("untied"), "--bits", 3, "--override", "*.down_proj=bits:8"]
+    assert quantize(*words, "--mlx-path", tmp_path / "in-memory") == 0
+    capsys.readouterr()
+    monkeypatch.setattr("mlx_tune.lm.quantizing.quantize_folder.memory_budget", lambda: 1 << 16)
+    picture = tmp_path / "layers.svg"
+    assert quantize(*words, "--mlx-path", tmp_path / "out", "--evaluation", text, "--plot", picture) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "The model does not fit in memory, so that it was quantized from folder to folder, and what that cost" in out
+    assert picture.is_file()
+    (first,), (second,) = ((tmp_path / name).glob("*.safetensors") for name in ("in-memory", "out"))
+    a, b = mlx_lm.load(str(first.parent))[0], mlx_lm.load(str(second.parent))[0]
+    ours, theirs = dict(tree_flatten(a.parameters())), dict(tree_flatten(b.parameters()))
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("words", [["--target-bpw", 5], ["--calibration", "TEXT"], ["--plan"]])
+def test_what_needs_the_whole_model_stays_in_memory(
+    model_folder, text, tmp_path: Path, capsys, monkeypatch, words
+) -> None:
+    monkeypatch.setattr("mlx_tune.lm.quantizing.quantize_folder.memory_budget", lambda: 1 << 16)
+    words = [text if word == "TEXT" else word for word in words]
+    lengths = ["--sequence-length", 32, "--num-samples", 4]
+    assert quantize("--model", model_folder("tied"), "--mlx-path", tmp_path / "out", *words, *lengths) == 0
+    assert "from folder to folder" not in capsys.readouterr().out

@@ -14,7 +14,7 @@ import pytest
 import mlx_tune as mt
 from mlx_tune.cli.output import save_plot, write_whole
 from mlx_tune.files.scratch import ScratchFiles
-from mlx_tune.files.unfinished import UNFINISHED, beside, own_folder
+from mlx_tune.files.unfinished import UNFINISHED, Resumable, beside, own_folder
 
 HOLDER = """
 import sys
@@ -129,3 +129,44 @@ def test_errors_name_the_path_that_was_given(tmp_path: Path, error) -> None:
     assert UNFINISHED not in text
     assert str(target / "model.safetensors") in text
     assert list(target.parent.iterdir()) == []
+
+
+def test_work_that_ends_well_or_made_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    with Resumable(tmp_path / "out") as work:
+        assert (work.folder, work.worth_keeping) == (tmp_path / "out.unfinished", False)
+    with pytest.raises(ZeroDivisionError) as caught, Resumable(tmp_path / "out"):
+        raise ZeroDivisionError
+    assert not hasattr(caught.value, "__notes__")
+    assert list(tmp_path.iterdir()) == []
+
+
+def fail_in(target: Path, error: Exception, *, worth_keeping: bool) -> None:
+    """Leave something, then fail."""
+    with Resumable(target) as work:
+        (work.folder / "half").write_text("half of it")
+        work.worth_keeping |= worth_keeping
+        raise error
+
+
+def test_work_that_is_worth_it_stays_and_is_found_again(tmp_path: Path) -> None:
+    target, folder = tmp_path / "out", tmp_path / "out.unfinished"
+    with pytest.raises(ZeroDivisionError) as caught:
+        fail_in(target, ZeroDivisionError(), worth_keeping=True)
+    assert caught.value.__notes__ == [
+        f"What was done so far is in {str(folder)!r}: the same call goes on from there. Delete that folder to "
+        "begin anew."
+    ]
+    with pytest.raises(mt.InvalidArgumentError) as refused:  # a call that is refused does not delete it
+        fail_in(target, mt.InvalidArgumentError(), worth_keeping=False)
+    assert not hasattr(refused.value, "__notes__")
+    assert (folder / "half").read_text() == "half of it"
+    with Resumable(target):
+        pass
+    assert not folder.exists()
+
+
+def test_one_process_at_a_time_works_there(tmp_path: Path) -> None:
+    with Resumable(tmp_path / "out") as work:
+        with pytest.raises(mt.InvalidArgumentError, match="Another process is at work in"), Resumable(tmp_path / "out"):
+            pass
+        assert work.folder.exists()
