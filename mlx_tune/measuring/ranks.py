@@ -51,7 +51,8 @@ class Ranks:
 
         if self.size == 1:
             return [list(row)]
-        flat = mx.distributed.all_gather(mx.array([row], mx.int64), group=self.group, stream=mx.cpu)
+        # On the stream that the group itself chooses: NCCL knows none of the processor's, other backends no other.
+        flat = mx.distributed.all_gather(mx.array([row], mx.int64), group=self.group)
         rows: Any = flat.tolist()
         return [[int(value) for value in values] for values in rows]
 

@@ -1,5 +1,6 @@
 """Figures and steps of several ranks: the largest count, and none goes on alone."""
 
+import mlx.core as mx
 import pytest
 
 from mlx_tune.errors import TrialError
@@ -56,3 +57,18 @@ def test_another_error_on_one_rank_stops_the_other():
 def test_one_alone_agrees_with_itself(monkeypatch):
     monkeypatch.setenv("MLX_RANK", "0")
     assert Ranks.alone().step(lambda: StepTrial(None, 7, 1.5)) == StepTrial(None, 7, 1.5)
+
+
+def test_figures_travel_on_the_stream_that_the_group_chooses(monkeypatch):
+    """NCCL has no way to send from the processor's streams, and other backends no other."""
+    sent = []
+
+    def all_gather(x, **options):
+        sent.append(options)
+        return mx.concatenate([x, x])
+
+    monkeypatch.setattr(mx.distributed, "all_gather", all_gather)
+    ranks = Ranks.alone()
+    ranks.size = 2
+    assert ranks.largest(7) == 7
+    assert [options.keys() for options in sent] == [{"group"}]

@@ -73,5 +73,5 @@ class Shares:
         return number(self._sum(mx.array(figure)))
 
     def _sum(self, value: mx.array) -> mx.array:
-        summed: mx.array = mx.distributed.all_sum(value, group=self._group, stream=mx.cpu)
+        summed: mx.array = mx.distributed.all_sum(value, group=self._group)
         return summed
