@@ -22,7 +22,7 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import ScratchFiles
 from mlx_tune.interrupts import uninterrupted
 from mlx_tune.trees import arrays_of, containers_of, outermost, state_arrays
-from mlx_tune.upstream import random_key, set_mode
+from mlx_tune.upstream import has_mode, random_key, set_mode
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -278,7 +278,7 @@ def _put_back(
 @contextmanager
 def same_training(model: nn.Module) -> Iterator[None]:
     """Put back each module's own training flag after the block: `model.train()` sets the same one everywhere."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in model.modules() if has_mode(module)]
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.losses.linear_cross_entropy import finished
 from mlx_tune.state import same_training
 from mlx_tune.substitution import ModuleCall, intercepted
-from mlx_tune.upstream import set_mode
+from mlx_tune.upstream import has_mode, set_mode
 
 #: Tokens of the small passes; any two that are in every vocabulary.
 _TOKENS = ((0, 1, 0), (1, 0, 0))
@@ -96,7 +96,8 @@ def split_head(model: nn.Module) -> SplitHead | str:
     tokens = mx.array(_TOKENS)
     with same_training(model), draws_from(mx.random.key(0)):
         for module in model.modules():
-            set_mode(module, True)  # where dropout draws
+            if has_mode(module):
+                set_mode(module, True)  # where dropout draws
         try:
             logits, calls = _calls(model, tokens)
         except Exception as error:
@@ -190,20 +191,21 @@ def _with_shape(model: nn.Module, tokens: mx.array, head: SplitHead) -> SplitHea
     shape = (*tokens.shape, head.vocabulary)
     given = np.resize(np.array(_LOGITS, np.float32), shape).reshape(-1)
     np.random.default_rng(0).shuffle(given)
-    probe = mx.array(given.reshape(shape))
     try:
-        made = _with_logits(model, tokens, head, probe)[1]
+        made = _with_logits(model, tokens, head, mx.array(given.reshape(shape)))[1]
         assert isinstance(made, mx.array)
         found = np.array(made.astype(mx.float32), np.float64).reshape(-1)
     except Exception as error:
         return f"{reason} ({type(error).__name__}: {error})"
-    at = {float(x): float(y) for x, y in zip(given, found, strict=True)} if found.size == given.size else {}
-    scale, softcap = _scale_and_cap(at)
+    if found.size != given.size:
+        return reason
+    values, places = np.unique(given, return_index=True)
+    scale, softcap = _scale_and_cap(dict(zip(values.tolist(), found[places].tolist(), strict=True)))
     if scale is None:
         return reason
     one = abs(scale - 1) < 1e-6
     split = SplitHead(head.path, None if one else scale, softcap, head.vocabulary, head.layer, head._method)
-    expected = np.array(finished(probe, split.scale, split.softcap), np.float64).reshape(-1)
+    expected = np.array(finished(mx.array(given), split.scale, split.softcap), np.float64).reshape(-1)
     return split if np.allclose(found, expected, rtol=1e-5, atol=0) else reason
 
 

@@ -34,9 +34,9 @@ def configuration(family: str, **sizes: Any) -> dict[str, Any]:
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
     }
-    config |= (FAMILIES[family] if family in FAMILIES else _EXPERTS | EXPERTS[family]) | sizes
+    config |= (FAMILIES[family] if family in FAMILIES else _EXPERTS | EXPERTS.get(family, {})) | sizes
     blocks = config["num_hidden_layers"]
-    if "layer_types" in config:
+    if config.get("layer_types"):
         config["layer_types"] = (config["layer_types"] * blocks)[:blocks]
     if "is_moe_layer" in config:
         config["is_moe_layer"] = [False] + [True] * (blocks - 1)
@@ -121,7 +121,7 @@ _EXPERTS: dict[str, Any] = {
     "attention_multiplier": 0.1,
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
-    "logits_scaling": 1.0,
+    "logits_scaling": 8.0,
 }
 _LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 EXPERTS: dict[str, dict[str, Any]] = {

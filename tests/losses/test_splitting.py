@@ -125,6 +125,12 @@ class Normed(Model):
         return self.norm(super().__call__(tokens).reshape(*tokens.shape, -1, 2)).reshape(*tokens.shape, -1)
 
 
+def forbid(logits):
+    """Writes in place, as some models forbid tokens that no text has."""
+    logits[..., 3] = -mx.inf
+    return logits
+
+
 class Needy(Model):
     def __call__(self, tokens, more):
         return super().__call__(tokens)
@@ -139,6 +145,7 @@ REFUSED = {
     "more than tokens": (lambda: Needy(linear()), "cannot be called with tokens alone (TypeError"),
     "an offset": (lambda: Model(linear(), lambda x: x + 1), "neither a scale nor a cap"),
     "a mask": (lambda: Model(linear(), lambda x: x * (mx.arange(VOCABULARY) < 30)), "neither a scale nor a cap"),
+    "written to": (lambda: Model(linear(), forbid), "neither a scale nor a cap"),
     "another order": (lambda: Model(linear(), lambda x: x[..., ::-1]), "neither a scale nor a cap"),
     "shifted": (lambda: Model(linear(), lambda x: mx.roll(x, 1, axis=1)), "neither a scale nor a cap"),
     "log-probabilities": (lambda: Model(linear(), nn.log_softmax), "neither a scale nor a cap"),
