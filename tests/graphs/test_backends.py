@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import backends as measured
 import pytest
 
 import mlx_tune.graphs.backends as backends
@@ -59,3 +60,10 @@ def test_what_is_priced_for_another_machine_says_for_which() -> None:
 )
 def test_allocations_are_rounded_as_the_allocators_do(backend: str, sizes: dict[int, int]) -> None:
     assert {nbytes: rounded(rules_of(backend), nbytes) for nbytes in sizes} == sizes
+
+
+@pytest.mark.parametrize("name", ["1B x1 checkpointed", "1B x8", "1B LoRA x8", "1B adamw x4 checkpointed"])
+def test_steps_that_an_h200_measured_are_priced_on_any_machine(name: str) -> None:
+    """Real sizes, of which nothing is evaluated; every step is in docs/measurements/gpu.md."""
+    truth = measured.STEPS[name][-1]
+    assert measured.priced(name, "cuda").floor_bytes == pytest.approx(truth, rel=0.01)

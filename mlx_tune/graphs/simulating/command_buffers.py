@@ -21,6 +21,11 @@ class CommandBuffers:
 
     The device is taken to be so much slower than dispatch that as much as may be is always under way.
 
+    `eval` is told that a buffer has run a moment before its arrays go back: on CUDA the task that tells comes before
+    the one that lets go (`eval` in cuda/eval.cpp, `commit` in cuda/device.cpp), on Metal the last operation's arrays
+    are held by the handler that tells (`eval` in metal/eval.cpp). So what the last operation read is still there for
+    the first that is dispatched afterwards, which cannot take it over.
+
     Args:
         rule: When a buffer is handed over.
         limit_bytes: The memory limit, above which `eval` waits for what is under way; 0 makes it wait for each buffer.
@@ -31,18 +36,19 @@ class CommandBuffers:
         self.rule, self.limit_bytes = rule, limit_bytes
         self.sizes: list[int] = []
         self._held: list[int] = []
-        self._under_way: deque[tuple[bool, list[int]]] = deque()  # with whether it counts as a task
+        self._under_way: deque[tuple[bool, list[int], list[int]]] = deque()  # with whether it counts as a task
+        self._late: list[int] = []
         self._tasks = self._kernels = self._elements = 0
         self._seen: set[int] = set()
 
     def add(self, machine: Allocator, node: Node) -> None:
         """Note what an operation holds, hand the buffer over if it is full, and wait as `eval_impl` does."""
+        self._let_go(machine, self._late)
         own = machine.buffer[node.outputs[0]]
-        keep = {machine.buffer[v] for v in (*node.inputs, *node.outputs[1:])} - {own}
+        keep = [*{machine.buffer[v] for v in (*node.inputs, *node.outputs[1:])} - {own}]
         for buffer in keep:
             machine.holders[buffer] += 1
-        self._held += keep
-        self._held += machine.temporaries
+        keep += machine.temporaries
         machine.temporaries.clear()
         self._kernels += machine.launches + self.rule.waits_for_one
         if machine.launches:
@@ -50,18 +56,21 @@ class CommandBuffers:
         if self._kernels > self.rule.operations or self._elements >> 20 > self.rule.elements:
             self.sizes.append(self._kernels)
             self._tasks += 1
-            self._commit(counts=True)
+            self._commit(keep)
+        else:
+            self._held += keep
         if self._tasks > TASKS_IN_FLIGHT or (machine.live > self.limit_bytes and self._tasks):
-            self._commit(counts=False)
+            self._commit()
             self._wait_for_one(machine)
             while machine.live > self.limit_bytes and self._tasks:
                 self._wait_for_one(machine)
 
     def finish(self, machine: Allocator) -> None:
         """Let everything that is under way come to its end."""
-        self._commit(counts=False)
+        self._commit()
         while self._under_way:
             self._complete(machine)
+        self._let_go(machine, self._late)
 
     def _read(self, machine: Allocator, node: Node) -> int:
         """The elements that MLX counts for an operation."""
@@ -72,9 +81,10 @@ class CommandBuffers:
         self._seen |= fresh
         return sum(new[buffer] for buffer in fresh)
 
-    def _commit(self, counts: bool) -> None:
-        if self._held or counts:
-            self._under_way.append((counts, self._held))
+    def _commit(self, last: list[int] | None = None) -> None:
+        """Hand over what there is; with what the last operation holds, where it is full and counts as a task."""
+        if self._held or last is not None:
+            self._under_way.append((last is not None, self._held, last or []))
         self._held, self._kernels, self._elements = [], 0, 0
         self._seen.clear()
 
@@ -84,8 +94,14 @@ class CommandBuffers:
 
     def _complete(self, machine: Allocator) -> bool:
         """The oldest of what is under way has run; True where that was a task."""
-        counts, held = self._under_way.popleft()
-        for buffer in held:
-            machine.release(buffer)
+        counts, held, last = self._under_way.popleft()
+        self._let_go(machine, held)
+        self._let_go(machine, self._late)
+        self._late = last
         self._tasks -= counts
         return counts
+
+    @staticmethod
+    def _let_go(machine: Allocator, held: list[int]) -> None:
+        while held:
+            machine.release(held.pop())

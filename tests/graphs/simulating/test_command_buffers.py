@@ -85,3 +85,36 @@ def test_a_processor_has_ten_operations_a_task() -> None:
     free = followed(products(400), rules_of("cpu"), math.inf)
     assert (free.peak_bytes - free.start_bytes) // (8 * MIB) == 56
     assert followed(products(400), rules_of("cpu")).peak_bytes == 4 * 8 * MIB
+
+
+@pytest.mark.parametrize(
+    ("before", "between", "arrays"),
+    [
+        (90, 1, 2),  # all in one graph
+        (99, 0, 2),  # the gradient is the first in the next graph
+        (98, 1, 1),  # it is the first there, and another was the last in the one before
+        (99, 1, 1),  # it is the second there
+    ],
+)
+def test_the_next_operation_cannot_take_over_what_the_last_of_a_buffer_read(
+    before: int, between: int, arrays: int
+) -> None:
+    """A loss and its gradient, as in a LoRA step on an H200, where the logits stayed beside their gradient."""
+    values = [Value((1024,), mx.float32, "batch")]
+    nodes = list[Node]()
+
+    def add(name: str, shape: tuple[int, ...], *inputs: int) -> int:
+        values.append(Value(shape, mx.float32))
+        nodes.append(Node(name, inputs, (len(values) - 1,)))
+        return len(values) - 1
+
+    row = 0
+    for _ in range(before):
+        row = add("Sin", (1024,), row)
+    logits = add("Gather", (1024, 1024), row)
+    loss = add("CrossEntropy", (1024,), logits, 0)
+    for _ in range(between):
+        loss = add("Sin", (1024,), loss)
+    gradient = add("CrossEntropyVJP", (1024, 1024), logits, 0, loss, row)
+    timeline = followed(Graph(values, nodes, [gradient], results=1, held={0}), rules_of("cuda"))
+    assert timeline.peak_bytes // (4 * MIB) == arrays
