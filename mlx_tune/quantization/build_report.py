@@ -11,6 +11,7 @@ from mlx_tune.quantization.judging.accuracy import Accuracy
 from mlx_tune.quantization.judging.report import LayerReport, QuantizationReport
 from mlx_tune.quantization.judging.speed import SpeedComparison
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
+from mlx_tune.units import format_count
 
 #: Decibels below which a layer's error is more than half as large as its weights.
 _LOST_DB = 6.0
@@ -28,6 +29,8 @@ class LayerOutcome:
         optimal_output_error: The same had it been quantized by "optimal".
         note: Further remarks, such as a fallback with its reason.
         input_snr_db: As `snr_db`, each input counted by its energy; None where that is not known.
+        recovered: True where the weights lay on a grid that the format has, so that rounding of their dtype is all that
+            was lost.
     """
 
     path: str
@@ -37,6 +40,7 @@ class LayerOutcome:
     optimal_output_error: float | None = None
     note: str | None = None
     input_snr_db: float | None = None
+    recovered: bool = False
 
 
 def report_of(
@@ -70,13 +74,14 @@ def report_of(
         seconds=memory.seconds,
         peak_bytes=memory.peak_bytes,
         arithmetic=arithmetic(),
-        notes=(*plan.notes, *_little_left(outcomes.values()), *notes),
+        notes=(*plan.notes, *_recovered(outcomes), *_little_left(outcomes.values()), *notes),
     )
 
 
 def layer_report(layer: LayerPlan, outcome: LayerOutcome | None) -> LayerReport:
     """A planned layer and what became of it, if anything did."""
-    reasons = [text for text in (layer.reason, outcome.note if outcome else None) if text]
+    recovered = "recovered" if outcome is not None and outcome.recovered else None
+    reasons = [text for text in (layer.reason, recovered, outcome.note if outcome else None) if text]
     return LayerReport(
         path=layer.path,
         paths=layer.paths,
@@ -93,6 +98,17 @@ def layer_report(layer: LayerPlan, outcome: LayerOutcome | None) -> LayerReport:
         optimal_output_error=outcome.optimal_output_error if outcome else None,
         reason="; ".join(reasons) or None,
         cost_bytes=layer.cost_bytes,
+    )
+
+
+def _recovered(outcomes: Mapping[str, LayerOutcome]) -> tuple[str, ...]:
+    """A sentence on layers that lost nothing."""
+    count = sum(outcome.recovered for outcome in outcomes.values())
+    if not count:
+        return ()
+    return (
+        f"Recovered: the weights of {count} of {format_count(len(outcomes), 'layer')} lay on a grid already, and lose "
+        "no more than the rounding of their dtype.",
     )
 
 

@@ -15,6 +15,7 @@ from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.checks import note_of_range
 from mlx_tune.quantization.planning.faulty_kernels import fault_finder, keep_unpacked
+from mlx_tune.quantization.planning.known_grids import note_of_grids
 from mlx_tune.quantization.planning.layout import lay_out
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.quantization.planning.request import Request
@@ -43,10 +44,12 @@ def plan_quantization(
     evaluation: Iterable[object] | None = None,
     progress: bool = True,
 ) -> QuantizationPlan:
-    """Work out what `quantize_model` would do, without touching the model or reading a weight.
+    """Work out what `quantize_model` would do, without touching the model.
 
-    With `target_bpw` or `target_bytes` the weights are read and candidates tried, since the choice of bits rests on
-    their error; the model is then as it was.
+    A few rows of a few layers are read, to see whether the weights lie on a grid of at most 4 bits already, as weights
+    do that were packed before: a note then names the format that holds them without loss. With `target_bpw` or
+    `target_bytes` all weights are read and candidates tried, since the choice of bits rests on their error; the model
+    is then as it was.
 
     Args:
         model: Any model; see `quantize_model` for all arguments.
@@ -93,6 +96,7 @@ def plan_quantization(
         plan = keep_unpacked(
             plan, fault_of, among=lambda layer: (layer.fixed or not request.targeted) and not _both(layer)
         )
+    plan = replace(plan, notes=(*plan.notes, *note_of_grids(plan)))
     if not request.targeted:
         plan = replace(plan, notes=(*plan.notes, *note_of_range(plan)))
         if calibration is None and evaluation is None:

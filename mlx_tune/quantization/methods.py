@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_tune.progress import progress_bar
 from mlx_tune.quantization.build_report import LayerOutcome
+from mlx_tune.quantization.formats.grids import recovers
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packed_arrays import pack_weight, signal_to_noise_db, unpacked
@@ -75,9 +76,10 @@ def apply_layer(layer: LayerPlan, method: str, effort: Effort, put: Put = Site.p
             packed, used, error = plain, "nearest", nearest
     snr = signal_to_noise_db(weight, packed, layer.wanted)
     weighted = None if layer.energy is None else signal_to_noise_db(weight, packed, layer.wanted, layer.energy)
+    recovered = recovers(weight, packed, layer.wanted)
     del weight
     install(layer, packed, put)
-    return LayerOutcome(layer.path, used, snr, error, optimal_error, note, weighted)
+    return LayerOutcome(layer.path, used, snr, error, optimal_error, note, weighted, recovered)
 
 
 def outcome_of(
@@ -101,8 +103,9 @@ def outcome_of(
     """
     now = layer.module
     weight = read_weight(before)
-    snr = signal_to_noise_db(weight, (now["weight"], now["scales"], now.get("biases")), layer.wanted)
-    return LayerOutcome(layer.path, method, snr, output_error, optimal_output_error, note)
+    packed = (now["weight"], now["scales"], now.get("biases"))
+    snr, recovered = signal_to_noise_db(weight, packed, layer.wanted), recovers(weight, packed, layer.wanted)
+    return LayerOutcome(layer.path, method, snr, output_error, optimal_output_error, note, recovered=recovered)
 
 
 def _output_error(layer: LayerPlan, inputs: mx.array, weight: mx.array, arrays: PackedArrays) -> float:

@@ -62,22 +62,22 @@ def unpacked(arrays: PackedArrays, wanted: Format) -> Callable[[slice], mx.array
     packed, scales, biases = arrays
 
     def after(rows: slice) -> mx.array:
-        some = None if biases is None else _rows(biases, rows)
-        return dequantize_float32(_rows(packed, rows), _rows(scales, rows), some, **wanted.keywords())
+        some = None if biases is None else rows_of(biases, rows)
+        return dequantize_float32(rows_of(packed, rows), rows_of(scales, rows), some, **wanted.keywords())
 
     return after
 
 
 def signal_to_noise_db_between(weight: mx.array, changed: mx.array) -> float:
     """The same for two arrays of weights of one shape."""
-    return _decibels(weight, lambda rows: _rows(changed, rows).astype(mx.float32))
+    return _decibels(weight, lambda rows: rows_of(changed, rows).astype(mx.float32))
 
 
 def _decibels(weight: mx.array, after: Callable[[slice], mx.array], energy: mx.array | None = None) -> float:
     signal = noise = 0.0
     share: mx.array | float = 1.0 if energy is None else mx.sqrt(energy / mx.maximum(energy.max(), 1e-30))
-    for rows in _row_chunks(weight):
-        before = _rows(weight, rows).astype(mx.float32)
+    for rows in row_chunks(weight):
+        before = rows_of(weight, rows).astype(mx.float32)
         largest = mx.abs(before).max()
         unit = mx.where(largest > 0, largest, 1)  # squares of very large or small weights leave float32's range
         power, error = mx.square(before / unit * share), mx.square((before - after(rows)) / unit * share)
@@ -93,10 +93,10 @@ def _decibels(weight: mx.array, after: Callable[[slice], mx.array], energy: mx.a
 
 def not_finite(weight: mx.array) -> int:
     """The number of weights that are NaN or infinite, without a copy of them."""
-    return sum(int(number((~mx.isfinite(_rows(weight, rows))).sum())) for rows in _row_chunks(weight))
+    return sum(int(number((~mx.isfinite(rows_of(weight, rows))).sum())) for rows in row_chunks(weight))
 
 
-def _row_chunks(weight: mx.array) -> list[slice]:
+def row_chunks(weight: mx.array) -> list[slice]:
     """Slices over the rows of all leading axes together."""
     rows = math.prod(weight.shape[:-1])
     at_once = _CHUNK_WEIGHTS if computes_on_cpu() else _CHUNK_WEIGHTS_GPU
@@ -104,5 +104,5 @@ def _row_chunks(weight: mx.array) -> list[slice]:
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def _rows(array: mx.array, rows: slice) -> mx.array:
+def rows_of(array: mx.array, rows: slice) -> mx.array:
     return array.reshape(-1, array.shape[-1])[rows]
