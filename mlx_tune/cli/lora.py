@@ -208,6 +208,7 @@ def _train(
     """Choose what is left to choose, say it, and train."""
     from mlx_lm.tuner.utils import print_trainable_parameters
 
+    from mlx_tune.lm.lengths.truncation import truncation
     from mlx_tune.lm.lora import check_reporting, reporting_callback
     from mlx_tune.lm.losses.next_token import choose_loss
     from mlx_tune.lm.training import train
@@ -215,6 +216,10 @@ def _train(
     check_reporting(settings)
     loss = choose_loss(ready.model, plain=ready.plain_loss)
     print_trainable_parameters(ready.model)
+    for name, rows in (("training", ready.train_set), ("validation", ready.valid_set)):
+        cut = truncation(rows, ready.args.max_seq_length) if rows else None
+        if cut is not None and cut.cut_rows and is_first_rank():
+            say(f"Of the {name} rows, {cut}.")
     fit = _choose(ready, settings)
     final = {**ready.settings, "lora_parameters": _lora_parameters(ready.settings)}
     if fit is not None:

@@ -10,6 +10,7 @@ from mlx_tune.lm.fits.result import Fits, TrainingWay
 from mlx_tune.lm.fitting import autobatch, autofit, estimate_memory, plan_checkpoints, verify_checkpoint
 from mlx_tune.lm.generation import autobatch_generate
 from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
+from mlx_tune.lm.lengths import Truncation, truncation
 from mlx_tune.lm.loading import load
 from mlx_tune.lm.losses import loss
 from mlx_tune.lm.quantizing.quantize_folder import quantize_folder
@@ -27,6 +28,7 @@ __all__ = [
     "TrainingResult",
     "TrainingStep",
     "TrainingWay",
+    "Truncation",
     "add_adapters",
     "autobatch",
     "autobatch_generate",
@@ -43,5 +45,6 @@ __all__ = [
     "token_batches",
     "train",
     "training_step",
+    "truncation",
     "verify_checkpoint",
 ]

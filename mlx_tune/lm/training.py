@@ -15,6 +15,7 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import writing
 from mlx_tune.files.unfinished import beside
 from mlx_tune.lm.fitting import autofit
+from mlx_tune.lm.lengths.truncation import truncation
 from mlx_tune.lm.losses.next_token import ChosenLoss, Loss, choose_loss
 from mlx_tune.lm.steps import Row, as_rows, check_trainable, largest_batch
 from mlx_tune.lm.training_result import LossReport, TrainingResult
@@ -188,6 +189,7 @@ def _run(
         checkpointed=checkpointed,
         wired=wired.text,
         loss=loss.text,
+        truncation=str(truncation(train_rows, args.max_seq_length)),
         losses=tuple(log.losses),
         validation_losses=tuple(log.validations),
         adapter_file=str(args.adapter_file),

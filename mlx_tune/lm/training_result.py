@@ -48,6 +48,7 @@ class TrainingResult(Tabular):
         checkpointed: Paths of the blocks that were checkpointed.
         wired: The wired memory, or the reason why there was none.
         loss: The loss in words: linear, plain and why, or that it was given.
+        truncation: The training rows and tokens that were cut at `max_seq_length`, in words.
         losses: The training log.
         validation_losses: The validations.
         adapter_file: Where the trained weights are.
@@ -69,6 +70,7 @@ class TrainingResult(Tabular):
     checkpointed: tuple[str, ...]
     wired: str
     loss: str
+    truncation: str
     losses: tuple[LossReport, ...]
     validation_losses: tuple[LossReport, ...]
     adapter_file: str
@@ -101,6 +103,7 @@ class TrainingResult(Tabular):
             f"{format_bytes(self.footprint_bytes)}",
             f"{format_count(len(self.checkpointed), 'block')} checkpointed; {self.wired}",
             f"loss: {self.loss}",
+            f"training rows: {self.truncation}",
             f"weights in {self.adapter_file}",
         ]
         rows = [(*_cells(line), "") for line in _thinned(self.losses)]

@@ -173,6 +173,13 @@ def test_a_configuration_file_may_say_auto(lora, tmp_path) -> None:
     assert ("--grad-checkpoint" in command) != ("take grad_checkpoint out of the configuration file" in out)
 
 
+def test_rows_that_are_cut_are_said_before_the_training(lora) -> None:
+    code, out, _ = lora(*(word if word != "33" else "8" for word in SHORT))
+    assert code == 0
+    assert 0 <= out.index("Of the training rows, ") < out.index("rows cut at 8 tokens: ") < out.index("nearest:")
+    assert "training rows: " in out
+
+
 def test_testing_alone_loads_the_adapters(lora) -> None:
     assert lora(*SHORT)[0] == 0
     code, out, _ = lora("--test")
