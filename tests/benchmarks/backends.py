@@ -43,7 +43,9 @@ STEPS: dict[str, tuple[str, dict[str, Any], int, bool, int | None]] = {
     "1B LoRA x8 checkpointed": ("1B", LORA, 8, True, 7_282_725_440),
     "1B LoRA on 4 bits x8": ("1B", QLORA, 8, False, 30_342_000_000),
     "1B LoRA on 4 bits x8 checkpointed": ("1B", QLORA, 8, True, 6_058_000_000),
-    "0.6B vocabulary of 151,936, LoRA 4 x 2048 checkpointed": ("qwen", {}, 4, True, 9_430_000_000),
+    "1B x4 of 1000 tokens": ("1B", {"length": 1001}, 4, False, 13_165_454_176),
+    "0.6B vocabulary of 151,936, LoRA 4 x 2048 checkpointed": ("qwen", {"loss": "plain"}, 4, True, 11_696_619_640),
+    "the same, linear_cross_entropy": ("qwen", {"loss": "linear_cross_entropy"}, 4, True, 4_252_661_112),
     "8B LoRA x2": ("8B", LORA, 2, False, None),
     "8B LoRA x2 checkpointed": ("8B", LORA, 2, True, None),
     "8B LoRA on 4 bits x4": ("8B", QLORA, 4, False, None),
@@ -77,11 +79,11 @@ def built(size: str, options: dict[str, Any], rows: int, checkpointed: bool) -> 
             model.train()
             optimizer.init(model.trainable_parameters())
             captured = [model.state, optimizer.state, mx.random.state]
-            step = loss.step_of(model, loss.LOSSES["plain"], optimizer)
+            step = loss.step_of(model, loss.LOSSES[options["loss"]], optimizer)
             step = partial(mx.compile, inputs=captured, outputs=captured)(step)
             state, length = (model, optimizer), 2049
         else:
-            job = gpu_models.training(size, length=1025, **options)
+            job = gpu_models.training(size, **options)
             step, state, model, length = job.step, job.state, job.model, job.length
     if checkpointed:
         mt.checkpoint_blocks(model)

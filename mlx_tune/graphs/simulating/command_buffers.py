@@ -43,7 +43,8 @@ class CommandBuffers:
 
     def add(self, machine: Allocator, node: Node) -> None:
         """Note what an operation holds, hand the buffer over if it is full, and wait as `eval_impl` does."""
-        self._let_go(machine, self._late)
+        if machine.launches:
+            self._let_go(machine, self._late)
         own = machine.buffer[node.outputs[0]]
         keep = [*{machine.buffer[v] for v in (*node.inputs, *node.outputs[1:])} - {own}]
         for buffer in keep:

@@ -35,6 +35,23 @@ def _product(m: Allocator, node: Node) -> None:
             m.copy_of(value, out)
     m.launches += 1
     m.temporary(WORKSPACE, out)
+    if not _in_one_batch(m, node):
+        m.launches += 1
+        m.temporary(3 * 8 * prod(m.shape(out)[:-2]), out)
+
+
+def _in_one_batch(m: Allocator, node: Node) -> bool:
+    """Matrices that lie at equal distances; the places of others are written down first (`CublasGemm::run_batched`)."""
+    batch = m.shape(node.outputs[0])[:-2]
+    steps: list[tuple[int, ...]] = []
+    for i in range(len(batch)):
+        if batch[i] == 1:
+            continue
+        at = tuple(m.layout[v].strides[i] for v in node.inputs[:2])
+        if steps and all(step == batch[i] * now for step, now in zip(steps[-1], at, strict=True)):
+            steps.pop()
+        steps.append(at)
+    return len(steps) <= 1
 
 
 def quantized_matmul(m: Allocator, node: Node) -> None:

@@ -99,3 +99,15 @@ def test_packed_products_copy_activations_alone() -> None:
     assert run("cuda", "Quantize", [(64, 128)], [(64, 16), (64, 2), (64, 2)])[2] == 1
     gathered = run("cuda", "GatherQMM", [*shapes, (64,), (64,)], [(64, 256)])
     assert gathered[2] == 1
+
+
+def test_matrices_at_unequal_distances_have_their_places_written_down_first() -> None:
+    """Queries in groups that share keys: the places of 4 x 8 x 2 matrices, and a kernel that writes them."""
+    queries, keys, scores = (4, 8, 2, 64, 32), (4, 8, 2, 32, 64), (4, 8, 2, 64, 64)
+    plain = run("cuda", "Matmul", [queries, keys], [scores])
+    shared = row_major(keys)._replace(strides=(8 * 2048, 2048, 0, 64, 1), data_size=4 * 8 * 2048, row=False, col=False)
+    grouped = run("cuda", "Matmul", [queries, keys], [scores], layouts=[None, shared])
+    assert (plain[2], grouped[2]) == (1, 2)
+    assert grouped[1] - plain[1] == 2048  # three addresses for each, rounded up to a power of two
+    alike = row_major(keys)._replace(strides=(0, 0, 0, 64, 1), data_size=2048, row=False, col=False)
+    assert run("cuda", "Matmul", [queries, keys], [scores], layouts=[None, alike])[2] == 1
