@@ -16,6 +16,7 @@ from mlx_tune import memory
 from mlx_tune.presentation.plain import Json
 from mlx_tune.units import format_bytes, parse_fraction
 from mlx_tune.wiring import limits
+from mlx_tune.wiring.ledger import Share, ledger
 from mlx_tune.wiring.registry import Registry, WiredRequest, total_bytes
 
 OFF_VARIABLE = "MLX_TUNE_NO_WIRING"
@@ -38,7 +39,7 @@ def _clear_cache() -> None:
 
 
 #: The one registry of the process: MLX has one limit.
-registry = Registry(_set_limit, _clear_cache)
+registry = Registry(_set_limit, _clear_cache, lambda limit: ledger.settle(limit))
 
 
 class wired_limit:  # noqa: N801 - used as a function
@@ -62,6 +63,10 @@ class wired_limit:  # noqa: N801 - used as a function
             or "20%". Bytes are taken as they are.
         streams: Streams to synchronize when the block ends, before the limit is lowered: those on which
             `mx.async_eval` may still be at work.
+        share: Keep the sum of what all processes wire that share below what this machine may wire: each enters what
+            it wires in a file of the user's, and gets what the others leave. Processes that have died do not count;
+            nothing waits for another process longer than a second. A process that has shared once enters everything
+            that it wires from then on. Without it a process counts on having the machine to itself.
 
     Attributes:
         applied: True where memory is being wired for this block.
@@ -86,12 +91,20 @@ class wired_limit:  # noqa: N801 - used as a function
         19660
     """
 
-    def __init__(self, model: object = None, headroom: float | str = "20%", streams: Iterable[Any] = ()) -> None:
+    def __init__(
+        self,
+        model: object = None,
+        headroom: float | str = "20%",
+        streams: Iterable[Any] = (),
+        *,
+        share: bool = False,
+    ) -> None:
         """Check the arguments. The parameters of a model are read when the block is entered."""
         limits.check_wanted(model)
         self._model = model
         self._headroom = parse_fraction(headroom)
         self._streams = tuple(streams)
+        self._share = share
         # One entry for each time that this block was entered and not left; None where nothing was wired.
         self._entries: list[weakref.finalize[..., Any] | None] = []
         self._stacklevel = 3  # from `_ask` to the line with the `with`
@@ -123,16 +136,27 @@ class wired_limit:  # noqa: N801 - used as a function
         # This comes first, so that an interrupt cannot lose the request.
         self._entries[-1] = finalizer = weakref.finalize(self, registry.leave, token)
         finalizer.atexit = False  # the limit ends with the process
+
+        def allow(wanted: int) -> int:
+            granted = ledger.claim(wanted, capacity.cap_bytes)
+            if granted == 0:
+                raise PermissionError(_taken(ledger.seen, capacity.cap_bytes))
+            return granted
+
+        shared = self._share or ledger.active
         try:
-            limit = registry.enter(token, request, capacity.cap_bytes)
-        except (RuntimeError, ValueError) as error:
+            limit = registry.enter(token, request, capacity.cap_bytes, allow if shared else None)
+        except (RuntimeError, ValueError, OSError) as error:
             self._entries[-1] = None
             finalizer.detach()
-            self.reason = f"the backend refused the limit: {error}"
+            self.reason = str(error) if isinstance(error, OSError) else f"the backend refused the limit: {error}"
             warnings.warn(f"Nothing is wired: {self.reason}", RuntimeWarning, self._stacklevel)
             return
         self.applied, self.limit_bytes = True, limit
-        if self.requested_bytes > limit:
+        if shared and ledger.seen and self.requested_bytes > limit:
+            taken = _taken(ledger.seen, capacity.cap_bytes)
+            self.reason = f"{format_bytes(self.requested_bytes)} were asked for; {taken}"
+        elif self.requested_bytes > limit:
             self.reason = (
                 f"{format_bytes(self.requested_bytes)} were asked for; this machine may wire "
                 f"{format_bytes(capacity.cap_bytes)} (Metal recommends {format_bytes(capacity.recommended_bytes)}, "
@@ -223,7 +247,7 @@ class wired_limit:  # noqa: N801 - used as a function
         return cast(_Function, wrapped)
 
     def _again(self) -> wired_limit:
-        block = wired_limit(self._model, self._headroom, self._streams)
+        block = wired_limit(self._model, self._headroom, self._streams, share=self._share)
         block._stacklevel += 1  # the wrapper stands between the `with` and the caller
         return block
 
@@ -237,6 +261,12 @@ class wired_limit:  # noqa: N801 - used as a function
     def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return {name: getattr(self, name) for name in ("applied", "limit_bytes", "requested_bytes", "reason")}
+
+
+def _taken(others: tuple[Share, ...], cap_bytes: int) -> str:
+    """The shares of other processes, in words."""
+    named = ", ".join(f"process {share.pid} {format_bytes(share.wired_bytes)}" for share in others)
+    return f"of the {format_bytes(cap_bytes)} that all processes together may wire, others have: {named}"
 
 
 def _warn_of_tightness(limit_bytes: int) -> None:

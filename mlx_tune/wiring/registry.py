@@ -80,12 +80,19 @@ class Registry:
     Args:
         set_limit: Sets the limit in bytes and returns the previous one, as `mx.set_wired_limit` does.
         clear_cache: Gives cached buffers back, so that the room made by a raised limit goes to live arrays.
+        settled: Told what the live requests' limit is each time that it may have changed; 0 without any.
     """
 
-    def __init__(self, set_limit: Callable[[int], int], clear_cache: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        set_limit: Callable[[int], int],
+        clear_cache: Callable[[], None],
+        settled: Callable[[int], None] = lambda limit: None,
+    ) -> None:
         """Start with no request; nothing is set."""
         self._set_limit = set_limit
         self._clear_cache = clear_cache
+        self._settled = settled
         self._lock = threading.RLock()
         self._tokens = itertools.count()
         self._requests: dict[int, WiredRequest] = {}
@@ -109,21 +116,26 @@ class Registry:
         """A name for a request that is about to be made."""
         return next(self._tokens)
 
-    def enter(self, token: int, request: WiredRequest, cap_bytes: int) -> int:
+    def enter(
+        self, token: int, request: WiredRequest, cap_bytes: int, allow: Callable[[int], int] | None = None
+    ) -> int:
         """Add a request and raise the limit to what the rule says.
 
         Args:
             token: From `make_token`, for `leave`.
             request: The request.
             cap_bytes: The most this machine may wire, as read now.
+            allow: Given what all requests together want, says how much of it they may have: the cap from then on.
 
         Returns:
             The limit that now holds.
 
         Raises:
-            Exception: Whatever `set_limit` raises; the request is then out again.
+            Exception: Whatever `set_limit` or `allow` raises; the request is then out again.
         """
         with self._lock:
+            if allow is not None:
+                cap_bytes = allow(rule([*self._requests.values(), request], self._baseline or 0, cap_bytes))
             self._cap = cap_bytes
             self._requests[token] = request
             try:
@@ -158,6 +170,7 @@ class Registry:
                 self._follow_rule()
             finally:
                 self._settling = False
+            self._settled(self._limit if self._requests else 0)
             if not self._left:
                 return
 

@@ -14,6 +14,7 @@ from mlx_tune.diagnosis.checks import readings
 from mlx_tune.diagnosis.checks.readings import Neighbour
 from mlx_tune.files.scratch import free_bytes
 from mlx_tune.units import format_bytes
+from mlx_tune.wiring.ledger import Share, ledger
 from mlx_tune.wiring.limits import reserve_bytes
 
 THEME = "machine"
@@ -148,6 +149,32 @@ def processes(neighbours: Sequence[Neighbour] | None = None, total: int | None =
             f"others hold much: {named}", "look", {"names": ", ".join(one.name for one in large)}, figures=figures
         )
     return passed(f"nobody else holds much{': ' + named if named else ''}", figures=figures)
+
+
+@check(
+    "wired-shares",
+    THEME,
+    remedies={"look": "See whether they are still needed: {pids}."},
+)
+def wired_shares(shares: Sequence[Share] | None = None, ram: int | None = None) -> Finding:
+    """Processes that share what may be wired leave some of it.
+
+    Those that wire memory with `mlx_tune.wired_limit(share=True)` enter how much in a folder of the user's, so that
+    their sum stays below what the machine may wire. Other programs that wire are not in it.
+    """
+    ram = devices.ram_bytes() if ram is None else ram
+    try:
+        shares = ledger.others() if shares is None else shares
+    except OSError as error:
+        return skipped(f"the folder in which processes enter what they wire cannot be read: {error}")
+    if not shares:
+        return passed("no process has entered that it wires memory")
+    named = ", ".join(f"process {share.pid} {format_bytes(share.wired_bytes)}" for share in shares)
+    figures = {"shares": [{"pid": share.pid, "wired_bytes": share.wired_bytes} for share in shares]}
+    if sum(share.wired_bytes for share in shares) > (ram - reserve_bytes(ram)) / 2:
+        pids = {"pids": ", ".join(str(share.pid) for share in shares)}
+        return warned(f"wired by processes that share: {named}", "look", pids, figures=figures)
+    return passed(f"wired by processes that share: {named}", figures=figures)
 
 
 @check(
