@@ -13,6 +13,7 @@ from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
 from mlx_tune.lm.lengths import Truncation, truncation
 from mlx_tune.lm.loading import load
 from mlx_tune.lm.losses import loss
+from mlx_tune.lm.quantizing.cache_report import CacheCost, CacheReport, cache_report
 from mlx_tune.lm.quantizing.quantize_folder import quantize_folder
 from mlx_tune.lm.saving import save_quantized
 from mlx_tune.lm.steps import TrainingStep, training_step
@@ -21,6 +22,8 @@ from mlx_tune.lm.training import train
 from mlx_tune.lm.training_result import LossReport, TrainingResult
 
 __all__ = [
+    "CacheCost",
+    "CacheReport",
     "Fits",
     "GenerationBatchResult",
     "GenerationTrial",
@@ -33,6 +36,7 @@ __all__ = [
     "autobatch",
     "autobatch_generate",
     "autofit",
+    "cache_report",
     "estimate_memory",
     "fits",
     "load",

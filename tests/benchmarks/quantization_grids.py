@@ -17,6 +17,7 @@ from quantization_judging import load_tokenizer, windows
 
 import mlx_tune as mt
 from mlx_tune import lm
+from mlx_tune.quantization import LanguageAccuracy
 
 
 def main() -> None:
@@ -42,7 +43,8 @@ def main() -> None:
             evaluation=[rows[i : i + 2] for i in range(0, len(rows), 2)],
             progress=False,
         )
-        print(method, f"{report.seconds:.0f} s", report.summary(), sep="\n", flush=True)
+        floor = report.accuracy.noise_floor if isinstance(report.accuracy, LanguageAccuracy) else None
+        print(method, f"{report.seconds:.0f} s, noise floor {floor}", report.summary(), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

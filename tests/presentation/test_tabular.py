@@ -74,6 +74,7 @@ def results():
     from mlx_tune.diagnosis.report import CheckResult, Diagnosis
     from mlx_tune.lm.fits.result import Fits, TrainingWay
     from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
+    from mlx_tune.lm.quantizing.cache_report import CacheCost, CacheReport
     from mlx_tune.lm.training_result import LossReport, TrainingResult
     from mlx_tune.machines.table import find_machine
 
@@ -111,6 +112,7 @@ def results():
     )
     way = TrainingWay("plain", 5, 6, True, 2, 64, False)
     yield Fits("toy", 4, 3, "lora", 1, 32, find_machine("Mac 8GB"), (way,), False, 1.0)
+    yield CacheReport((CacheCost(None, None, 128, 1000, None), CacheCost(4, None, 80, 1600, None)), 64, 10**9, 5)
     losses = (LossReport(1, 10, 2.0, 5.0),)
     took = (1, 1, 1, 1, 10, 5.0, 2.0, 1, 1, 1, None, ())
     yield TrainingResult(*took, "nothing wired", "linear", "no row cut", losses, (), "adapters.safetensors")
