@@ -48,6 +48,19 @@ def in_own_process(file: str, *arguments: str) -> str:
     return done.stdout
 
 
+def free_peak(run: Callable[[], Any]) -> int:
+    """The peak of active memory while `run()` evaluates something, with dispatch as far ahead as it gets.
+
+    Args:
+        run: Builds and evaluates it.
+    """
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    run()
+    mx.synchronize()
+    return mx.get_peak_memory()
+
+
 def throttled_peak(run: Callable[[], Any]) -> int:
     """The peak of active memory while `run()` evaluates something under the lowest memory limit.
 
