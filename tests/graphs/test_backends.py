@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import backends as measured
 import pytest
+from workloads import WORKLOADS
 
 import mlx_tune.graphs.backends as backends
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.graphs import estimate_memory
 from mlx_tune.graphs.backends import CommandRule, rounded, rules_of
 
 
@@ -67,3 +69,20 @@ def test_steps_that_an_h200_measured_are_priced_on_any_machine(name: str) -> Non
     """Real sizes, of which nothing is evaluated; every step is in docs/measurements/gpu.md."""
     truth = measured.STEPS[name][-1]
     assert measured.priced(name, "cuda").floor_bytes == pytest.approx(truth, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt_oss-f32-adamw", "deepseek_v3-f32-adamw", "granitemoehybrid-f32-adamw", "laguna-f32-adamw-compiled"]
+)
+def test_sinks_experts_and_states_are_priced_for_every_backend(name: str) -> None:
+    workload = WORKLOADS[name]()
+    batch = workload.make_batch(workload.batch_size)
+    found = {
+        b: estimate_memory(workload.step, batch, state=workload.state, backend=b) for b in ("metal", "cuda", "cpu")
+    }
+    assert all(set(estimate.unknown_operations) <= {"Convolution"} for estimate in found.values())
+    # State and batch are the same everywhere, but for the rounding of each array.
+    arrays = len(found["cpu"].live_bytes)
+    assert abs(found["cuda"].start_bytes - found["cpu"].start_bytes) < arrays * backends.PAGE
+    assert all(e.start_bytes < e.floor_bytes <= e.peak_bytes for e in found.values())
+    assert found["cuda"].floor_bytes > found["cpu"].floor_bytes / 2

@@ -16,17 +16,21 @@ if TYPE_CHECKING:
 
 def matmul(m: Allocator, node: Node) -> None:
     """cuBLAS takes plain and transposed matrices; other layouts are copied first."""
-    _product(m, node)
+    gathered(m, node)
+    if not _in_one_batch(m, node):
+        m.launches += 1
+        m.temporary(3 * 8 * prod(m.shape(node.outputs[0])[:-2]), node.outputs[0])
 
 
 def addmm(m: Allocator, node: Node) -> None:
     """As `matmul`. The third input is read where it lies in rows, else copied into the output first."""
     rows = m.layout[node.inputs[2]].strides[-1:] == (1,)
     m.launches += not rows
-    _product(m, node)
+    matmul(m, node)
 
 
-def _product(m: Allocator, node: Node) -> None:
+def gathered(m: Allocator, node: Node) -> None:
+    """One product for many pairs of matrices, which a kernel finds itself; other layouts are copied first."""
     out = node.outputs[0]
     m.allocate(out)
     for value in node.inputs[:2]:
@@ -35,9 +39,6 @@ def _product(m: Allocator, node: Node) -> None:
             m.copy_of(value, out)
     m.launches += 1
     m.temporary(WORKSPACE, out)
-    if not _in_one_batch(m, node):
-        m.launches += 1
-        m.temporary(3 * 8 * prod(m.shape(out)[:-2]), out)
 
 
 def _in_one_batch(m: Allocator, node: Node) -> bool:
@@ -160,7 +161,8 @@ def layer_norm_gradients(m: Allocator, node: Node) -> None:
 def CUDA(rules: Rules) -> dict[str, tuple[Effect, str]]:  # noqa: N802
     """Primitive, its effect on memory, and the file under mlx/backend that it follows."""
     return {
-        **table(matmul, "cuda/matmul.cpp", "Matmul GatherMM SegmentedMM BlockMaskedMM"),
+        **table(matmul, "cuda/matmul.cpp", "Matmul"),
+        **table(gathered, "cuda/matmul.cpp", "GatherMM SegmentedMM BlockMaskedMM"),
         **table(addmm, "cuda/matmul.cpp", "AddMM"),
         **table(quantized_matmul, "cuda/quantized/quantized.cpp", "QuantizedMatmul"),
         **table(gather_quantized_matmul, "cuda/quantized/quantized.cpp", "GatherQMM"),

@@ -111,3 +111,8 @@ def test_matrices_at_unequal_distances_have_their_places_written_down_first() ->
     assert grouped[1] - plain[1] == 2048  # three addresses for each, rounded up to a power of two
     alike = row_major(keys)._replace(strides=(0, 0, 0, 64, 1), data_size=2048, row=False, col=False)
     assert run("cuda", "Matmul", [queries, keys], [scores], layouts=[None, alike])[2] == 1
+
+
+def test_products_of_experts_are_one_kernel_whatever_the_tokens_dimensions() -> None:
+    shapes = [(2, 16, 1, 1, 32), (4, 32, 64), (2, 16, 1), (2, 16, 2)]
+    assert run("cuda", "GatherMM", shapes, [(2, 16, 2, 1, 64)])[2] == 1

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 from gpu_effects import run
 
+from mlx_tune.graphs import ArraySpec, estimate_memory
 from mlx_tune.graphs.simulating.gpu import like
 from mlx_tune.graphs.simulating.layouts import row_major, transpose
 
@@ -77,3 +78,13 @@ def test_a_layout_like_another_has_its_axes_in_the_same_order() -> None:
     turned = transpose((2, 128, 4, 64), row_major((2, 128, 4, 64)), (0, 2, 1, 3))
     assert like(shape, turned).strides == turned.strides
     assert like(shape, row_major(shape)) == row_major(shape)
+
+
+@BACKENDS
+def test_what_a_convolution_holds_besides_is_said_not_to_be_known(backend: str) -> None:
+    def step(x: mx.array, w: mx.array) -> mx.array:
+        return mx.conv2d(x, w)
+
+    shapes = ArraySpec((2, 16, 16, 8), mx.float32), ArraySpec((4, 3, 3, 8), mx.float32)
+    assert estimate_memory(step, *shapes, backend=backend).unknown_operations == {"Convolution": 1}
+    assert estimate_memory(step, *shapes, backend="cpu").unknown_operations == {}
