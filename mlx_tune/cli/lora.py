@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mlx_tune.batching.result import AutobatchResult
     from mlx_tune.checkpointing.planning.checkpoint_plan import CheckpointPlan
     from mlx_tune.fitting.result import Fit
+    from mlx_tune.lm.lengths.result import LongestSequence
     from mlx_tune.lm.preparation import FineTuning
     from mlx_tune.lm.training_result import TrainingResult
 
@@ -115,6 +116,13 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
     parser.add_argument(
         "--target-batch", type=int, metavar="N", help="rows that make up an update; auto chooses batch x accumulation"
     )
+    parser.add_argument(
+        "--max-seq-length",
+        type=_length,
+        metavar="N|auto",
+        help="tokens of a row at the most; auto takes the longest that fits, with checkpoints and tiles where they are "
+        "needed (default: 2048)",
+    )
     add_plain_loss(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     return parser
@@ -126,6 +134,12 @@ def _count_or_word(text: str) -> int | str:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor auto nor largest")
+
+
+def _length(text: str) -> int | str:
+    if text == "auto" or (text.isdecimal() and int(text) > 0):
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor auto")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -175,13 +189,20 @@ def _settings(arguments: argparse.Namespace, read_settings: Callable[..., dict[s
     settings: dict[str, Any] = {"memory_budget": None, "target_batch": None}
     settings |= read_settings(given, arguments.config)
     batch, checkpoint = settings["batch_size"], settings["grad_checkpoint"]
-    for name, value, words in (("batch_size", batch, _SEARCHES), ("grad_checkpoint", checkpoint, ("auto",))):
+    length = settings["max_seq_length"]
+    asked = (("batch_size", batch, _SEARCHES), ("grad_checkpoint", checkpoint, ("auto",)))
+    for name, value, words in (*asked, ("max_seq_length", length, ("auto",))):
         if isinstance(value, str) and value not in words:
             raise InvalidArgumentError(f"{name}: {value!r} in the configuration file is not {' or '.join(words)}.")
+    if length == "auto" and (batch in _SEARCHES or checkpoint == "auto" or _ranks() > 1):
+        raise InvalidArgumentError(
+            "--max-seq-length auto goes with a batch size that is given, on one machine; it chooses checkpoints itself."
+        )
     if settings["memory_budget"] is not None:
-        if batch not in _SEARCHES and checkpoint != "auto":
+        if batch not in _SEARCHES and "auto" not in (checkpoint, length):
             raise InvalidArgumentError(
-                "--memory-budget has nothing to decide: give --batch-size auto, --grad-checkpoint auto or both."
+                "--memory-budget has nothing to decide: give --batch-size auto, --grad-checkpoint auto or both, or "
+                "--max-seq-length auto."
             )
         resolve_budget(settings["memory_budget"])  # a typing error should not cost the time that loading takes
     if settings["target_batch"] is not None and batch not in _SEARCHES:
@@ -199,6 +220,8 @@ def _numbers(settings: dict[str, object]) -> dict[str, object]:
     return {
         "batch_size": _ranks() if settings["batch_size"] in _SEARCHES else settings["batch_size"],
         "grad_checkpoint": settings["grad_checkpoint"] is True,
+        # Any length does until the longest is known.
+        "max_seq_length": 2048 if settings["max_seq_length"] == "auto" else settings["max_seq_length"],
     }
 
 
@@ -216,14 +239,16 @@ def _train(
     check_reporting(settings)
     loss = choose_loss(ready.model, plain=ready.plain_loss)
     print_trainable_parameters(ready.model)
+    fit = _choose(ready, settings)
+    length = getattr(fit, "max_seq_length", ready.args.max_seq_length)
     for name, rows in (("training", ready.train_set), ("validation", ready.valid_set)):
-        cut = truncation(rows, ready.args.max_seq_length) if rows else None
+        cut = truncation(rows, length) if rows else None
         if cut is not None and cut.cut_rows and is_first_rank():
             say(f"Of the {name} rows, {cut}.")
-    fit = _choose(ready, settings)
     final = {**ready.settings, "lora_parameters": _lora_parameters(ready.settings)}
     if fit is not None:
         final["batch_size"] = fit.batch_size
+        final["max_seq_length"] = length
         final["grad_accumulation_steps"] = getattr(fit, "accumulation_steps", settings["grad_accumulation_steps"])
     if is_first_rank():
         if fit is not None:
@@ -244,9 +269,12 @@ def _train(
     )
 
 
-def _choose(ready: FineTuning, settings: dict[str, Any]) -> Fit | AutobatchResult | CheckpointPlan | None:
+def _choose(
+    ready: FineTuning, settings: dict[str, Any]
+) -> Fit | AutobatchResult | CheckpointPlan | LongestSequence | None:
     """The search that belongs to what was left to us; None where nothing was."""
     from mlx_tune.lm.fitting import autobatch, autofit, plan_checkpoints
+    from mlx_tune.lm.lengths.longest_sequence import longest_sequence
 
     batch, checkpoint = settings["batch_size"], settings["grad_checkpoint"]
     shared: dict[str, Any] = {
@@ -255,6 +283,8 @@ def _choose(ready: FineTuning, settings: dict[str, Any]) -> Fit | AutobatchResul
         "plain_loss": ready.plain_loss,
     }
     sizes: dict[str, Any] = {"valid_set": ready.valid_set, "target_batch": settings["target_batch"]}
+    if settings["max_seq_length"] == "auto":
+        return longest_sequence(ready.model, ready.train_set, ready.args, **shared)
     if batch == "largest":
         return autobatch(ready.model, ready.train_set, ready.args, **sizes, **shared)
     if batch == "auto":
@@ -283,15 +313,23 @@ def _equivalent(
     final: dict[str, Any], fit: object, settings: dict[str, object], typed: Sequence[str], *, linear: bool
 ) -> str:
     """The plain command that comes nearest, and what it cannot say."""
+    lines: list[str] = []
     words = ["mlx_lm.lora", *typed, "--batch-size", str(final["batch_size"])]
     if final["grad_accumulation_steps"] > 1 and "--grad-accumulation-steps" not in typed:
         words += ["--grad-accumulation-steps", str(final["grad_accumulation_steps"])]
+    if settings["max_seq_length"] == "auto":
+        words += ["--max-seq-length", str(final["max_seq_length"])]
     if "--num-layers" not in typed:
         words += ["--num-layers", str(final["num_layers"])]
     paths = checkpointed_paths(fit)
+    way = getattr(fit, "way", None)
+    if way is not None and way.checkpoint and settings["grad_checkpoint"] is not True:
+        words.append("--grad-checkpoint")
+    if way is not None and way.tokens is not None:
+        lines.append(f"  (it runs MLPs on whole rows; here they take {way.tokens:,} tokens at a time)")
     if settings["grad_checkpoint"] is True or paths:
         words.append("--grad-checkpoint")
-    command, lines = command_lines(words), []
+    command = command_lines(words)
     if paths:
         lines.append(f"  (it checkpoints every block; here {len(paths)} are: {', '.join(paths)})")
     elif settings["grad_checkpoint"] == "auto" and {"-c", "--config"} & set(typed):

@@ -10,7 +10,9 @@ from mlx_tune.lm.fits.result import Fits, TrainingWay
 from mlx_tune.lm.fitting import autobatch, autofit, estimate_memory, plan_checkpoints, verify_checkpoint
 from mlx_tune.lm.generation import autobatch_generate
 from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
-from mlx_tune.lm.lengths import Truncation, truncation
+from mlx_tune.lm.lengths.longest_sequence import longest_sequence
+from mlx_tune.lm.lengths.result import LongestSequence
+from mlx_tune.lm.lengths.truncation import Truncation, truncation
 from mlx_tune.lm.loading import load
 from mlx_tune.lm.losses import loss
 from mlx_tune.lm.quantizing.cache_report import CacheCost, CacheReport, cache_report
@@ -27,6 +29,7 @@ __all__ = [
     "Fits",
     "GenerationBatchResult",
     "GenerationTrial",
+    "LongestSequence",
     "LossReport",
     "TrainingResult",
     "TrainingStep",
@@ -40,6 +43,7 @@ __all__ = [
     "estimate_memory",
     "fits",
     "load",
+    "longest_sequence",
     "loss",
     "make_optimizer",
     "plan_checkpoints",

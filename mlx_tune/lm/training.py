@@ -15,6 +15,7 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.files.scratch import writing
 from mlx_tune.files.unfinished import beside
 from mlx_tune.lm.fitting import autofit
+from mlx_tune.lm.lengths.result import LongestSequence
 from mlx_tune.lm.lengths.truncation import truncation
 from mlx_tune.lm.losses.next_token import ChosenLoss, Loss, choose_loss
 from mlx_tune.lm.steps import Row, as_rows, check_trainable, largest_batch
@@ -41,7 +42,7 @@ def train(
     valid_set: object = None,
     args: TrainingArgs | None = None,
     *,
-    fit: Fit | AutobatchResult | CheckpointPlan | Literal["auto"] | None = None,
+    fit: Fit | AutobatchResult | CheckpointPlan | LongestSequence | Literal["auto"] | None = None,
     budget: Budget = None,
     target_batch: int | None = None,
     loss: Loss | None = None,
@@ -63,8 +64,9 @@ def train(
             returns, a `CacheDataset`, or any sequence of `(tokens, offset)`.
         valid_set: The same to evaluate on, or None.
         args: mlx-lm's `TrainingArgs`; its defaults by default. `grad_checkpoint` checkpoints every block.
-        fit: The result of `lm.autofit`, `lm.autobatch` or `lm.plan_checkpoints`: its batch, accumulation, checkpoints
-            and limit replace those of `args`. "auto" calls `lm.autofit` first. `iters` stays the number of batches.
+        fit: The result of `lm.autofit`, `lm.autobatch`, `lm.plan_checkpoints` or `lm.longest_sequence`: its batch,
+            accumulation, checkpoints, tiles, length of rows and limit replace those of `args`. "auto" calls
+            `lm.autofit` first. `iters` stays the number of batches.
         budget: For fit="auto": the memory to stay within.
         target_batch: For fit="auto": rows that make up an update of the optimizer.
         loss: As mlx-lm's trainer takes it; by default `lm.loss` where it is exact, else mlx-lm's own. The result says
@@ -95,7 +97,7 @@ def train(
     check_trainable(model)
     train_rows = as_rows(train_set)
     valid_rows = as_rows(valid_set) if valid_set else None
-    chosen: Fit | AutobatchResult | CheckpointPlan | None
+    chosen: Fit | AutobatchResult | CheckpointPlan | LongestSequence | None
     if isinstance(fit, str):
         if fit != "auto":
             raise InvalidArgumentError(f'fit={fit!r}: pass "auto", or what autofit or autobatch returned.')
@@ -114,6 +116,9 @@ def train(
         chosen = fit
     # What chose among the blocks brings its own checkpoints; everything else goes with those of the arguments.
     chose_blocks = isinstance(chosen, CheckpointPlan) or bool(getattr(chosen, "found", 0))
+    if isinstance(chosen, LongestSequence):
+        chose_blocks = chosen.way.checkpoint
+        args = replace(args, max_seq_length=chosen.max_seq_length)
     every_block = args.grad_checkpoint and not chose_blocks
     args = replace(args, grad_checkpoint=False)
     if chosen is not None:
@@ -131,7 +136,7 @@ def _run(
     train_rows: Sequence[Row],
     valid_rows: Sequence[Row] | None,
     args: TrainingArgs,
-    fit: Fit | AutobatchResult | CheckpointPlan | None,
+    fit: Fit | AutobatchResult | CheckpointPlan | LongestSequence | None,
     every_block: bool,
     loss: ChosenLoss,
     training_callback: TrainingCallback | None,

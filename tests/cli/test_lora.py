@@ -173,6 +173,18 @@ def test_a_configuration_file_may_say_auto(lora, tmp_path) -> None:
     assert ("--grad-checkpoint" in command) != ("take grad_checkpoint out of the configuration file" in out)
 
 
+def test_the_longest_row_is_found_said_and_trained_with(lora, tmp_path) -> None:
+    options = ["auto" if word == "33" else word for word in SHORT]
+    code, out, _ = lora(*options, "--batch-size", "1", "--memory-budget", "1GB")
+    assert code == 0
+    assert "fit 1.00 GB: plain. A step held" in out
+    length = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["max_seq_length"]
+    assert f"Rows of {length} tokens" in out
+    words = plain_command(out)
+    assert words[-2:] != ["--max-seq-length", "auto"]
+    assert "no row cut" in out
+
+
 def test_rows_that_are_cut_are_said_before_the_training(lora) -> None:
     code, out, _ = lora(*(word if word != "33" else "8" for word in SHORT))
     assert code == 0

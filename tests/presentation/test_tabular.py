@@ -74,6 +74,7 @@ def results():
     from mlx_tune.diagnosis.report import CheckResult, Diagnosis
     from mlx_tune.lm.fits.result import Fits, TrainingWay
     from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
+    from mlx_tune.lm.lengths.result import LongestSequence, Way
     from mlx_tune.lm.quantizing.cache_report import CacheCost, CacheReport
     from mlx_tune.lm.training_result import LossReport, TrainingResult
     from mlx_tune.machines.table import find_machine
@@ -116,6 +117,8 @@ def results():
     losses = (LossReport(1, 10, 2.0, 5.0),)
     took = (1, 1, 1, 1, 10, 5.0, 2.0, 1, 1, 1, None, ())
     yield TrainingResult(*took, "nothing wired", "linear", "no row cut", losses, (), "adapters.safetensors")
+    rows = Way("plain", False, None, 33, 10**6)
+    yield LongestSequence(33, 1, 1, rows, 10**6, 1.0, 10**9, (rows,), "no row cut")
     yield mt.tile_blocks(model, 16, select="layers.*")
 
 
