@@ -1,10 +1,12 @@
 """What the loss costs with its logits held and without: floors by the graph, and real steps.
 
     python tests/benchmarks/loss.py [--model PATH] [--quick]
+    python tests/benchmarks/loss.py --trainer [--quick]
 
 First the floors of LoRA steps on a 0.6 B shape (width 1,024, 28 blocks, vocabulary 151,936, tied, bfloat16, every block
 checkpointed, 4 x 2,048 tokens) as the graph has them, which allocates nothing; then, with --model, steps of a real
-model that mlx-lm loads, in turns: LoRA of rank 8 and full fine-tuning.
+model that mlx-lm loads, in turns: LoRA of rank 8 and full fine-tuning. With --trainer, mlx-lm's own step as `lm.train`
+has it, with mlx-lm's loss and without its logits: a small Llama, a large vocabulary, LoRA, every block checkpointed.
 """
 
 from __future__ import annotations
@@ -13,15 +15,19 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from workload_models import language_model
 
 import mlx_tune as mt
+from mlx_tune import lm
 from mlx_tune.presentation.tables import render_table
 
 
@@ -136,6 +142,44 @@ def steps(path: str, rows: int, length: int, turns: int) -> None:
     print(render_table(columns, table, title=f"{path.rstrip('/').split('/')[-1]}, float32, {rows} x {length} tokens"))
 
 
+def trainer_steps(rows: int, length: int, vocabulary: int, turns: int) -> None:
+    """mlx-lm's step with either loss, in turns: predicted floor, peak under a limit of one byte, peak without, time."""
+    model = language_model("llama", vocab_size=vocabulary)
+    optimizer = lora(model)
+    mx.eval(model.parameters())
+    data = [([(7919 * i + row) % vocabulary for i in range(length)], 0) for row in range(rows)]
+    args = TrainingArgs(batch_size=rows, max_seq_length=length, grad_checkpoint=True)
+    ways, table = {"mlx-lm's": True, "linear": False}, []
+    floors = {
+        name: lm.estimate_memory(model, data, args, optimizer=optimizer, plain_loss=plain)
+        for name, plain in ways.items()
+    }
+    ready, seconds, peaks, least = {}, {}, {}, {}
+    with ExitStack() as around:
+        around.enter_context(mt.checkpoint_blocks(model))
+        for name, plain in ways.items():
+            made = around.enter_context(lm.training_step(model, optimizer, data, args, plain_loss=plain))
+            batch = made.make_batch(rows)
+            ready[name] = (lambda batch, step=made.step: step(batch)[0]), made.state
+            run(ready[name], batch)
+            with mt.memory_limit(1):
+                least[name] = min(run(ready[name], batch)[1] for _ in range(2))
+            seconds[name], peaks[name] = [], []
+        for _ in range(turns):
+            for name in ways:
+                _, peak, took = run(ready[name], batch)
+                peaks[name].append(peak)
+                seconds[name].append(took)
+    for name in ways:
+        ratios = [a / b for a, b in zip(seconds[name], seconds["mlx-lm's"], strict=True)]
+        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        own = floors[name].floor_bytes - floors[name].start_bytes
+        table.append((name, *map(mt.format_bytes, (own, least[name], max(peaks[name]))), spread))
+    columns = ("loss", "floor, predicted", "held back", "free", "time over mlx-lm's")
+    title = f"LoRA, float32, vocabulary {vocabulary:,}, {rows} x {length} tokens, every block checkpointed"
+    print(render_table(columns, table, title=title))
+
+
 def run(ready: Any, batch: mx.array) -> tuple[float, int, float]:
     """One step: its loss, what it held above what was there before, and its seconds."""
     step, state = ready
@@ -159,7 +203,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="few blocks and tokens: to see that it runs")
+    parser.add_argument("--trainer", action="store_true", help="mlx-lm's own step with and without its logits")
     options = parser.parse_args()
+    if options.trainer:
+        trainer_steps(*((2, 64, 2000, 1) if options.quick else (4, 256, 50_000, options.turns)))
+        return
     floors(*((2, 1, 256) if options.quick else (28, 4, 2048)))
     if options.model:
         steps(options.model, *((1, 64, 1) if options.quick else (options.rows, options.length, options.turns)))
