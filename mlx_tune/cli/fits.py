@@ -10,7 +10,7 @@ from mlx_tune.cli.output import print_result, quiet_output
 _EXAMPLES = """\
   mlx-tune fits Qwen/Qwen3-8B --bits 4 --machine "M3 Max 64GB"
   mlx-tune fits models/mine --memory 32GB --fine-tune full --max-seq-length 4096
-  mlx-tune fits config.json --machine "RTX 4090" --json"""
+  mlx-tune fits config.json --machine "RTX 4090" --context 8192 --json"""
 
 
 def add_parser(subparsers: object) -> argparse.ArgumentParser:
@@ -56,6 +56,12 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
     packing.add_argument(
         "--mode", choices=["affine", "mxfp4", "mxfp8", "nvfp4"], default="affine", help="format (default: affine)"
     )
+    running = parser.add_argument_group("generating with it (default: not asked)")
+    running.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together")
+    running.add_argument(
+        "--generate-batch", type=int, default=1, metavar="N", help="rows that are generated at a time (default: 1)"
+    )
+    running.add_argument("--kv-bits", type=int, metavar="N", help="bits of keys and values (default: as the weights)")
     add_json(parser)
     return parser
 
@@ -79,6 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
             bits=arguments.bits,
             group_size=arguments.group_size,
             mode=arguments.mode,
+            context=arguments.context,
+            generate_batch=arguments.generate_batch,
+            kv_bits=arguments.kv_bits,
         )
     print_result(answer, as_json=arguments.json)
-    return 0 if answer.fits else 1
+    runs = answer.generation is None or answer.generation.fits
+    return 0 if answer.fits and runs else 1

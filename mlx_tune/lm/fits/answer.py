@@ -13,10 +13,12 @@ from mlx_tune.lm.adapters import FINE_TUNE_TYPES, OPTIMIZERS
 from mlx_tune.lm.fits.configuration import Config, read_configuration
 from mlx_tune.lm.fits.depth import Course, DeepCourse
 from mlx_tune.lm.fits.growth import largest_fitting
+from mlx_tune.lm.fits.inference import generation_fit
 from mlx_tune.lm.fits.quantization import refuse_twice
 from mlx_tune.lm.fits.result import Fits, TrainingWay
-from mlx_tune.lm.fits.training import Loss, TrainedModel, Tuning, training_course
+from mlx_tune.lm.fits.training import TrainedModel, Tuning, training_course
 from mlx_tune.lm.fits.unloaded import Unloaded, longest_context
+from mlx_tune.lm.losses.next_token import choose_loss
 from mlx_tune.machines.table import (
     NamedMachine,
     find_machine,
@@ -31,6 +33,8 @@ from mlx_tune.units import format_bytes, whole_number
 
 #: mlx-lm pads rows to multiples of this.
 _PAD = 32
+#: The ways of training in the table: their name, if blocks are checkpointed, and if logits are held a few at a time.
+_WAYS = (("plain", False, False), ("checkpointed", True, False), ("checkpointed, linear loss", True, True))
 #: No batch and no row is looked for above these.
 _MOST_ROWS, _MOST_TOKENS = 1 << 16, 1 << 20
 
@@ -50,6 +54,9 @@ def fits(
     bits: int | None = None,
     group_size: int | None = None,
     mode: str = "affine",
+    context: int | None = None,
+    generate_batch: int = 1,
+    kv_bits: int | None = None,
     revision: str | None = None,
 ) -> Fits:
     """Predict if a model can be fine-tuned on a machine, at which batch, and how long its rows may be.
@@ -72,6 +79,9 @@ def fits(
         bits: Bits that the weights are quantized to first; None for as they are.
         group_size: Weights that share a scale; None for the mode's own.
         mode: mlx-lm's mode of quantization.
+        context: Tokens of prompt and answer together, where generating is asked about as well.
+        generate_batch: Rows that are generated at a time.
+        kv_bits: Bits of keys and values; None for the model's own dtype.
         revision: The branch, tag or commit of a hub name.
 
     Returns:
@@ -89,9 +99,11 @@ def fits(
         ```
     """
     started = time.perf_counter()
-    for name, value in (("batch_size", batch_size), ("rank", rank)):
+    for name, value in (("batch_size", batch_size), ("rank", rank), ("generate_batch", generate_batch)):
         whole_number(value, name, least=1)
     whole_number(max_seq_length, "max_seq_length", least=2)
+    if context is not None:
+        whole_number(context, "context", least=2)
     _one_of("fine_tune_type", fine_tune_type, FINE_TUNE_TYPES)
     _one_of("optimizer", optimizer.lower(), tuple(OPTIMIZERS))
     where = _machine(machine, memory, budget)
@@ -105,13 +117,27 @@ def fits(
             raise InvalidArgumentError(_below_weights(described.name, bits, weights, where))
         longest = longest_context(described.config)
         ways, extrapolated = [], False
-        for way, checkpoint, loss in _ways():
+        chosen = choose_loss(trained.whole)
+        for way, checkpoint, linear in _WAYS:
+            if linear and not chosen.linear:
+                continue
             row, from_shorter = _way(
-                way, trained, where.budget_bytes, batch_size, max_seq_length, longest, checkpoint=checkpoint, loss=loss
+                way, trained, where, batch_size, max_seq_length, longest, checkpoint=checkpoint, linear_loss=linear
             )
             ways.append(row)
             extrapolated |= from_shorter
-    notes = []
+        generation = None
+        if context is not None:
+            generation = generation_fit(
+                unloaded,
+                where.backend,
+                where.budget_bytes,
+                context=context,
+                batch_size=generate_batch,
+                kv_bits=kv_bits,
+                longest=longest,
+            )
+    notes = [] if chosen.linear else [f"The loss is {chosen.text}."]
     if max_seq_length > longest:
         notes.append(f"The configuration allows {longest:,} tokens in a row, fewer than were asked about.")
     return Fits(
@@ -125,36 +151,39 @@ def fits(
         rows=tuple(ways),
         extrapolated=extrapolated,
         seconds=time.perf_counter() - started,
+        generation=generation,
         notes=tuple(notes),
     )
-
-
-def _ways() -> list[tuple[str, bool, Loss]]:
-    from mlx_lm.tuner.trainer import default_loss
-
-    return [("plain", False, default_loss), ("checkpointed", True, default_loss)]
 
 
 def _way(
     name: str,
     trained: TrainedModel,
-    budget_bytes: int,
+    where: NamedMachine,
     batch_size: int,
     length: int,
     longest: int,
     *,
     checkpoint: bool,
-    loss: Loss,
+    linear_loss: bool,
 ) -> tuple[TrainingWay, bool]:
     """One row of the table, and if shorter models were used for it."""
     tuning = trained.tuning
 
     def trace(repeats: Sequence[int], rows: int, tokens: int) -> Course:
-        return training_course(trained.shorter(repeats), tuning, rows, tokens, checkpoint=checkpoint, loss=loss)
+        return training_course(
+            trained.shorter(repeats),
+            tuning,
+            rows,
+            tokens,
+            backend=where.backend,
+            checkpoint=checkpoint,
+            linear_loss=linear_loss,
+        )
 
     course = DeepCourse(trained.depths, trace, batch_size, length)
-    room = int(budget_bytes / (1 + ESTIMATE_MARGIN))
-    batch = largest_fitting(lambda rows: course(rows, length).floor, room, (1, 4), most=_MOST_ROWS)
+    room = int(where.budget_bytes / (1 + ESTIMATE_MARGIN))
+    batch = largest_fitting(lambda rows: course(rows, length).floor, room, (1, 8), most=_MOST_ROWS)
     row = largest_fitting(
         lambda tokens: course(1, tokens).floor,
         room,
@@ -168,7 +197,7 @@ def _way(
         way=name,
         floor_bytes=floor,
         peak_bytes=peak,
-        fits=peak <= budget_bytes,
+        fits=peak <= where.budget_bytes,
         largest_batch=batch.size,
         longest_row=row.size,
         row_limited=row.limited,

@@ -11,6 +11,8 @@ from mlx_tune.measuring.floors import Floor
 _CLOSE = 0.01
 #: Readings beyond the first ones at most.
 _MORE = 3
+#: The largest size that is allowed is not read where it is predicted to leave so much of the budget.
+_AMPLE = 0.7
 #: An answer up to so many times the largest reading is taken without another one.
 _NEAR = 4
 
@@ -61,6 +63,8 @@ def largest_fitting(
     for _ in range(_MORE):
         size = _crossing(seen, degree, budget_bytes, step, most)
         if size in seen or size == 0 or (sure and size <= _NEAR * max(seen) and _alike(seen)):
+            break
+        if size == most and foretell(seen, degree, size) <= _AMPLE * budget_bytes:
             break
         foreseen, seen[size] = foretell(seen, degree, size), look(size)
         sure = abs(seen[size].bytes - foreseen) <= _CLOSE * foreseen

@@ -45,6 +45,57 @@ class TrainingWay:
 
 
 @dataclass(frozen=True)
+class GenerationFit:
+    """The memory of generating with mlx-lm's batch generator, predicted.
+
+    Attributes:
+        context: Tokens of prompt and answer together, in each row.
+        batch_size: Rows that are generated at a time.
+        kv_bits: Bits of keys and values; None for the model's own dtype.
+        weights_bytes: The model's weights.
+        cache_bytes: Keys, values and states of all rows at the full context.
+        reading_bytes: The peak while the last prompts are read and every other row holds its own.
+        writing_bytes: The peak while the last tokens are written.
+        peak_bytes: The larger of the two, and the share that estimates may be short.
+        fits: True where that stays within the budget.
+        longest_context: The longest context of a single row that fits; 0 where none does.
+        largest_batch: The largest batch at the context that was asked about; 0 where not one row fits.
+        context_limited: True where the model itself allows no longer context.
+    """
+
+    context: int
+    batch_size: int
+    kv_bits: int | None
+    weights_bytes: int
+    cache_bytes: int
+    reading_bytes: int
+    writing_bytes: int
+    peak_bytes: int
+    fits: bool
+    longest_context: int
+    largest_batch: int
+    context_limited: bool
+
+    def lines(self, budget_bytes: int) -> list[str]:
+        """The same in sentences."""
+        kv = "" if self.kv_bits is None else f" at {self.kv_bits} bits"
+        verb = "fits" if self.fits else "does not fit"
+        rows = f"batch {self.batch_size} at {self.context:,} tokens"
+        return [
+            f"Generating {verb}: {rows} peaks at {format_bytes(self.peak_bytes)} of {format_bytes(budget_bytes)}. "
+            f"Weights take {format_bytes(self.weights_bytes)}, keys and values{kv} {format_bytes(self.cache_bytes)}; "
+            f"reading prompts peaks at {format_bytes(self.reading_bytes)}, writing at "
+            f"{format_bytes(self.writing_bytes)}.",
+            f"The longest context of one row is {self.longest_context:,}{'+' if self.context_limited else ''} tokens, "
+            f"the largest batch at {self.context:,} tokens {self.largest_batch:,}.",
+        ]
+
+    def to_dict(self) -> dict[str, Json]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Fits(Tabular):
     """If and how a model can be trained and run on a machine, predicted from its configuration.
 
@@ -59,6 +110,7 @@ class Fits(Tabular):
         rows: The ways of training.
         extrapolated: True where steps of fewer of the same blocks stand for the whole model's at some sizes.
         seconds: The time that the answer took.
+        generation: Generating with it; None where that was not asked.
         notes: Further remarks.
     """
 
@@ -72,6 +124,7 @@ class Fits(Tabular):
     rows: tuple[TrainingWay, ...]
     extrapolated: bool
     seconds: float
+    generation: GenerationFit | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -165,6 +218,8 @@ class Fits(Tabular):
         if self.extrapolated:
             notes.append("Other sizes than the asked one are read from models with fewer of the same blocks.")
         notes += self.notes
+        if self.generation is not None:
+            notes += self.generation.lines(self.budget_bytes)
         return Table(
             ["training", "floor", "peak", "fits", "largest batch", "longest row", "smallest Mac"],
             rows,
@@ -192,6 +247,7 @@ class Fits(Tabular):
             "fine_tune_type": self.fine_tune_type,
             "batch_size": self.batch_size,
             "max_seq_length": self.max_seq_length,
+            "generation": None if self.generation is None else self.generation.to_dict(),
             "extrapolated": self.extrapolated,
             "seconds": self.seconds,
             "notes": list(self.notes),

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
+from mlx_tune.devices import Backend
+from mlx_tune.graphs.backends import rules_of
 from mlx_tune.graphs.estimate import follow_step
 from mlx_tune.lm.fits.depth import START, Course
 
 
-def course_of(step: Callable[..., object], args: tuple[object, ...], state: object) -> Course:
+def course_of(step: Callable[..., object], args: tuple[object, ...], state: object, backend: Backend) -> Course:
     """Trace a step and sort its operations into classes.
 
     Args:
         step: As `estimate_memory` takes it.
         args: Its arguments.
         state: Objects that it changes.
+        backend: The backend that it is priced for.
     """
-    graph, timeline = follow_step(step, args, state)
+    graph, timeline = follow_step(step, args, state, rules_of(backend))
     highest: dict[Hashable, int] = {START: timeline.start_bytes}
     for index, live in zip(timeline.order, timeline.live, strict=True):
         node = graph.nodes[index]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlx_tune.devices import Backend
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm.adapters import add_adapters, make_optimizer
 from mlx_tune.lm.fits.depth import Course, Depths
@@ -17,10 +18,7 @@ from mlx_tune.lm.preparation import MOST_LAYERS, StandInRows
 from mlx_tune.trees import nbytes_of
 
 if TYPE_CHECKING:
-    import mlx.core as mx
     import mlx.nn as nn
-
-Loss = Callable[..., tuple["mx.array", "mx.array"]]
 
 #: Blocks of a run of trained blocks in the two short models, and repeats of its pattern at the least.
 _SHORT = ((6, 2), (12, 4))
@@ -134,8 +132,9 @@ def training_course(
     rows: int,
     length: int,
     *,
+    backend: Backend,
     checkpoint: bool = False,
-    loss: Loss | None = None,
+    linear_loss: bool = False,
 ) -> Course:
     """Trace mlx-lm's training step.
 
@@ -144,8 +143,9 @@ def training_course(
         tuning: Names the optimizer.
         rows: Rows of the batch.
         length: Tokens of each, as `max_seq_length` counts them.
+        backend: The backend that it is priced for.
         checkpoint: True where every block is checkpointed.
-        loss: As mlx-lm's trainer takes it.
+        linear_loss: True where the loss is taken from hidden states, False for mlx-lm's own, which holds all logits.
     """
     import mlx.core as mx
     from mlx_lm.tuner.trainer import TrainingArgs
@@ -154,12 +154,17 @@ def training_course(
     from mlx_tune.graphs.arguments import ArraySpec
     from mlx_tune.lm.steps import training_step
 
-    args = TrainingArgs(max_seq_length=length)
+    args, optimizer = TrainingArgs(max_seq_length=length), make_optimizer(tuning.optimizer)
     with (
         checkpoint_blocks(model) if checkpoint else nullcontext(),
         training_step(
-            model, make_optimizer(tuning.optimizer), StandInRows(1, 1, 1), args, loss=loss, evaluate=False
+            model,
+            optimizer,
+            StandInRows(1, 1, 1),
+            args,
+            plain_loss=not linear_loss,
+            evaluate=False,
         ) as ready,
     ):
         batch = (ArraySpec((rows, length), mx.int32), ArraySpec((rows, 2), mx.int32))
-        return course_of(ready.step, (batch,), ready.state)
+        return course_of(ready.step, (batch,), ready.state, backend)

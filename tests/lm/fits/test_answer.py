@@ -4,7 +4,7 @@ import json
 
 import mlx.core as mx
 import pytest
-from mlx_lm.tuner.trainer import TrainingArgs, default_loss
+from mlx_lm.tuner.trainer import TrainingArgs
 from workload_models import configuration
 
 import mlx_tune as mt
@@ -17,11 +17,11 @@ from mlx_tune.measuring.forecast import ESTIMATE_MARGIN
 CONFIG = configuration("llama", num_hidden_layers=6)
 
 
-def floor(rows: int, length: int, checkpoint: bool) -> int:
+def floor(rows: int, length: int, checkpoint: bool, plain: bool) -> int:
     model = mt.lm.add_adapters(Unloaded(CONFIG).build(), num_layers=-1)
     args = TrainingArgs(batch_size=rows, max_seq_length=length, grad_checkpoint=checkpoint)
     rows_of_data = StandInRows(1 << 20, length, 512)
-    return mt.lm.estimate_memory(model, rows_of_data, args, loss=default_loss).floor_bytes
+    return mt.lm.estimate_memory(model, rows_of_data, args, plain_loss=plain, backend="metal").floor_bytes
 
 
 @pytest.mark.parametrize("budget", ["30MB", "300MB"])
@@ -29,12 +29,12 @@ def test_the_answers_are_the_largest_that_fit(budget):
     answer = fits(CONFIG, budget=budget, machine="Mac 16GB", max_seq_length=128)
     assert answer.fits
     room = answer.budget_bytes / (1 + ESTIMATE_MARGIN)
-    for way in answer.rows[:2]:
-        checkpoint = way.way == "checkpointed"
-        assert way.floor_bytes == floor(1, 128, checkpoint)
-        assert floor(way.largest_batch, 128, checkpoint) <= room < floor(way.largest_batch + 1, 128, checkpoint)
+    for way in answer.rows:
+        ways = way.way.startswith("checkpointed"), "linear" not in way.way
+        assert way.floor_bytes == floor(1, 128, *ways)
+        assert floor(way.largest_batch, 128, *ways) <= room < floor(way.largest_batch + 1, 128, *ways)
         if not way.row_limited:
-            assert floor(1, way.longest_row, checkpoint) <= room < floor(1, way.longest_row + 32, checkpoint)
+            assert floor(1, way.longest_row, *ways) <= room < floor(1, way.longest_row + 32, *ways)
 
 
 def test_the_answer_is_a_sentence_and_json_and_predicted():
@@ -90,3 +90,18 @@ def test_a_row_beyond_the_models_own_limit_is_said():
     answer = fits(CONFIG, machine="Mac 8GB", max_seq_length=1024)
     assert any("allows 512 tokens" in note for note in answer.notes)
     assert all(way.longest_row == 512 and way.row_limited for way in answer.rows)
+
+
+def test_a_machine_is_priced_for_its_own_backend():
+    floors = {name: fits(CONFIG, machine=name, max_seq_length=512).floor_bytes for name in ("Mac 16GB", "RTX 4090")}
+    assert len(set(floors.values())) == 2
+
+
+def test_a_loss_that_needs_all_logits_has_no_row_and_says_why(monkeypatch):
+    from mlx_tune.lm.fits import answer
+
+    chosen = answer.choose_loss
+    monkeypatch.setattr(answer, "choose_loss", lambda model: chosen(model, plain=True))
+    found = fits(CONFIG, machine="Mac 16GB", max_seq_length=64)
+    assert [way.way for way in found.rows] == ["plain", "checkpointed"]
+    assert any("all logits are held" in note for note in found.notes)

@@ -15,7 +15,10 @@ def test_classes_are_operations_of_one_name_and_shape():
         return x.sum()
 
     batch = ArraySpec((4, 8), mx.float32)
-    course, estimate = course_of(step, (batch,), weights), estimate_memory(step, batch, state=weights)
+    course, estimate = (
+        course_of(step, (batch,), weights, "metal"),
+        estimate_memory(step, batch, state=weights, backend="metal"),
+    )
     assert course.peak_bytes == estimate.floor_bytes
     assert course.start_bytes == estimate.start_bytes
     assert [key[0] for key in list(course.highest)[1:]] == list(dict.fromkeys(estimate.operations))

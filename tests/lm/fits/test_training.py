@@ -14,11 +14,11 @@ from mlx_tune.lm.preparation import StandInRows
 from mlx_tune.trees import nbytes_of
 
 
-def courses(family: str, tuning: Tuning, blocks: int, checkpoint: bool = False, rows: int = 2):
+def courses(family: str, tuning: Tuning, blocks: int, checkpoint: bool = False, rows: int = 2, backend: str = "cpu"):
     model = TrainedModel(Unloaded(configuration(family, num_hidden_layers=blocks)), tuning)
 
     def trace(repeats, rows, length):
-        return training_course(model.shorter(repeats), tuning, rows, length, checkpoint=checkpoint)
+        return training_course(model.shorter(repeats), tuning, rows, length, backend=backend, checkpoint=checkpoint)
 
     return model, trace, DeepCourse(model.depths, trace, rows, 65)
 
@@ -28,7 +28,8 @@ def test_a_course_is_the_estimate_of_the_same_step(family):
     model, trace, _ = courses(family, Tuning(num_layers=2), 3)
     course = trace(model.depths.deep, 4, 65)
     real = TrainedModel(model.unloaded, model.tuning).whole
-    estimate = lm.estimate_memory(real, StandInRows(8, 65, 512), TrainingArgs(batch_size=4, max_seq_length=65))
+    args = TrainingArgs(batch_size=4, max_seq_length=65)
+    estimate = lm.estimate_memory(real, StandInRows(8, 65, 512), args, plain_loss=True, backend="cpu")
     assert (course.peak_bytes, course.start_bytes) == (estimate.floor_bytes, estimate.start_bytes)
 
 
@@ -39,6 +40,13 @@ def test_blocks_that_are_not_trained_are_left_out_exactly(family):
     assert sum(model.depths.low) < sum(model.depths.deep)
     for rows, length in ((1, 65), (5, 65), (1, 129)):
         assert course(rows, length).peak_bytes == trace(model.depths.deep, rows, length).peak_bytes
+
+
+def test_a_gpu_holds_about_as_much_beside_the_blocks_that_are_left_out():
+    model, trace, course = courses("llama", Tuning(num_layers=3), 13, backend="metal")
+    for rows in (1, 5):
+        real = trace(model.depths.deep, rows, 65).peak_bytes
+        assert course(rows, 65).peak_bytes == pytest.approx(real, rel=0.05)  # command buffers end elsewhere
 
 
 @pytest.mark.parametrize(("tuning", "checkpoint"), [(Tuning("lora", -1), True), (Tuning("full", -1), False)])
@@ -73,4 +81,4 @@ def test_an_architecture_that_cannot_be_shortened_is_traced_whole(monkeypatch):
     monkeypatch.setattr(unloaded, "shortened", lambda config, keep: {**config, "num_hidden_layers": "no number"})
     model, _, course = courses("llama", Tuning(num_layers=2), 9)
     assert model.depths.deep == ()
-    assert course(2, 65).peak_bytes == training_course(model.whole, model.tuning, 2, 65).peak_bytes
+    assert course(2, 65).peak_bytes == training_course(model.whole, model.tuning, 2, 65, backend="cpu").peak_bytes
