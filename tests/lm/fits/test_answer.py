@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm.fits.answer import fits
 from mlx_tune.lm.fits.unloaded import Unloaded
 from mlx_tune.lm.preparation import StandInRows
+from mlx_tune.machines.table import find_machine
 from mlx_tune.measuring.forecast import ESTIMATE_MARGIN
 
 CONFIG = configuration("llama", num_hidden_layers=6)
@@ -21,12 +23,14 @@ def floor(rows: int, length: int, checkpoint: bool, plain: bool) -> int:
     model = mt.lm.add_adapters(Unloaded(CONFIG).build(), num_layers=-1)
     args = TrainingArgs(batch_size=rows, max_seq_length=length, grad_checkpoint=checkpoint)
     rows_of_data = StandInRows(1 << 20, length, 512)
-    return mt.lm.estimate_memory(model, rows_of_data, args, plain_loss=plain, backend="metal").floor_bytes
+    return mt.lm.estimate_memory(model, rows_of_data, args, plain_loss=plain, backend="cpu").floor_bytes
 
 
 @pytest.mark.parametrize("budget", ["30MB", "300MB"])
 def test_the_answers_are_the_largest_that_fit(budget):
-    answer = fits(CONFIG, budget=budget, machine="Mac 16GB", max_seq_length=128)
+    # On a CPU: where a GPU's command buffers end shifts with the size, by less than the margin.
+    machine = dataclasses.replace(find_machine("Mac 16GB"), backend="cpu")
+    answer = fits(CONFIG, budget=budget, machine=machine, max_seq_length=128)
     assert answer.fits
     room = answer.budget_bytes / (1 + ESTIMATE_MARGIN)
     for way in answer.rows:
