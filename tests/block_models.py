@@ -12,7 +12,7 @@ from mlx_tune.quantization.models.sites import WalkedModel
 
 
 class Block(nn.Module):
-    def __init__(self, dims=64):
+    def __init__(self, dims=128):
         super().__init__()
         self.one, self.two = nn.Linear(dims, dims), nn.Linear(dims, dims)
 
@@ -25,9 +25,9 @@ class Tied(nn.Module):
 
     def __init__(self, chained=True, blocks=3):
         super().__init__()
-        self.embed = nn.Embedding(40, 64)
+        self.embed = nn.Embedding(40, 128)
         self.layers = [Block() for _ in range(blocks)]
-        self.unused = nn.Linear(64, 64)
+        self.unused = nn.Linear(128, 128)
         self.chained = chained
 
     def __call__(self, tokens):

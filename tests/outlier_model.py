@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 import mlx_tune as mt
 
-WIDTH, VOCABULARY = 64, 200
+WIDTH, VOCABULARY = 128, 200
 
 
 LARGE = (3, 40)

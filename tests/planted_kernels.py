@@ -1,4 +1,4 @@
-"""Multiplications in place of MLX's kernels, some of them wrong on purpose."""
+"""Honest multiplications in place of MLX's kernels, whose faults differ by device, and some wrong on purpose."""
 
 from __future__ import annotations
 
@@ -15,14 +15,38 @@ FORMATS += [Format(bits, size, mode) for mode, (size, bits) in FIXED_MODES.items
 USES = ("product", "batched", "gathered", "lookup")
 
 
-class Planted:
-    """MLX's functions, each call counted, some of their results spoilt."""
+def numbers(packed, scales, biases, parts):
+    """The weights in float32, unpacked on the processor."""
+    if parts["mode"] == "affine":
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(packed, scales, biases, dtype=mx.float32, stream=mx.cpu, **parts)
 
-    def __init__(self, multiply=None, gather=None, dequantize=None):
+
+def product(rows, weights):
+    with mx.stream(mx.cpu):
+        return (rows.astype(mx.float32) @ weights.swapaxes(-1, -2)).astype(rows.dtype)
+
+
+def multiply(inputs, packed, *, scales, biases, transpose, **parts):
+    return product(inputs, numbers(packed, scales, biases, parts))
+
+
+def gather(inputs, packed, scales, biases, *, rhs_indices, transpose, sorted_indices, **parts):
+    return product(inputs, numbers(packed, scales, biases, parts)[rhs_indices])
+
+
+def dequantize(packed, *, scales, biases, **parts):
+    return numbers(packed, scales, biases, parts)
+
+
+class Planted:
+    """Functions that are right on every device, each call counted, some of their results spoilt."""
+
+    def __init__(self, **spoilt):
         self.calls = Counter()
-        spoil = {"multiply": multiply, "gather": gather, "dequantize": dequantize}
-        honest = Kernels()
-        self.kernels = Kernels(**{name: self._counted(name, getattr(honest, name), spoil[name]) for name in spoil})
+        honest = {"multiply": multiply, "gather": gather, "dequantize": dequantize}
+        self.kernels = Kernels(**{name: self._counted(name, honest[name], spoilt.get(name)) for name in honest})
+        assert spoilt.keys() <= honest.keys()
 
     def _counted(self, name, honest, spoil):
         def call(*arrays, **parts):
@@ -39,3 +63,9 @@ def garbage(result, *_):
 
 def nan(result, arrays, parts):
     return mx.full(result.shape, math.nan, dtype=result.dtype)
+
+
+def wrong_at_width_128_from_two_rows(result, arrays, parts):
+    inputs = arrays[0]
+    hit = inputs.shape[-1] == 128 and inputs.shape[-2] > 1 and parts["mode"] == "affine" and parts["bits"] in (4, 8)
+    return garbage(result) if hit else result

@@ -67,6 +67,6 @@ def test_quantized_already() -> None:
     anew = mt.plan_quantization(model, 3, 64, requantize=True)
     assert len(anew.layers) == 15
     up = next(x for x in anew.layers if x.path.endswith("up_proj"))
-    assert up.shape == (128, 64)
-    assert up.bytes_before == 128 * 64 // 2 + 2 * 128 * 2
+    assert up.shape == (256, 128)
+    assert up.bytes_before == 256 * 128 // 2 + 2 * 256 * 2 * 2
     assert anew.parameters == mt.plan_quantization(toys.llama(), 4, 64).parameters

@@ -121,10 +121,10 @@ def test_a_dictionary_is_judged_as_the_same_arguments_in_order_are() -> None:
 
 def test_dictionaries_that_do_not_fit_are_named() -> None:
     with pytest.raises(mt.QuantizationError, match=r"cannot be called with evaluation\[0\] \(y=\[2, 64\]\)"):
-        mt.quantize_model(named(), evaluation=[{"y": mx.zeros((2, 64))}], progress=False)
+        mt.quantize_model(named(), 3, 64, evaluation=[{"y": mx.zeros((2, 64))}], progress=False)
     for empty in ({}, {1: mx.zeros((2, 64))}):
         with pytest.raises(mt.QuantizationError, match=r"evaluation\[0\] is a dictionary of no arguments by name"):
-            mt.quantize_model(named(), evaluation=[empty], progress=False)
+            mt.quantize_model(named(), 3, 64, evaluation=[empty], progress=False)
 
 
 def test_dwq_names_the_layers_that_kept_another_methods_scales() -> None:

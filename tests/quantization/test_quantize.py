@@ -71,7 +71,7 @@ def test_optimal_is_the_default_and_better_than_nearest() -> None:
 
 
 def test_tied_modules_share_packed_arrays() -> None:
-    model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96))
+    model = nn.Sequential(nn.Embedding(96, 128), nn.Linear(128, 96))
     model.layers[1].weight = model.layers[0].weight
     quiet(model, 4, 64)
     embedding, head = model.layers
@@ -82,7 +82,7 @@ def test_tied_modules_share_packed_arrays() -> None:
 
 
 def test_a_module_in_two_places_stays_one() -> None:
-    layer = nn.Linear(64, 64)
+    layer = nn.Linear(128, 128)
     model = nn.Sequential(layer, nn.ReLU(), layer)
     quiet(model, 4, 64)
     assert model.layers[0] is model.layers[2]

@@ -22,14 +22,14 @@ from mlx_tune.quantization.quantize import quantize_model
 
 def two_layers(weight: mx.array) -> nn.Module:
     """One of that weight, and an ordinary one."""
-    made = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    made = nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False))
     made.layers[0].weight = weight
-    made.layers[1].weight = (0.1 * mx.random.normal((64, 64), key=mx.random.key(1))).astype(weight.dtype)
+    made.layers[1].weight = (0.1 * mx.random.normal((128, 128), key=mx.random.key(1))).astype(weight.dtype)
     return made
 
 
-ORDINARY = mx.random.uniform(-1, 1, (64, 64), key=mx.random.key(0))
-CALIBRATION = [mx.random.normal((4, 64), key=mx.random.key(i)) for i in range(3)]
+ORDINARY = mx.random.uniform(-1, 1, (128, 128), key=mx.random.key(0))
+CALIBRATION = [mx.random.normal((4, 128), key=mx.random.key(i)) for i in range(3)]
 
 
 @pytest.mark.parametrize("magnitude", [2.0**-100, 2.0**50])
@@ -75,7 +75,7 @@ def with_outliers(dtype: mx.Dtype, most: float) -> mx.array:
 class Experts(nn.Module):
     def __init__(self, weight: mx.array) -> None:
         super().__init__()
-        self.up = SwitchLinear(64, 64, 2, bias=False)
+        self.up = SwitchLinear(128, 128, 2, bias=False)
         self.up.weight = mx.stack([0.1 * ORDINARY.astype(weight.dtype), weight])
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -83,7 +83,7 @@ class Experts(nn.Module):
 
 
 def embedding_of(weight: mx.array) -> nn.Module:
-    made = nn.Embedding(64, 64)
+    made = nn.Embedding(128, 128)
     made.weight = weight
     return made
 
@@ -197,7 +197,7 @@ def test_float32_scales_are_said_with_their_bytes() -> None:
     assert any(text in note for note in plan.notes)
     assert any(text in note for note in quantize_model(model, 4, 64, progress=False).notes)
     narrow = plan_quantization(two_layers(ORDINARY), 4, 64, scale_dtype="bfloat16")
-    assert plan.size_after_bytes - narrow.size_after_bytes == 2 * 64 * 2 * 2
+    assert plan.size_after_bytes - narrow.size_after_bytes == 2 * 128 * 2 * 2 * 2
     assert not any("float32" in note for note in narrow.notes)
     assert narrow.layers[0].format is not None
     assert str(narrow.layers[0].format) == "4 bits, group 64, bfloat16 scales"

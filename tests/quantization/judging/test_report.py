@@ -53,8 +53,8 @@ def test_json(report: mt.QuantizationReport) -> None:
 
 
 def test_lossless_layers() -> None:
-    model = nn.Sequential(nn.Linear(64, 8, bias=False))
-    model.layers[0].weight = mx.arange(512).reshape(8, 64) % 16 * 0.5
+    model = nn.Sequential(nn.Linear(128, 4, bias=False))
+    model.layers[0].weight = mx.arange(512).reshape(4, 128) % 16 * 0.5
     report = mt.quantize_model(model, 4, 64, progress=False)
     assert report.layers[0].snr_db == math.inf
     assert "lossless" in str(report)

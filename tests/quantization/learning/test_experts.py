@@ -16,7 +16,7 @@ def test_experts_that_were_not_reached_are_named_and_shrunk_by_their_own_count(m
         passes, "shrinkage_for", lambda columns, tokens: seen.append(tokens) or shrinkage_for(columns, tokens)
     )
     model = toys.qwen3_moe()
-    gate, direction = model.model.layers[0].mlp.gate, mx.random.normal((1, 64), key=mx.random.key(1))
+    gate, direction = model.model.layers[0].mlp.gate, mx.random.normal((1, 128), key=mx.random.key(1))
     gate.weight = mx.concatenate([s * direction for s in (1, -1, 0.9, -0.9, 0.001, -0.001, 0, 0)])
     report = quantize_model(
         model, 3, 64, method="gptq", calibration=CALIBRATION, overrides={"*.gate": False}, progress=False

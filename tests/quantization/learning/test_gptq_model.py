@@ -69,7 +69,7 @@ def test_a_layer_that_does_not_gain_keeps_the_start(monkeypatch):
 
 def test_lookups_alone_have_nothing_to_correct():
     mx.random.seed(0)
-    model = nn.Sequential(nn.Embedding(40, 64), nn.Linear(64, 8))
+    model = nn.Sequential(nn.Embedding(40, 128), nn.Linear(128, 8))
     done = quantized(model, 4, tokens(2))
     assert done[0].method == "optimal"
     assert "lookups only" in done[0].note

@@ -96,7 +96,7 @@ def test_a_lazily_loaded_model_stays_so(tmp_path: Path) -> None:
 
 
 def test_a_model_that_looks_no_tokens_up_counts_inputs_alike_and_says_so() -> None:
-    report = mt.quantize_model(nn.Sequential(nn.Linear(64, 64)), 4, 64, progress=False)
+    report = mt.quantize_model(nn.Sequential(nn.Linear(128, 64)), 4, 64, progress=False)
     assert any("all inputs count alike: it looks no tokens up" in note for note in report.notes)
 
 
@@ -119,7 +119,7 @@ def test_so_does_one_that_cannot_run_on_tokens_alone() -> None:
 
 def test_layers_that_nothing_reaches_are_named() -> None:
     model = Outliers()
-    model.draft = nn.Linear(64, 64)
+    model.draft = nn.Linear(128, 64)
     report = mt.quantize_model(model, 4, 64, progress=False)
     assert "Nothing reached draft: all inputs count alike there." in report.notes
 

@@ -37,5 +37,5 @@ def test_running_stops_where_it_has_seen_enough():
         seen.append(call.inputs.shape)
 
     run_until(partial(tokens(1)[0].inputs.call, model), model.layers[1], 1, hook)
-    assert seen == [(4, 16, 64)]
+    assert seen == [(4, 16, 128)]
     assert type(model.layers[1]) is Block

@@ -26,10 +26,10 @@ def test_layers_that_quantize_their_inputs() -> None:
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp8"])
 def test_a_dense_twin_computes_the_same(mode: str) -> None:
-    layer = nn.Linear(64, 32)
+    layer = nn.Linear(128, 32)
     packed = layer.to_quantized(*((32, 8) if mode == "mxfp8" else (64, 4)), mode=mode)
     twin = dense_twin(packed)
-    x = mx.random.normal((3, 64))
+    x = mx.random.normal((3, 128))
     assert type(twin) is nn.Linear
     np.testing.assert_allclose(np.array(twin(x)), np.array(packed(x)), rtol=1e-4, atol=1e-4)
     assert dense_twin(layer) is layer

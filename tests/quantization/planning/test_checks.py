@@ -17,7 +17,7 @@ def test_weights_that_are_not_finite_are_found_first(value: float) -> None:
     model = toys.llama()
     layer = model.layers[1].mlp.up_proj
     layer.weight[3, 5] = value
-    with pytest.raises(QuantizationError, match=r"model\.layers\.1\.mlp\.up_proj \(1 of 8,192 weights\)"):
+    with pytest.raises(QuantizationError, match=r"model\.layers\.1\.mlp\.up_proj \(1 of 32,768 weights\)"):
         quiet(model)
     assert type(model.model.embed_tokens) is nn.Embedding
 

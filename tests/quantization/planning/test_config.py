@@ -25,10 +25,10 @@ def test_the_config_names_what_differs() -> None:
 def test_layers_that_know_no_modes_are_described_without_one() -> None:
     from mlx_lm.models.afm7 import FusedLinear
 
-    model = nn.Sequential(FusedLinear(64, [32, 32]), nn.Linear(64, 64))
+    model = nn.Sequential(FusedLinear(128, [32, 32]), nn.Linear(128, 64))
     quiet(model, 4, 64)
     config = quantization_config(model)
     assert config == {"group_size": 64, "bits": 4, "mode": "affine", "layers.0": {"group_size": 64, "bits": 4}}
-    FusedLinear(64, [32, 32]).to_quantized(**config["layers.0"])  # as mlx-lm does when it loads the model
-    left = mt.plan_quantization(nn.Sequential(FusedLinear(64, [32, 32]), nn.Linear(64, 64)), mode="mxfp4").skipped
+    FusedLinear(128, [32, 32]).to_quantized(**config["layers.0"])  # as mlx-lm does when it loads the model
+    left = mt.plan_quantization(nn.Sequential(FusedLinear(128, [32, 32]), nn.Linear(128, 64)), mode="mxfp4").skipped
     assert [layer.reason for layer in left] == ["FusedLinear can be quantized in mode 'affine' only"]

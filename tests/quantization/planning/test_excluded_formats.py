@@ -2,36 +2,30 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from planted_kernels import garbage, nan
+from planted_kernels import nan, wrong_at_width_128_from_two_rows
 from quantization_toys import llama
 
 import mlx_tune as mt
 
 
-def wrong_at_width_64_from_two_rows(result, arrays, parts):
-    inputs = arrays[0]
-    hit = inputs.shape[-1] == 64 and inputs.shape[-2] > 1 and parts["mode"] == "affine" and parts["bits"] in (4, 8)
-    return garbage(result) if hit else result
-
-
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_size_is_met_with_other_formats(plant, calibrated):
-    plant(multiply=wrong_at_width_64_from_two_rows)
+    plant(multiply=wrong_at_width_128_from_two_rows)
     calibration = [mx.random.randint(0, 96, (2, 17), key=mx.random.key(i)) for i in range(2)] if calibrated else None
     report = mt.quantize_model(llama(), target_bpw=5.0, method="nearest", calibration=calibration, progress=False)
     assert report.bits_per_weight <= 5.0
-    narrow = [layer for layer in report.layers if layer.shape[-1] == 64]
+    narrow = [layer for layer in report.layers if layer.shape[-1] == 128]
     assert narrow
     assert not [x for x in narrow if x.bits in (4, 8) and x.mode == "affine"]
     given = [note for note in report.notes if "given another format" in note]
     honest = mt.plan_quantization(
         llama(), target_bpw=5.0, method="nearest", calibration=calibration, verify_kernels=False
     )
-    assert given or not any(x.bits in (4, 8) for x in honest.layers if x.shape[-1] == 64)
+    assert given or not any(x.bits in (4, 8) for x in honest.layers if x.shape[-1] == 128)
 
 
 def test_a_size_is_met_around_layers_that_have_to_stay_unpacked(plant):
-    plant(multiply=wrong_at_width_64_from_two_rows)
+    plant(multiply=wrong_at_width_128_from_two_rows)
     overrides = {"*.q_proj": {"bits": 8}}
     plan = mt.plan_quantization(llama(), target_bpw=8.0, method="nearest", overrides=overrides)
     assert plan.bits_per_weight <= 8.0

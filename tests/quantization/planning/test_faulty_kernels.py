@@ -3,7 +3,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from planted_kernels import garbage, nan
+from planted_kernels import garbage, nan, wrong_at_width_128_from_two_rows
 from quantization_toys import llama, qwen3_moe
 
 import mlx_tune as mt
@@ -11,32 +11,26 @@ from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.faulty_kernels import ties_embeddings, unpack_faulty, uses_of
 
 
-def wrong_at_width_64_from_two_rows(result, arrays, parts):
-    inputs = arrays[0]
-    hit = inputs.shape[-1] == 64 and inputs.shape[-2] > 1 and parts["mode"] == "affine" and parts["bits"] in (4, 8)
-    return garbage(result) if hit else result
-
-
 def missing(result, arrays, parts):
     raise RuntimeError("[quantized_matmul] No implementation for problem shape: 8x32x64x1.")
 
 
 def test_layers_of_a_width_that_is_wrong_stay_unpacked_with_their_reason(plant):
-    plant(multiply=wrong_at_width_64_from_two_rows)
+    plant(multiply=wrong_at_width_128_from_two_rows)
     plan = mt.plan_quantization(llama(), 4)
     narrow = {layer.path: layer for layer in plan.skipped}
-    assert all(layer.shape[-1] == 64 for layer in narrow.values())
-    assert all(layer.shape[-1] == 128 for layer in plan.layers)
-    assert narrow["model.embed_tokens"].reason == "MLX computes it wrong here (product, 64 inputs, 8 rows)"
+    assert all(layer.shape[-1] == 128 for layer in narrow.values())
+    assert all(layer.shape[-1] == 256 for layer in plan.layers)
+    assert narrow["model.embed_tokens"].reason == "MLX computes it wrong here (product, 128 inputs, 8 rows)"
     assert all(layer.cost_bytes == layer.bytes_before * 23 // 32 for layer in narrow.values())
     (note,) = [note for note in plan.notes if "Warning" in note]
-    assert "product of 64 inputs in 4 bits, group 64, bfloat16 at 8 rows is wrong" in note
+    assert "product of 128 inputs in 4 bits, group 64, bfloat16 at 8 rows is wrong" in note
     assert f"{len(narrow)} layers were left unpacked" in note
     assert "verify_kernels=False" in note
 
 
 def test_the_model_and_the_report_are_as_the_plan_said(plant):
-    plant(multiply=wrong_at_width_64_from_two_rows)
+    plant(multiply=wrong_at_width_128_from_two_rows)
     model, tokens = llama(), mx.array([[1, 2, 3, 4]])
     plan = mt.plan_quantization(model, 4)
     report = mt.quantize_model(model, 4, progress=False)
@@ -51,7 +45,7 @@ def test_the_model_and_the_report_are_as_the_plan_said(plant):
 
 
 def test_three_bits_at_the_same_width_are_packed(plant):
-    plant(multiply=wrong_at_width_64_from_two_rows)
+    plant(multiply=wrong_at_width_128_from_two_rows)
     assert not mt.plan_quantization(llama(), 3).skipped
 
 
@@ -90,7 +84,7 @@ def test_embeddings_that_are_unpacked_wrong_stay_as_they_are(plant):
 
 
 def test_a_layer_named_by_hand_is_left_unpacked_too(plant):
-    plant(multiply=wrong_at_width_64_from_two_rows)
+    plant(multiply=wrong_at_width_128_from_two_rows)
     plan = mt.plan_quantization(llama(), 3, overrides={"*.q_proj": {"bits": 8}})
     assert [layer.path for layer in plan.skipped] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
 
@@ -99,7 +93,7 @@ def test_a_quantized_model_gets_its_wrong_layers_unpacked(plant):
     model, twin = llama(), llama()
     for each in (model, twin):
         nn.quantize(each, 64, 4)
-    plant(multiply=wrong_at_width_64_from_two_rows)
+    plant(multiply=wrong_at_width_128_from_two_rows)
     (note,) = unpack_faulty(model)
     assert "8 rows is wrong" in note
     assert "were unpacked for it" in note

@@ -73,8 +73,8 @@ def test_random_numbers_are_the_same_afterwards(plant):
 
 def test_as_many_multiplications_as_there_are_combinations(plant):
     planted = plant()
-    mt.plan_quantization(llama())  # width 64 and 128, tied embeddings
-    # One lookup; the embedding's product is that of the layers of width 64; 64 and 128 at one row and at eight.
+    mt.plan_quantization(llama())  # width 128 and 256, tied embeddings
+    # One lookup; the embedding's product is that of the layers of width 128; 128 and 256 at one row and at eight.
     assert planted.calls == {"dequantize": 1, "multiply": 4}
     mt.plan_quantization(llama())
     mt.quantize_model(llama(), progress=False)

@@ -26,32 +26,32 @@ def test_bytes_are_those_of_the_model_that_results(tied: bool) -> None:
 
 
 def test_weights_shared_between_modules_count_once() -> None:
-    model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96, bias=False))
+    model = nn.Sequential(nn.Embedding(96, 128), nn.Linear(128, 96, bias=False))
     model.layers[1].weight = model.layers[0].weight
     plan = mt.plan_quantization(model, 4, 64)
     assert [layer.paths for layer in plan.layers] == [("layers.0", "layers.1")]
-    assert plan.size_before_bytes == 96 * 64 * 4
-    assert plan.size_after_bytes == 96 * 64 // 2 + 96 * 8
-    assert plan.parameters == 96 * 64
+    assert plan.size_before_bytes == 96 * 128 * 4
+    assert plan.size_after_bytes == 96 * 128 // 2 + 96 * 2 * 8
+    assert plan.parameters == 96 * 128
     assert "shared with layers.1" in str(plan)
 
 
 def test_a_module_that_stands_in_two_places_counts_once() -> None:
-    layer = nn.Linear(64, 64)
+    layer = nn.Linear(128, 128)
     model = nn.Sequential(layer, nn.ReLU(), layer)
     plan = mt.plan_quantization(model, 4, 64)
     assert [x.paths for x in plan.layers] == [("layers.0", "layers.2")]
-    assert plan.size_before_bytes == 64 * 64 * 4 + 64 * 4
+    assert plan.size_before_bytes == 128 * 128 * 4 + 128 * 4
 
 
 @pytest.mark.parametrize(
     "options", [{"skip": "layers.1"}, {"skip": "layers.0"}, {"overrides": {"layers.0": {"bits": 8}}}]
 )
 def test_a_shared_weight_with_two_fates_counts_twice_afterwards(options: dict) -> None:
-    model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96, bias=False))
+    model = nn.Sequential(nn.Embedding(96, 128), nn.Linear(128, 96, bias=False))
     model.layers[1].weight = model.layers[0].weight
     plan = mt.plan_quantization(model, 4, 64, **options)
-    assert plan.size_before_bytes == 96 * 64 * 4
+    assert plan.size_before_bytes == 96 * 128 * 4
     mt.quantize_model(model, 4, 64, progress=False, **options)
     assert plan.size_after_bytes == sum(a.nbytes for a in toys.arrays_of(model).values())
     assert "stored apart from layers.0, whose weights it shares now" in str(plan)
@@ -61,21 +61,21 @@ def test_arrays_in_a_modules_own_lists_are_counted() -> None:
     class Loose(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = nn.Linear(64, 64)
+            self.inner = nn.Linear(128, 64)
             self.tables = [mx.zeros((3, 4)), {"deep": mx.zeros(5)}]
 
     model = nn.Sequential(Loose())
     plan = mt.plan_quantization(model, 4, 64)
     assert plan.size_before_bytes == sum(a.nbytes for a in toys.arrays_of(model).values())
     assert [(x.path, x.bytes_after) for x in plan.skipped] == [("layers.0", 4 * (12 + 5))]
-    assert plan.parameters == 64 * 64 + 64 + 12 + 5
+    assert plan.parameters == 128 * 64 + 64 + 12 + 5
 
 
 def test_what_does_not_fit_is_skipped_with_its_reason_and_its_cost() -> None:
     plan = mt.plan_quantization(toys.vision(), 4, 64)
     skipped = {layer.path: layer for layer in plan.skipped}
     assert skipped["patch"].reason == "Conv2d has no quantized form in MLX"
-    assert skipped["narrow"].reason == "last axis 32 not divisible by 64; 32 would do"
+    assert skipped["narrow"].reason == "last axis 96 not divisible by 64; 32 would do"
     assert skipped["odd"].reason == (
         "last axis 80 not divisible by 64; no group size of mode 'affine' divides it; mode 'nvfp4', in groups of 16, "
         "would do"

@@ -14,8 +14,8 @@ def formats(plan: mt.QuantizationPlan) -> dict[str, str]:
 
 @pytest.mark.parametrize("options", [{"skip": "layers.2"}, {"overrides": {"layers.2": False}}])
 def test_a_module_in_two_places_is_meant_by_either(options: dict) -> None:
-    layer = nn.Linear(64, 64)
-    model = nn.Sequential(layer, nn.Linear(64, 64), layer)
+    layer = nn.Linear(128, 128)
+    model = nn.Sequential(layer, nn.Linear(128, 128), layer)
     assert [x.path for x in mt.plan_quantization(model, 4, 64, **options).layers] == ["layers.1"]
 
 

@@ -45,12 +45,12 @@ def test_routers_are_found_without_a_predicate() -> None:
     class Mixture(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gate = nn.Linear(64, 4, bias=False)
-            self.shared_expert_gate = nn.Linear(64, 1, bias=False)
-            self.switch_mlp = SwitchGLU(64, 64, 4)
-            self.shared_expert = nn.Linear(64, 64)
+            self.gate = nn.Linear(128, 4, bias=False)
+            self.shared_expert_gate = nn.Linear(128, 1, bias=False)
+            self.switch_mlp = SwitchGLU(128, 128, 4)
+            self.shared_expert = nn.Linear(128, 64)
 
-    model = nn.Sequential(Mixture(), nn.Linear(64, 4))
+    model = nn.Sequential(Mixture(), nn.Linear(128, 4))
     sites = WalkedModel(model).sites
     found = find_routers(sites)
     assert sorted(s.path for s in sites if id(s.module) in found) == ["layers.0.gate", "layers.0.shared_expert_gate"]

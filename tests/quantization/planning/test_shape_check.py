@@ -18,8 +18,8 @@ class Tied(nn.Module):
 
     def __init__(self, layers: int = 3) -> None:
         super().__init__()
-        self.embed = nn.Embedding(96, 64)
-        self.layers = [nn.Linear(64, 64) for _ in range(layers)]
+        self.embed = nn.Embedding(96, 128)
+        self.layers = [nn.Linear(128, 128) for _ in range(layers)]
 
     def __call__(self, tokens: mx.array) -> mx.array:
         x = self.embed(tokens)

@@ -38,7 +38,7 @@ def test_bytes_and_bits_mean_the_same() -> None:
     by_bits = planned(model, target_bpw=4.0)
     by_bytes = planned(model, target_bytes=int(4.0 * by_bits.parameters / 8))
     assert by_bits.to_dict() == by_bytes.to_dict()
-    assert planned(model, target_bytes="41kB").size_after_bytes <= 41_000
+    assert planned(model, target_bytes="158kB").size_after_bytes <= 158_000
 
 
 def test_more_room_is_never_worse() -> None:
@@ -107,21 +107,21 @@ def test_layers_that_matter_more_get_more_bits() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.loud, self.quiet = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+            self.loud, self.quiet = nn.Linear(128, 64, bias=False), nn.Linear(128, 64, bias=False)
 
         def __call__(self, x: mx.array) -> mx.array:
             return 10 * self.loud(x) + 0.1 * self.quiet(x)
 
     mx.random.seed(0)
     model = Unequal()
-    batches = [mx.random.normal((16, 64), key=mx.random.key(i)) for i in range(2)]
+    batches = [mx.random.normal((16, 128), key=mx.random.key(i)) for i in range(2)]
     plan = planned(model, target_bpw=5.5, calibration=batches)
     bits = {layer.path: layer.bits for layer in plan.layers}
     assert bits["loud"] > bits["quiet"]
 
 
 def test_notes_are_those_of_the_choice_and_not_of_the_plan_before_it() -> None:
-    model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 64))
+    model = nn.Sequential(nn.Linear(96, 128), nn.Linear(128, 64))
     before = mt.plan_quantization(model, 4, 64)
     assert "Left as they are: 1 (last axis 96" in before.notes[0]
     mixed = mt.plan_quantization(model, 4, 64, target_bpw=6.5, method="nearest")
