@@ -3,6 +3,7 @@
 A block that is not run says why in a comment on the line before it: `<!-- not run: it installs packages -->`. Output
 that differs from machine to machine is left out of the page, or stands there as `...`, as in a doctest. A model or
 data folder that a page names is replaced by a toy one, and files under `examples/` and `tests/` are this checkout's.
+Of models on the hub only `config.json` is there, for those of `tests/models/`, as if it had been fetched before.
 Benchmarks take minutes: of them it is only held that the script is there and takes every flag that the page gives it.
 Two ranks of `mlx.launch` are two processes of this machine.
 """
@@ -75,12 +76,23 @@ def folder(tmp_path_factory, model_folder, data_folder):
     (folder / "text").mkdir()
     for i in range(4):
         (folder / "text" / f"{i}.txt").write_text("Memory in a lazy graph can be planned before. " * 80)
+    for file in (ROOT / "tests" / "models").glob("*/*.json"):
+        _keep_fetched(folder / "hub", f"{file.parent.name}/{file.stem}", file)
     return folder
+
+
+def _keep_fetched(cache: Path, name: str, file: Path) -> None:
+    """Put a model's configuration where huggingface_hub keeps what it has fetched."""
+    place, revision = cache / f"models--{name.replace('/', '--')}", "0" * 40
+    for part in (place / "refs", place / "snapshots" / revision):
+        part.mkdir(parents=True)
+    (place / "refs" / "main").write_text(revision)
+    (place / "snapshots" / revision / "config.json").symlink_to(file)
 
 
 @functools.cache  # pages repeat each other's commands
 def run(words: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", COLUMNS="120", NO_COLOR="1")
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(folder / "hub"), COLUMNS="120", NO_COLOR="1")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/benchmarks")])
     port = free_port()
     words = tuple(port if word == _FREE_PORT else word for word in words)

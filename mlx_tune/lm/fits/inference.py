@@ -7,6 +7,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from mlx_tune.devices import Backend
+from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm.fits.caches import PREFILL, cache_arrays, filled_caches, with_arrays
 from mlx_tune.lm.fits.depth import START, Course
 from mlx_tune.lm.fits.growth import Largest, largest_fitting
@@ -69,29 +70,36 @@ class RunModel:
             held, more = (tokens - 1, 1) if grown else (tokens, 0)
             return Course({START: nbytes_of(cache_arrays(self._filled(model, rows, held, more, exact=grown)))})
 
-        return self._deep(course).start_bytes
+        return self._deep(rows, course).start_bytes
 
     def reading(self, rows: int, context: int) -> Course:
         """The last part of the last prompts being read, while the other rows hold theirs."""
         first = min(rows, PREFILL_ROWS)
         last = min(PREFILL, context - 1)
-        course = self._deep(lambda model: self._course(model, first, context - 1 - last, last, logits=False))
+        course = self._deep(first, lambda model: self._course(model, first, context - 1 - last, last, logits=False))
         others = (rows - first) * self.cache_bytes(1, context, grown=True) if rows > first else 0
         return Course({key: n + others for key, n in course.highest.items()})
 
     def writing(self, rows: int, context: int) -> Course:
         """The last token of every row, for which caches that were joined without room for it grow."""
-        return self._deep(lambda model: self._course(model, rows, context - 1, 1, logits=True))
+        return self._deep(rows, lambda model: self._course(model, rows, context - 1, 1, logits=True))
 
     def floor(self, rows: int, context: int) -> Floor:
         """The peak of both, with the kinds of operations of both."""
         both = [self.reading(rows, context).floor, self.writing(rows, context).floor]
         return Floor(max(f.bytes for f in both), [n for f in both for n in f.live])
 
-    def _deep(self, read: Callable[[nn.Module], Course]) -> Course:
+    def _deep(self, rows: int, read: Callable[[nn.Module], Course]) -> Course:
         """The whole model's course: the shortest one's, and what each further block adds."""
         # Peaks alone: where a GPU's command buffers end shifts from one class of operations to the other with depth.
-        base, *longer = (read(model).coarse() for model in self._models)
+        try:
+            base, *longer = (read(model).coarse() for model in self._models)
+        except InvalidArgumentError:
+            raise
+        except (ValueError, TypeError) as error:  # shapes and types that the architecture's own code does not expect
+            raise InvalidArgumentError(
+                f"mlx-lm's {type(self._models[0]).__module__} does not generate in a batch of {rows}: {error}"
+            ) from error
         if not longer:
             return base
         times = [more / step for more, step in zip(self._missing, self._steps, strict=True)]
@@ -151,6 +159,9 @@ def generation_fit(
         batch_size: Rows at a time.
         kv_bits: Bits of keys and values.
         longest: The most tokens that the model allows.
+
+    Raises:
+        InvalidArgumentError: mlx-lm's code of the architecture does not take such a batch, or cache.
     """
     run = RunModel(unloaded, backend, kv_bits)
     room = int(budget_bytes / (1 + ESTIMATE_MARGIN))
@@ -161,11 +172,14 @@ def generation_fit(
         # Prompts up to one part are read at once, longer ones a part at a time.
         if far.size < PREFILL <= most or (far.size == 0 and most < PREFILL):
             far = largest_fitting(lambda tokens: run.floor(1, tokens), room, first, step=256, most=max(256, most))
-    wide = largest_fitting(
-        lambda rows: run.floor(rows, context), room, (PREFILL_ROWS, 2 * PREFILL_ROWS), most=_MOST_ROWS
-    )
-    if wide.size < PREFILL_ROWS:  # below, the rows that are read at a time grow as well
-        wide = largest_fitting(lambda rows: run.floor(rows, context), room, (1, PREFILL_ROWS), most=PREFILL_ROWS)
+    try:
+        wide = largest_fitting(
+            lambda rows: run.floor(rows, context), room, (PREFILL_ROWS, 2 * PREFILL_ROWS), most=_MOST_ROWS
+        )
+        if wide.size < PREFILL_ROWS:  # below, the rows that are read at a time grow as well
+            wide = largest_fitting(lambda rows: run.floor(rows, context), room, (1, PREFILL_ROWS), most=PREFILL_ROWS)
+    except InvalidArgumentError:  # a row at a time is all that mlx-lm's code of the architecture takes
+        wide = largest_fitting(lambda rows: run.floor(rows, context), room, (1,), most=1)
     peak = ceil(max(reading, writing) * (1 + ESTIMATE_MARGIN))
     return GenerationFit(
         context=context,
@@ -180,4 +194,5 @@ def generation_fit(
         longest_context=far.size,
         largest_batch=wide.size,
         context_limited=far.limited,
+        batch_limited=wide.limited,
     )

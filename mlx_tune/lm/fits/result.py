@@ -61,6 +61,7 @@ class GenerationFit:
         longest_context: The longest context of a single row that fits; 0 where none does.
         largest_batch: The largest batch at the context that was asked about; 0 where not one row fits.
         context_limited: True where the model itself allows no longer context.
+        batch_limited: True where mlx-lm's code of the architecture takes no larger batch.
     """
 
     context: int
@@ -75,6 +76,7 @@ class GenerationFit:
     longest_context: int
     largest_batch: int
     context_limited: bool
+    batch_limited: bool = False
 
     def lines(self, budget_bytes: int) -> list[str]:
         """The same in sentences."""
@@ -87,7 +89,8 @@ class GenerationFit:
             f"reading prompts peaks at {format_bytes(self.reading_bytes)}, writing at "
             f"{format_bytes(self.writing_bytes)}.",
             f"The longest context of one row is {self.longest_context:,}{'+' if self.context_limited else ''} tokens, "
-            f"the largest batch at {self.context:,} tokens {self.largest_batch:,}.",
+            f"the largest batch at {self.context:,} tokens {self.largest_batch:,}"
+            + (", and mlx-lm's code of this architecture takes no larger one." if self.batch_limited else "."),
         ]
 
     def to_dict(self) -> dict[str, Json]:

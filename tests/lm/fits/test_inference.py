@@ -8,6 +8,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from workload_models import configuration
 
 import mlx_tune as mt
+from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm.fits.inference import RunModel, generation_fit
 from mlx_tune.lm.fits.unloaded import Unloaded
 
@@ -70,3 +71,13 @@ def test_fits_answers_for_generating_where_it_is_asked():
     answer = mt.lm.fits(CONFIG, machine="M1 8GB", max_seq_length=64, context=256, generate_batch=4)
     assert "Generating fits: batch 4 at 256 tokens" in str(answer)
     assert answer.to_dict()["generation"]["longest_context"] == 512
+
+
+def test_an_architecture_that_takes_no_batch_is_answered_for_one_row():
+    options = {"machine": "M1 8GB", "max_seq_length": 64, "context": 256}
+    gemma = configuration("gemma2", num_hidden_layers=2)
+    answer = mt.lm.fits(gemma, **options)
+    assert answer.generation.largest_batch == 1
+    assert "takes no larger one" in str(answer)
+    with pytest.raises(InvalidArgumentError, match=r"gemma2 does not generate in a batch of 4: .*broadcast"):
+        mt.lm.fits(gemma, **options, generate_batch=4)
