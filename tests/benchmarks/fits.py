@@ -25,10 +25,10 @@ from typing import Any
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 LARGE = (
-    ("meta-llama/Llama-3.1-8B", "M3 Max 64GB"),
-    ("meta-llama/Llama-3.1-70B", "M3 Ultra 512GB"),
-    ("meta-llama/Llama-3.1-405B", "M3 Ultra 512GB"),
-    ("deepseek-ai/DeepSeek-V3", "M3 Ultra 512GB"),
+    ("meta-llama/Llama-3.1-8B", "M3 Max 64GB", "4"),
+    ("meta-llama/Llama-3.1-70B", "M3 Ultra 512GB", "4"),
+    ("meta-llama/Llama-3.1-405B", "M3 Ultra 512GB", "4"),
+    ("deepseek-ai/DeepSeek-V3", "M3 Ultra 512GB", "3"),
 )
 FAMILIES = (
     *("llama", "qwen3", "gemma2", "gemma3_text", "lfm2", "falcon_h1", "mamba2", "qwen3_moe", "deepseek", "deepseek_v2"),
@@ -37,6 +37,8 @@ FAMILIES = (
     *("exaone_moe", "solar_open"),
 )
 RUNS = 3
+#: Sizes that go with the width.
+OWN = {"lfm2": {"block_dim": 256}}
 #: mlx-lm's code of these takes no batch of prompts.
 ALONE = ("gemma2",)
 QUICK = ("llama", "gemma3_text", "deepseek_v3", "mamba2")
@@ -60,7 +62,7 @@ def predict(family: str) -> dict[str, int]:
     from mlx_tune.lm.fits.training import TrainedModel, Tuning, training_course
     from mlx_tune.lm.fits.unloaded import Unloaded
 
-    unloaded, tuning = Unloaded(configuration(family, **SIZES)), Tuning(num_layers=TRAINED)
+    unloaded, tuning = Unloaded(configuration(family, **SIZES, **OWN.get(family, {}))), Tuning(num_layers=TRAINED)
     trained, found = TrainedModel(unloaded, tuning), {}
     for way, checkpoint in (("plain", False), ("checkpointed", True)):
         course = DeepCourse(
@@ -86,7 +88,7 @@ def run(family: str, way: str) -> None:
     from mlx_tune.lm.adapters import add_adapters, make_optimizer
     from mlx_tune.lm.fits.unloaded import Unloaded
 
-    model = Unloaded(configuration(family, **SIZES)).build()
+    model = Unloaded(configuration(family, **SIZES, **OWN.get(family, {}))).build()
     mx.eval(model.parameters())
     if way == "generating":
         rows, written = generated(family), 0
@@ -121,15 +123,16 @@ def measure(family: str) -> dict[str, Any]:
     return {"name": family, "predicted": predicted, "measured": measured}
 
 
-def answer(model: str, machine: str) -> dict[str, Any]:
+def answer(model: str, machine: str, bits: str) -> dict[str, Any]:
     """Seconds and resident memory of one answer, in this process."""
     from mlx_tune.lm import fits
 
     started = time.process_time()
-    found = fits(MODELS / f"{model}.json", machine=machine, bits=4)
+    found = fits(MODELS / f"{model}.json", machine=machine, bits=int(bits))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "name": found.model,
+        "bits": int(bits),
         "weights": found.weights_bytes,
         "seconds": found.seconds,
         "processor_seconds": time.process_time() - started,
@@ -143,7 +146,7 @@ def in_child(*words: str) -> dict[str, Any]:
     """What this script prints when it is called so."""
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:
-        raise ChildProcessError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
+        raise ChildProcessError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -189,10 +192,11 @@ def print_large(rows: list[dict[str, Any]]) -> None:
 
     print(
         render_table(
-            ["model", "weights at 4 bits", "LoRA needs", "fits", "seconds", "of a core", "resident"],
+            ["model", "bits", "weights", "LoRA needs", "fits", "seconds", "of a core", "resident"],
             [
                 (
                     row["name"],
+                    str(row["bits"]),
                     format_bytes(row["weights"]),
                     format_bytes(row["needs"]),
                     "yes" if row["fits"] else "no",
@@ -220,9 +224,9 @@ def main() -> None:
         return
     rows = []
     if options.large:
-        for pair in LARGE:
-            rows.append(in_child("--large", "--child", *pair))
-            print(f"{rows[-1]['name']}: {rows[-1]['seconds']:.1f} s", file=sys.stderr)
+        for words in LARGE:
+            rows.append(in_child("--large", "--child", *words))
+            print(rows[-1], file=sys.stderr)
         print_large(rows)
     else:
         for family in options.only or (QUICK if options.quick else FAMILIES):
