@@ -158,7 +158,7 @@ def wrong_kernel(monkeypatch):
 @pytest.mark.parametrize("lazy", [False, True])
 def test_what_mlx_computes_wrong_is_unpacked_when_loaded(model_folder, tmp_path: Path, wrong_kernel, lazy) -> None:
     model, tokenizer, config, folder = lm.load(model_folder("tied"))
-    mt.quantize_model(model, 8, verify_kernels=False, progress=False)
+    mt.quantize_model(model, 8, 32, verify_kernels=False, progress=False)
     saved = lm.save_quantized(tmp_path / "out", model, tokenizer, config, source=folder)
     with pytest.warns(UserWarning, match=r"8 rows is wrong on this backend.*layers were unpacked for it"):
         loaded, *_ = lm.load(saved, lazy=lazy)
