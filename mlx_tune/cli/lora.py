@@ -137,9 +137,10 @@ def _count_or_word(text: str) -> int | str:
 
 
 def _length(text: str) -> int | str:
-    if text == "auto" or (text.isdecimal() and int(text) > 0):
+    try:
         return text if text == "auto" else int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor auto")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
 
 
 def run(arguments: argparse.Namespace) -> int:

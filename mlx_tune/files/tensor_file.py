@@ -58,8 +58,9 @@ class TensorFile:
         >>> with TensorFile(Path("w.safetensors"), {"a": mx.zeros((2, 2)), "b": mx.zeros(3)}) as file:
         ...     file.write("b", mx.arange(3.0))
         ...     file.write("a", mx.ones((2, 2)))
-        >>> {name: array.tolist() for name, array in mx.load("w.safetensors").items()}
-        {'a': [[1.0, 1.0], [1.0, 1.0]], 'b': [0.0, 1.0, 2.0]}
+        >>> loaded = mx.load("w.safetensors")
+        >>> loaded["a"].tolist(), loaded["b"].tolist()
+        ([[1.0, 1.0], [1.0, 1.0]], [0.0, 1.0, 2.0])
     """
 
     def __init__(self, path: Path, arrays: Mapping[str, mx.array]) -> None:
