@@ -37,7 +37,8 @@ def test_two_ranks_train_and_calibrate_what_one_rank_does(tmp_path: Path) -> Non
     np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
     weights = {name: mx.load(str(tmp_path / f"train-{name}.npz")) for name in ("0-of-1", "0-of-2", "1-of-2")}
     for path, value in weights["0-of-1"].items():
-        np.testing.assert_allclose(weights["0-of-2"][path], value, rtol=1e-4, atol=1e-6, err_msg=path)
+        # Ranks sum the loss of other chunks of tokens; six steps carry that rounding on. Weights move by up to 0.3.
+        np.testing.assert_allclose(weights["0-of-2"][path], value, rtol=1e-4, atol=5e-6, err_msg=path)
         assert mx.array_equal(weights["0-of-2"][path], weights["1-of-2"][path]), path
     assert (one["dwq_ranks"], two["dwq_ranks"]) == (1, 2)
     np.testing.assert_allclose(two["dwq"], one["dwq"], rtol=1e-4)
