@@ -86,7 +86,7 @@ def autobatch(
     with (
         _checkpointed(model, args),
         training_step(
-            model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss, plain_loss=plain_loss
+            model, optimizer_or_adam(optimizer), dataset, args, valid_set=valid_set, loss=loss, plain_loss=plain_loss
         ) as ready,
     ):
         found = find_batch(
@@ -142,7 +142,7 @@ def estimate_memory(
     with (
         _checkpointed(model, args),
         training_step(
-            model, _optimizer(optimizer), dataset, args, loss=loss, plain_loss=plain_loss, evaluate=False
+            model, optimizer_or_adam(optimizer), dataset, args, loss=loss, plain_loss=plain_loss, evaluate=False
         ) as ready,
     ):
         batch = ready.make_batch(args.batch_size)
@@ -209,7 +209,7 @@ def autofit(
     with (
         nullcontext() if checkpoint else _checkpointed(model, args),
         training_step(
-            model, _optimizer(optimizer), dataset, args, valid_set=valid_set, loss=loss, plain_loss=plain_loss
+            model, optimizer_or_adam(optimizer), dataset, args, valid_set=valid_set, loss=loss, plain_loss=plain_loss
         ) as ready,
     ):
         found = find_fit(
@@ -270,7 +270,7 @@ def plan_checkpoints(
     from mlx_tune.checkpointing.planning.plan import plan_checkpoints as plan
 
     args = TrainingArgs() if args is None else args
-    with training_step(model, _optimizer(optimizer), dataset, args, loss=loss, plain_loss=plain_loss) as ready:
+    with training_step(model, optimizer_or_adam(optimizer), dataset, args, loss=loss, plain_loss=plain_loss) as ready:
         if ready.multiple_of > 1:
             raise InvalidArgumentError(
                 f"A plan is made on one machine, and here are {ready.multiple_of} ranks: call lm.autofit(..., "
@@ -315,7 +315,10 @@ def verify_checkpoint(
     from mlx_tune.checkpointing.verify import verify_checkpoint as verify
 
     args = TrainingArgs() if args is None else args
-    with training_step(model, _optimizer(None), dataset, args, loss=loss) as ready, awake_adapters(model) as awake:
+    with (
+        training_step(model, optimizer_or_adam(None), dataset, args, loss=loss) as ready,
+        awake_adapters(model) as awake,
+    ):
         report = verify(model, default_loss if loss is None else loss, *ready.make_batch(args.batch_size))
     if not awake:
         return report
@@ -323,7 +326,8 @@ def verify_checkpoint(
     return replace(report, notes=(*report.notes, note))
 
 
-def _optimizer(optimizer: Optimizer | None) -> Optimizer:
+def optimizer_or_adam(optimizer: Optimizer | None) -> Optimizer:
+    """The given optimizer; where there is none, Adam at the rate that mlx-lm's own commands begin with."""
     from mlx.optimizers import Adam
 
     return Adam(learning_rate=1e-5) if optimizer is None else optimizer

@@ -227,13 +227,8 @@ class _Rows:
             fits=peak <= budget_bytes,
         )
 
-    def _filled(self, length: int) -> list[Any]:
-        """One row's cache after so many tokens."""
-        caches = self._prefilled(1, length)
-        return caches if self._bits is None else self._quantized(caches)
-
-    def _prefilled(self, rows: int, length: int) -> list[Any]:
-        """Caches after so many tokens in each of some rows, as the prompt is read: a part at a time."""
+    def _filled(self, length: int, rows: int = 1) -> list[Any]:
+        """Caches after so many tokens in each of some rows, read in parts as a prompt is, and then quantized."""
         import mlx.core as mx
         from mlx_lm.models.cache import make_prompt_cache
 
@@ -243,22 +238,7 @@ class _Rows:
             self._model(tokens[:, : self._prefill], cache=caches)
             mx.eval([cache.state for cache in caches])
             tokens = tokens[:, self._prefill :]
-        return caches
-
-    def _quantized(self, caches: list[object]) -> list[Any]:
-        done = []
-        for cache in caches:
-            if not hasattr(cache, "to_quantized"):
-                raise InvalidArgumentError(
-                    f"kv_bits={self._bits}: this model has a {type(cache).__name__}, which mlx-lm cannot quantize."
-                )
-            try:
-                done.append(cache.to_quantized(group_size=self._group, bits=self._bits))
-            except (NotImplementedError, ValueError) as error:
-                raise InvalidArgumentError(
-                    f"kv_bits={self._bits}, kv_group_size={self._group}: the cache cannot be quantized so: {error}."
-                ) from error
-        return done
+        return caches if self._bits is None else quantized_caches(caches, self._bits, self._group)
 
     def _read_prompts(self, size: int) -> None:
         """The last prompts being read, while every other row holds its own."""
@@ -279,7 +259,7 @@ class _Rows:
     def _forward_prompts(self, rows: int) -> None:
         import mlx.core as mx
 
-        mx.eval([cache.state for cache in self._quantized(self._prefilled(rows, self._prompt))])
+        mx.eval([cache.state for cache in self._filled(self._prompt, rows)])
 
     def _write(self, size: int) -> Iterator[float]:
         """Seconds for each of the last tokens."""
@@ -321,6 +301,32 @@ class _Rows:
             yield generator
         finally:
             generator.close()
+
+
+def quantized_caches(caches: list[Any], bits: int, group_size: int) -> list[Any]:
+    """Caches as mlx-lm quantizes them once a prompt is read.
+
+    Args:
+        caches: One for each layer that has keys and values.
+        bits: Bits of a key or value.
+        group_size: Those that share a scale.
+
+    Raises:
+        InvalidArgumentError: mlx-lm cannot quantize one of them, or not so.
+    """
+    done = []
+    for cache in caches:
+        if not hasattr(cache, "to_quantized"):
+            raise InvalidArgumentError(
+                f"kv_bits={bits}: this model has a {type(cache).__name__}, which mlx-lm cannot quantize."
+            )
+        try:
+            done.append(cache.to_quantized(group_size=group_size, bits=bits))
+        except (NotImplementedError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"kv_bits={bits}, kv_group_size={group_size}: the cache cannot be quantized so: {error}."
+            ) from error
+    return done
 
 
 def _repeated(cache: Any, rows: int) -> object:

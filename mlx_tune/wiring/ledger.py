@@ -100,7 +100,7 @@ class Ledger:
         """
         with self._locked() as folder:
             self.active = True
-            others = [share for share in self._others(folder) if share.wired_bytes]
+            others = self._others(folder)
             granted = max(0, min(wanted_bytes, cap_bytes - sum(share.wired_bytes for share in others)))
             self.seen = tuple(others) if granted < wanted_bytes else ()
             self._write(folder, max(granted, self._written))
@@ -125,7 +125,7 @@ class Ledger:
         if not (self._folder or ledger_folder()).exists():
             return []
         with self._locked() as folder:
-            return [share for share in self._others(folder) if share.wired_bytes]
+            return self._others(folder)
 
     @contextmanager
     def _locked(self) -> Iterator[Path]:
@@ -161,7 +161,7 @@ class Ledger:
         raise TimeoutError(f"another process has held {path} for {_ATTEMPTS * _PAUSE:g} s")
 
     def _others(self, folder: Path) -> list[Share]:
-        """The entries of living processes; those of dead ones are cleared away."""
+        """The entries of living processes that wire something; those of dead ones are cleared away."""
         shares = []
         for path in folder.iterdir():
             if path.name == _LOCK or (self._own is not None and path == self._own[0]):
@@ -171,7 +171,8 @@ class Ledger:
                 fcntl.flock(entry, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
             except BlockingIOError:
-                shares.append(Share(int(path.name.partition("-")[0]), int(os.pread(entry, 20, 0) or b"0")))
+                if wired := int(os.pread(entry, 20, 0) or b"0"):
+                    shares.append(Share(int(path.name.partition("-")[0]), wired))
             finally:
                 os.close(entry)
         return shares

@@ -115,7 +115,7 @@ def steps(path: str, rows: int, length: int, turns: int) -> None:
     batch = mx.array(tokens.astype(np.int32))
     table = []
     for training in ("LoRA", "full"):
-        ready, seconds, peaks, floor, values = {}, {}, {}, {}, {}
+        ready, floor, values = {}, {}, {}
         for name, loss in LOSSES.items():
             model = load(path)[0]
             model.set_dtype(mx.float32)
@@ -123,19 +123,12 @@ def steps(path: str, rows: int, length: int, turns: int) -> None:
             model.train()
             mt.checkpoint_blocks(model)
             ready[name] = step_of(model, loss, optimizer), (model.state, optimizer.state)
-            seconds[name], peaks[name] = [], []
             values[name] = run(ready[name], batch)[0]
             with mt.memory_limit(1):
                 floor[name] = min(run(ready[name], batch)[1] for _ in range(2))
-        for _ in range(turns):
-            for name in LOSSES:
-                _, peak, took = run(ready[name], batch)
-                peaks[name].append(peak)
-                seconds[name].append(took)
+        peaks, times = in_turns(ready, batch, turns, "plain")
         for name in LOSSES:
-            ratios = [a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
-            spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-            figures = [mt.format_bytes(floor[name]), mt.format_bytes(max(peaks[name])), spread]
+            figures = [mt.format_bytes(floor[name]), mt.format_bytes(peaks[name]), times[name]]
             table.append((training, name, *figures, f"{values[name] / values['plain'] - 1:+.1e}"))
             print(*table[-1], flush=True)
     columns = ("training", "loss", "held back", "free", "time over plain", "first loss over plain")
@@ -154,7 +147,7 @@ def trainer_steps(rows: int, length: int, vocabulary: int, turns: int) -> None:
         name: lm.estimate_memory(model, data, args, optimizer=optimizer, plain_loss=plain)
         for name, plain in ways.items()
     }
-    ready, seconds, peaks, least = {}, {}, {}, {}
+    ready, least = {}, {}
     with ExitStack() as around:
         around.enter_context(mt.checkpoint_blocks(model))
         for name, plain in ways.items():
@@ -164,20 +157,21 @@ def trainer_steps(rows: int, length: int, vocabulary: int, turns: int) -> None:
             run(ready[name], batch)
             with mt.memory_limit(1):
                 least[name] = min(run(ready[name], batch)[1] for _ in range(2))
-            seconds[name], peaks[name] = [], []
-        for _ in range(turns):
-            for name in ways:
-                _, peak, took = run(ready[name], batch)
-                peaks[name].append(peak)
-                seconds[name].append(took)
+        peaks, times = in_turns(ready, batch, turns, "mlx-lm's")
     for name in ways:
-        ratios = [a / b for a, b in zip(seconds[name], seconds["mlx-lm's"], strict=True)]
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         own = floors[name].floor_bytes - floors[name].start_bytes
-        table.append((name, *map(mt.format_bytes, (own, least[name], max(peaks[name]))), spread))
+        table.append((name, *map(mt.format_bytes, (own, least[name], peaks[name])), times[name]))
     columns = ("loss", "floor, predicted", "held back", "free", "time over mlx-lm's")
     title = f"LoRA, float32, vocabulary {vocabulary:,}, {rows} x {length} tokens, every block checkpointed"
     print(render_table(columns, table, title=title))
+
+
+def in_turns(ready: dict[str, Any], batch: Any, turns: int, first: str) -> tuple[dict[str, int], dict[str, str]]:
+    """The highest peak of each step, and its time over that of the first: median, least and greatest of all turns."""
+    taken = [{name: run(step, batch) for name, step in ready.items()} for _ in range(turns)]
+    peaks = {name: max(turn[name][1] for turn in taken) for name in ready}
+    ratios = {name: [turn[name][2] / turn[first][2] for turn in taken] for name in ready}
+    return peaks, {name: f"{statistics.median(r):.3f} ({min(r):.3f} to {max(r):.3f})" for name, r in ratios.items()}
 
 
 def run(ready: Any, batch: mx.array) -> tuple[float, int, float]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError
+from mlx_tune.lm.generation import quantized_caches
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -43,7 +44,12 @@ def filled_caches(
     Raises:
         InvalidArgumentError: A cache that mlx-lm cannot batch, or not quantize.
     """
-    caches = _quantized(model, kv_bits, kv_group_size) if kv_bits is not None else _batched(model, rows)
+    from mlx_lm.models.cache import make_prompt_cache
+
+    if kv_bits is None:
+        caches = _batched(model, rows)
+    else:
+        caches = quantized_caches(make_prompt_cache(model), kv_bits, kv_group_size)
     # A cache that rotates looks different after a long read; the last read says how it stays.
     for part in (tokens - PREFILL, min(tokens, PREFILL)):
         if part > 0:
@@ -95,24 +101,6 @@ def _batched(model: nn.Module, rows: int) -> Caches:
     except (ValueError, NotImplementedError) as error:
         raise InvalidArgumentError(f"mlx-lm's batch generator does not take this model's cache: {error}.") from error
     return merged
-
-
-def _quantized(model: nn.Module, bits: int, group_size: int) -> Caches:
-    from mlx_lm.models.cache import make_prompt_cache
-
-    done = []
-    for cache in make_prompt_cache(model):
-        if not hasattr(cache, "to_quantized"):
-            raise InvalidArgumentError(
-                f"kv_bits={bits}: this model has a {type(cache).__name__}, which mlx-lm cannot quantize."
-            )
-        try:
-            done.append(cache.to_quantized(group_size=group_size, bits=bits))
-        except (NotImplementedError, ValueError) as error:
-            raise InvalidArgumentError(
-                f"kv_bits={bits}, kv_group_size={group_size}: the cache cannot be quantized so: {error}."
-            ) from error
-    return done
 
 
 def cache_arrays(caches: Caches) -> list[mx.array]:

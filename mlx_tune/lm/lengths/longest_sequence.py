@@ -8,7 +8,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import BudgetError, CheckpointError, InvalidArgumentError
-from mlx_tune.lm.fitting import estimate_memory
+from mlx_tune.lm.fitting import estimate_memory, optimizer_or_adam
 from mlx_tune.lm.lengths.result import LongestSequence, Way
 from mlx_tune.lm.lengths.truncation import truncation
 from mlx_tune.lm.steps import as_rows, row_of, training_step
@@ -79,13 +79,12 @@ def longest_sequence(
         ```
     """
     import mlx.core as mx
-    from mlx.optimizers import Adam
     from mlx_lm.tuner.trainer import TrainingArgs
 
     args = TrainingArgs() if args is None else args
     if mx.distributed.init().size() > 1:
         raise InvalidArgumentError("The longest row is found on one machine: call lm.longest_sequence there.")
-    optimizer = Adam(learning_rate=1e-5) if optimizer is None else optimizer
+    optimizer = optimizer_or_adam(optimizer)
     allowed = int(resolve_budget(budget))
     whole_number(tokens, "tokens", least=1)
     data = as_rows(dataset)
