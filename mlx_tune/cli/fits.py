@@ -68,7 +68,7 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Predict and print. Returns 1 where it does not fit, else 0."""
-    from mlx_tune.lm.fits.answer import fits
+    from mlx_tune.lm.capacity.answer import fits
 
     with quiet_output():
         answer = fits(

@@ -5,8 +5,8 @@ generator driven with what the rest of the library measured.
 """
 
 from mlx_tune.lm.adapters import add_adapters, make_optimizer
-from mlx_tune.lm.fits.answer import fits
-from mlx_tune.lm.fits.result import Fits, GenerationFit, TrainingWay
+from mlx_tune.lm.capacity.answer import fits
+from mlx_tune.lm.capacity.result import Fits, GenerationFit, TrainingWay
 from mlx_tune.lm.fitting import autobatch, autofit, estimate_memory, plan_checkpoints, verify_checkpoint
 from mlx_tune.lm.generation import autobatch_generate
 from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial

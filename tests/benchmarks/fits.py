@@ -57,10 +57,10 @@ def predict(family: str) -> dict[str, int]:
     """The floors of the three, from the configuration."""
     from workload_models import configuration
 
-    from mlx_tune.lm.fits.depth import DeepCourse
-    from mlx_tune.lm.fits.inference import RunModel
-    from mlx_tune.lm.fits.training import TrainedModel, Tuning, training_course
-    from mlx_tune.lm.fits.unloaded import Unloaded
+    from mlx_tune.lm.capacity.depth import DeepCourse
+    from mlx_tune.lm.capacity.inference import RunModel
+    from mlx_tune.lm.capacity.training import TrainedModel, Tuning, training_course
+    from mlx_tune.lm.capacity.unloaded import Unloaded
 
     unloaded, tuning = Unloaded(configuration(family, **SIZES, **OWN.get(family, {}))), Tuning(num_layers=TRAINED)
     trained, found = TrainedModel(unloaded, tuning), {}
@@ -86,7 +86,7 @@ def run(family: str, way: str) -> None:
 
     from mlx_tune.checkpointing import checkpoint_blocks
     from mlx_tune.lm.adapters import add_adapters, make_optimizer
-    from mlx_tune.lm.fits.unloaded import Unloaded
+    from mlx_tune.lm.capacity.unloaded import Unloaded
 
     model = Unloaded(configuration(family, **SIZES, **OWN.get(family, {}))).build()
     mx.eval(model.parameters())

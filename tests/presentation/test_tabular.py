@@ -72,7 +72,7 @@ def test_html_holds_the_same_as_the_text_and_nothing_that_runs():
 def results():
     """One of each result, made as quickly as that can be done."""
     from mlx_tune.diagnosis.report import CheckResult, Diagnosis
-    from mlx_tune.lm.fits.result import Fits, TrainingWay
+    from mlx_tune.lm.capacity.result import Fits, TrainingWay
     from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
     from mlx_tune.lm.lengths.result import LongestSequence, Way
     from mlx_tune.lm.quantizing.cache_report import CacheCost, CacheReport

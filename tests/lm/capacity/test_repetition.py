@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from mlx_tune.lm.fits.repetition import Run, find_runs, kept_blocks
+from mlx_tune.lm.capacity.repetition import Run, find_runs, kept_blocks
 
 
 @pytest.mark.parametrize(

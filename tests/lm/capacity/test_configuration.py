@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from mlx_tune.errors import InvalidArgumentError, MlxTuneError
-from mlx_tune.lm.fits.configuration import read_configuration
+from mlx_tune.lm.capacity.configuration import read_configuration
 
 CONFIG = {"model_type": "llama", "scale": {"__float__": "Infinity"}}
 

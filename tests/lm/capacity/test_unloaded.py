@@ -6,7 +6,7 @@ from mlx.utils import tree_flatten
 from workload_models import EXPERTS, FAMILIES, configuration
 
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.lm.fits.unloaded import Unloaded, dtype_of, kind_of, longest_context, shortened
+from mlx_tune.lm.capacity.unloaded import Unloaded, dtype_of, kind_of, longest_context, shortened
 
 
 def test_nothing_is_allocated():

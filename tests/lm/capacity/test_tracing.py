@@ -3,7 +3,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_tune.graphs import ArraySpec, estimate_memory
-from mlx_tune.lm.fits.tracing import course_of
+from mlx_tune.lm.capacity.tracing import course_of
 
 
 def test_classes_are_operations_of_one_name_and_shape():

@@ -10,8 +10,8 @@ from workload_models import configuration
 
 import mlx_tune as mt
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.lm.fits.answer import fits
-from mlx_tune.lm.fits.unloaded import Unloaded
+from mlx_tune.lm.capacity.answer import fits
+from mlx_tune.lm.capacity.unloaded import Unloaded
 from mlx_tune.lm.preparation import StandInRows
 from mlx_tune.machines.table import find_machine
 from mlx_tune.measuring.forecast import ESTIMATE_MARGIN
@@ -102,7 +102,7 @@ def test_a_machine_is_priced_for_its_own_backend():
 
 
 def test_a_loss_that_needs_all_logits_has_no_row_and_says_why(monkeypatch):
-    from mlx_tune.lm.fits import answer
+    from mlx_tune.lm.capacity import answer
 
     chosen = answer.choose_loss
     monkeypatch.setattr(answer, "choose_loss", lambda model: chosen(model, plain=True))

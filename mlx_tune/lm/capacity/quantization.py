@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.lm.fits.configuration import Config
+from mlx_tune.lm.capacity.configuration import Config
 
 if TYPE_CHECKING:
     import mlx.nn as nn

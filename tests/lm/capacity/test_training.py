@@ -7,9 +7,9 @@ from mlx_lm.tuner.trainer import TrainingArgs
 from workload_models import configuration
 
 from mlx_tune import lm
-from mlx_tune.lm.fits.depth import DeepCourse
-from mlx_tune.lm.fits.training import TrainedModel, Tuning, training_course
-from mlx_tune.lm.fits.unloaded import Unloaded
+from mlx_tune.lm.capacity.depth import DeepCourse
+from mlx_tune.lm.capacity.training import TrainedModel, Tuning, training_course
+from mlx_tune.lm.capacity.unloaded import Unloaded
 from mlx_tune.lm.preparation import StandInRows
 from mlx_tune.trees import nbytes_of
 
@@ -76,7 +76,7 @@ def test_optimizers_hold_what_they_hold():
 
 
 def test_an_architecture_that_cannot_be_shortened_is_traced_whole(monkeypatch):
-    from mlx_tune.lm.fits import unloaded
+    from mlx_tune.lm.capacity import unloaded
 
     monkeypatch.setattr(unloaded, "shortened", lambda config, keep: {**config, "num_hidden_layers": "no number"})
     model, _, course = courses("llama", Tuning(num_layers=2), 9)

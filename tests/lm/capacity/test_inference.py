@@ -9,8 +9,8 @@ from workload_models import configuration
 
 import mlx_tune as mt
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.lm.fits.inference import RunModel, generation_fit
-from mlx_tune.lm.fits.unloaded import Unloaded
+from mlx_tune.lm.capacity.inference import RunModel, generation_fit
+from mlx_tune.lm.capacity.unloaded import Unloaded
 
 SIZES = {"num_hidden_layers": 6, "hidden_size": 256, "vocab_size": 4096}
 CONFIG = configuration("llama", **SIZES) | {"torch_dtype": "float32"}
@@ -42,7 +42,7 @@ _REAL = {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 128, "num_a
     [("llama", "cpu", {}), ("deepseek_v3", "cpu", {}), ("gemma3_text", "cpu", {}), ("llama", "metal", _REAL)],
 )
 def test_short_models_say_what_the_whole_one_holds(family, backend, sizes, monkeypatch):
-    from mlx_tune.lm.fits import inference
+    from mlx_tune.lm.capacity import inference
 
     unloaded = Unloaded(configuration(family, **sizes, num_hidden_layers=16))
     short = RunModel(unloaded, backend)

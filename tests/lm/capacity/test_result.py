@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from mlx_tune.lm.fits.result import Fits, TrainingWay
+from mlx_tune.lm.capacity.result import Fits, TrainingWay
 from mlx_tune.machines.table import find_machine
 
 

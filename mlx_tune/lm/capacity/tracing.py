@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from mlx_tune.devices import Backend
 from mlx_tune.graphs.backends import rules_of
 from mlx_tune.graphs.estimate import follow_step
-from mlx_tune.lm.fits.depth import START, Course
+from mlx_tune.lm.capacity.depth import START, Course
 
 
 def course_of(step: Callable[..., object], args: tuple[object, ...], state: object, backend: Backend) -> Course:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from mlx_tune.devices import Backend
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.lm.fits.caches import PREFILL, cache_arrays, filled_caches, with_arrays
-from mlx_tune.lm.fits.depth import START, Course
-from mlx_tune.lm.fits.growth import Largest, largest_fitting
-from mlx_tune.lm.fits.repetition import find_runs, kept_blocks
-from mlx_tune.lm.fits.result import GenerationFit
-from mlx_tune.lm.fits.tracing import course_of
-from mlx_tune.lm.fits.unloaded import Unloaded, kind_of
+from mlx_tune.lm.capacity.caches import PREFILL, cache_arrays, filled_caches, with_arrays
+from mlx_tune.lm.capacity.depth import START, Course
+from mlx_tune.lm.capacity.growth import Largest, largest_foretold
+from mlx_tune.lm.capacity.repetition import find_runs, kept_blocks
+from mlx_tune.lm.capacity.result import GenerationFit
+from mlx_tune.lm.capacity.tracing import course_of
+from mlx_tune.lm.capacity.unloaded import Unloaded, kind_of
 from mlx_tune.lm.generation import PREFILL_ROWS
 from mlx_tune.measuring.floors import Floor
 from mlx_tune.measuring.forecast import ESTIMATE_MARGIN
@@ -171,15 +171,15 @@ def generation_fit(
     for first in ((PREFILL, 2 * PREFILL, 4 * PREFILL), (PREFILL // 8, PREFILL // 4, PREFILL // 2)):
         # Prompts up to one part are read at once, longer ones a part at a time.
         if far.size < PREFILL <= most or (far.size == 0 and most < PREFILL):
-            far = largest_fitting(lambda tokens: run.floor(1, tokens), room, first, step=256, most=max(256, most))
+            far = largest_foretold(lambda tokens: run.floor(1, tokens), room, first, step=256, most=max(256, most))
     try:
-        wide = largest_fitting(
+        wide = largest_foretold(
             lambda rows: run.floor(rows, context), room, (PREFILL_ROWS, 2 * PREFILL_ROWS), most=_MOST_ROWS
         )
         if wide.size < PREFILL_ROWS:  # below, the rows that are read at a time grow as well
-            wide = largest_fitting(lambda rows: run.floor(rows, context), room, (1, PREFILL_ROWS), most=PREFILL_ROWS)
+            wide = largest_foretold(lambda rows: run.floor(rows, context), room, (1, PREFILL_ROWS), most=PREFILL_ROWS)
     except InvalidArgumentError:  # a row at a time is all that mlx-lm's code of the architecture takes
-        wide = largest_fitting(lambda rows: run.floor(rows, context), room, (1,), most=1)
+        wide = largest_foretold(lambda rows: run.floor(rows, context), room, (1,), most=1)
     peak = ceil(max(reading, writing) * (1 + ESTIMATE_MARGIN))
     return GenerationFit(
         context=context,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.lm.fits.configuration import Config
-from mlx_tune.lm.fits.quantization import quantize_unloaded
+from mlx_tune.lm.capacity.configuration import Config
+from mlx_tune.lm.capacity.quantization import quantize_unloaded
 from mlx_tune.lm.loading import cast_parameters
 
 if TYPE_CHECKING:

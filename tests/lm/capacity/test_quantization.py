@@ -8,8 +8,8 @@ from mlx_lm.utils import quantize_model
 from workload_models import configuration, language_model
 
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.lm.fits.quantization import refuse_twice, stored_quantization
-from mlx_tune.lm.fits.unloaded import Unloaded
+from mlx_tune.lm.capacity.quantization import refuse_twice, stored_quantization
+from mlx_tune.lm.capacity.unloaded import Unloaded
 from mlx_tune.trees import nbytes_of
 
 _PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mlx_tune.measuring.floors import Floor
+from mlx_tune.measuring.forecast import largest_fitting
 
 #: A reading this close to its prediction needs no further one.
 _CLOSE = 0.01
@@ -32,7 +34,7 @@ class Largest:
     limited: bool = False
 
 
-def largest_fitting(
+def largest_foretold(
     look: Callable[[int], Floor],
     budget_bytes: int,
     first: Sequence[int],
@@ -53,7 +55,7 @@ def largest_fitting(
         most: The largest size that is allowed.
 
     Examples:
-        >>> largest_fitting(lambda n: Floor(100 + 3 * n * n, [100 + 3 * n * n, 90]), 1000, (1, 2, 4))
+        >>> largest_foretold(lambda n: Floor(100 + 3 * n * n, [100 + 3 * n * n, 90]), 1000, (1, 2, 4))
         Largest(size=17, bytes=967, limited=False)
     """
     most = max(step, most // step * step)
@@ -102,17 +104,4 @@ def _share(near: Sequence[int], i: int, size: int) -> float:
 
 def _crossing(seen: dict[int, Floor], degree: int, budget_bytes: int, step: int, most: int) -> int:
     """The largest multiple of the step that is predicted to fit, 0 where none is."""
-
-    def fits(steps: int) -> bool:
-        return foretell(seen, degree, steps * step) <= budget_bytes
-
-    low, high = 0, 1
-    while high * step < most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most // step)
-    if fits(high):
-        return high * step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * step
+    return largest_fitting(range(step, most + 1, step), partial(foretell, seen, degree), budget_bytes) or 0

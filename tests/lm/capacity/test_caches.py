@@ -7,8 +7,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from workload_models import configuration
 
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.lm.fits.caches import cache_arrays, filled_caches, with_arrays
-from mlx_tune.lm.fits.unloaded import Unloaded
+from mlx_tune.lm.capacity.caches import cache_arrays, filled_caches, with_arrays
+from mlx_tune.lm.capacity.unloaded import Unloaded
 
 FAMILIES = ["llama", "gemma3_text", "mamba2", "deepseek_v3", "falcon_h1"]
 

@@ -10,14 +10,14 @@ from math import ceil
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.garbage import no_collections
 from mlx_tune.lm.adapters import FINE_TUNE_TYPES, OPTIMIZERS
-from mlx_tune.lm.fits.configuration import Config, read_configuration
-from mlx_tune.lm.fits.depth import Course, DeepCourse
-from mlx_tune.lm.fits.growth import largest_fitting
-from mlx_tune.lm.fits.inference import generation_fit
-from mlx_tune.lm.fits.quantization import refuse_twice
-from mlx_tune.lm.fits.result import Fits, TrainingWay
-from mlx_tune.lm.fits.training import TrainedModel, Tuning, training_course
-from mlx_tune.lm.fits.unloaded import Unloaded, longest_context
+from mlx_tune.lm.capacity.configuration import Config, read_configuration
+from mlx_tune.lm.capacity.depth import Course, DeepCourse
+from mlx_tune.lm.capacity.growth import largest_foretold
+from mlx_tune.lm.capacity.inference import generation_fit
+from mlx_tune.lm.capacity.quantization import refuse_twice
+from mlx_tune.lm.capacity.result import Fits, TrainingWay
+from mlx_tune.lm.capacity.training import TrainedModel, Tuning, training_course
+from mlx_tune.lm.capacity.unloaded import Unloaded, longest_context
 from mlx_tune.lm.losses.next_token import choose_loss
 from mlx_tune.machines.table import (
     NamedMachine,
@@ -183,8 +183,8 @@ def _way(
 
     course = DeepCourse(trained.depths, trace, batch_size, length)
     room = int(where.budget_bytes / (1 + ESTIMATE_MARGIN))
-    batch = largest_fitting(lambda rows: course(rows, length).floor, room, (1, 8), most=_MOST_ROWS)
-    row = largest_fitting(
+    batch = largest_foretold(lambda rows: course(rows, length).floor, room, (1, 8), most=_MOST_ROWS)
+    row = largest_foretold(
         lambda tokens: course(1, tokens).floor,
         room,
         (max(_PAD, length // 2), length, 2 * length),

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from mlx_tune.devices import Backend
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.lm.adapters import add_adapters, make_optimizer
-from mlx_tune.lm.fits.depth import Course, Depths
-from mlx_tune.lm.fits.repetition import Run, find_runs, kept_blocks
-from mlx_tune.lm.fits.tracing import course_of
-from mlx_tune.lm.fits.unloaded import Unloaded, kind_of
+from mlx_tune.lm.capacity.depth import Course, Depths
+from mlx_tune.lm.capacity.repetition import Run, find_runs, kept_blocks
+from mlx_tune.lm.capacity.tracing import course_of
+from mlx_tune.lm.capacity.unloaded import Unloaded, kind_of
 from mlx_tune.lm.preparation import MOST_LAYERS, StandInRows
 from mlx_tune.trees import nbytes_of
 

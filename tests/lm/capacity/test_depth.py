@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_tune.lm.fits.depth import START, Course, DeepCourse, Depths
+from mlx_tune.lm.capacity.depth import START, Course, DeepCourse, Depths
 
 DEPTHS = Depths(low=(2, 4), high=(2, 8), deep=(10, 20), still_bytes=(7, 1000))
 
