@@ -238,9 +238,9 @@ def _train(
     from mlx_tune.lm.training import train
 
     check_reporting(settings)
-    loss = choose_loss(ready.model, plain=ready.plain_loss)
     print_trainable_parameters(ready.model)
     fit = _choose(ready, settings)
+    loss = choose_loss(ready.model, plain=ready.plain_loss, fit=fit)
     length = getattr(fit, "max_seq_length", ready.args.max_seq_length)
     for name, rows in (("training", ready.train_set), ("validation", ready.valid_set)):
         cut = truncation(rows, length) if rows else None

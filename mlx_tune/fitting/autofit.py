@@ -12,7 +12,6 @@ import mlx.nn as nn
 from mlx_tune import devices
 from mlx_tune.batching.sizes import agreed_sizes
 from mlx_tune.checkpointing.blocks import Select, find_blocks
-from mlx_tune.checkpointing.planning.choose import chosen_paths
 from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.errors import CheckpointError, InvalidArgumentError
 from mlx_tune.fitting.result import Fit, Setting
@@ -46,6 +45,7 @@ def autofit(
     select: Select | None = None,
     throttle: bool | None = None,
     steps: int = 2,
+    linear_step: Callable[..., object] | None = None,
     group: object = None,
     progress: bool = True,
 ) -> Fit:
@@ -81,6 +81,9 @@ def autofit(
             ahead. By default yes, except on Metal, where nobody has measured it yet; there the limit is the budget.
         steps: The number of real steps that are timed for each setting and limit; the fastest counts. Settings that
             come out close are run up to three times as often again.
+        linear_step: The same step with `linear_cross_entropy` in the place of a loss that holds all logits: one more
+            choice. Both are timed in turns first; where the linear loss is no slower it is the only one from then on,
+            since it holds less, and else it is taken like a checkpoint, where its memory is worth its time.
         group: The `mx.distributed` group to agree with; by default that of `mlx.launch`, where it is at work. Every
             rank gets the same answer, for the smallest budget and the slowest machine.
         progress: Show a progress line on standard error.
@@ -111,7 +114,7 @@ def autofit(
     """
     started = time.perf_counter()
     ranks = Ranks(group)
-    ranks.agree(lambda: require_functions(step, make_batch))
+    ranks.agree(lambda: require_functions(step, make_batch, linear_step))
     sizes = agreed_sizes(ranks, min_batch, max_batch, multiple_of, target_batch)
     steps = ranks.agree(lambda: whole_number(steps, "steps", least=1))
     if not 0 <= tolerance < 1:
@@ -131,7 +134,9 @@ def autofit(
         progress_bar("autofit", enabled=progress and ranks.rank == 0) as bar,
     ):
         notes += slow_half_precision(whole, bar)
-        survey = Survey(model, step, make_batch, sizes[0], whole, select, bar, ranks.largest_figure, blocks)
+        survey = Survey(
+            model, step, make_batch, sizes[0], whole, select, bar, ranks.largest_figure, blocks, linear_step
+        )
         trials = Trials(
             survey,
             allowed,
@@ -149,7 +154,7 @@ def autofit(
         best,
         target_batch=target_batch,
         budget_source=_source(budget_of_rank, allowed),
-        notes=[*notes, *search.notes],
+        notes=[*notes, *survey.notes, *search.notes],
         seconds=time.perf_counter() - started,
     )
 
@@ -183,7 +188,7 @@ def _result(
     notes: list[str],
     seconds: float,
 ) -> Fit:
-    measured, per_row = chosen.measured, search.items_per_row
+    measured, per_row, ways = chosen.measured, search.items_per_row, search.survey.ways
     assert measured is not None
     ordered = sorted(search.candidates, key=lambda c: (c.floor_bytes, c.batch_size))
     keep = set(unbeaten([(c.floor_bytes, -search.predicted(c)) for c in ordered]))
@@ -191,8 +196,8 @@ def _result(
     return Fit(
         batch_size=chosen.batch_size,
         accumulation_steps=1 if target_batch is None else int(target_batch) // chosen.batch_size,
-        paths=chosen_paths(search.survey.paths, chosen.choice),
-        found=len(search.survey.paths),
+        paths=ways.chosen(chosen.choice),
+        found=len(ways.paths),
         limit_bytes=measured.limit_bytes,
         cache_limit_bytes=cache_room(search.budget, measured.peak_bytes),
         budget_bytes=search.budget,
@@ -206,6 +211,7 @@ def _result(
         trials=tuple(settings),
         search_seconds=seconds,
         notes=tuple(notes),
+        loss=ways.loss(chosen.choice),
         _model=search.survey.model,
     )
 
@@ -214,9 +220,10 @@ def _setting(candidate: Candidate, search: Search, chosen: bool, undominated: bo
     """One row of the result."""
     known = Setting(
         batch_size=candidate.batch_size,
-        checkpointed=sum(candidate.choice),
+        checkpointed=len(search.survey.ways.chosen(candidate.choice)),
         floor_bytes=candidate.floor_bytes,
         predicted_rate=(candidate.foreseen or search.predicted(candidate)) * search.items_per_row,
+        loss=search.survey.ways.loss(candidate.choice),
         known_as=candidate.known_as,
         unbeaten=undominated,
         chosen=chosen,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from mlx_tune.checkpointing.planning.checkpoint_plan import apply_choice
+from mlx_tune.checkpointing.planning.ways import apply_choice
 from mlx_tune.memory import held_limits
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
@@ -40,6 +40,7 @@ class Setting:
         uncertainty: The standard error of `behind`; None after a single turn.
         turns: The number of turns it was timed in.
         chosen: True where it is the one to train with.
+        loss: "plain" or "linear", where the step came with both; else empty.
     """
 
     batch_size: int
@@ -57,6 +58,7 @@ class Setting:
     uncertainty: float | None = None
     turns: int = 0
     chosen: bool = False
+    loss: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Fit(Tabular):
         trials: The settings to choose from, run or predicted only, by rising floor.
         search_seconds: The time of the search.
         notes: Further remarks.
+        loss: "plain" or "linear", where the step came with both; else empty.
     """
 
     batch_size: int
@@ -100,6 +103,7 @@ class Fit(Tabular):
     trials: tuple[Setting, ...]
     search_seconds: float
     notes: tuple[str, ...]
+    loss: str = field(default="", kw_only=True)
     _model: nn.Module = field(repr=False, compare=False)
 
     @property
@@ -127,6 +131,7 @@ class Fit(Tabular):
             [
                 s.batch_size,
                 f"{s.checkpointed} of {self.found}" if self.found else "",
+                *([s.loss] if self.loss else []),
                 format_bytes(s.floor_bytes),
                 f"{s.predicted_rate:,.0f}",
                 "" if s.peak_bytes is None else format_bytes(s.peak_bytes),
@@ -141,10 +146,12 @@ class Fit(Tabular):
         batch = format_batch(self.batch_size, self.accumulation_steps)
         unit, one, rate = f"{self.unit}/s", self.unit.removesuffix("s"), f"{self.measured_rate:,.0f}"
         blocks = f"{len(self.paths)} of {self.found} blocks checkpointed, " if self.found else ""
+        blocks += f"{self.loss} loss, " if self.loss else ""
         return Table(
             [
                 "batch",
                 "checkpointed",
+                *(["loss"] if self.loss else []),
                 "floor",
                 f"predicted {unit}",
                 "peak",

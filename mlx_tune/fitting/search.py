@@ -33,6 +33,7 @@ _CLOSE, _MOST_RACERS, _FIRST_TURNS = 0.75, 6, 5
 _BEHIND = 0.1
 #: What the settings that anybody would try are called.
 PLAIN, EVERY, USUAL = "largest without checkpoints", "largest with every block checkpointed", "mlx-lm's default batch"
+LINEAR = "largest with the linear loss alone"
 
 
 class Search:
@@ -71,7 +72,7 @@ class Search:
         largest = self.largest(survey.all) or self.sizes[0]
         studied = thinned(self.sizes, self.sizes[0], max(self.sizes[0], largest // 4), 1)[-1]
         survey.batch_size = studied
-        survey.study()
+        survey.study(self.trials.weigh, self.budget, self.sizes)
         count = partial(_count, survey, studied)
         items, self.unit = self.trials.ranks.agree(count)
         self.items_per_row = items / studied
@@ -114,7 +115,7 @@ class Search:
                 self.add(USUAL_BATCH, survey.none, USUAL)
             for n in thinned(self.sizes, max(1, plain // 64), plain, _PLAIN_SIZES):
                 self.add(n, survey.none)
-        for n in thinned(self.sizes, (plain or 0) + 1, largest, _LARGER_SIZES) if survey.paths else ():
+        for n in thinned(self.sizes, (plain or 0) + 1, largest, _LARGER_SIZES) if survey.all != survey.none else ():
             self.bar.update(text=f"estimating batch {n}")
 
             def floor(choice: Choice, n: int = n) -> int:
@@ -125,6 +126,9 @@ class Search:
             index = cheapest_fitting(survey.choices, floor, limit)
             if index is not None:
                 self.add(n, relaxed(survey.choices[index], survey.kinds, survey.extra_seconds, floor, limit))
+        linear = survey.ways.with_loss(survey.none, linear=True)
+        if survey.ways.two and (alone := self.largest(linear)) is not None:
+            self.add(alone, linear, LINEAR)
         if survey.paths or plain is None:
             self.add(largest, survey.all, EVERY if survey.paths else PLAIN)
 

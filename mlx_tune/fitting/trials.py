@@ -12,17 +12,15 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_tune.checkpointing.planning.choose import Choice
-from mlx_tune.checkpointing.planning.measure import LEAST_RUNS, ChoiceMeasurement, Measurements
+from mlx_tune.checkpointing.planning.measure import LEAST_RUNS, ChoiceMeasurement, Measurements, made
 from mlx_tune.checkpointing.planning.survey import Survey
 from mlx_tune.errors import BudgetError
-from mlx_tune.interrupts import interruptible
 from mlx_tune.measuring.interleaved_timing import Standing, race
 from mlx_tune.measuring.ranks import Ranks
 from mlx_tune.measuring.step import StepTrial
 from mlx_tune.measuring.step_outcome import is_out_of_memory
 from mlx_tune.measuring.throttle import lowered
 from mlx_tune.progress import Bar
-from mlx_tune.trees import arrays_of
 from mlx_tune.units import format_bytes
 
 #: The time that a step which ran out of memory is said to have taken: longer than any that did not.
@@ -37,7 +35,7 @@ class Candidate:
 
     Attributes:
         batch_size: Rows in a step.
-        choice: Which blocks are checkpointed.
+        choice: Which blocks are checkpointed, and which loss it has where there are two.
         floor_bytes: The least that the step needs.
         known_as: Why anybody would try it, or nothing.
         measured: The cost of real steps, where it was run.
@@ -125,6 +123,14 @@ class Trials:
         self._take_batch(candidate.batch_size)
         candidate.measured = self._real[candidate.batch_size].fit(candidate.choice, candidate.floor_bytes)
 
+    def weigh(self, size: int, first: Choice, second: Choice, threshold: float) -> tuple[float, float]:
+        """Time two choices at one batch size, as `Measurements.weigh` does."""
+        self._take_batch(size)
+        try:
+            return self._real[size].weigh(first, second, threshold)
+        finally:
+            self._real.clear()  # the ways to run the step may be fewer now
+
     def in_turns(self, racers: Sequence[Candidate], most_turns: int) -> list[Candidate]:
         """Time settings in turns, note how they came in, and return those that fit, the fastest first."""
         ways = [partial(self._one_turn, candidate) for candidate in racers]
@@ -149,7 +155,7 @@ class Trials:
         """One more step of a setting; seconds for each row, infinite where no limit holds it within the budget."""
         measured = candidate.measured
         assert measured is not None
-        self.bar.update(text=f"batch {candidate.batch_size}, {sum(candidate.choice)} blocks, in turns with others")
+        self.bar.update(text=f"batch {candidate.batch_size}, {self.survey.ways.named(candidate.choice)}, in turns")
         for chances in reversed(range(1 + _SECOND_CHANCES)):
             self._take_batch(candidate.batch_size)
             seconds = self._real[candidate.batch_size].once(measured)
@@ -166,9 +172,7 @@ class Trials:
         survey = self.survey
         if size not in self._real:
             self._real[size] = Measurements(
-                survey.model,
-                survey.paths,
-                survey.step,
+                survey.ways,
                 None,
                 survey.state,
                 self.budget,
@@ -180,7 +184,7 @@ class Trials:
         if self._real[size].batch is None:
             for other in self._real.values():
                 other.batch = None
-            self._real[size].batch = self.ranks.agree(lambda: _made(survey.make_batch, size))
+            self._real[size].batch = self.ranks.agree(lambda: made(survey.make_batch, size))
 
     def _on_all_ranks(self, run: Callable[[], StepTrial]) -> StepTrial:
         """A step of all ranks; one that runs out of memory on any of them has a peak of twice the budget."""
@@ -197,22 +201,14 @@ class Trials:
 
     def nothing_fits(self, least: Candidate) -> BudgetError:
         """The estimate said that it fits, and the measurement that it does not."""
-        count = len(least.choice)
+        ways = self.survey.ways
         outcome = f"peaked at {format_bytes(least.peak_bytes)}. Take a budget a few per cent larger."
         if least.died:
             outcome = "ran out of memory. Shorten the rows: the machine has less free than the budget allows."
-        blocks = f"with {sum(least.choice)} of {count} blocks checkpointed " if count else ""
+        blocks = f"with {ways.named(least.choice)} " if ways.paths else ""
         return BudgetError(
             f"Batch size {least.batch_size} does not fit {format_bytes(self.budget)}: {blocks}it was predicted to need "
             f"at least {format_bytes(least.floor_bytes)}, and it {outcome}",
             needed_bytes=None if least.died else least.peak_bytes,
             budget_bytes=self.budget,
         )
-
-
-def _made(make_batch: Callable[[int], object], size: int) -> object:
-    """A batch that exists."""
-    with interruptible():
-        batch = make_batch(size)
-        mx.eval(list(arrays_of(batch)))
-    return batch

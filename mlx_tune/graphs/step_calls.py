@@ -45,21 +45,24 @@ def fits_inside(step: Callable[..., object], way: Way, args: Sequence[object]) -
     return signature is not None and _binds(signature, way, args)
 
 
-def require_functions(step: object, make_batch: object) -> None:
+def require_functions(step: object, make_batch: object, linear_step: object = None) -> None:
     """Refuse a step or a maker of batches that cannot be called, before any work is done with them.
 
     Args:
         step: The function that should run one training step.
         make_batch: The function that should return the longest batch of n.
+        linear_step: A second step, or None.
 
     Raises:
-        InvalidArgumentError: One of them is no function; the text has both.
+        InvalidArgumentError: One of them is no function; the text has it.
     """
     if not (callable(step) and callable(make_batch)):
         raise InvalidArgumentError(
             f"step={step!r}, make_batch={make_batch!r}: both must be functions, the step of a batch and the other of "
             "the number of rows in it."
         )
+    if not (linear_step is None or callable(linear_step)):
+        raise InvalidArgumentError(f"linear_step={linear_step!r}: it must be a function, as step is, or None.")
 
 
 @dataclass(frozen=True)

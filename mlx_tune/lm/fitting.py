@@ -180,8 +180,8 @@ def autofit(
         args: mlx-lm's `TrainingArgs`; `max_seq_length` and `grad_accumulation_steps` count.
         optimizer: The optimizer; Adam where None.
         valid_set: The validation set, if there is one; a batch is no larger than it.
-        loss: As mlx-lm's trainer takes it; by default `lm.loss` where it is exact, else mlx-lm's own;
-            a note says which.
+        loss: As mlx-lm's trainer takes it; by default the search chooses between `lm.loss` and mlx-lm's own where the
+            former is exact, else it is mlx-lm's own. A note says which.
         plain_loss: Take mlx-lm's own loss, which holds the logits.
         budget: As for `mlx_tune.autofit`.
         target_batch: Rows that make up an update of the optimizer; None for whatever is fastest.
@@ -212,9 +212,10 @@ def autofit(
             model, optimizer_or_adam(optimizer), dataset, args, valid_set=valid_set, loss=loss, plain_loss=plain_loss
         ) as ready,
     ):
+        step, linear_step = ready.losses
         found = find_fit(
             model,
-            ready.step,
+            step,
             ready.make_batch,
             budget=budget,
             target_batch=target_batch,
@@ -223,9 +224,10 @@ def autofit(
             multiple_of=ready.multiple_of,
             checkpoint=checkpoint,
             group=_group(ready.multiple_of),
+            linear_step=linear_step,
             **options,
         )
-        found = replace(found, notes=(*found.notes, *ready.notes))
+        found = replace(found, notes=(*found.notes, *ready.notes_for(found)))
     return found if target_batch else replace(found, accumulation_steps=args.grad_accumulation_steps)
 
 
@@ -247,8 +249,8 @@ def plan_checkpoints(
         dataset: A data set for mlx-lm's trainer.
         args: mlx-lm's `TrainingArgs`.
         optimizer: The optimizer; Adam where None.
-        loss: As mlx-lm's trainer takes it; by default `lm.loss` where it is exact, else mlx-lm's own;
-            a note says which.
+        loss: As mlx-lm's trainer takes it; by default the search chooses between `lm.loss` and mlx-lm's own where the
+            former is exact, else it is mlx-lm's own. A note says which.
         plain_loss: Take mlx-lm's own loss, which holds the logits.
         budget: As for `mlx_tune.plan_checkpoints`.
         **options: Whatever else `mlx_tune.plan_checkpoints` takes.
@@ -276,16 +278,18 @@ def plan_checkpoints(
                 f"A plan is made on one machine, and here are {ready.multiple_of} ranks: call lm.autofit(..., "
                 f"min_batch={args.batch_size}, max_batch={args.batch_size}), which agrees across them."
             )
+        step, linear_step = ready.losses
         found = plan(
             model,
-            ready.step,
+            step,
             ready.make_batch,
             batch_size=args.batch_size,
             budget=budget,
             state=ready.state,
+            linear_step=linear_step,
             **options,
         )
-        return replace(found, notes=(*found.notes, *ready.notes))
+        return replace(found, notes=(*found.notes, *ready.notes_for(found)))
 
 
 def verify_checkpoint(

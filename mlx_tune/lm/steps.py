@@ -41,6 +41,7 @@ class TrainingStep:
         accumulation_steps: Batches to an update of the optimizer. Where it is above 1, `step` is the one that holds
             most: the one that adds to gradients kept from before, and updates.
         loss: The loss in words: linear, plain and why, or that it was given.
+        plain_step: The same step with mlx-lm's own loss, where `step` takes the linear one by itself; else None.
     """
 
     step: Callable[..., tuple[mx.array, mx.array]]
@@ -52,11 +53,22 @@ class TrainingStep:
     accumulation_steps: int
     kept: object = None
     loss: str = ""
+    plain_step: Callable[..., tuple[mx.array, mx.array]] | None = None
+
+    @property
+    def losses(self) -> tuple[Callable[..., object], Callable[..., object] | None]:
+        """The step and the one with the linear loss, for a search that chooses; one alone where there is no choice."""
+        return (self.step, None) if self.plain_step is None else (self.plain_step, self.step)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Remarks for the report of a search."""
-        return (f"loss: {self.loss}",)
+        return self.notes_for(None)
+
+    def notes_for(self, fit: object) -> tuple[str, ...]:
+        """The same where the search had both losses to choose from."""
+        text = self.loss if self.plain_step is None else choose_loss(self.state[0], fit=fit).text
+        return (f"loss: {text}",)
 
 
 @contextmanager
@@ -108,6 +120,7 @@ def training_step(
     max_batch = largest_batch(rows, None if valid_set is None else as_rows(valid_set), world.size())
     make_batch = longest_batches(rows, args.max_seq_length, world)
     chosen = choose_loss(model, loss, plain=plain_loss)
+    plain = choose_loss(model, plain=True).function if chosen.linear else None
     with ExitStack() as undo:
         undo.enter_context(same_training(model))
         if not getattr(optimizer, "_initialized", True):
@@ -127,6 +140,7 @@ def training_step(
             accumulation_steps=accumulation,
             kept=kept,
             loss=chosen.text,
+            plain_step=None if plain is None else _compiled_step(model, optimizer, plain, accumulation, kept),
         )
 
 

@@ -65,7 +65,7 @@ def train(
         valid_set: The same to evaluate on, or None.
         args: mlx-lm's `TrainingArgs`; its defaults by default. `grad_checkpoint` checkpoints every block.
         fit: The result of `lm.autofit`, `lm.autobatch`, `lm.plan_checkpoints` or `lm.longest_sequence`: its batch,
-            accumulation, checkpoints, tiles, length of rows and limit replace those of `args`. "auto" calls
+            accumulation, checkpoints, loss, tiles, length of rows and limit replace those of `args`. "auto" calls
             `lm.autofit` first. `iters` stays the number of batches.
         budget: For fit="auto": the memory to stay within.
         target_batch: For fit="auto": rows that make up an update of the optimizer.
@@ -126,7 +126,7 @@ def train(
         if not isinstance(chosen, CheckpointPlan):  # a plan says nothing of accumulation
             args = replace(args, grad_accumulation_steps=chosen.accumulation_steps)
     _check_batch(args.batch_size, train_rows, valid_rows)
-    trained_on = choose_loss(model, loss, plain=plain_loss)
+    trained_on = choose_loss(model, loss, plain=plain_loss, fit=chosen)
     return _run(model, optimizer, train_rows, valid_rows, args, chosen, every_block, trained_on, training_callback)
 
 

@@ -26,7 +26,7 @@ from workloads import Workload, build, class_loss, labelled
 
 from mlx_tune import BudgetError, autobatch, autofit, checkpoint_blocks, estimate_memory, format_bytes
 from mlx_tune.checkpointing import find_blocks
-from mlx_tune.checkpointing.planning.checkpoint_plan import apply_choice
+from mlx_tune.checkpointing.planning.ways import apply_choice
 from mlx_tune.measuring.step import run_step
 from mlx_tune.memory import memory_limit
 from mlx_tune.presentation.tables import render_table

@@ -24,9 +24,9 @@ from workloads import Workload, build, class_loss, labelled, token_loss, tokens
 
 from mlx_tune import BudgetError, estimate_memory, format_bytes, plan_checkpoints
 from mlx_tune.checkpointing import find_blocks
-from mlx_tune.checkpointing.planning.checkpoint_plan import apply_choice
 from mlx_tune.checkpointing.planning.choose import relaxed
 from mlx_tune.checkpointing.planning.survey import Survey
+from mlx_tune.checkpointing.planning.ways import apply_choice
 from mlx_tune.measuring.forecast import cheapest_fitting
 from mlx_tune.measuring.step import StepTrial, run_step
 from mlx_tune.measuring.throttle import best_trial, limit_trials

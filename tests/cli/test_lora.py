@@ -155,6 +155,10 @@ def test_everything_is_chosen_together(lora) -> None:
     )
     assert code == 0
     assert "The plain command that comes nearest:" in out
+    text = " ".join(out.split())
+    (loss,) = {loss for loss in ("plain", "linear") if f"blocks checkpointed, {loss} loss, " in text}
+    assert f"loss: {loss}" in text
+    assert ("(it holds the logits of the whole batch; here" in text) == (loss == "linear")
 
 
 def test_a_configuration_file_may_say_auto(lora, tmp_path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import mlx_tune.checkpointing.planning.measure as measuring
 from mlx_tune import BudgetError, is_checkpointed
+from mlx_tune.checkpointing.planning.ways import Ways
 from mlx_tune.fitting.autofit import _setting
 from mlx_tune.fitting.search import EVERY, PLAIN, USUAL, Search
 from mlx_tune.fitting.trials import Trials
@@ -39,13 +40,14 @@ class MadeUpSurvey:
         self.none, self.all = (False,) * BLOCKS, (True,) * BLOCKS
         self.choices = [tuple(i < n for i in range(BLOCKS)) for n in range(BLOCKS + 1)]
         self.kinds, self.again, self.batch_size = [0] * BLOCKS, again, 1
-        self.step = self.state = None
+        self.state = None
+        self.ways = Ways(self.model, self.paths, lambda batch: None)
 
     @property
     def extra_seconds(self):
         return [self.again * self.batch_size] * BLOCKS
 
-    def study(self):
+    def study(self, *_):
         pass
 
     def release(self):
@@ -53,9 +55,6 @@ class MadeUpSurvey:
 
     def make_batch(self, n):
         return mx.zeros((n, 1), dtype=mx.int32)
-
-    def chosen(self, choice):
-        return tuple(path for path, yes in zip(self.paths, choice, strict=True) if yes)
 
     def extra(self, choice):
         return sum(choice) * self.again * self.batch_size

@@ -6,12 +6,11 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import mlx.nn as nn
 
-from mlx_tune.checkpointing.block.wrap import checkpoint, is_checkpointed, unwrap
-from mlx_tune.errors import CheckpointError
+from mlx_tune.checkpointing.block.wrap import unwrap
+from mlx_tune.checkpointing.planning.ways import apply_choice
 from mlx_tune.memory import held_limits
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
@@ -48,6 +47,7 @@ class MeasuredChoice:
         peak_bytes: The highest peak under that limit.
         seconds: The fastest step under that limit.
         fits: True where a limit was found under which the peak is within the budget.
+        loss: "plain" or "linear", where there were two.
     """
 
     checkpointed: int
@@ -56,6 +56,7 @@ class MeasuredChoice:
     peak_bytes: int
     seconds: float
     fits: bool
+    loss: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class CheckpointPlan(Tabular):
         budget_bytes: The limit of the peak.
         trials: Every choice that was run, in the order tried.
         notes: Further remarks.
+        loss: "plain" or "linear" where the step came with both; else empty.
     """
 
     blocks: tuple[PlannedBlock, ...]
@@ -88,6 +90,7 @@ class CheckpointPlan(Tabular):
     budget_bytes: int
     trials: tuple[MeasuredChoice, ...]
     notes: tuple[str, ...]
+    loss: str = field(default="", kw_only=True)
     _model: nn.Module = field(repr=False, compare=False)
 
     @property
@@ -151,21 +154,23 @@ class CheckpointPlan(Tabular):
             outcome = (
                 f"{format_seconds(choice.seconds)} a step" if choice.fits else "over the budget under each limit tried"
             )
+            loss = f" with the {choice.loss} loss" if choice.loss else ""
             notes.append(
-                f"Tried {choice.checkpointed} of {len(self.blocks)} checkpointed: {outcome}, "
+                f"Tried {choice.checkpointed} of {len(self.blocks)} checkpointed{loss}: {outcome}, "
                 f"peak {format_bytes(choice.peak_bytes)} under a limit of {format_bytes(choice.limit_bytes)}."
             )
         return Table(
             ["block", "plan", "saves", "costs a step"],
             rows,
-            title=f"Checkpoint plan at batch size {self.batch_size}: {count} of {len(self.blocks)} blocks",
+            title=f"Checkpoint plan at batch size {self.batch_size}: {count} of {len(self.blocks)} blocks"
+            + (f", {self.loss} loss" if self.loss else ""),
             notes=[*notes, *self.notes],
         )
 
     def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         plain = ["batch_size", "predicted_peak_bytes", "peak_bytes", "predicted_seconds"]
-        plain += ["measured_seconds", "limit_bytes", "cache_limit_bytes", "budget_bytes"]
+        plain += ["measured_seconds", "limit_bytes", "cache_limit_bytes", "budget_bytes", "loss"]
         return {
             "blocks": [asdict(block) for block in self.blocks],
             **{name: getattr(self, name) for name in plain},
@@ -194,35 +199,6 @@ class AppliedPlan:
     def __exit__(self, *_: object) -> None:
         """Undo."""
         self.undo()
-
-
-def apply_choice(model: nn.Module, paths: tuple[str, ...]) -> Any:
-    """Checkpoint the named blocks that are not yet, and have compiled steps traced anew.
-
-    Args:
-        model: The model.
-        paths: Where the blocks are.
-
-    Returns:
-        A function that undoes it and returns how many blocks it undid.
-
-    Raises:
-        CheckpointError: The model has no such block; nothing is changed.
-    """
-    by_path = dict(model.named_modules())
-    missing = [path for path in paths if path not in by_path]
-    if missing:
-        raise CheckpointError(
-            f"The model has no block {missing[0]!r} any more: it was changed after the plan was made. Plan again."
-        )
-    wrapped = [by_path[path] for path in paths if not is_checkpointed(by_path[path])]
-    for block in wrapped:
-        checkpoint(block)
-
-    def undo() -> int:
-        return sum(unwrap(block) for block in wrapped)
-
-    return undo
 
 
 def _runs(blocks: tuple[PlannedBlock, ...]) -> Iterator[tuple[PlannedBlock, PlannedBlock, PlannedBlock]]:

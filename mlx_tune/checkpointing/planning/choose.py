@@ -14,11 +14,6 @@ from mlx_tune.checkpointing.planning.schedule import BlockCost, Chain
 Choice = tuple[bool, ...]
 
 
-def chosen_paths(paths: Sequence[str], choice: Choice) -> tuple[str, ...]:
-    """The paths of the blocks that a choice checkpoints, out of those of all blocks."""
-    return tuple(path for path, yes in zip(paths, choice, strict=True) if yes)
-
-
 def calibrated(saved_bytes: Sequence[int], extra_seconds: Sequence[float], plain_bytes: int, all_bytes: int) -> Chain:
     """The chain whose sums agree with what is known of the whole step.
 

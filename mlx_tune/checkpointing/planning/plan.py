@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.checkpointing.blocks import Select, find_blocks
 from mlx_tune.checkpointing.planning.checkpoint_plan import CheckpointPlan, MeasuredChoice, PlannedBlock
 from mlx_tune.checkpointing.planning.choose import Choice, relaxed
-from mlx_tune.checkpointing.planning.measure import ChoiceMeasurement, Measurements
+from mlx_tune.checkpointing.planning.measure import ChoiceMeasurement, Measurements, made
 from mlx_tune.checkpointing.planning.survey import Survey, does_not_fit
 from mlx_tune.errors import BudgetError
 from mlx_tune.garbage import quick_collections
 from mlx_tune.graphs.step_calls import require_functions
-from mlx_tune.interrupts import interruptible, uninterrupted
+from mlx_tune.interrupts import uninterrupted
 from mlx_tune.measuring.forecast import ESTIMATE_MARGIN, cheapest_fitting
 from mlx_tune.measuring.half_precision import slow_half_precision
 from mlx_tune.measuring.throttle import OVERSHOOT
 from mlx_tune.memory import cache_room, resolve_budget
 from mlx_tune.progress import progress_bar
 from mlx_tune.state import Snapshot
-from mlx_tune.trees import arrays_of
 from mlx_tune.units import Budget, format_bytes, whole_number
 
 #: How far below the budget the floors of the measured choices lie. Nearer, a limit has to throttle hard; further
@@ -41,6 +39,7 @@ def plan_checkpoints(
     state: object = (),
     select: Select | None = None,
     steps: int = 2,
+    linear_step: Callable[..., object] | None = None,
     progress: bool = True,
 ) -> CheckpointPlan:
     """Choose the blocks to checkpoint so that a training step fits a memory budget and runs as fast as it can.
@@ -66,6 +65,8 @@ def plan_checkpoints(
         state: Objects that the step changes besides the model: the optimizer.
         select: Which blocks may be checkpointed, as for `checkpoint_blocks`.
         steps: The number of real steps that are timed for each choice and limit; the fastest counts.
+        linear_step: The same step with `linear_cross_entropy` in the place of a loss that holds all logits. It is one
+            more choice, as if the loss were a block: both are timed in turns, and the plan says which it takes.
         progress: Show a progress line on standard error.
 
     Returns:
@@ -94,7 +95,7 @@ def plan_checkpoints(
         >>> plan.peak_bytes <= plan.budget_bytes
         True
     """
-    require_functions(step, make_batch)
+    require_functions(step, make_batch, linear_step)
     batch_size, steps = whole_number(batch_size, "batch_size", least=1), whole_number(steps, "steps", least=1)
     allowed = resolve_budget(budget)
     find_blocks(model, select)  # what cannot be planned for is refused before anything is collected or put aside
@@ -106,16 +107,17 @@ def plan_checkpoints(
         progress_bar("plan checkpoints", enabled=progress) as bar,
     ):
         notes = slow_half_precision(whole, bar)
-        survey = Survey(model, step, make_batch, batch_size, whole, select, bar)
+        survey = Survey(model, step, make_batch, batch_size, whole, select, bar, linear_step=linear_step)
         if survey.floor(survey.all) > allowed:
             raise does_not_fit(survey, int(allowed))
-        survey.study()
-        with interruptible():
-            batch = make_batch(batch_size)
-            mx.eval(list(arrays_of(batch)))
-        real = Measurements(model, survey.paths, survey.step, batch, whole, int(allowed), steps, bar)
+
+        def measurements(size: int) -> Measurements:
+            return Measurements(survey.ways, made(make_batch, size), whole, int(allowed), steps, bar)
+
+        survey.study(lambda size, *choices: measurements(size).weigh(*choices), int(allowed), range(1, batch_size + 1))
+        real = measurements(batch_size)
         best = _fastest(survey, real, int(allowed))
-        return _result(survey, real, best, int(allowed), notes)
+        return _result(survey, real, best, int(allowed), [*notes, *survey.notes])
 
 
 def candidates(survey: Survey, budget_bytes: int, batch_size: int | None = None) -> list[Choice]:
@@ -166,7 +168,7 @@ def _no_limit_holds(survey: Survey, real: Measurements, budget_bytes: int) -> Bu
     least = min(real.made.values(), key=lambda m: m.peak_bytes)
     return BudgetError(
         f"A step at batch size {survey.batch_size} does not fit {format_bytes(budget_bytes)}: with "
-        f"{sum(least.choice)} of {len(survey.paths)} blocks checkpointed it was predicted to need at least "
+        f"{survey.ways.named(least.choice)} it was predicted to need at least "
         f"{format_bytes(survey.floor(least.choice))}, and its peak was {format_bytes(least.peak_bytes)} under a "
         f"limit of {format_bytes(least.limit_bytes)}. Take a smaller batch, or a budget a few per cent larger. If "
         "the step is compiled, the model's state must be among its inputs: otherwise it goes on as first traced.",
@@ -189,7 +191,8 @@ def _result(
 ) -> CheckpointPlan:
     if math.isclose(survey.floor(survey.none), survey.floor(survey.all), rel_tol=0.01):
         notes = [*notes, "Checkpointing saves this step nothing: its peak lies outside the blocks."]
-    rows = zip(survey.paths, best.choice, survey.extra_seconds, survey.kinds, strict=True)
+    # The loss, where it was a choice, comes after the blocks.
+    rows = zip(survey.paths, best.choice, survey.extra_seconds, survey.kinds, strict=not survey.ways.two)
     return CheckpointPlan(
         blocks=tuple(
             PlannedBlock(path, yes, survey.saved_bytes[kind], seconds, kind) for path, yes, seconds, kind in rows
@@ -203,9 +206,18 @@ def _result(
         cache_limit_bytes=cache_room(budget_bytes, best.peak_bytes),
         budget_bytes=budget_bytes,
         trials=tuple(
-            MeasuredChoice(sum(m.choice), survey.floor(m.choice), m.limit_bytes, m.peak_bytes, m.seconds, m.fits)
+            MeasuredChoice(
+                len(survey.ways.chosen(m.choice)),
+                survey.floor(m.choice),
+                m.limit_bytes,
+                m.peak_bytes,
+                m.seconds,
+                m.fits,
+                survey.ways.loss(m.choice),
+            )
             for m in real.made.values()
         ),
         notes=tuple(notes),
+        loss=survey.ways.loss(best.choice),
         _model=survey.model,
     )

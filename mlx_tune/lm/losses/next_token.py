@@ -67,13 +67,14 @@ def loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> tuple[mx.array
     return _linear_loss(split, model, batch, lengths)
 
 
-def choose_loss(model: nn.Module, given: Loss | None = None, *, plain: bool = False) -> ChosenLoss:
+def choose_loss(model: nn.Module, given: Loss | None = None, *, plain: bool = False, fit: object = None) -> ChosenLoss:
     """The loss that a model is trained on: one that was given, the linear one where it is exact, else mlx-lm's.
 
     Args:
         model: The model as it is to be trained.
         given: A loss of the caller's own.
         plain: True for mlx-lm's own in any case.
+        fit: The result of a search, which may have chosen mlx-lm's own.
 
     Raises:
         InvalidArgumentError: A loss of the caller's own together with `plain`.
@@ -84,6 +85,8 @@ def choose_loss(model: nn.Module, given: Loss | None = None, *, plain: bool = Fa
         return ChosenLoss(given, "the loss that was given")
     if plain:
         return ChosenLoss(_plain(), "plain, as asked for: all logits are held")
+    if getattr(fit, "loss", "") == "plain":
+        return ChosenLoss(_plain(), "plain, as the search chose for its speed: all logits are held")
     split = split_head(model)
     if isinstance(split, str):
         return ChosenLoss(_plain(), f"plain, which holds all logits: {split}")

@@ -6,7 +6,7 @@ from mlx.utils import tree_flatten
 from planned_training import Model, Training, between
 
 from mlx_tune import checkpoint, is_checkpointed
-from mlx_tune.checkpointing.planning import checkpoint_plan
+from mlx_tune.checkpointing.planning import ways
 
 
 def test_apply_and_undo_wrap_exactly_the_planned_blocks(floors):
@@ -61,7 +61,7 @@ def test_an_interrupt_while_blocks_are_wrapped_comes_when_they_are_not(floors, m
             signal.raise_signal(signal.SIGINT)
         return checkpoint(block)
 
-    monkeypatch.setattr(checkpoint_plan, "checkpoint", interrupted)
+    monkeypatch.setattr(ways, "checkpoint", interrupted)
     with pytest.raises(KeyboardInterrupt):
         training.plan(between(floors, 0.5))
     assert count >= 5  # all blocks were wrapped first, and then unwrapped

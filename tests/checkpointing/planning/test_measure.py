@@ -6,6 +6,7 @@ import pytest
 import mlx_tune.checkpointing.planning.measure as measuring
 from mlx_tune.checkpointing import is_checkpointed
 from mlx_tune.checkpointing.planning.measure import ChoiceMeasurement, Measurements
+from mlx_tune.checkpointing.planning.ways import Ways
 from mlx_tune.measuring.step import StepTrial
 from mlx_tune.progress import Bar
 
@@ -18,7 +19,7 @@ class Steps:
         self.seconds = {choice: iter(values) for choice, values in seconds.items()}
         self.peak, self.runs = peak, []
         monkeypatch.setattr(measuring, "run_step", self.run_step)
-        self.real = Measurements(self.model, ("layers.0", "layers.1"), None, None, (), 1000, 2, Bar())
+        self.real = Measurements(Ways(self.model, ("layers.0", "layers.1"), None), None, (), 1000, 2, Bar())
 
     def run_step(self, step, args, state=(), limit_bytes=None):
         choice = tuple(map(is_checkpointed, self.model.layers))

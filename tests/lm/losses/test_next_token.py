@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -186,11 +187,29 @@ def test_searches_and_training_take_it_by_themselves(toy, rows, arguments) -> No
         found = lm.autobatch(model, rows, args, max_batch=2, plain_loss=plain, **options)
         assert found.notes[-1].startswith(word)
         assert word in str(found)
-        assert lm.plan_checkpoints(model, rows, args, plain_loss=plain, **options).notes[-1].startswith(word)
-        assert lm.autofit(model, rows, args, max_batch=2, plain_loss=plain, **options).notes[-1].startswith(word)
         result = lm.train(toy(lora=True), optim.Adam(1e-4), rows, args=args, plain_loss=plain)
         assert result.loss.startswith(word.removeprefix("loss: "))
         assert word in str(result)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("search", [lm.plan_checkpoints, lm.autofit])
+def test_searches_for_speed_choose_between_the_losses_and_training_takes_their_choice(
+    toy, rows, arguments, search
+) -> None:
+    model, args = toy(lora=True), arguments(batch_size=2, max_seq_length=32)
+    options = {"budget": "1GB"} | ({"max_batch": 2} if search is lm.autofit else {})
+    found = search(model, rows, args, **options)
+    assert found.loss in ("plain", "linear")
+    assert found.notes[-1].startswith(f"loss: {found.loss}")
+    for loss in ("plain", "linear"):  # whichever it was
+        result = lm.train(model, optim.Adam(1e-4), rows, args=args, fit=replace(found, loss=loss))
+        assert result.loss.startswith(loss)
+    assert "as the search chose for its speed" in choose_loss(model, fit=replace(found, loss="plain")).text
+    assert choose_loss(model, default_loss, fit=replace(found, loss="plain")).text == "the loss that was given"
+    asked = search(model, rows, args, plain_loss=True, **options)
+    assert asked.loss == ""
+    assert asked.notes[-1].startswith("loss: plain, as asked for")
 
 
 @pytest.mark.cpu_only
