@@ -29,6 +29,7 @@ FLOORS = [
     ["losses"],
     ["batching", "quantization"],
     ["fitting", "diagnosis"],
+    ["bench"],
     ["lm"],
     ["cli"],
 ]

@@ -18,7 +18,7 @@ from mlx_tune.errors import MlxTuneError
 from mlx_tune.version import __version__
 
 #: The subcommands in the order in which help lists them; each is a module here with `add_parser` and `run`.
-SUBCOMMANDS = ("demo", "doctor", "fits", "estimate", "autobatch", "quantize", "checkpoint", "fit", "lora")
+SUBCOMMANDS = ("demo", "doctor", "bench", "fits", "estimate", "autobatch", "quantize", "checkpoint", "fit", "lora")
 
 EXIT_WORKED, EXIT_BAD_NEWS, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 
-#: What the line with the answer starts with: a check's libraries may print too.
-MARK = "mlx_tune.diagnosis: "
+from mlx_tune.diagnosis.child_answers import say
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make the check of that name and print what it found as JSON, after `MARK`."""
+    """Make the check of that name and answer with what it found."""
     from mlx_tune.diagnosis import check
 
     (name,) = argv
     (one,) = [one for one in check.all_checks() if one.name == name]
-    print(MARK + json.dumps(one.run().to_dict()), flush=True)
+    say(one.run().to_dict())
     return 0
 
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import subprocess
-import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 from mlx_tune import devices
-from mlx_tune.diagnosis import check, check_process
+from mlx_tune.diagnosis import check
 from mlx_tune.diagnosis.check import Check
 from mlx_tune.diagnosis.checks import distributions
+from mlx_tune.diagnosis.child_answers import NoAnswerError, ask
 from mlx_tune.diagnosis.report import CheckResult, Diagnosis
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.progress import progress_bar
@@ -112,37 +107,12 @@ def run_in_child(one: Check, python: str | None = None, environment: dict[str, s
     """
     seconds = BENCH_SECONDS if one.bench or one.compiles else CHECK_SECONDS
     try:
-        ended = subprocess.run(
-            [python or sys.executable, "-m", "mlx_tune.diagnosis.check_process", one.name],
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            env=child_environment() if environment is None else environment,
-            check=False,
+        answer = ask(
+            "mlx_tune.diagnosis.check_process", one.name, seconds=seconds, python=python, environment=environment
         )
-    except subprocess.TimeoutExpired:
-        return one.crashed(f"it did not end within {seconds} s")
-    answer = _answer(ended.stdout)
-    if answer is not None:
-        return CheckResult(**answer)
-    last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    how = f"killed by signal {-ended.returncode}" if ended.returncode < 0 else f"ended with code {ended.returncode}"
-    return one.crashed(f"its process was {how}: {last}" if ended.returncode < 0 else f"its process {how}: {last}")
-
-
-def _answer(output: str) -> dict[str, Any] | None:
-    for line in reversed(output.splitlines()):
-        if line.startswith(check_process.MARK):
-            answer: dict[str, object] = json.loads(line.removeprefix(check_process.MARK))
-            return answer
-    return None
-
-
-def child_environment() -> dict[str, str]:
-    """This process's environment, with the folder that this library was imported from on the path."""
-    home = str(Path(__file__).parents[2])
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, home])}
+    except NoAnswerError as error:
+        return one.crashed(str(error))
+    return CheckResult(**answer)
 
 
 def versions() -> dict[str, str]:

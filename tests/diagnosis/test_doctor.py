@@ -8,6 +8,7 @@ import pytest
 import mlx_tune as mt
 from mlx_tune.diagnosis import check, doctor
 from mlx_tune.diagnosis.check import Check, Finding, failed, passed, warned
+from mlx_tune.diagnosis.child_answers import child_environment
 from mlx_tune.diagnosis.report import CheckResult
 
 FAST = ["python", "architecture", "wheel", "mlx-backend", "mlx-versions", "mlx-files", "one-backend", "mlx-tune-name"]
@@ -150,6 +151,6 @@ def test_the_doctor_imports_neither_mlx_nor_what_needs_it():
         "print([name for name in sys.modules if name.split('.')[0] in ('mlx', 'mlx_lm', 'numpy', 'rich')])"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=doctor.child_environment(), check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, env=child_environment(), check=True
     )
     assert ended.stdout.strip() == "[]"

@@ -71,6 +71,7 @@ def test_html_holds_the_same_as_the_text_and_nothing_that_runs():
 
 def results():
     """One of each result, made as quickly as that can be done."""
+    from mlx_tune.bench.report import BenchMachine, BenchReport, Row, SectionResult
     from mlx_tune.diagnosis.report import CheckResult, Diagnosis
     from mlx_tune.lm.capacity.result import Fits, TrainingWay
     from mlx_tune.lm.generation_result import GenerationBatchResult, GenerationTrial
@@ -120,6 +121,9 @@ def results():
     rows = Way("plain", False, None, 33, 10**6)
     yield LongestSequence(33, 1, 1, rows, 10**6, 1.0, 10**9, (rows,), "no row cut")
     yield mt.tile_blocks(model, 16, select="layers.*")
+    row = Row("floor", "It is so.", "index.md", "as said", True)
+    section = SectionResult("floors", "quick", "measured", "", 1.0, 10**6, (row,), {})
+    yield BenchReport("2026-11-29", "x", False, BenchMachine("cpu", "EPYC", None, None, None, None), {}, (section,))
 
 
 def test_every_result_is_shown_in_a_notebook_as_it_is_printed():

@@ -2,6 +2,8 @@ import pytest
 
 from mlx_tune.diagnosis.checks import bench
 from mlx_tune.measuring.interleaved_timing import Comparison
+from mlx_tune.wiring import context
+from mlx_tune.wiring.ledger import Ledger
 
 
 def test_lazy_evaluation_is_shown_with_both_times():
@@ -58,8 +60,10 @@ def test_without_metal_there_is_no_gain():
         (Comparison(1.5, 0.01, 3), "1.50 times as fast"),
     ],
 )
-def test_the_sweep_is_run_wired_and_not(metal, monkeypatch, compared, words):
+def test_the_sweep_is_run_wired_and_not(metal, monkeypatch, tmp_path, compared, words):
     limits = []
+    own = Ledger(tmp_path / "wired")
+    monkeypatch.setattr(context, "ledger", own)
 
     def compare(first, second, **_):
         first()
@@ -73,3 +77,4 @@ def test_the_sweep_is_run_wired_and_not(metal, monkeypatch, compared, words):
     assert result.status == "pass", result.summary
     assert words in result.summary
     assert limits == [int(4 * 2 * 256 * 256 * 1.1), 0]
+    own._forget()
