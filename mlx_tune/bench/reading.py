@@ -49,7 +49,7 @@ def read_report(text: str, name: str = "the file") -> BenchReport:
 
     Args:
         text: JSON, as `mlx-tune bench --out` writes it.
-        name: What errors call it.
+        name: Its name in errors.
 
     Returns:
         The report.

@@ -44,7 +44,7 @@ class SectionResult:
     Attributes:
         name: As `--only` takes it.
         size: "quick" or "full"; "toy" in tests; None where figures were taken from a page.
-        status: How it ended.
+        status: Its end.
         reason: Why it was left out, or how it broke; else empty.
         seconds: Its time, if it was measured; None where that is not known.
         peak_bytes: The most memory that its arrays held; None where that is not known.

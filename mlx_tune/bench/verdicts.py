@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from mlx_tune.units import format_bytes, format_percent, format_seconds
 
-#: What a section's measurement returns: plain values under names.
+#: The figures of a section: plain values under names.
 Figures: TypeAlias = Mapping[str, Any]
 
 #: The worst floor on the page of estimates is 4.9 % off, a GPU's 2.5 %.
