@@ -32,6 +32,7 @@ LLAMA = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "tied": LLAMA,
+    "wide": LLAMA | {"hidden_size": 128, "head_dim": 64},
     "untied": LLAMA | {"tie_word_embeddings": False},
     "moe": LLAMA
     | {

@@ -101,6 +101,7 @@ def test_ctrl_c_at_any_moment_leaves_everything_as_it_was(moment, monkeypatch, t
     """A real signal, not an exception: it may come between any two lines."""
     step, make_batch, state = small_steps.build(dropout=0.3)
     mx.eval(step(make_batch(1)), state[0].state, state[1].state)
+    gc.collect()  # since Python 3.12 this freezes what lives for ever, a few hundred objects
     before, frozen = bits(state), gc.get_freeze_count()
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -109,7 +110,7 @@ def test_ctrl_c_at_any_moment_leaves_everything_as_it_was(moment, monkeypatch, t
     def interrupting(function):
         def called(*args):
             calls.append(1)
-            if len(calls) == 3:
+            if len(calls) == (2 if moment == "while limits are set" else 3):
                 signal.raise_signal(signal.SIGINT)
             return function(*args)
 
@@ -126,9 +127,10 @@ def test_ctrl_c_at_any_moment_leaves_everything_as_it_was(moment, monkeypatch, t
     with pytest.raises(KeyboardInterrupt):
         autobatch(step, make_batch, budget="10MB", max_batch=4, state=state, **OPTIONS)
     monkeypatch.undo()
-    assert len(calls) >= 3
+    assert len(calls) >= 2
     assert bits(state) == before
     assert list(tmp_path.iterdir()) == []
+    gc.collect()
     assert gc.get_freeze_count() == frozen
 
 

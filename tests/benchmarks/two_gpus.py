@@ -58,9 +58,9 @@ def main() -> None:
         mx.eval(loss, model.parameters())
         losses.append(loss.item())
     report["losses"], report["weights"] = losses, weights_sum(model)
-    budget = mx.get_active_memory() + 60_000_000 * (2 - rank)
+    budget = mx.get_active_memory() + 300_000_000 * (2 - rank)
     started = time.perf_counter()
-    found = mt.autobatch(step, make_batch, budget=budget, max_batch=64, state=(model, optimizer), progress=False)
+    found = mt.autobatch(step, make_batch, budget=budget, max_batch=512, state=(model, optimizer), progress=False)
     report["autobatch"] = [found.batch_size, found.limit_bytes, found.budget_bytes, len(found.trials)]
     report["autobatch_seconds"] = round(time.perf_counter() - started, 1)
     batches = [make_batch(4) for _ in range(2)]

@@ -238,7 +238,7 @@ def test_a_fit_that_left_checkpoints_alone_goes_with_those_of_the_arguments(toy,
 def test_every_kind_of_fine_tuning_learns(toy, rows, arguments, kind: str, quantized: bool) -> None:
     model = toy()
     if quantized:
-        nn.quantize(model, 64, 4)
+        nn.quantize(model, 32, 4)
     lm.add_adapters(model, kind, num_layers=1, lora_parameters={"rank": 4, "scale": 10.0, "dropout": 0.1})
     before = weights(model)
     mx.random.seed(0)

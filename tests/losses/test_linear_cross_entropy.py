@@ -308,7 +308,7 @@ def test_weights_of_zero_leave_no_gradient(reduction):
     assert all((found[name] == 0).all().item() for name in found if name != "weights")
 
 
-@pytest.mark.parametrize("target", [-100, -1, VOCABULARY - 1])
+@pytest.mark.parametrize("target", [pytest.param(-100, marks=pytest.mark.cpu_only), -1, VOCABULARY - 1])
 def test_targets_below_zero_are_what_the_plain_loss_makes_of_them(target):
     head, hidden, targets = linear(), normal(3, WIDTH), mx.array([1, target, 2])
     close(linear_cross_entropy(hidden, head, targets, chunk_tokens=2), plain(hidden, head, targets), 1e-6)
@@ -325,7 +325,10 @@ def test_log_probabilities_are_those_of_a_softmax():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_more_than_one_chunk_of_logits_is_ever_there(kind, compiled, reduction):
-    """By the step's graph: the floor holds a few arrays of one chunk, and no array of all tokens."""
+    """By the step's graph: the floor holds a few arrays of one chunk, and no array of all tokens.
+
+    As a processor runs it: GPUs hold, besides, all that one command buffer touches, which is the whole of a toy.
+    """
     tokens, chunk, vocabulary = 512, 32, 4096
     mx.random.seed(0)
     head = nn.Embedding(vocabulary, 16) if kind == "embedding" else nn.Linear(16, vocabulary, bias=False)
@@ -337,7 +340,7 @@ def test_no_more_than_one_chunk_of_logits_is_ever_there(kind, compiled, reductio
         argument = mx.grad(lambda h: loss(h, head, targets).sum())
         step = argument if kind == "frozen" else functools.partial(grad, head)
         step = mx.compile(step) if compiled else step
-        estimate = mt.estimate_memory(step, mt.ArraySpec((tokens, 16), mx.float32), state=head)
+        estimate = mt.estimate_memory(step, mt.ArraySpec((tokens, 16), mx.float32), state=head, backend="cpu")
         assert loss is plain or max(o.nbytes for o in estimate.peak_owners) < 4 * tokens * vocabulary
         return estimate.floor_bytes - estimate.start_bytes
 
@@ -347,14 +350,16 @@ def test_no_more_than_one_chunk_of_logits_is_ever_there(kind, compiled, reductio
     assert peak(plain) >= 4 * tokens * vocabulary
 
 
-def test_the_default_chunk_keeps_logits_small_and_products_large():
+@pytest.mark.parametrize(("backend", "command_buffer"), [("cpu", 0), ("cuda", 1100 << 20)])
+def test_the_default_chunk_keeps_logits_small_and_products_large(backend, command_buffer):
     head, targets = nn.Linear(16, 50_000, bias=False), mx.zeros((4096,), dtype=mx.int32)
     estimate = mt.estimate_memory(
         lambda h: mx.grad(lambda h: linear_cross_entropy(h, head, targets))(h),
         mt.ArraySpec((4096, 16), mx.float32),
         state=head,
+        backend=backend,
     )
-    assert estimate.floor_bytes - estimate.start_bytes < 5 * (128 << 20)
+    assert estimate.floor_bytes - estimate.start_bytes < 5 * (128 << 20) + command_buffer
     assert sum(name == "Matmul" for name in estimate.operations) < 40
 
 

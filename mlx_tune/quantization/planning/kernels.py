@@ -209,7 +209,7 @@ def judge(combination: Combination, measure: Measure, backend: str) -> Fault | N
 def upstream(fault: Fault) -> str:
     """A sentence on what is known of a fault upstream."""
     found, wanted = fault.combination, fault.combination.format
-    if fault.backend == "cuda" and fault.error is None:
+    if fault.backend == "cuda" and (fault.error is None or wanted.bits == 1):
         return f"Upstream: https://github.com/ml-explore/mlx/issues/2536, and {PAGE}."
     one_group = wanted.mode == "affine" and wanted.bits in (4, 8) and found.inputs == wanted.group_size
     if fault.backend == "cuda" and one_group and found.use in ("product", "batched"):

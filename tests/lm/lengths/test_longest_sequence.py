@@ -105,6 +105,7 @@ def test_everything_fits_without_more(speaker):
     assert 0 < answer.peak_bytes <= answer.budget_bytes == answer.limit_bytes == 10**9
 
 
+@pytest.mark.cpu_only  # on a GPU the step of a toy is one command buffer, whose buffers stay whatever the order
 def test_more_is_done_where_rows_do_not_fit_and_a_step_confirms_it(speaker):
     budget = int(1.2 * budget_for(speaker, "plain", 256))
     before = dict(tree_flatten(speaker.parameters()))

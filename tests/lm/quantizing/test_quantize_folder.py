@@ -149,20 +149,20 @@ def test_a_failure_on_the_way_says_where_its_work_is(model_folder, tmp_path: Pat
 
     monkeypatch.setattr(in_pieces, "apply_layer", full)
     with pytest.raises(StopIteration) as caught:
-        lm.quantize_folder(model_folder("tied"), target, progress=False)
+        lm.quantize_folder(model_folder("wide"), target, progress=False)
     assert "the same call goes on from there" in caught.value.__notes__[0]
     assert [path.name for path in target.parent.iterdir()] == ["out.unfinished"]
     monkeypatch.setattr(in_pieces, "apply_layer", apply)
     with pytest.raises(mt.InvalidArgumentError, match="another task: bits was 4, now it is 3"):
-        lm.quantize_folder(model_folder("tied"), target, 3, progress=False)
-    report = lm.quantize_folder(model_folder("tied"), target, progress=False)
+        lm.quantize_folder(model_folder("wide"), target, 3, progress=False)
+    report = lm.quantize_folder(model_folder("wide"), target, progress=False)
     assert "3 of " in report.notes[-1]
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     assert contents(target) != {}
 
 
 def test_what_cannot_be_done_leaves_nothing(model_folder, tmp_path: Path, monkeypatch) -> None:
-    source = model_folder("tied")
+    source = model_folder("wide")
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "file").touch()

@@ -11,6 +11,7 @@ import pytest
 import quantization_toys as toys
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from mlx_tune.devices import backend
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization.dry_run import plan_quantization
 from mlx_tune.quantization.formats.affine import group_errors, quantize_affine
@@ -112,8 +113,16 @@ def unpacks(model: nn.Module, dtype: mx.Dtype) -> bool:
     return True
 
 
+#: Layers in one bit are left unpacked on CUDA, which has no kernel for them: docs/upstream.md.
+not_on_cuda = pytest.mark.skipif(backend() == "cuda", reason="CUDA cannot pack in 1 bit: docs/upstream.md")
+
+
 FORMATS = [
-    *({"bits": bits, "method": method} for bits in AFFINE_BITS for method in ("nearest", "optimal")),
+    *(
+        pytest.param({"bits": bits, "method": method}, marks=not_on_cuda if bits == 1 else ())
+        for bits in AFFINE_BITS
+        for method in ("nearest", "optimal")
+    ),
     *({"mode": mode, "method": method} for mode in FIXED_MODES for method in ("nearest", "optimal")),
 ]
 
@@ -145,7 +154,9 @@ def test_methods_that_learn_refuse_it_before_they_start(method: str) -> None:
         quantize_model(model, 4, 64, method=method, calibration=CALIBRATION, progress=False)
 
 
-@pytest.mark.parametrize("arguments", [{"bits": 4}, {"bits": 8, "method": "nearest"}, {"bits": 1}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{"bits": 4}, {"bits": 8, "method": "nearest"}, pytest.param({"bits": 1}, marks=not_on_cuda)], ids=str
+)
 def test_wider_scales_hold_it(arguments: dict) -> None:
     model = two_layers(with_outliers(mx.float16, 40000.0))
     quantize_model(model, **arguments, scale_dtype="bfloat16", progress=False)

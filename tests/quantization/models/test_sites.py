@@ -6,6 +6,7 @@ import quantization_toys as toys
 from mlx.utils import tree_flatten
 
 from mlx_tune.errors import QuantizationError
+from mlx_tune.measuring.float32_products import rounds_factors
 from mlx_tune.quantization.models.sites import WalkedModel, in_places
 from mlx_tune.state import same_random_stream
 
@@ -69,7 +70,8 @@ def test_unpacked_evaluation_is_that_of_a_dequantized_model(make, mode: str) -> 
                 module[name] = module[name].astype(mx.float32)
     expected = dequantize_model(plain)
     expected.set_dtype(mx.float32)
-    tolerance = 1e-4 if mode == "affine" else 2e-2  # mlx-lm dequantizes the latter in bfloat16, exactly but for sums
+    # mlx-lm dequantizes modes of floats in bfloat16, exactly but for sums; CUDA rounds factors to ten bits.
+    tolerance = 1e-4 if mode == "affine" and not rounds_factors() else 2e-2
     np.testing.assert_allclose(np.array(found), np.array(expected(x)), rtol=tolerance, atol=tolerance)
 
 

@@ -151,7 +151,8 @@ def test_undoing_needs_no_more_than_the_model_and_a_layer(tmp_path: Path) -> Non
         quantize_all(transaction)
         mx.reset_peak_memory()
     assert mx.get_peak_memory() <= before + 512 * 512 * 4
-    assert mx.get_active_memory() == before
+    mx.synchronize()  # a GPU lets go of what a kernel read when the kernel has run
+    assert mx.get_active_memory() <= before
 
 
 def test_a_lazily_loaded_model_is_lazy_again_after_a_failure(tmp_path: Path) -> None:
