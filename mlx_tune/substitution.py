@@ -122,6 +122,10 @@ class ModuleCall:
         """Call the module itself."""
         return self.method(self.module, *self.arguments, **self.keywords)
 
+    def run_on(self, inputs: mx.array) -> Any:
+        """Call the module with another first argument."""
+        return self.method(self.module, inputs, *self.arguments[1:], **self.keywords)
+
     @property
     def inputs(self) -> mx.array | None:
         """The first argument, where that is an array."""

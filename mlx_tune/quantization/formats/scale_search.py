@@ -236,15 +236,18 @@ def inverse_of(scale: mx.array) -> mx.array:
     return mx.where(scale == 0, 0.0, 1 / mx.where(scale == 0, 1.0, scale))
 
 
+def to_codes(values: mx.array, inverse: mx.array, bias: mx.array, top: mx.array, *, cpu: bool) -> mx.array:
+    """The nearest codes, as whole float32 numbers from 0 to `top`."""
+    at = (values - bias) * inverse
+    # A GPU rounds fast, and its compiler might simplify the addition away; a CPU's library call is no vector code.
+    rounded = (at + _ROUNDER) - _ROUNDER if cpu else mx.round(at)
+    return mx.minimum(mx.maximum(rounded, 0), top)
+
+
 @functools.cache
 def _kernels(cpu: bool, compiled: bool, dtype: mx.Dtype) -> _Kernels:
     """Make them. Everything that varies is an argument, since each constant would mean another kernel."""
-
-    def codes(g: mx.array, inverse: mx.array, bias: mx.array, top: mx.array) -> mx.array:
-        at = (g - bias) * inverse
-        # A GPU rounds fast, and its compiler might simplify the addition away; a CPU's library call is no vector code.
-        rounded = (at + _ROUNDER) - _ROUNDER if cpu else mx.round(at)
-        return mx.minimum(mx.maximum(rounded, 0), top)
+    codes = functools.partial(to_codes, cpu=cpu)
 
     def squares(
         g: mx.array, inverse: mx.array, scale: mx.array, bias: mx.array, top: mx.array, weights: mx.array | None = None

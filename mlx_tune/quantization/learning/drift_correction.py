@@ -12,6 +12,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_tune.measuring.float32_products import matmul_float32
+from mlx_tune.quantization.learning.curvature import Curvature
 from mlx_tune.quantization.learning.moments import Drift
 from mlx_tune.units import number
 
@@ -19,18 +20,14 @@ from mlx_tune.units import number
 #: inputs' drift, later layers and the residual stream can make up for as well.
 _SHARE = 0.5
 
-#: What is added to the moments' diagonal, as a share of its mean.
-_DAMPING = 0.01
 
-
-def corrected(weight: mx.array, moments: mx.array, drift: Drift, shrinkage: float = 0.0) -> mx.array:
+def corrected(weight: mx.array, curvature: Curvature, drift: Drift) -> mx.array:
     """The weight that is to be quantized instead, so that outputs stay closer to what they were.
 
     Args:
         weight: `[rows, columns]`.
-        moments: Second moments of the inputs as they are now, `[columns, columns]`.
+        curvature: That of the inputs as they are now, damped and shrunk.
         drift: The drift.
-        shrinkage: As for `quantize_gptq`: how little to trust moments between different inputs.
 
     Returns:
         float32 `[rows, columns]`.
@@ -40,42 +37,51 @@ def corrected(weight: mx.array, moments: mx.array, drift: Drift, shrinkage: floa
         >>> now = 0.8 * before
         >>> d = before - now
         >>> w = mx.random.normal((4, 32))
-        >>> better = corrected(w, now.T @ now, Drift(d.T @ now))
+        >>> better = corrected(w, Curvature(now.T @ now, 32), Drift(d.T @ now))
         >>> (mx.square(now @ better.T - before @ w.T).sum() < mx.square(now @ w.T - before @ w.T).sum()).item()
         True
     """
-    w, h = weight.astype(mx.float32), moments.astype(mx.float32)
-    diagonal = mx.diag(h)
-    damped = (1 - shrinkage) * h + mx.diag(shrinkage * diagonal + _DAMPING * diagonal.mean() + 1e-30)
-    # MLX solves on the CPU only.
-    step = mx.linalg.solve(damped, matmul_float32(w, drift.cross).T, stream=mx.cpu).T
-    moved = w + _SHARE * step
+    w = weight.astype(mx.float32)
+    moved = w + _SHARE * curvature.solve(matmul_float32(w, drift.cross).T).T
     return moved if mx.isfinite(moved).all().item() else w
 
 
-def drifted_output_error(weight: mx.array, approximation: mx.array, moments: mx.array, drift: Drift) -> float:
-    """Squared error of outputs on the inputs as they are now, against those on the inputs as they were.
+class OutputErrors:
+    """Squared errors of outputs on the inputs as they are now, against those on the inputs as they were.
+
+    What does not depend on the stand-in is worked out once.
 
     Args:
         weight: `[rows, columns]`.
-        approximation: The stand-in for it.
         moments: Second moments of the inputs now.
-        drift: With its `own`.
-
-    Returns:
-        The error over the squares of the outputs as they were; 0 where those are 0.
+        drift: With its `own`; without, inputs are as they were.
 
     Examples:
         >>> w, x = mx.ones((1, 32)), mx.ones((5, 32))
-        >>> round(drifted_output_error(w, w, (0.9 * x).T @ (0.9 * x), Drift(0.09 * x.T @ x, 0.01 * x.T @ x)), 4)
+        >>> drift = Drift(0.09 * x.T @ x, 0.01 * x.T @ x)
+        >>> round(OutputErrors(w, (0.9 * x).T @ (0.9 * x), drift).of(w), 4)
         0.01
     """
-    assert drift.own is not None
-    w, h = weight.astype(mx.float32), moments.astype(mx.float32)
-    e = w - approximation.astype(mx.float32)
-    # W (x + d) - V x = W d + (W - V) x
-    error = (matmul_float32(w, drift.own) * w).sum() + (matmul_float32(e, h) * e).sum()
-    error = error + 2 * (matmul_float32(w, drift.cross) * e).sum()
-    before = h + drift.cross + drift.cross.T + drift.own
-    energy = number((matmul_float32(w, before) * w).sum())
-    return max(0.0, number(error) / energy) if energy > 0 else 0.0
+
+    def __init__(self, weight: mx.array, moments: mx.array, drift: Drift | None = None) -> None:
+        """Work out the squares of the outputs as they were."""
+        self._weight, self._moments = weight.astype(mx.float32), moments.astype(mx.float32)
+        squares = matmul_float32(self._weight, self._moments)
+        self._own, self._cross = mx.array(0.0), None
+        if drift is not None and drift.own is not None:
+            self._cross = matmul_float32(self._weight, drift.cross)
+            own = matmul_float32(self._weight, drift.own)
+            self._own = (own * self._weight).sum()
+            squares = squares + 2 * self._cross + own
+        self.energy = number((squares * self._weight).sum())
+
+    def of(self, approximation: mx.array) -> float:
+        """The error of a stand-in over the squares of the outputs as they were; 0 where those are 0."""
+        if self.energy <= 0:
+            return 0.0
+        e = self._weight - approximation.astype(mx.float32)
+        # W (x + d) - V x = W d + (W - V) x
+        through = matmul_float32(e, self._moments)
+        if self._cross is not None:
+            through = through + 2 * self._cross
+        return max(0.0, number(self._own + (through * e).sum()) / self.energy)

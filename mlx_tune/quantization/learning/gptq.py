@@ -14,23 +14,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.measuring.float32_products import matmul_float32
 from mlx_tune.quantization.formats.affine import quantize_affine
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.packing import check_affine, dequantize_float32, pack
-from mlx_tune.quantization.formats.scale_search import Solver, inverse_of, plan_search
+from mlx_tune.quantization.formats.scale_search import Solver, can_compile, inverse_of, plan_search, to_codes
+from mlx_tune.quantization.learning.curvature import Curvature
 from mlx_tune.units import number
-
-#: What is added to the diagonal, as a share of its mean: inputs seen in calibration are not all there are.
-_DAMPING = 0.01
 
 #: Sweeps of coordinate descent by effort.
 _SWEEPS = {"fast": 4, "best": 12}
+
+#: Columns that hear of each other's moves one by one: others hear of theirs in one product.
+_TOGETHER = 16
 
 
 class GptqResult(NamedTuple):
@@ -60,6 +62,7 @@ def quantize_gptq(
     effort: Effort = "fast",
     start: tuple[mx.array, mx.array, mx.array] | None = None,
     shrinkage: float = 0.0,
+    curvature: Curvature | None = None,
 ) -> GptqResult:
     """Quantize one weight so that the error of its outputs is least.
 
@@ -73,6 +76,8 @@ def quantize_gptq(
         start: The result of `quantize_affine` for this weight, if it is at hand.
         shrinkage: Share by which moments between different inputs are scaled down, from 0 to 1: what few tokens say
             of them is mostly chance. `shrinkage_for` gives one.
+        curvature: That of this Hessian, group size and shrinkage, if it is at hand: layers that are given the same
+            inputs share it.
 
     Returns:
         Arrays in `mx.quantize`'s format, row by row never with more output error than `quantize_affine`, and both
@@ -95,7 +100,6 @@ def quantize_gptq(
             f"[rows, columns] and [columns, columns] are needed; pass stacked experts one by one."
         )
     h = hessian.astype(mx.float32)
-    diagonal = mx.diag(h)
     if not mx.isfinite(h).all().item():
         raise QuantizationError("The Hessian holds NaN or infinity: an input of the layer was not finite.")
     optimal = start if start is not None else quantize_affine(weight, bits, group_size, effort=effort)
@@ -106,14 +110,13 @@ def quantize_gptq(
     if not number(energy) > 0:
         return GptqResult(*optimal, 0.0, 0.0)
 
-    order, groups = _order(diagonal, group_size)
-    damped = (1 - shrinkage) * h + mx.diag(shrinkage * diagonal + _DAMPING * diagonal.mean())
-    damped = damped[order][:, order]
-    feedback = _feedback(damped)
+    if curvature is None:
+        curvature = Curvature(h, group_size, shrinkage)
+    order, groups = curvature.order, curvature.groups
     dtype = optimal[1].dtype
     job = _Job(bits, group_size, dtype, effort)
-    codes, scales, biases = job.first_pass(w[:, order], feedback)
-    codes, scales, biases = job.sweep(w[:, order], damped, codes, scales, biases, _SWEEPS[effort])
+    codes, scales, biases = job.first_pass(w[:, order], curvature.feedback)
+    codes, scales, biases = job.sweep(w[:, order], curvature.damped, codes, scales, biases, _SWEEPS[effort])
 
     back = mx.argsort(order)
     codes = codes[:, back]
@@ -171,51 +174,29 @@ def _row_errors(error: mx.array, h: mx.array) -> mx.array:
     return (matmul_float32(error, h) * error).sum(-1)
 
 
-def _order(diagonal: mx.array, group_size: int) -> tuple[mx.array, mx.array]:
-    """Columns and groups by falling energy, groups kept together: what costs most is rounded while all can help."""
-    parts = diagonal.reshape(-1, group_size)
-    groups = mx.argsort(-parts.sum(-1))
-    inside = mx.argsort(-parts, axis=-1)
-    order = (inside + group_size * mx.arange(parts.shape[0])[:, None])[groups].reshape(-1)
-    return order, groups
-
-
-def _feedback(damped: mx.array) -> mx.array:
-    """Upper U with `U.T @ U = inverse(damped)`: row j says how later columns make up for an error in column j."""
-    columns = damped.shape[0]
-    backwards = mx.arange(columns - 1, -1, -1)
-    boost = mx.eye(columns) * mx.diag(damped).mean()
-    for extra in (0.0, 0.1, 1.0):
-        # MLX factorises on the CPU only. With rows and columns reversed, one factor and one triangular inverse do.
-        turned = (damped + extra * boost)[backwards][:, backwards]
-        factor = mx.linalg.cholesky(turned, stream=mx.cpu)
-        upper = mx.linalg.tri_inv(factor, upper=False, stream=mx.cpu)[backwards][:, backwards]
-        if mx.isfinite(upper).all().item():
-            return upper
-    raise QuantizationError("The Hessian cannot be factorised, even with its diagonal doubled: are inputs finite?")
-
-
 class _Job:
     """The passes over one weight whose columns are in processing order; groups in columns of scales and biases."""
 
     def __init__(self, bits: int, group_size: int, dtype: mx.Dtype, effort: Effort) -> None:
-        self._size, self._dtype = group_size, dtype
+        self._size = group_size
         self._top = mx.array(float(2**bits - 1))
         self._solver = Solver(bits, group_size, plan_search(bits, effort), dtype)
+        self._kernels = _kernels(computes_on_cpu(), can_compile(mx.default_device().type), dtype)
 
     def first_pass(self, w: mx.array, feedback: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """GPTQ: group by group, columns in order, later columns make up."""
         size, columns = self._size, w.shape[1]
         cost = 1 / mx.square(mx.diag(feedback))
         codes, scales, biases = [], [], []
+        w = w.T
         for i in range(0, columns, size):
             j = i + size
-            part = w[:, i:j]
-            weights = cost[i:j] / cost[i:j].mean()
-            scale, bias = self._solver.pairs(part, weights)
-            q, errors = _rounding_pass(size)(part.T, feedback[i:j, i:j], scale, bias, self._top)
+            part, w = w[:size], w[size:]
+            scale, bias = self._solver.pairs(part.T, cost[i:j] / cost[i:j].mean())
+            inner = feedback[i:j, i:j]
+            q, errors = self._in_turn(part, inner.T, scale, bias, _cells(1 / mx.diag(inner)))
             if j < columns:
-                w = mx.concatenate([w[:, :j], w[:, j:] - matmul_float32(errors.T, feedback[i:j, j:])], axis=1)
+                w = w + matmul_float32(feedback[i:j, j:].T, errors)
             codes.append(q.T)
             scales.append(scale.T)
             biases.append(bias.T)
@@ -226,7 +207,7 @@ class _Job:
         self, w: mx.array, h: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, sweeps: int
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Coordinate descent: each group's pair by least squares, then each of its codes, all others given."""
-        size, rows = self._size, w.shape[0]
+        size = self._size
         spread = functools.partial(mx.repeat, repeats=size, axis=1)
         groups = w.shape[1] // size
         # Everything in pieces of one group, [size, rows], so that a sweep touches no more than it changes.
@@ -237,58 +218,120 @@ class _Job:
         for _ in range(sweeps):
             for k in range(groups):
                 part = slice(k * size, (k + 1) * size)
-                inner = h[part, part]
-                new, scale, bias, change = _descent_pass(size, self._dtype)(
-                    q[k], *pairs[k], pull[part], inner, self._top
-                )
-                q[k], pairs[k] = new, (scale, bias)
-                pull = pull + matmul_float32(h[:, part], change)
+                q[k], pairs[k], change = self._descend(q[k], *pairs[k], pull[part], h[part, part])
+                pull = pull + matmul_float32(h[part].T, change)
                 mx.eval(q[k], pairs[k], pull)
-        assert pull.shape[1] == rows
         return (
             mx.concatenate(q).T,
             mx.concatenate([s for s, _ in pairs]).T,
             mx.concatenate([b for _, b in pairs]).T,
         )
 
-
-def _round(value: mx.array, inverse: mx.array, bias: mx.array, top: mx.array) -> mx.array:
-    return mx.minimum(mx.maximum(mx.round((value - bias) * inverse), 0), top)
-
-
-@functools.cache
-def _rounding_pass(size: int) -> Callable[..., tuple[mx.array, mx.array]]:
-    """One group of GPTQ, its columns unrolled into one graph instead of a loop of evaluations."""
-
-    def run(
-        w: mx.array, feedback: mx.array, scale: mx.array, bias: mx.array, top: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        inverse, codes, errors = inverse_of(scale), [], []
-        for k in range(size):
-            row = w[:1]
-            q = _round(row, inverse, bias, top)
-            e = (row - (q * scale + bias)) / feedback[k, k]
-            codes.append(q)
-            errors.append(e)
-            if k + 1 < size:
-                w = w[1:] - feedback[k, k + 1 :][:, None] * e
-        return mx.concatenate(codes), mx.concatenate(errors)
-
-    return run
-
-
-@functools.cache
-def _descent_pass(size: int, dtype: mx.Dtype) -> Callable[..., tuple[mx.array, ...]]:
-    """One group of a sweep: its pair, then its codes; gives back how the error changed, too."""
-
-    def run(
-        q: mx.array, scale: mx.array, bias: mx.array, pull: mx.array, inner: mx.array, top: mx.array
-    ) -> tuple[mx.array, ...]:
+    def _descend(
+        self, q: mx.array, scale: mx.array, bias: mx.array, pull: mx.array, inner: mx.array
+    ) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
+        """One group of a sweep: its pair, then its codes; gives back how the error changed, too."""
         # The pair: two unknowns for each row, in the metric of the whole layer, judged as they will be stored.
         ones_inner = inner.sum(0, keepdims=True)
         q_inner = matmul_float32(inner, q)
         a, b, c = (q_inner * q).sum(0, keepdims=True), matmul_float32(ones_inner, q), ones_inner.sum()
         u, v = (pull * q).sum(0, keepdims=True), pull.sum(0, keepdims=True)
+        ds, db = self._kernels.pair(a, b, c, u, v, scale, bias)
+        scale, bias = scale + ds, bias + db
+        change = -(ds * q + db)
+        pull = pull + matmul_float32(inner, change)
+        # The codes, each where the pull of all the others leaves it.
+        codes: Any = mx.split(q, self._size)
+        new, moves = self._in_turn(pull, inner, scale, bias, _cells(1 / mx.diag(inner)), codes)
+        return new, (scale, bias), change + moves
+
+    def _in_turn(
+        self,
+        values: mx.array,
+        links: mx.array,
+        scale: mx.array,
+        bias: mx.array,
+        shares: list[mx.array],
+        codes: list[mx.array] | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """Round the columns of a group one after the other, each with what the ones before it have left to it.
+
+        Args:
+            values: Of each column, `[size, rows]`: its weights or, where codes are given, the pull on them.
+            links: Of the columns, `[size, size]`: what a move of k does to the value of j at `[j, k]`.
+            scale: `[1, rows]`.
+            bias: `[1, rows]`.
+            shares: What a column's value or error is multiplied by, `[1, 1]` each.
+            codes: The codes to improve on, `[1, rows]` each.
+
+        Returns:
+            The codes, and each column's move, `[size, rows]`.
+        """
+        kernels, size, inverse = self._kernels, self._size, inverse_of(scale)
+        found, moves = [], []
+        for start in range(0, size, _TOGETHER):
+            # Only the next few columns are told of each move; those behind them hear of all of these at once.
+            near, values = values[:_TOGETHER], values[_TOGETHER:]
+            count, these = near.shape[0], []
+            for k in range(start, start + count):
+                if codes is None:
+                    code, move = kernels.rounded(near[:1], scale, bias, inverse, shares[k], self._top)
+                else:
+                    code, move = kernels.improved(near[:1], scale, bias, inverse, shares[k], self._top, codes[k])
+                found.append(code)
+                these.append(move)
+                if k + 1 < start + count:
+                    near = kernels.told(near[1:], links[k + 1 : start + count, k : k + 1], move)
+            moves.append(mx.concatenate(these))
+            if values.shape[0]:
+                behind = links[start + count :, start : start + count]
+                values = values + matmul_float32(behind, moves[-1])
+        return mx.concatenate(found), mx.concatenate(moves)
+
+
+def _cells(row: mx.array) -> list[mx.array]:
+    """The numbers of `[n]`, `[1, 1]` each."""
+    cells: Any = mx.split(row[:, None], row.size)
+    return list(cells)
+
+
+class _Kernels(NamedTuple):
+    """The elementwise work of the passes, each function one fused kernel where MLX can compile."""
+
+    rounded: Callable[..., list[mx.array]]
+    improved: Callable[..., list[mx.array]]
+    told: Callable[..., mx.array]
+    pair: Callable[..., list[mx.array]]
+
+
+@functools.cache
+def _kernels(cpu: bool, compiled: bool, dtype: mx.Dtype) -> _Kernels:
+    """Make them. Everything that varies is an argument, since each constant would mean another kernel."""
+
+    def rounded(
+        value: mx.array, scale: mx.array, bias: mx.array, inverse: mx.array, share: mx.array, top: mx.array
+    ) -> list[mx.array]:
+        code = to_codes(value, inverse, bias, top, cpu=cpu)
+        return [code, (code * scale + bias - value) * share]
+
+    def improved(
+        pull: mx.array,
+        scale: mx.array,
+        bias: mx.array,
+        inverse: mx.array,
+        share: mx.array,
+        top: mx.array,
+        code: mx.array,
+    ) -> list[mx.array]:
+        new = to_codes(code * scale + bias + pull * share, inverse, bias, top, cpu=cpu)
+        return [new, (code - new) * scale]
+
+    def told(values: mx.array, links: mx.array, move: mx.array) -> mx.array:
+        return values + links * move
+
+    def pair(
+        a: mx.array, b: mx.array, c: mx.array, u: mx.array, v: mx.array, scale: mx.array, bias: mx.array
+    ) -> list[mx.array]:
         determinant = a * c - b * b
         usable = determinant > 1e-6 * a * c
         divisor = mx.where(usable, determinant, 1.0)
@@ -297,19 +340,7 @@ def _descent_pass(size: int, dtype: mx.Dtype) -> Callable[..., tuple[mx.array, .
         ds = (scale + ds).astype(dtype).astype(mx.float32) - scale
         db = (bias + db).astype(dtype).astype(mx.float32) - bias
         gain = 2 * (ds * u + db * v) - (ds * ds * a + 2 * ds * db * b + db * db * c)
-        ds, db = mx.where(gain > 0, ds, 0.0), mx.where(gain > 0, db, 0.0)
-        scale, bias = scale + ds, bias + db
-        change = -(ds * q + db)
-        pull = pull + matmul_float32(inner, change)
-        # The codes, each where the pull of all the others leaves it.
-        inverse, codes, moves = inverse_of(scale), [], []
-        for k in range(size):
-            value = q[k : k + 1] * scale + bias
-            new = _round(value + pull[k : k + 1] / inner[k, k], inverse, bias, top)
-            move = (q[k : k + 1] - new) * scale
-            pull = pull + inner[k][:, None] * move
-            codes.append(new)
-            moves.append(move)
-        return mx.concatenate(codes), scale, bias, change + mx.concatenate(moves)
+        return [mx.where(gain > 0, ds, 0.0), mx.where(gain > 0, db, 0.0)]
 
-    return run
+    every: tuple[Any, ...] = (rounded, improved, told, pair)
+    return _Kernels(*(mx.compile(kernel) if compiled else kernel for kernel in every))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -22,9 +23,10 @@ from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packed_arrays import pack_weight
 from mlx_tune.quantization.formats.packing import dequantize_float32
 from mlx_tune.quantization.formats.powers_of_two import in_range
-from mlx_tune.quantization.learning.drift_correction import corrected, drifted_output_error
+from mlx_tune.quantization.learning.curvature import Curvature
+from mlx_tune.quantization.learning.drift_correction import OutputErrors, corrected
 from mlx_tune.quantization.learning.experts import note_of_experts
-from mlx_tune.quantization.learning.gptq import output_error, quantize_gptq, shrinkage_for
+from mlx_tune.quantization.learning.gptq import quantize_gptq, shrinkage_for
 from mlx_tune.quantization.learning.moments import Drift, InputMoments
 from mlx_tune.quantization.learning.propagation import Propagation
 from mlx_tune.quantization.models.batches import Batch, in_parts
@@ -150,7 +152,7 @@ class _Pass:
             inputs.enter(step)
             if mine:
                 done |= self._step(step, mine, inputs)
-            inputs.leave(step, following)
+            inputs.leave(step, following, {path: layer.module for path, layer in mine.items()})
         for layer in self._layers:
             if layer.path not in done:
                 done[layer.path] = self._fall_back(layer, "no calibration input reached it")
@@ -169,11 +171,12 @@ class _Pass:
         for k, stage in enumerate(stages):
             # The unquantized modules stay until all are done, since the step is run as it was before for each stage.
             last = k == len(stages) - 1
-            learned, judged = inputs.moments(step, {path: modules[path] for path in stage}, weights, last=last)
-            for path in stage:
-                found[path] = self._solve(layers[path], learned, judged)
-                if not last:
-                    weights.append((modules[path], self._standing_for(layers[path], found[path][1])))
+            learned, judged = inputs.moments(step, {path: modules[path] for path in stage}, modules, weights)
+            for those in self._alike([layers[path] for path in stage], learned):
+                for layer, solved in zip(those, self._solve(those, learned, judged), strict=True):
+                    found[layer.path] = solved
+                    if not last:
+                        weights.append((layer.module, self._standing_for(layer, solved[1])))
         del modules, weights
         for path, (_, arrays) in found.items():
             self._install(layers[path], arrays)
@@ -193,63 +196,107 @@ class _Pass:
         step = next((s for s in steps if s.path in layer.paths), None)
         if step is None or step.calls < 2:
             return self._fall_back(layer, "lookups only: there is no sum in which columns could make up for each other")
-        outcome, arrays = self._solve(layer, *inputs.moments(step, {layer.path: layer.module}))
+        ((outcome, arrays),) = self._solve([layer], *inputs.moments(step, {layer.path: layer.module}))
         self._install(layer, arrays)
         return outcome
 
+    @staticmethod
+    def _alike(layers: list[LayerPlan], learned: InputMoments) -> list[list[LayerPlan]]:
+        """Layers that can be solved as one: they are given the same inputs and get the same format."""
+        found: dict[object, list[LayerPlan]] = {}
+        for layer in layers:
+            moments, weight = learned.of(layer.path), layer.module["weight"]
+            alone = moments is None or weight.ndim == 3
+            key = layer.path if alone else (id(moments), layer.wanted, weight.dtype)
+            found.setdefault(key, []).append(layer)
+        return list(found.values())
+
     def _solve(
-        self, layer: LayerPlan, learned: InputMoments, judged: InputMoments | None
-    ) -> tuple[CalibratedLayer, Arrays]:
-        moments = learned.of(layer.path)
+        self, layers: list[LayerPlan], learned: InputMoments, judged: InputMoments | None
+    ) -> list[tuple[CalibratedLayer, Arrays]]:
+        """Layers that are given the same inputs, their rows one below the other."""
+        first = layers[0]
+        moments = learned.of(first.path)
         if moments is None:
-            return self._optimal(layer, "no calibration input reached it")
-        self._bar.update(text=layer.path)
+            return [self._optimal(first, "no calibration input reached it")]
+        self._bar.update(text=first.path)
         if not number(mx.isfinite(moments).all()):
             raise QuantizationError(
-                f"{layer.path} was given calibration inputs that are not finite, or whose squares are not. Look at the "
+                f"{first.path} was given calibration inputs that are not finite, or whose squares are not. Look at the "
                 "weights before it, or use method='optimal', which needs no inputs."
             )
-        weight, unit = in_range(read_weight(layer.module))
-        bits, size = layer.wanted.bits, layer.wanted.group_size
-        drift = learned.drift_of(layer.path)
-        metric = learned if judged is None or judged.of(layer.path) is None else judged
-        test, test_drift = metric.of(layer.path), metric.drift_of(layer.path)
+        weights, units = zip(*(in_range(read_weight(layer.module)) for layer in layers), strict=True)
+        bits, size = first.wanted.bits, first.wanted.group_size
+        drift = learned.drift_of(first.path)
+        metric = learned if judged is None or judged.of(first.path) is None else judged
+        test, test_drift = metric.of(first.path), metric.drift_of(first.path)
         assert test is not None
-        if isinstance(layer.module, nn.Embedding):
+        if isinstance(first.module, nn.Embedding):
             # It is looked up as well, which takes each weight as it is: both relative errors count.
-            moments, test = _with_lookups(weight, moments), _with_lookups(weight, test)
+            moments, test = _with_lookups(weights[0], moments), _with_lookups(weights[0], test)
         energy = mx.diagonal(moments, axis1=-2, axis2=-1)
-        optimal, nearest = (self._packed(weight, layer, how, energy) for how in ("optimal", "nearest"))
-        stacked = weight.ndim == 3
-        counts = learned.experts_of(layer.path) or [learned.tokens[layer.path]]
-        parts = []
-        for e, count in enumerate(counts):
-            at: object = e if stacked else slice(None)
-            shrinkage = shrinkage_for(weight.shape[-1], count)
-            start: Any = tuple(a[at] for a in optimal)
-            wanted = weight[at] if drift is None else corrected(weight, moments, drift, shrinkage)
-            parts.append(
-                quantize_gptq(wanted, moments[at], bits, size, effort=self._effort, start=start, shrinkage=shrinkage)
-            )
-        columns: Any = list(zip(*parts, strict=True))[:3]
-        found: Arrays = tuple(mx.stack(list(a)) if stacked else a[0] for a in columns)  # type: ignore[assignment]
-        made = {"optimal": optimal, "nearest": nearest, "gptq": found}
-        for name in ("nearest", "gptq"):
-            if overflows(made[name], layer.wanted, weight.dtype):
-                del made[name]
-        errors = {name: _error(weight, arrays, test, test_drift, bits, size) for name, arrays in made.items()}
-        best = min(made, key=lambda name: errors[name])  # of equals the first
-        self._bar.advance()
-        notes = []
+        optimal, nearest = (
+            [self._packed(weight, layer, how, energy) for weight, layer in zip(weights, layers, strict=True)]
+            for how in ("optimal", "nearest")
+        )
+        counts = learned.experts_of(first.path)
+        if counts is None:
+            every: Any = tuple(mx.concatenate(list(arrays)) for arrays in zip(*optimal, strict=True))
+            together = mx.concatenate(list(weights))
+            one = self._gptq(together, every, moments, drift, size, bits, learned.tokens[first.path])
+            ends = list(accumulate(weight.shape[0] for weight in weights))
+            columns: Any = zip(*(mx.split(array, ends[:-1]) for array in one), strict=True)
+            found: list[Arrays] = list(columns)
+        else:
+            starts: Any = zip(*optimal[0], strict=True)
+            parts = [
+                self._gptq(weight, start, h, None, size, bits, count)
+                for weight, start, h, count in zip(weights[0], starts, moments, counts, strict=True)
+            ]
+            stacks: Any = tuple(mx.stack(list(arrays)) for arrays in zip(*parts, strict=True))
+            found = [stacks]
+        solved = []
+        for i, layer in enumerate(layers):
+            made = {"optimal": optimal[i], "nearest": nearest[i], "gptq": found[i]}
+            for name in ("nearest", "gptq"):
+                if overflows(made[name], layer.wanted, weights[i].dtype):
+                    del made[name]
+            outputs = _outputs(weights[i], test, test_drift)
+            errors = {name: _error(outputs, arrays, bits, size) for name, arrays in made.items()}
+            solved.append((self._outcome(layer, errors, counts), self._kept(made, errors, units[i])))
+            self._bar.advance()
+        return solved
+
+    def _gptq(
+        self,
+        weight: mx.array,
+        start: Arrays,
+        moments: mx.array,
+        drift: Drift | None,
+        size: int,
+        bits: int,
+        tokens: int,
+    ) -> Arrays:
+        curvature = Curvature(moments, size, shrinkage_for(weight.shape[-1], tokens))
+        wanted = weight if drift is None else corrected(weight, curvature, drift)
+        result = quantize_gptq(wanted, moments, bits, size, effort=self._effort, start=start, curvature=curvature)
+        return result[:3]
+
+    @staticmethod
+    def _outcome(layer: LayerPlan, errors: dict[str, float], counts: list[int] | None) -> CalibratedLayer:
+        best, notes = _least(errors), []
         if best != "gptq":
             lost = f"{errors['gptq']:.3g}" if "gptq" in errors else "infinite"
             notes.append(f"kept {best!r}: gptq's output error was {lost} against {errors[best]:.3g}")
-        if stacked and (unseen := note_of_experts(counts)):
+        if counts is not None and (unseen := note_of_experts(counts)):
             notes.append(unseen)
-        outcome = CalibratedLayer(layer.path, best, errors[best], errors["optimal"], "; ".join(notes) or None)
-        packed, scales, biases = made[best]
+        return CalibratedLayer(layer.path, best, errors[best], errors["optimal"], "; ".join(notes) or None)
+
+    @staticmethod
+    def _kept(made: dict[str, Arrays], errors: dict[str, float], unit: mx.array) -> Arrays:
+        packed, scales, biases = made[_least(errors)]
         unit = unit.astype(scales.dtype)
-        return outcome, (packed, scales * unit, biases * unit)
+        return packed, scales * unit, biases * unit
 
     def _fall_back(self, layer: LayerPlan, why: str) -> CalibratedLayer:
         outcome, arrays = self._optimal(layer, why)
@@ -267,17 +314,24 @@ class _Pass:
         return packed, scales, biases
 
 
-def _error(weight: mx.array, arrays: Arrays, moments: Any, drift: Drift | None, bits: int, size: int) -> float:
+def _least(errors: dict[str, float]) -> str:
+    return min(errors, key=lambda name: errors[name])  # of equals the first
+
+
+def _outputs(weight: mx.array, moments: mx.array, drift: Drift | None) -> list[OutputErrors]:
+    """The judges of a layer's outputs: one, or one for each expert of a stack."""
+    if weight.ndim == 2:
+        return [OutputErrors(weight, moments, drift)]
+    return [OutputErrors(w, h) for w, h in zip(weight, moments, strict=True)]
+
+
+def _error(outputs: list[OutputErrors], arrays: Arrays, bits: int, size: int) -> float:
     """Relative output error; over a stack of experts, of all their outputs together."""
     after = dequantize_float32(*arrays, group_size=size, bits=bits)
-    if drift is not None and drift.own is not None:
-        return drifted_output_error(weight, after, moments, drift)
-    if weight.ndim == 2:
-        return output_error(weight, after, moments)
-    energies = [_energy(w.astype(mx.float32), h) for w, h in zip(weight, moments, strict=True)]
-    errors = [output_error(w, a, h) for w, a, h in zip(weight, after, moments, strict=True)]
-    total = sum(energies)
-    return sum(e * n for e, n in zip(errors, energies, strict=True)) / total if total > 0 else 0.0
+    if len(outputs) == 1:
+        return outputs[0].of(after.reshape(-1, after.shape[-1]))
+    total = sum(x.energy for x in outputs)
+    return sum(x.of(a) * x.energy for x, a in zip(outputs, after, strict=True)) / total if total > 0 else 0.0
 
 
 def _with_lookups(weight: mx.array, moments: mx.array, share: float = LOOKUP_SHARE) -> mx.array:

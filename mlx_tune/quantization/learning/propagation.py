@@ -6,14 +6,18 @@ model would give each block, so that it is known how far those have moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.memory import memory_budget
+from mlx_tune.quantization.learning.kept_arrays import KeptArrays
 from mlx_tune.quantization.learning.moments import InputMoments, Seen
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.interception import Step, run_until
@@ -25,40 +29,48 @@ Extras = list[tuple[tuple[object, ...], dict[str, object]]]
 #: One batch in so many is kept aside to judge each layer on.
 _HELD_OUT_EVERY = 8
 
+#: Calibration is kept in memory up to this part of what there is, and beyond it on disk.
+_SHARE_OF_MEMORY = 4
+
+_NONE: Mapping[str, nn.Module] = MappingProxyType({})
+
 
 class Propagation:
     """The inputs of one step after the other, for every batch.
 
-    Made before anything is quantized.
+    Made before anything is quantized. Nothing runs twice for one step: what its layers are given is kept until the step
+    is left, and takes the place of everything in it that led there.
 
     Args:
         model: The model, which is quantized step by step meanwhile.
         batches: The batches that it is called with; one in eight judges instead of teaching.
         steps: Its steps, in the order of the forward pass.
+        kept: Holds the inputs of steps and of their layers.
     """
 
-    def __init__(self, model: WalkedModel, batches: Sequence[Batch], steps: Sequence[Step]) -> None:
+    def __init__(
+        self, model: WalkedModel, batches: Sequence[Batch], steps: Sequence[Step], kept: KeptArrays | None = None
+    ) -> None:
         """Run the unquantized model up to where its blocks begin to follow one another."""
         self._model, self._batches = model, batches
-        self._now: list[mx.array] | None = None  # the current step's first arguments
-        self._now_at: str | None = None
+        self._kept = KeptArrays(memory_budget() // _SHARE_OF_MEMORY) if kept is None else kept
+        # Of the current step, and of the same as an unquantized model would run it.
+        self._now, self._before = _Side("now"), _Side("before")
         self._extras: dict[str, Extras] = {}
-        self._before: list[mx.array] | None = None  # the same as an unquantized model would give them
-        self._before_at: str | None = None
         first = next((step.like for step in steps if step.follows is not None), None)
         for step in steps:
             if step.path == first:
-                self._before, self._before_at = self._enter(step), step.path
+                self._start(self._before, step)
         self._extras_before = dict(self._extras)
 
     def enter(self, step: Step) -> None:
         """Make the inputs of a step ready, if it can be called by itself."""
-        if self._now_at != step.path:
-            self._now, self._now_at = self._enter(step), step.path
+        if self._now.at != step.path:
+            self._start(self._now, step)
 
     def stages(self, step: Step, modules: Mapping[str, nn.Module]) -> list[list[str]]:
         """Paths of a step's layers in parts: those of one part are given the same inputs, so none of them another's."""
-        if self._now is None:
+        if self._now.at != step.path:
             return [list(modules)]
         inputs: dict[str, mx.array] = {}  # what each layer is given at first, in the order of the calls
         paths = {id(module): path for path, module in modules.items()}
@@ -84,17 +96,16 @@ class Propagation:
         self,
         step: Step,
         modules: Mapping[str, nn.Module],
+        others: Mapping[str, nn.Module] = _NONE,
         weights: Sequence[tuple[nn.Module, mx.array]] = (),
-        *,
-        last: bool = True,
     ) -> tuple[InputMoments, InputMoments | None]:
-        """The moments of the inputs of a step's layers.
+        """The moments of the inputs of some of a step's layers.
 
         Args:
             step: The step.
             modules: The layers by path.
-            weights: Other layers of the step and the weights that stand for them once they are quantized.
-            last: True where the step as it was before is not needed again.
+            others: Other layers of the step that are quantized one after another.
+            weights: Those of them that have been, and the weights that stand for them.
 
         Returns:
             Moments to learn from and, where there is more than one batch, to judge on.
@@ -102,6 +113,7 @@ class Propagation:
         learned = InputMoments(dict(modules))
         held = len(self._batches) > 1
         judged = InputMoments(dict(modules), own_drift=True) if held else None
+        every = {**others, **modules}
         with self._model.running():
             for i, batch in enumerate(self._batches):
                 # The last of each eight judges, and the last of all where there are fewer.
@@ -109,66 +121,150 @@ class Propagation:
                     i % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 or len(self._batches) - 1 == i < _HELD_OUT_EVERY
                 )
                 into = judged if aside and judged is not None else learned
-                before: list[Seen] | None = None
-                if self._before is not None and self._now is not None and self._before_at == step.path:
+                if self._now.at != step.path:
                     with intercepted(modules.values(), into_moments(into)):
-                        output = self._call(step, self._before, self._extras_before, i)
-                    before = into.take()
-                    if last:
-                        mx.eval(output, [x for _, x, _ in before])
-                        self._before[i] = output
-                with _standing_in(weights), intercepted(modules.values(), into_moments(into)):
-                    # Only as much of it is evaluated as the layers' inputs take.
-                    if self._now is not None:
-                        self._call(step, self._now, self._extras, i)
-                    else:
                         batch.inputs.call(self._model.model, through=widen)
-                    into.collect(before)
-        if last and self._before_at == step.path:
-            self._before_at = None  # until `leave` says of what these are the inputs
+                    into.collect()
+                    continue
+                if self._before.at == step.path and (i, step.path) not in self._before.seen:
+                    self._run_before(step, every, i)
+                with _standing_in(weights), self._through(self._now, every, i, modules, into):
+                    # Only as much of it is evaluated as the layers' inputs take.
+                    self._call(step, self._now, self._extras, i)
+                into.collect(self._seen_before(modules, i))
         return learned, judged
 
-    def leave(self, step: Step, following: Step | None) -> None:
-        """Run a step, quantized by now, on every batch, if the next one follows it."""
-        if following is None or self._now is None:
-            self._now = self._now_at = None
+    def leave(self, step: Step, following: Step | None, modules: Mapping[str, nn.Module] = _NONE) -> None:
+        """Run a step, quantized by now, on every batch, if the next one follows it.
+
+        Args:
+            step: The step.
+            following: The next one, if it follows this.
+            modules: The step's quantized layers by path.
+        """
+        count = len(self._batches)
+        if following is None or self._now.at != step.path:
+            self._forget(self._now, count)
+            self._now.at = None
             return
         with self._model.running():
-            if self._before is not None and self._before_at == step.path:  # nothing in it was quantized
-                for i in range(len(self._before)):
-                    self._before[i] = self._call(step, self._before, self._extras_before, i)
-                    mx.eval(self._before[i])
-            for i in range(len(self._now)):
-                self._now[i] = self._call(step, self._now, self._extras, i)  # the input is not needed any more
-                mx.eval(self._now[i])
-        self._now_at = following.path
-        self._before_at = following.path if self._before is not None else None
+            for i in range(count):
+                if self._before.at == step.path and (i, step.path) not in self._before.seen:
+                    self._run_before(step, {}, i)  # nothing in it was quantized
+                with self._through(self._now, modules, i, {}, None):
+                    output = self._call(step, self._now, self._extras, i)
+                mx.eval(output)
+                self._kept["now", i] = output
+        self._forget(self._now, 0)
+        self._forget(self._before, 0)
+        self._now.at = following.path
+        self._before.at = following.path if self._before.at == step.path else None
 
-    def _enter(self, step: Step) -> list[mx.array] | None:
-        """The step's first arguments for every batch, or None where only the whole model can call it."""
-        if step.calls != 1 or step.like != step.path:
+    def _run_before(self, step: Step, modules: Mapping[str, nn.Module], i: int) -> None:
+        """Run a step as it was before, and keep what its layers are given and what it hands on."""
+        with self._through(self._before, modules, i, modules, None):
+            output = self._call(step, self._before, self._extras_before, i)
+        mx.eval(output)
+        self._kept["before", i] = output
+        self._before.seen.add((i, step.path))
+
+    def _seen_before(self, modules: Mapping[str, nn.Module], i: int) -> list[Seen] | None:
+        if self._before.at is None:
             return None
-        states: list[mx.array] = []
+        calls = self._before.calls.get(i, [])
+        return [(path, self._kept[slot], None) for path, slot in calls if path in modules]
+
+    @contextmanager
+    def _through(
+        self,
+        side: _Side,
+        modules: Mapping[str, nn.Module],
+        i: int,
+        wanted: Mapping[str, nn.Module],
+        into: InputMoments | None,
+    ) -> Iterator[None]:
+        """Run layers on the inputs that are kept of them, and keep those of the wanted ones, while the block runs."""
+        paths = {id(module): path for path, module in modules.items()}
+        known: dict[str, list[Hashable]] = {}
+        for path, slot in side.calls.get(i, []):
+            known.setdefault(path, []).append(slot)
+        found: list[tuple[str, mx.array]] = []
+
+        def see(call: ModuleCall) -> object:
+            path, x = paths[id(call.module)], call.inputs
+            if x is None or call.looks_up:  # a lookup is a product with one-hot rows: nothing could be corrected
+                return call.run()
+            if known.get(path):
+                return call.run_on(self._kept[known[path].pop(0)])
+            if path in wanted:
+                found.append((path, x))
+                if into is not None:
+                    into.see(call.module, x, call.experts)
+            return call.run()
+
+        with intercepted(modules.values(), see):
+            yield
+        if side is self._now and len({id(x) for _, x in found}) > 1:
+            return  # one may come from another, which is about to change
+        slots: dict[int, Hashable] = {}
+        for path, x in found:
+            if id(x) not in slots:
+                slots[id(x)] = side.name, i, len(side.slots.setdefault(i, []))
+                side.slots[i].append(slots[id(x)])
+                self._kept[slots[id(x)]] = x
+            side.calls.setdefault(i, []).append((path, slots[id(x)]))
+
+    def _forget(self, side: _Side, states: int) -> None:
+        """Let what layers were given go, and the inputs of the first so many batches."""
+        for slot in (slot for slots in side.slots.values() for slot in slots):
+            self._kept.discard(slot)
+        for i in range(states):
+            self._kept.discard((side.name, i))
+        side.calls.clear()
+        side.slots.clear()
+        side.seen.clear()
+
+    def _start(self, side: _Side, step: Step) -> None:
+        """Keep the step's first arguments for every batch, unless only the whole model can call it."""
+        if step.calls != 1 or step.like != step.path:
+            return
         extras: Extras = []
 
         def take(call: ModuleCall) -> None:
             if call.inputs is not None:
-                states.append(call.inputs)
+                mx.eval(call.inputs, call.arguments[1:], call.keywords)
+                self._kept[side.name, len(extras)] = call.inputs
                 extras.append((call.arguments[1:], call.keywords))
 
         with self._model.running():
             for batch in self._batches:
                 run_until(partial(batch.inputs.call, self._model.model), step.module, 1, take)
-                mx.eval(states[-1:], extras[-1:])
-        if len(states) != len(self._batches):
-            return None
-        self._extras[step.path] = extras
-        return states
+        if len(extras) == len(self._batches):
+            self._extras[step.path] = extras
+            side.at = step.path
 
-    @staticmethod
-    def _call(step: Step, inputs: list[mx.array], extras: dict[str, Extras], i: int) -> Any:
+    def _call(self, step: Step, side: _Side, extras: dict[str, Extras], i: int) -> Any:
         arguments, keywords = extras[step.like][i]
-        return step.module(inputs[i], *arguments, **keywords)
+        return step.module(self._kept[side.name, i], *arguments, **keywords)
+
+
+@dataclass
+class _Side:
+    """One of both runs through the blocks: where it is, and which inputs of layers are kept of it.
+
+    Attributes:
+        name: The first part of its keys.
+        at: Path of the step whose inputs are kept; None where there is none.
+        calls: For each batch, the layers in the order of their calls, each with the key of its input.
+        slots: For each batch, those keys, without repetition.
+        seen: Batches that have been through a step.
+    """
+
+    name: str
+    at: str | None = None
+    calls: dict[int, list[tuple[str, Hashable]]] = field(default_factory=dict)
+    slots: dict[int, list[Hashable]] = field(default_factory=dict)
+    seen: set[tuple[int, str]] = field(default_factory=set)
 
 
 def into_moments(moments: InputMoments) -> Hook:

@@ -1,0 +1,74 @@
+"""Second moments of a layer's inputs, made ready for quantizing: damped, put in order, and inverted."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_tune.errors import QuantizationError
+from mlx_tune.measuring.float32_products import matmul_float32
+
+#: What is added to the diagonal, as a share of its mean: inputs seen in calibration are not all there are.
+DAMPING = 0.01
+
+
+class Curvature:
+    """The Hessian of a layer's inputs made ready for quantizing: damped, in the order of the work, and inverted.
+
+    Args:
+        hessian: Second moments of the inputs, `[columns, columns]`.
+        group_size: Columns that share a scale.
+        shrinkage: As for `quantize_gptq`.
+
+    Attributes:
+        order: The columns by falling energy, those of a group together, `[columns]`.
+        groups: The groups in that order, `[groups]`.
+        damped: The Hessian in that order, shrunk and damped.
+        feedback: Upper `U` with `U.T @ U = inverse(damped)`: row j says how later columns make up for an error in
+            column j.
+
+    Raises:
+        QuantizationError: It cannot be factorised.
+
+    Examples:
+        >>> x = mx.random.normal((256, 64))
+        >>> curvature = Curvature(x.T @ x, 32)
+        >>> y = mx.random.normal((64, 3))
+        >>> mx.allclose(x.T @ (x @ curvature.solve(y)), y, atol=0.1).item()
+        True
+    """
+
+    def __init__(self, hessian: mx.array, group_size: int, shrinkage: float = 0.0) -> None:
+        """Factorise it."""
+        h = hessian.astype(mx.float32)
+        diagonal = mx.diag(h)
+        self.order, self.groups = _order(diagonal, group_size)
+        damped = (1 - shrinkage) * h + mx.diag(shrinkage * diagonal + DAMPING * diagonal.mean() + 1e-30)
+        self.damped = damped[self.order].T[self.order]  # it is symmetric, and rows are quick to gather
+        self.feedback = _feedback(self.damped)
+
+    def solve(self, right: mx.array) -> mx.array:
+        """The damped Hessian's inverse times a matrix `[columns, n]`, both with columns as the layer has them."""
+        ordered = matmul_float32(self.feedback.T, matmul_float32(self.feedback, right[self.order]))
+        return ordered[mx.argsort(self.order)]
+
+
+def _order(diagonal: mx.array, group_size: int) -> tuple[mx.array, mx.array]:
+    """Columns and groups by falling energy, groups kept together: what costs most is rounded while all can help."""
+    parts = diagonal.reshape(-1, group_size)
+    groups = mx.argsort(-parts.sum(-1))
+    inside = mx.argsort(-parts, axis=-1)
+    order = (inside + group_size * mx.arange(parts.shape[0])[:, None])[groups].reshape(-1)
+    return order, groups
+
+
+def _feedback(damped: mx.array) -> mx.array:
+    """Upper U with `U.T @ U = inverse(damped)`."""
+    boost = mx.eye(damped.shape[0]) * mx.diag(damped).mean()
+    for extra in (0.0, 0.1, 1.0):
+        # MLX factorises on the CPU only. With rows and columns reversed, one factor and one triangular inverse do.
+        turned = (damped + extra * boost if extra else damped)[::-1, ::-1]
+        factor = mx.linalg.cholesky(turned, stream=mx.cpu)
+        upper = mx.linalg.tri_inv(factor, upper=False, stream=mx.cpu)[::-1, ::-1]
+        if mx.isfinite(upper).all().item():
+            return upper
+    raise QuantizationError("The Hessian cannot be factorised, even with its diagonal doubled: are inputs finite?")
