@@ -140,7 +140,8 @@ class _Pass:
         with self._model.running():
             call = partial(self._batches[0].inputs.call, self._model.model)
             steps = forward_steps(call, list(modules.items()), blocks)
-        inputs = Propagation(self._model, self._batches, steps)
+        of_step = {s.path: {x.path: x.module for x in self._layers if self._belongs(x, s)} for s in steps}
+        inputs = Propagation(self._model, self._batches, steps, of_step)
         for layer in self._layers:
             if isinstance(layer.module, nn.Embedding):
                 done[layer.path] = self._embedding(layer, steps, inputs)

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.files.scratch import ScratchFiles
+from mlx_tune.files.scratch import ScratchFiles, free_bytes
 
 
 class KeptArrays(ScratchFiles):
@@ -35,6 +35,10 @@ class KeptArrays(ScratchFiles):
         self._held: dict[Hashable, mx.array] = {}
         self._files: dict[Hashable, tuple[Path, int]] = {}
         self.on_disk_bytes = 0
+
+    def room_bytes(self, *, on_disk: bool) -> int:
+        """The bytes that there is room for, in memory, and on disk if that counts: half of what is free there."""
+        return self._room + (free_bytes(self.place) // 2 if on_disk else 0)
 
     def __setitem__(self, key: Hashable, array: mx.array) -> None:
         """Keep an array, instead of the one that had its key.

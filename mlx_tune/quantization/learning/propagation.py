@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.memory import memory_budget
 from mlx_tune.quantization.learning.kept_arrays import KeptArrays
 from mlx_tune.quantization.learning.moments import InputMoments, Seen
@@ -32,8 +33,6 @@ _HELD_OUT_EVERY = 8
 #: Calibration is kept in memory up to this part of what there is, and beyond it on disk.
 _SHARE_OF_MEMORY = 4
 
-_NONE: Mapping[str, nn.Module] = MappingProxyType({})
-
 
 class Propagation:
     """The inputs of one step after the other, for every batch.
@@ -45,21 +44,28 @@ class Propagation:
         model: The model, which is quantized step by step meanwhile.
         batches: The batches that it is called with; one in eight judges instead of teaching.
         steps: Its steps, in the order of the forward pass.
+        layers: The layers that are to be quantized, by path, of each step by its path.
         kept: Holds the inputs of steps and of their layers.
     """
 
     def __init__(
-        self, model: WalkedModel, batches: Sequence[Batch], steps: Sequence[Step], kept: KeptArrays | None = None
+        self,
+        model: WalkedModel,
+        batches: Sequence[Batch],
+        steps: Sequence[Step],
+        layers: Mapping[str, Mapping[str, nn.Module]] = MappingProxyType({}),
+        kept: KeptArrays | None = None,
     ) -> None:
         """Run the unquantized model up to where its blocks begin to follow one another."""
         self._model, self._batches = model, batches
         self._kept = KeptArrays(memory_budget() // _SHARE_OF_MEMORY) if kept is None else kept
+        self._chain = {s.path: s.module for s in steps if s.follows is not None or s.path == _first_of(steps)}
+        self._layers, self._looks_ahead = layers, bool(self._chain)
         # Of the current step, and of the same as an unquantized model would run it.
         self._now, self._before = _Side("now"), _Side("before")
         self._extras: dict[str, Extras] = {}
-        first = next((step.like for step in steps if step.follows is not None), None)
         for step in steps:
-            if step.path == first:
+            if step.path == _first_of(steps):
                 self._start(self._before, step)
         self._extras_before = dict(self._extras)
 
@@ -96,7 +102,7 @@ class Propagation:
         self,
         step: Step,
         modules: Mapping[str, nn.Module],
-        others: Mapping[str, nn.Module] = _NONE,
+        others: Mapping[str, nn.Module] = MappingProxyType({}),
         weights: Sequence[tuple[nn.Module, mx.array]] = (),
     ) -> tuple[InputMoments, InputMoments | None]:
         """The moments of the inputs of some of a step's layers.
@@ -122,19 +128,21 @@ class Propagation:
                 )
                 into = judged if aside and judged is not None else learned
                 if self._now.at != step.path:
-                    with intercepted(modules.values(), into_moments(into)):
+                    with intercepted(modules.values(), into_moments(into)), self._ahead(i):
                         batch.inputs.call(self._model.model, through=widen)
                     into.collect()
                     continue
-                if self._before.at == step.path and (i, step.path) not in self._before.seen:
+                if self._before.at == step.path and (step.path, i) not in self._before.calls:
                     self._run_before(step, every, i)
-                with _standing_in(weights), self._through(self._now, every, i, modules, into):
+                with _standing_in(weights), self._through(self._now, step.path, every, i, modules, into):
                     # Only as much of it is evaluated as the layers' inputs take.
                     self._call(step, self._now, self._extras, i)
-                into.collect(self._seen_before(modules, i))
+                into.collect(self._seen_before(step, modules, i))
         return learned, judged
 
-    def leave(self, step: Step, following: Step | None, modules: Mapping[str, nn.Module] = _NONE) -> None:
+    def leave(
+        self, step: Step, following: Step | None, modules: Mapping[str, nn.Module] = MappingProxyType({})
+    ) -> None:
         """Run a step, quantized by now, on every batch, if the next one follows it.
 
         Args:
@@ -142,51 +150,76 @@ class Propagation:
             following: The next one, if it follows this.
             modules: The step's quantized layers by path.
         """
-        count = len(self._batches)
         if following is None or self._now.at != step.path:
-            self._forget(self._now, count)
+            self._forget(step)
             self._now.at = None
+            for i in range(len(self._batches)):
+                self._kept.discard(("now", i))
             return
         with self._model.running():
-            for i in range(count):
-                if self._before.at == step.path and (i, step.path) not in self._before.seen:
+            for i in range(len(self._batches)):
+                if self._before.at == step.path and (step.path, i) not in self._before.calls:
                     self._run_before(step, {}, i)  # nothing in it was quantized
-                with self._through(self._now, modules, i, {}, None):
+                with self._through(self._now, step.path, modules, i):
                     output = self._call(step, self._now, self._extras, i)
                 mx.eval(output)
                 self._kept["now", i] = output
-        self._forget(self._now, 0)
-        self._forget(self._before, 0)
+        self._forget(step)
         self._now.at = following.path
         self._before.at = following.path if self._before.at == step.path else None
 
     def _run_before(self, step: Step, modules: Mapping[str, nn.Module], i: int) -> None:
         """Run a step as it was before, and keep what its layers are given and what it hands on."""
-        with self._through(self._before, modules, i, modules, None):
+        with self._through(self._before, step.path, modules, i, modules):
             output = self._call(step, self._before, self._extras_before, i)
         mx.eval(output)
         self._kept["before", i] = output
-        self._before.seen.add((i, step.path))
 
-    def _seen_before(self, modules: Mapping[str, nn.Module], i: int) -> list[Seen] | None:
-        if self._before.at is None:
+    def _seen_before(self, step: Step, modules: Mapping[str, nn.Module], i: int) -> list[Seen] | None:
+        if self._before.at != step.path:
             return None
-        calls = self._before.calls.get(i, [])
-        return [(path, self._kept[slot], None) for path, slot in calls if path in modules]
+        return [(path, self._kept[slot], None) for path, slot in self._before.calls[step.path, i] if path in modules]
+
+    @contextmanager
+    def _ahead(self, i: int) -> Iterator[None]:
+        """Keep what layers are given while the unquantized model runs as a whole, instead of running it again later."""
+        if not self._looks_ahead or self._before.at != next(iter(self._chain)) or self._now.at is not None:
+            yield
+            return
+        paths = {id(module): path for path, module in self._chain.items()}
+        found = 0
+
+        def see(call: ModuleCall) -> object:
+            nonlocal found
+            path = paths[id(call.module)]
+            layers = self._layers.get(path, {})
+            with self._through(self._before, path, layers, i, layers):
+                output = call.run()
+            mx.eval(output)
+            found += sum(self._kept[slot].nbytes for slot in {slot for _, slot in self._before.calls[path, i]})
+            return output
+
+        with intercepted(self._chain.values(), see):
+            yield
+        if i == 0 and found * len(self._batches) > self._kept.room_bytes(on_disk=computes_on_cpu()):
+            self._looks_ahead = False
+            for path in self._chain:
+                self._drop(self._before, path, i)
 
     @contextmanager
     def _through(
         self,
         side: _Side,
+        step: str,
         modules: Mapping[str, nn.Module],
         i: int,
-        wanted: Mapping[str, nn.Module],
-        into: InputMoments | None,
+        wanted: Mapping[str, nn.Module] = MappingProxyType({}),
+        into: InputMoments | None = None,
     ) -> Iterator[None]:
         """Run layers on the inputs that are kept of them, and keep those of the wanted ones, while the block runs."""
         paths = {id(module): path for path, module in modules.items()}
         known: dict[str, list[Hashable]] = {}
-        for path, slot in side.calls.get(i, []):
+        for path, slot in side.calls.get((step, i), []):
             known.setdefault(path, []).append(slot)
         found: list[tuple[str, mx.array]] = []
 
@@ -204,25 +237,24 @@ class Propagation:
 
         with intercepted(modules.values(), see):
             yield
+        calls, slots = side.calls.setdefault((step, i), []), dict[int, Hashable]()
         if side is self._now and len({id(x) for _, x in found}) > 1:
             return  # one may come from another, which is about to change
-        slots: dict[int, Hashable] = {}
         for path, x in found:
             if id(x) not in slots:
-                slots[id(x)] = side.name, i, len(side.slots.setdefault(i, []))
-                side.slots[i].append(slots[id(x)])
+                slots[id(x)] = side.name, i, path, len(calls)
                 self._kept[slots[id(x)]] = x
-            side.calls.setdefault(i, []).append((path, slots[id(x)]))
+            calls.append((path, slots[id(x)]))
 
-    def _forget(self, side: _Side, states: int) -> None:
-        """Let what layers were given go, and the inputs of the first so many batches."""
-        for slot in (slot for slots in side.slots.values() for slot in slots):
+    def _forget(self, step: Step) -> None:
+        """Let go what the layers of a step were given."""
+        for side in (self._now, self._before):
+            for i in range(len(self._batches)):
+                self._drop(side, step.path, i)
+
+    def _drop(self, side: _Side, step: str, i: int) -> None:
+        for _, slot in side.calls.pop((step, i), []):
             self._kept.discard(slot)
-        for i in range(states):
-            self._kept.discard((side.name, i))
-        side.calls.clear()
-        side.slots.clear()
-        side.seen.clear()
 
     def _start(self, side: _Side, step: Step) -> None:
         """Keep the step's first arguments for every batch, unless only the whole model can call it."""
@@ -255,16 +287,17 @@ class _Side:
     Attributes:
         name: The first part of its keys.
         at: Path of the step whose inputs are kept; None where there is none.
-        calls: For each batch, the layers in the order of their calls, each with the key of its input.
-        slots: For each batch, those keys, without repetition.
-        seen: Batches that have been through a step.
+        calls: For each step and batch, the layers in the order of their calls, each with the key of its input.
     """
 
     name: str
     at: str | None = None
-    calls: dict[int, list[tuple[str, Hashable]]] = field(default_factory=dict)
-    slots: dict[int, list[Hashable]] = field(default_factory=dict)
-    seen: set[tuple[int, str]] = field(default_factory=set)
+    calls: dict[tuple[str, int], list[tuple[str, Hashable]]] = field(default_factory=dict)
+
+
+def _first_of(steps: Sequence[Step]) -> str | None:
+    """The step with which blocks begin to follow one another."""
+    return next((step.like for step in steps if step.follows is not None), None)
 
 
 def into_moments(moments: InputMoments) -> Hook:
