@@ -97,7 +97,7 @@ def theirs(method: str, bits: int, data: np.ndarray, target: float = 0.0) -> Cal
         cpu = mx.default_device() == mx.Device(mx.cpu)
         if cpu:
             model.set_dtype(mx.float32)
-        done = _theirs(method, model, bits, mx.array(data[:, :-1]), data, target)
+        done = by_mlx_lm(method, model, bits, data, target)
         if cpu:
             done.set_dtype(mx.bfloat16)
         return done
@@ -105,7 +105,9 @@ def theirs(method: str, bits: int, data: np.ndarray, target: float = 0.0) -> Cal
     return quantize
 
 
-def _theirs(method: str, model: nn.Module, bits: int, inputs: mx.array, data: np.ndarray, target: float) -> nn.Module:
+def by_mlx_lm(method: str, model: nn.Module, bits: int, data: np.ndarray, target: float = 0.0) -> nn.Module:
+    """The same in the model's own dtype."""
+    inputs = mx.array(data[:, :-1])
     if method == "mlx-lm gptq":
         from mlx_lm.quant.gptq import gptq_quantize
 
