@@ -102,7 +102,7 @@ class CacheReport(Tabular):
                 for cost in self.costs
             ],
             title=f"Key/value cache in groups of {self.group_size}; contexts predicted for {self._room()}",
-            notes=self.notes,
+            notes=[*(f"{c}: {c.accuracy.verdict}." for c in self.costs if c.accuracy is not None), *self.notes],
         )
 
     def _room(self) -> str:

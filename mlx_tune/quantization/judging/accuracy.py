@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.quantization.judging.statistics import Bucket, Estimate, finite_or_none
+from mlx_tune.quantization.judging.verdict import verdict_on_loss, verdict_on_outputs, verdict_on_tokens
 from mlx_tune.units import format_count, format_percent
 
 
@@ -42,6 +43,7 @@ class LanguageAccuracy(Tabular):
         noise_floor: Mean KL divergence of the reference in its own dtype from itself in float32: what rounding in
             half precision costs without any quantization. None where `no_noise_floor` says why.
         noise_floor_tokens: Tokens that it was measured on.
+        noise_floor_same_top: Share of those with the same most likely token in both.
         no_noise_floor: Why there is no noise floor, such as weights in float32.
         arithmetic: The arithmetic of both.
         warnings: Reasons to doubt the figures.
@@ -70,15 +72,29 @@ class LanguageAccuracy(Tabular):
     buckets: tuple[Bucket, ...]
     noise_floor: float | None = None
     noise_floor_tokens: int = 0
+    noise_floor_same_top: float | None = None
     no_noise_floor: str | None = None
     arithmetic: str = ""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """The cost in words, with the figure behind them."""
+        return verdict_on_tokens(
+            self.mean_kl,
+            self.mean_kl_error,
+            self.same_top,
+            floor=self.noise_floor,
+            floor_same_top=self.noise_floor_same_top,
+            non_finite=self.non_finite,
+        )
 
     def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON: figures that are no numbers become None."""
         figures = {k: finite_or_none(v) for k, v in asdict(self).items() if k not in ("buckets", "warnings")}
         return {
             "kind": "tokens",
+            "verdict": self.verdict,
             **figures,
             "buckets": [b.to_dict() for b in self.buckets],
             "warnings": list(self.warnings),
@@ -94,7 +110,7 @@ class LanguageAccuracy(Tabular):
 
     def tables(self) -> list[Table]:
         """Two tables: the figures, and divergence by confidence."""
-        floor, notes = "none", [f"Warning: {w}" for w in self.warnings]
+        floor, notes = "none", _notes(self)
         if self.noise_floor is not None:
             floor = f"{self.noise_floor:.3g} (half precision alone, {self.noise_floor_tokens:,} tokens)"
         elif self.no_noise_floor:
@@ -162,10 +178,15 @@ class LossAccuracy(Tabular):
     arithmetic: str = ""
     warnings: tuple[str, ...] = ()
 
+    @property
+    def verdict(self) -> str:
+        """The cost in words, with the figure behind them."""
+        return verdict_on_loss(self.loss_before, self.loss_change, self.loss_change_error)
+
     def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         figures = {k: finite_or_none(v) for k, v in asdict(self).items() if k != "warnings"}
-        return {"kind": "loss", **figures, "warnings": list(self.warnings)}
+        return {"kind": "loss", "verdict": self.verdict, **figures, "warnings": list(self.warnings)}
 
     def summary(self) -> str:
         """The figures that matter most, in a line."""
@@ -185,7 +206,7 @@ class LossAccuracy(Tabular):
                 ("change", Estimate(self.loss_change, self.loss_change_error)),
             ],
             title=f"Accuracy by the given loss on {format_count(self.batches, 'batch', 'batches')} ({self.arithmetic})",
-            notes=[f"Warning: {w}" for w in self.warnings],
+            notes=_notes(self),
         )
 
 
@@ -215,10 +236,15 @@ class OutputAccuracy(Tabular):
     arithmetic: str = ""
     warnings: tuple[str, ...] = ()
 
+    @property
+    def verdict(self) -> str:
+        """The cost in words, with the figure behind them."""
+        return verdict_on_outputs(self.relative_error, self.non_finite)
+
     def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         figures = {k: finite_or_none(v) for k, v in asdict(self).items() if k != "warnings"}
-        return {"kind": "outputs", **figures, "warnings": list(self.warnings)}
+        return {"kind": "outputs", "verdict": self.verdict, **figures, "warnings": list(self.warnings)}
 
     def summary(self) -> str:
         """The figures that matter most, in a line."""
@@ -242,8 +268,13 @@ class OutputAccuracy(Tabular):
             rows,
             title=f"Accuracy of outputs on {format_count(self.batches, 'batch', 'batches')}, {self.values:,} numbers "
             f"({self.arithmetic})",
-            notes=[f"Warning: {w}" for w in self.warnings],
+            notes=_notes(self),
         )
+
+
+def _notes(accuracy: Accuracy) -> list[str]:
+    verdict = accuracy.verdict
+    return [f"{verdict[0].upper()}{verdict[1:]}.", *(f"Warning: {w}" for w in accuracy.warnings)]
 
 
 Accuracy = LanguageAccuracy | LossAccuracy | OutputAccuracy

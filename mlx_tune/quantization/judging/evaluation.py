@@ -40,6 +40,7 @@ class Evaluation:
         loss: The caller's loss.
         noise_floor: Half precision's own divergence, where measured.
         noise_floor_tokens: Tokens that it was measured on.
+        noise_floor_same_top: Share of those with the same most likely token.
         no_noise_floor: Why there is none, where there is none.
         warnings: Reasons to doubt the figures.
         narrow: The narrowest float dtype of what a model gave where that is not float32.
@@ -50,6 +51,7 @@ class Evaluation:
     loss: Loss | None = None
     noise_floor: float | None = None
     noise_floor_tokens: int = 0
+    noise_floor_same_top: float | None = None
     no_noise_floor: str | None = "not measured"
     warnings: tuple[str, ...] = ()
     narrow: str | None = None
@@ -119,6 +121,7 @@ class Evaluation:
             join_figures(rows),
             noise_floor=self.noise_floor,
             noise_floor_tokens=self.noise_floor_tokens,
+            noise_floor_same_top=self.noise_floor_same_top,
             no_noise_floor=self.no_noise_floor,
             **context,
         )
@@ -172,6 +175,7 @@ class Evaluation:
                 break
         floor = summarise_tokens(join_figures(rows))
         self.noise_floor, self.noise_floor_tokens, self.no_noise_floor = floor.mean_kl, floor.tokens, None
+        self.noise_floor_same_top = floor.same_top
 
 
 def prepare_evaluation(

@@ -138,6 +138,11 @@ class QuantizationReport(Tabular):
         """The same before quantization."""
         return 8 * self.size_before_bytes / self.parameters
 
+    @property
+    def verdict(self) -> str | None:
+        """The cost on the evaluation in words, with the figure behind them; None where nothing was evaluated."""
+        return None if self.accuracy is None else self.accuracy.verdict
+
     def to_dict(self) -> dict[str, Json]:
         """The same, ready for JSON."""
         return {
@@ -157,6 +162,7 @@ class QuantizationReport(Tabular):
             "arithmetic": self.arithmetic,
             "notes": list(self.notes),
             "warning": self.warning,
+            "verdict": self.verdict,
         }
 
     def summary(self) -> str:
@@ -170,7 +176,7 @@ class QuantizationReport(Tabular):
         if self.warning is not None:
             lines.insert(0, f"{self.warning}.")
         if self.accuracy is not None:
-            lines.append(self.accuracy.summary())
+            lines += [self.accuracy.verdict, self.accuracy.summary()]
         return "\n".join(lines)
 
     def _bits(self) -> str:

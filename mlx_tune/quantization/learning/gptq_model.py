@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.measuring.float32_products import matmul_float32
+from mlx_tune.memory import memory_budget
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.formats.overflow import overflows
@@ -27,6 +28,7 @@ from mlx_tune.quantization.learning.curvature import Curvature
 from mlx_tune.quantization.learning.drift_correction import OutputErrors, corrected
 from mlx_tune.quantization.learning.experts import note_of_experts
 from mlx_tune.quantization.learning.gptq import quantize_gptq, shrinkage_for
+from mlx_tune.quantization.learning.kept_arrays import KeptArrays
 from mlx_tune.quantization.learning.moments import Drift, InputMoments
 from mlx_tune.quantization.learning.propagation import Propagation
 from mlx_tune.quantization.models.batches import Batch, in_parts
@@ -40,6 +42,9 @@ Arrays = tuple[mx.array, mx.array, mx.array]
 
 #: Tokens that run through a block at once, however large the batches are.
 _PART_TOKENS = 4096
+
+#: What layers are given is kept in memory up to this part of what there is, and beyond it on disk.
+_SHARE_OF_MEMORY = 4
 
 #: How much the relative error of a tied embedding's rows counts beside that of its logits.
 LOOKUP_SHARE = 1.0
@@ -113,9 +118,10 @@ def gptq_model(
     """
     if not calibration:
         raise QuantizationError("GPTQ learns from batches: calibration is empty.")
-    with progress_bar("gptq", len(layers), enabled=progress) as bar:
+    room = memory_budget() // _SHARE_OF_MEMORY
+    with KeptArrays(room) as kept, progress_bar("gptq", len(layers), enabled=progress) as bar:
         run = _Pass(model, list(layers), in_parts(calibration, _PART_TOKENS), install, effort, bar)
-        done = run.all(blocks)
+        done = run.all(blocks, kept)
     return [done[layer.path] for layer in layers]
 
 
@@ -134,14 +140,14 @@ class _Pass:
         self._model, self._layers, self._batches = model, layers, batches
         self._install, self._effort, self._bar = install, effort, bar
 
-    def all(self, blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, CalibratedLayer]:
+    def all(self, blocks: Sequence[tuple[str, nn.Module]], kept: KeptArrays) -> dict[str, CalibratedLayer]:
         done: dict[str, CalibratedLayer] = {}
         modules = {path: layer.module for layer in self._layers for path in layer.paths}
         with self._model.running():
             call = partial(self._batches[0].inputs.call, self._model.model)
             steps = forward_steps(call, list(modules.items()), blocks)
         of_step = {s.path: {x.path: x.module for x in self._layers if self._belongs(x, s)} for s in steps}
-        inputs = Propagation(self._model, self._batches, steps, of_step)
+        inputs = Propagation(self._model, self._batches, steps, of_step, kept)
         for layer in self._layers:
             if isinstance(layer.module, nn.Embedding):
                 done[layer.path] = self._embedding(layer, steps, inputs)

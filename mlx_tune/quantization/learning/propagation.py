@@ -17,7 +17,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tune.devices import computes_on_cpu
-from mlx_tune.memory import memory_budget
 from mlx_tune.quantization.learning.kept_arrays import KeptArrays
 from mlx_tune.quantization.learning.moments import InputMoments, Seen
 from mlx_tune.quantization.models.batches import Batch
@@ -29,9 +28,6 @@ Extras = list[tuple[tuple[object, ...], dict[str, object]]]
 
 #: One batch in so many is kept aside to judge each layer on.
 _HELD_OUT_EVERY = 8
-
-#: Calibration is kept in memory up to this part of what there is, and beyond it on disk.
-_SHARE_OF_MEMORY = 4
 
 
 class Propagation:
@@ -53,12 +49,12 @@ class Propagation:
         model: WalkedModel,
         batches: Sequence[Batch],
         steps: Sequence[Step],
-        layers: Mapping[str, Mapping[str, nn.Module]] = MappingProxyType({}),
-        kept: KeptArrays | None = None,
+        layers: Mapping[str, Mapping[str, nn.Module]],
+        kept: KeptArrays,
     ) -> None:
         """Run the unquantized model up to where its blocks begin to follow one another."""
         self._model, self._batches = model, batches
-        self._kept = KeptArrays(memory_budget() // _SHARE_OF_MEMORY) if kept is None else kept
+        self._kept = kept
         self._chain = {s.path: s.module for s in steps if s.follows is not None or s.path == _first_of(steps)}
         self._layers, self._looks_ahead = layers, bool(self._chain)
         # Of the current step, and of the same as an unquantized model would run it.

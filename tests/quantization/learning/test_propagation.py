@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from mlx_tune.checkpointing.blocks import blocks_of
 from mlx_tune.quantization.learning import drift_correction
 from mlx_tune.quantization.learning import gptq_model as passes
+from mlx_tune.quantization.learning.kept_arrays import KeptArrays
 from mlx_tune.quantization.learning.propagation import Propagation
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.interception import forward_steps
@@ -21,7 +22,7 @@ def test_layers_that_are_given_the_same_are_one_stage():
     modules = dict(model.named_modules())
     layers = {path: m for path, m in modules.items() if isinstance(m, nn.Linear)}
     steps = forward_steps(partial(batches[0].inputs.call, model), list(layers.items()), blocks_of(model))
-    inputs = Propagation(WalkedModel(model), batches, steps)
+    inputs = Propagation(WalkedModel(model), batches, steps, {}, KeptArrays(1 << 30))
     step = next(s for s in steps if s.path == "model.layers.0")
     inputs.enter(step)
     mine = {path: m for path, m in layers.items() if path.startswith("model.layers.0.")}
@@ -55,3 +56,40 @@ def test_both_ways_of_running_blocks_learn_the_same(monkeypatch):
     for name, array in found[0].items():
         if "scales" in name:
             assert mx.allclose(array, found[1][name], rtol=1e-2, atol=1e-3).item(), name
+
+
+def arrays_of(model):
+    return dict(tree_flatten(model.parameters()))
+
+
+def test_what_waits_on_disk_or_is_computed_again_leaves_the_same_weights(monkeypatch):
+    found, on_disk = [], []
+    plain = KeptArrays.save
+    monkeypatch.setattr(KeptArrays, "save", lambda self, arrays: on_disk.append(arrays) or plain(self, arrays))
+    for share, room in ((4, None), (1 << 60, None), (4, 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(passes, "_SHARE_OF_MEMORY", share)
+            if room is not None:
+                patch.setattr(KeptArrays, "room_bytes", lambda self, on_disk: 0)
+            model = make()
+            quantized(model, 3, tokens(3))
+            found.append(arrays_of(model))
+        assert bool(on_disk) == (share > 4)
+        on_disk.clear()
+    for name, array in found[0].items():
+        assert mx.array_equal(array, found[1][name]).item(), name
+        assert mx.array_equal(array, found[2][name]).item(), name
+
+
+def test_nothing_is_kept_longer_than_its_block(monkeypatch):
+    most, put = [], KeptArrays.__setitem__
+    monkeypatch.setattr(KeptArrays, "room_bytes", lambda self, on_disk: 0)  # so that no block is run ahead of the rest
+
+    def counting(self, key, array):
+        put(self, key, array)
+        most.append(sum(x.nbytes for x in self._held.values()))
+
+    monkeypatch.setattr(KeptArrays, "__setitem__", counting)
+    quantized(make(), 4, tokens(2))
+    state = 2 * 4 * 16 * 128 * 4  # batches, rows, tokens, width, bytes
+    assert max(most) <= 6 * state  # the inputs of a block and of its two layers, now and before
