@@ -254,7 +254,7 @@ class _Job:
         shares: list[mx.array],
         codes: list[mx.array] | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """Round the columns of a group one after the other, each with what the ones before it have left to it.
+        """Round the columns of a group one after the other; each makes up for those before it.
 
         Args:
             values: Of each column, `[size, rows]`: its weights or, where codes are given, the pull on them.
