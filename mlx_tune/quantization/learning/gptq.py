@@ -261,7 +261,7 @@ class _Job:
             links: Of the columns, `[size, size]`: what a move of k does to the value of j at `[j, k]`.
             scale: `[1, rows]`.
             bias: `[1, rows]`.
-            shares: What a column's value or error is multiplied by, `[1, 1]` each.
+            shares: Factors of each column's value or error, `[1, 1]` each.
             codes: The codes to improve on, `[1, rows]` each.
 
         Returns:
