@@ -51,6 +51,7 @@ _HOMES = {
     "AutobatchResult": "batching",
     # losses
     "linear_cross_entropy": "losses.linear_cross_entropy",
+    "linear_kl_divergence": "losses.linear_kl_divergence",
     "linear_log_probs": "losses",
     # quantization
     "quantize_model": "quantization",
@@ -119,6 +120,7 @@ if TYPE_CHECKING:
     from mlx_tune.graphs import is_tracing as is_tracing
     from mlx_tune.losses import linear_log_probs as linear_log_probs
     from mlx_tune.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from mlx_tune.losses.linear_kl_divergence import linear_kl_divergence as linear_kl_divergence
     from mlx_tune.measuring.tightest_limit import TightestLimit as TightestLimit
     from mlx_tune.measuring.tightest_limit import tightest_limit as tightest_limit
     from mlx_tune.memory import MemoryBudget as MemoryBudget

@@ -125,3 +125,9 @@ class Head:
     def _hold(self, arrays: Sequence[mx.array]) -> None:
         assert isinstance(self._layer, nn.Module)
         self._layer.update(tree_unflatten(list(zip(self._names, arrays, strict=True))))
+
+
+def finished(logits: mx.array, scale: float | None, softcap: float | None) -> mx.array:
+    """Logits multiplied by a scale, then capped, where there is either."""
+    logits = logits if scale is None else logits * scale
+    return logits if softcap is None else mx.tanh(logits / softcap) * softcap

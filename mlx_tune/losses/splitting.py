@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_tune.checkpointing.block.randomness import draws_from, thread_stream
 from mlx_tune.errors import InvalidArgumentError
-from mlx_tune.losses.linear_cross_entropy import finished
+from mlx_tune.losses.heads import finished
 from mlx_tune.state import same_training
 from mlx_tune.substitution import ModuleCall, intercepted
 from mlx_tune.upstream import has_mode, set_mode

@@ -2,16 +2,19 @@
 
     python tests/benchmarks/loss.py [--model PATH] [--quick]
     python tests/benchmarks/loss.py --trainer [--quick]
+    python tests/benchmarks/loss.py --dwq [--quick]
 
 First the floors of LoRA steps on a 0.6 B shape (width 1,024, 28 blocks, vocabulary 151,936, tied, bfloat16, every block
 checkpointed, 4 x 2,048 tokens) as the graph has them, which allocates nothing; then, with --model, steps of a real
 model that mlx-lm loads, in turns: LoRA of rank 8 and full fine-tuning. With --trainer, mlx-lm's own step as `lm.train`
 has it, with mlx-lm's loss and without its logits: a small Llama, a large vocabulary, LoRA, every block checkpointed.
+With --dwq, the gradient of one step of "dwq" on the same model at 3 bits, with the logits of both models and without.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -22,13 +25,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from workload_models import language_model
 
 import mlx_tune as mt
 from mlx_tune import lm
+from mlx_tune.losses.splitting import split_head
 from mlx_tune.presentation.tables import render_table
+from mlx_tune.quantization.learning.distance import Distance
+from mlx_tune.quantization.learning.dwq import _answers
+from mlx_tune.quantization.learning.trainable import NAMES, made_dense, trainable_sites, trained_in_place
+from mlx_tune.quantization.models.batches import read_batches
+from mlx_tune.quantization.models.sites import WalkedModel
+from mlx_tune.quantization.models.stored_outputs import OutputStore
 
 
 def plain(hidden: mx.array, head: nn.Module, targets: mx.array) -> mx.array:
@@ -166,6 +177,52 @@ def trainer_steps(rows: int, length: int, vocabulary: int, turns: int) -> None:
     print(render_table(columns, table, title=title))
 
 
+def dwq_steps(rows: int, length: int, vocabulary: int, turns: int) -> None:
+    """The gradient of "dwq" on one step's tokens, with the logits of both models and with their states."""
+    reference = language_model("llama", vocab_size=vocabulary)
+    model = copy.deepcopy(reference)
+    nn.quantize(model, 64, 3)
+    mx.eval(reference.parameters(), model.parameters())
+    walked = WalkedModel(model)
+    tokens = mx.random.randint(0, vocabulary, (rows, length + 1), key=mx.random.key(0))
+    batch = read_batches([tokens], "calibration")[0]
+    # A function cannot be split, so that its logits are what is learned from.
+    ways: dict[str, Any] = {"logits": lambda tokens: reference(tokens), "states": reference}
+    ready, predicted, least, table = {}, {}, {}, []
+    with ExitStack() as around:
+        around.enter_context(walked.evaluation_mode())
+        layers = around.enter_context(trained_in_place(trainable_sites(walked), mx.float32))
+        around.enter_context(walked.float32_arithmetic())
+        start = [{name: layer[name] for name in NAMES} for layer in layers]
+        for name, given in ways.items():
+            answers = _answers(model, split_head), _answers(given, split_head)
+            distance = Distance(*answers, around.enter_context(OutputStore()), made_dense)
+            targets = distance.targets(batch)
+
+            def loss(parameters: Any, distance: Distance = distance, targets: Any = targets) -> mx.array:
+                for layer, own in zip(layers, parameters, strict=True):
+                    for key, value in own.items():
+                        dict.__setitem__(layer, key, value)
+                return distance.of(batch, targets)
+
+            gradient = mx.value_and_grad(loss)
+
+            def step(given: Any, gradient: Any = gradient) -> mx.array:
+                value, gradients = gradient(given)
+                return mx.depends([value], [array for _, array in tree_flatten(gradients)])[0]
+
+            found = mt.estimate_memory(step, start, state=(model, reference))
+            ready[name], predicted[name] = (step, ()), found.floor_bytes - found.start_bytes
+            run(ready[name], start)
+            with mt.memory_limit(1):
+                least[name] = min(run(ready[name], start)[1] for _ in range(2))
+        peaks, times = in_turns(ready, start, turns, "logits")
+    for name in ways:
+        table.append((name, *map(mt.format_bytes, (predicted[name], least[name], peaks[name])), times[name]))
+    columns = ("from", "floor, predicted", "held back", "free", "time over that from logits")
+    print(render_table(columns, table, title=f"dwq, 3 bits, vocabulary {vocabulary:,}, {rows} x {length} tokens"))
+
+
 def in_turns(ready: dict[str, Any], batch: Any, turns: int, first: str) -> tuple[dict[str, int], dict[str, str]]:
     """The highest peak of each step, and its time over that of the first: median, least and greatest of all turns."""
     taken = [{name: run(step, batch) for name, step in ready.items()} for _ in range(turns)]
@@ -198,7 +255,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="few blocks and tokens: to see that it runs")
     parser.add_argument("--trainer", action="store_true", help="mlx-lm's own step with and without its logits")
+    parser.add_argument("--dwq", action="store_true", help='the gradient of a step of "dwq" likewise')
     options = parser.parse_args()
+    if options.dwq:
+        dwq_steps(*((2, 32, 2000, 1) if options.quick else (8, 128, 50_000, options.turns)))
+        return
     if options.trainer:
         trainer_steps(*((2, 64, 2000, 1) if options.quick else (4, 256, 50_000, options.turns)))
         return

@@ -21,17 +21,20 @@ from mlx.utils import tree_map
 
 from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import CheckpointError, QuantizationError
+from mlx_tune.losses.splitting import split_head
 from mlx_tune.memory import memory_budget, track_memory
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.learning.data_parallel import Shares
+from mlx_tune.quantization.learning.distance import Answers, Distance, Head
 from mlx_tune.quantization.learning.trainable import (
     NAMES,
+    made_dense,
     stays_in_range,
     stored_pair,
     trainable_sites,
     trained_in_place,
 )
-from mlx_tune.quantization.models.answers import Loss, logits_of, mean_loss, output_arrays
+from mlx_tune.quantization.models.answers import Loss, mean_loss
 from mlx_tune.quantization.models.batches import Batch, count_tokens, in_parts
 from mlx_tune.quantization.models.sites import WalkedModel, widen
 from mlx_tune.quantization.models.stored_outputs import OutputStore
@@ -54,9 +57,6 @@ _STEP_TOKENS = 1024
 #: One step in so many is kept aside, up to so many tokens.
 _HELD_OUT_EVERY, _HELD_OUT_TOKENS = 8, 8192
 
-#: Bytes of the reference's outputs that are kept on disk for when they are needed again.
-_STORED_BYTES = 2 << 30
-
 Parameters = list[dict[str, mx.array]]
 
 
@@ -73,6 +73,17 @@ class Recomputed(Protocol):
 
 #: Makes a model recompute its blocks' activations; CheckpointError where nothing is repeated in it.
 Recompute = Callable[[nn.Module], Recomputed]
+
+
+class SplitModel(Head, Protocol):
+    """A model's output layer, and what is before it."""
+
+    def states(self, model: nn.Module, tokens: mx.array) -> mx.array:
+        """The states that the layer is given."""
+
+
+#: Splits a model; the reason where it cannot be.
+Split = Callable[[nn.Module], SplitModel | str]
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,7 @@ def train_dwq(
     rates: Sequence[float] = RATES,
     epochs: int | None = None,
     recompute: Recompute | None = None,
+    split: Split = split_head,
     checkpoint: bool | None = None,
     group: object = None,
     progress: bool = True,
@@ -142,7 +154,8 @@ def train_dwq(
         epochs: The number of passes over the calibration; by default as often as makes some 256 steps. Where the loss
             on the batches kept aside stops falling, training goes on from the best at a lower rate, or ends.
         recompute: Makes the model recompute activations of its blocks; None for never.
-        checkpoint: True has it do so, False not; by default where memory calls for it.
+        split: Finds a model's output layer, so that the logits of all tokens are never held.
+        checkpoint: True has the model do so, False not; by default where memory calls for it.
         group: The `mx.distributed` group to share the calibration with; by default that of `mlx.launch`, where it
             started this process.
         progress: Show a progress line with the loss on the batches kept aside.
@@ -186,7 +199,10 @@ def train_dwq(
         shares = Shares(group)
         bar = stack.enter_context(progress_bar("dwq", enabled=progress and shares.rank == 0))
         store = stack.enter_context(OutputStore())
-        training = _Training(model.model, layers, reference, lessons, judges, loss, store, shares, bar)
+        distance = None
+        if loss is None and reference is not None:
+            distance = Distance(_answers(model.model, split), _answers(reference, split), store, made_dense)
+        training = _Training(model.model, layers, distance, lessons, judges, loss, shares, bar)
         result, best = training.run(
             tuple(rates), epochs, None if checkpoint is False else recompute, forced=checkpoint is True
         )
@@ -206,21 +222,18 @@ class _Training:
         self,
         model: nn.Module,
         layers: list[nn.Module],
-        reference: Callable[..., object] | None,
+        distance: Distance | None,
         lessons: list[Batch],
         judges: list[Batch],
         loss: Loss | None,
-        store: OutputStore,
         shares: Shares,
         bar: Bar,
     ) -> None:
-        self._model, self._layers, self._reference, self._loss = model, layers, reference, loss
+        self._model, self._layers, self._distance, self._loss = model, layers, distance, loss
         self._shares = shares
         # A loss of the caller's own need not be a mean over sequences: then every rank works on all of a step.
         self._lessons = [shares.of(batch, divide=loss is None) for batch in lessons]
         self._judges = [shares.of(batch, divide=loss is None) for batch in judges]
-        self._store, self._stored_bytes = store, 0
-        self._places: dict[int, int] = {}
         self._bar = bar
         self._steps = 0
         self._gradient = mx.value_and_grad(self._loss_of)
@@ -318,41 +331,36 @@ class _Training:
         own = 0.0
         for share in self._judges:
             if share.batch is not None:
-                loss = number(self._loss_of(parameters, share.batch, self._targets(share.batch)))
+                loss = number(self._loss_of(parameters, share.batch, self._targets(share.batch), learn=False))
                 own += loss * share.weight * share.size
         self.put(parameters)
         loss = self._shares.total(own) / sum(share.size for share in self._judges)
         return loss if math.isfinite(loss) else math.inf
 
     def _targets(self, batch: Batch) -> list[mx.array]:
-        if self._loss is not None:
-            return []
-        if id(batch) in self._places:
-            return self._store.get(self._places[id(batch)])
-        assert self._reference is not None
-        output = batch.inputs.call(self._reference, through=widen)
-        logits = logits_of(output)
-        # Targets are constants: evaluated now, so that their graph is not held with that of the model.
-        arrays = [logits] if batch.tokens is not None and logits.ndim == 3 else output_arrays(output)
-        mx.eval(arrays)
-        size = sum(array.nbytes for array in arrays)
-        if self._stored_bytes + size <= _STORED_BYTES:
-            self._places[id(batch)] = len(self._store)
-            self._store.put(arrays)
-            self._stored_bytes += size
-        return arrays
+        return [] if self._distance is None else self._distance.targets(batch)
 
-    def _loss_of(self, parameters: Parameters, batch: Batch, targets: list[mx.array]) -> mx.array:
+    def _loss_of(
+        self, parameters: Parameters, batch: Batch, targets: list[mx.array], *, learn: bool = True
+    ) -> mx.array:
         self.put(parameters)
-        if self._loss is not None:
-            return mean_loss(batch.call(self._loss, self._model))
-        output = batch.inputs.call(self._model, through=widen)
-        if batch.tokens is not None and len(targets) == 1 and targets[0].ndim == 3:
-            return _divergence(targets[0], logits_of(output))
-        pairs = list(zip(targets, output_arrays(output), strict=True))
-        error = sum((mx.square(a - b).sum() for a, b in pairs), mx.array(0.0))
-        energy = sum((mx.square(a).sum() for a, _ in pairs), mx.array(0.0))
-        return error / mx.maximum(energy, 1e-30)
+        if self._distance is not None:
+            return self._distance.of(batch, targets, learn=learn)
+        assert self._loss is not None
+        return mean_loss(batch.call(self._loss, self._model))
+
+
+def _answers(model: Callable[..., object], split: Split) -> Answers:
+    """The ways to ask a model; of what is none, the outputs alone."""
+    head = split(model) if isinstance(model, nn.Module) else "it is no module"
+
+    def states(tokens: mx.array) -> mx.array:
+        assert isinstance(model, nn.Module)
+        assert not isinstance(head, str)
+        return head.states(model, tokens)
+
+    whole = None if isinstance(head, str) else head
+    return Answers(lambda batch: batch.inputs.call(model, through=widen), states, whole)
 
 
 def _lessons_and_judges(calibration: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -386,11 +394,3 @@ class _Adam:
         size = rate * math.sqrt(1 - slow**self._count) / (1 - fast**self._count)
         moved: Parameters = tree_map(lambda p, a, b: p - size * a / (mx.sqrt(b) + 1e-12), parameters, m, v)
         return moved
-
-
-def _divergence(before: mx.array, after: mx.array) -> mx.array:
-    """Mean KL divergence of the model from the reference, over tokens."""
-    before, after = before.astype(mx.float32), after.astype(mx.float32)
-    lx = before - mx.logsumexp(before, axis=-1, keepdims=True)
-    ly = after - mx.logsumexp(after, axis=-1, keepdims=True)
-    return (mx.exp(lx) * (lx - ly)).sum(-1).mean()

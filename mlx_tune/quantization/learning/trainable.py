@@ -20,7 +20,7 @@ from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packing import unpack
 from mlx_tune.quantization.models.layers import dense_twin, has_dense_class, is_quantized
 from mlx_tune.quantization.models.sites import Site, WalkedModel, in_places
-from mlx_tune.substitution import subclass, substitute
+from mlx_tune.substitution import plain_class, subclass, substitute
 
 #: Names of the two trained arrays of a layer.
 NAMES = ("stretch", "shift")
@@ -58,6 +58,23 @@ def stored_pair(layer: Any) -> tuple[mx.array, mx.array]:
     """A trainable layer's scales and biases as they will be stored."""
     scales, biases = _pair(layer)
     return scales.astype(layer._scales.dtype), biases.astype(layer._scales.dtype)
+
+
+def made_dense(layer: Any) -> nn.Module:
+    """A layer that multiplies by the weight that a trainable one stands for now, which is worked out once.
+
+    Args:
+        layer: A trainable layer, linear or an embedding whose table makes logits; or any other, frozen as it is.
+    """
+    trains = getattr(layer, "_form", None) is not None
+    if not trains and plain_class(type(layer)) not in (nn.Linear, nn.Embedding):
+        other: nn.Module = layer
+        return other
+    dense = nn.Linear(1, 1, bias=False)
+    dense.weight = _weight(layer) if trains else layer.weight
+    if "bias" in layer:
+        dense.bias = layer.bias
+    return dense.freeze(keys=["bias"] if trains else None)
 
 
 def stays_in_range(layer: Any) -> bool:

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 import mlx_tune as mt
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.learning import dwq
+from mlx_tune.quantization.learning import distance, dwq
 from mlx_tune.quantization.learning.dwq import train_dwq
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.sites import WalkedModel
@@ -71,7 +71,7 @@ def test_outputs_of_the_reference_that_are_needed_again_are_not_worked_out_again
     calibration = batches(4)
     stored = train_dwq(WalkedModel(copy.deepcopy(model)), counting, calibration, epochs=2, progress=False)
     assert calls == 4
-    monkeypatch.setattr(dwq, "_STORED_BYTES", 0)
+    monkeypatch.setattr(distance, "_STORED_BYTES", 0)
     assert train_dwq(WalkedModel(model), counting, calibration, epochs=2, progress=False) == stored
     assert calls > 8
 
