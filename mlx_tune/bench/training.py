@@ -20,7 +20,7 @@ from mlx_tune.measuring.step import run_step
 from mlx_tune.measuring.step_floor import StepFloor
 from mlx_tune.measuring.tightest_limit import tightest_limit
 from mlx_tune.presentation.plain import Json
-from mlx_tune.trees import arrays_of
+from mlx_tune.trees import arrays_of, nbytes_of
 
 #: A place between the floors of two batches, clear of the noise of both.
 _BETWEEN = 0.4
@@ -190,8 +190,8 @@ def gradients(sizes: Sizes, room: int) -> dict[str, Json]:
         room: The bytes that it may take.
     """
     job = make_job(sizes)
-    # Gradients of three runs are compared: they are at most twice as many bytes again as the step holds.
-    batch, _ = settle(job, sizes.rows, room // 3)
+    # Gradients of three runs are compared, and those of one are in a step already.
+    batch, _ = settle(job, sizes.rows, room - 2 * nbytes_of(job.model.trainable_parameters()))
     report = verify_checkpoint(job.model, job.loss, batch)
     return {
         "equal": report.ok,

@@ -14,7 +14,7 @@ _EXAMPLES = """\
   mlx-tune bench                           every claim: ten minutes on a Mac
   mlx-tune bench --quick                   the same at small sizes, a minute
   mlx-tune bench --only floors autobatch   some of them
-  mlx-tune bench --out m3-max.json         into another file, which may hold sections from before
+  mlx-tune bench --out m3-max.json         into another file, or a begun one
 
 exit codes: 0 it measured, whatever holds; 1 the process of a section died; 130 interrupted, with the sections until
 then in the table and in the file"""

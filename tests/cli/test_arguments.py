@@ -24,7 +24,7 @@ def test_help_lists_no_option_twice(command: str, capsys) -> None:
 
 @pytest.mark.parametrize("command", SUBCOMMANDS)
 def test_an_unknown_flag_shows_the_usage_of_the_subcommand(command: str, capsys) -> None:
-    needed = {"demo": [], "doctor": [], "fits": ["x"]}.get(command, ["--model", "x"])
+    needed = {"demo": [], "doctor": [], "bench": [], "fits": ["x"]}.get(command, ["--model", "x"])
     with pytest.raises(SystemExit) as caught:
         main([command, *needed, "--no-such-flag"])
     err = capsys.readouterr().err
