@@ -81,6 +81,9 @@ def _overview(found: Mapping[str, BenchReport]) -> str:
         failing = ", ".join(row.claim for row in report.rows if row.holds is False) or "none"
         unclear = [row.claim for row in report.rows if row.holds is None]
         unclear += [section.name for section in report.sections if section.status != "measured"]
+        if report.interrupted:
+            reached = {section.name for section in report.sections}
+            unclear += [f"{section.name} (interrupted)" for section in SECTIONS if section.name not in reached]
         link = f"[{name}](machines/{name})"
         cells = [machine.name, memory, system, versions, report.day or "not known", holding, failing]
         rows.append(f"| {' | '.join([*cells, ', '.join(unclear) or 'none', link])} |")

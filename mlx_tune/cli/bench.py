@@ -72,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         def written(so_far: BenchReport) -> None:
             write(so_far)
-            bar.advance()
+            if not so_far.interrupted:
+                bar.advance()
 
         report = measure(
             sections, size, report, starting=lambda section: bar.update(text=section.name), measured=written
