@@ -39,7 +39,7 @@ def chunked_loss(
     Args:
         hidden: `[..., width]`, the states.
         head: As `Head` takes it.
-        losses_of: The losses `[chunk]` of a chunk, from its logits `[chunk, vocabulary]` in float32 and its place
+        losses_of: The losses `[chunk]` of a chunk, in float32, from its logits `[chunk, vocabulary]` and its place
             among all tokens.
         weights: `[...]`, multiplies each token's loss; None for ones.
         reduction: "mean", "sum" or "none".
@@ -87,7 +87,7 @@ class _Chunks:
 
     Args:
         head: The head.
-        losses_of: The losses of a chunk `[chunk]`, from its logits in float32 and its place.
+        losses_of: The losses of a chunk `[chunk]`, from its logits and its place.
         tokens: Their number.
         chunk: The most tokens at a time.
     """
@@ -154,7 +154,7 @@ class _Chunks:
     def _losses(self, states: mx.array, arrays: Sequence[mx.array]) -> mx.array:
         parts: list[mx.array] = []
         for at in self._places:
-            logits = self._head.logits(arrays, after(states[at], parts[-1:])).astype(mx.float32)
+            logits = self._head.logits(arrays, after(states[at], parts[-1:]))
             parts.append(self._losses_of(logits, at))
         return mx.concatenate(parts)
 

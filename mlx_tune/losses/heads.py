@@ -94,7 +94,7 @@ class Head:
         Args:
             arrays: As `self.arrays`.
             hidden: `[tokens, width]`.
-            losses_of: `[tokens]` from logits `[tokens, vocabulary]` in float32.
+            losses_of: `[tokens]` in float32, from logits `[tokens, vocabulary]`.
             cotangent: Of the losses, `[tokens]`.
             wanted: The arrays, by number, whose gradients are wanted.
 
@@ -102,9 +102,10 @@ class Head:
             The losses, the gradient of `hidden`, and those of the wanted arrays, in float32 where that costs little.
         """
         if self._weight is not None:
-            logits = self.logits(arrays, hidden).astype(mx.float32)
-            (losses,), (slopes,) = mx.vjp(lambda logits: [losses_of(logits)], [logits], [cotangent])
+            logits = self.logits(arrays, hidden)
             # Half-precision products summed over chunks would be further off than the one product of a plain loss.
+            logits = logits.astype(mx.float32) if wanted else logits
+            (losses,), (slopes,) = mx.vjp(lambda logits: [losses_of(logits)], [logits], [cotangent])
             wide = hidden.astype(mx.float32)
             of_arrays = [slopes.T @ wide if i == self._weight else slopes.sum(0) for i in wanted]
             return losses, slopes.astype(hidden.dtype) @ arrays[self._weight], of_arrays
@@ -113,7 +114,7 @@ class Head:
             own = list(arrays)
             for i, array in zip(wanted, some, strict=True):
                 own[i] = array
-            return [losses_of(self.logits(own, hidden).astype(mx.float32))]
+            return [losses_of(self.logits(own, hidden))]
 
         given = [arrays[i].astype(mx.float32) if self._is_adapter(i) else arrays[i] for i in wanted]
         (losses,), (gradient, *of_arrays) = mx.vjp(losses_from, [hidden, *given], [cotangent])

@@ -66,7 +66,11 @@ def linear_cross_entropy(
     wanted = targets.reshape(-1)
 
     def losses_of(logits: mx.array, at: slice) -> mx.array:
-        return nn.losses.cross_entropy(finished(logits, scale, softcap), wanted[at], label_smoothing=label_smoothing)
+        if scale is None and softcap is None and not label_smoothing and mx.default_device() == mx.gpu:
+            # The fused kernel adds up in float32, and needs no copy of the logits in it.
+            return mx.fast.cross_entropy(logits, wanted[at])
+        shaped = finished(logits.astype(mx.float32), scale, softcap)
+        return nn.losses.cross_entropy(shaped, wanted[at], label_smoothing=label_smoothing)
 
     return chunked_loss(hidden, head, losses_of, weights=weights, reduction=reduction, chunk_tokens=chunk_tokens)
 

@@ -69,9 +69,8 @@ def linear_kl_divergence(
                 "vocabularies must be one."
             )
         # Both normalized before the difference is taken: it is small where the models agree.
-        expected, found = (
-            x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (before, finished(logits, scale, softcap))
-        )
+        ours = finished(logits.astype(mx.float32), scale, softcap)
+        expected, found = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (before, ours))
         return (mx.exp(expected) * (expected - found)).sum(-1)
 
     return chunked_loss(hidden, head, losses_of, weights=weights, reduction=reduction, chunk_tokens=chunk_tokens)

@@ -350,6 +350,41 @@ def test_no_more_than_one_chunk_of_logits_is_ever_there(kind, compiled, reductio
     assert peak(plain) >= 4 * tokens * vocabulary
 
 
+@pytest.mark.parametrize(("backend", "chunks"), [("cuda", 17), ("metal", 5)])
+def test_on_a_gpu_no_copy_of_a_chunks_logits_in_float32_is_made(backend, chunks):
+    """The fused kernel of MLX takes half precision: logits and their gradient are all that a chunk holds.
+
+    On CUDA all of them, until the one command buffer of so small a step has run.
+    """
+    tokens, vocabulary, width = 2048, 50_000, 64
+    head = nn.Linear(width, vocabulary, bias=False).freeze()
+    head.set_dtype(mx.bfloat16)
+    targets = mx.zeros((tokens,), mx.int32)
+    step = mx.compile(mx.value_and_grad(lambda h: linear_cross_entropy(h, head, targets, chunk_tokens=256)))
+    hidden = mt.ArraySpec((tokens, width), mx.bfloat16)
+    found = mt.estimate_memory(step, hidden, state=head, backend=backend)
+    assert found.operations.count("CrossEntropy") == 8
+    assert found.floor_bytes - found.start_bytes < chunks * 2 * 256 * vocabulary
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_fused_kernels_loss_is_the_same(monkeypatch, dtype):
+    """As on a GPU; on a CPU MLX computes it in the dtype of the logits."""
+    head, hidden, targets = linear().freeze(), normal(21, WIDTH), mx.arange(21)
+    head.set_dtype(dtype)
+    hidden = hidden.astype(dtype)
+    expected, gradient = mx.value_and_grad(lambda h: plain(h, head, targets))(hidden)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    with monkeypatch.context() as patch:
+        calls = []
+        fused = mx.fast.cross_entropy
+        patch.setattr(mx.fast, "cross_entropy", lambda *a: calls.append(a[0].dtype) or fused(*a))
+        found, made = mx.value_and_grad(lambda h: linear_cross_entropy(h, head, targets, chunk_tokens=8))(hidden)
+    assert dtype in calls
+    close(found, expected, 1e-6 if dtype == mx.float32 else 2e-2)
+    close(made, gradient, 3e-6 if dtype == mx.float32 else 5e-2)
+
+
 @pytest.mark.parametrize(("backend", "command_buffer"), [("cpu", 0), ("cuda", 1100 << 20)])
 def test_the_default_chunk_keeps_logits_small_and_products_large(backend, command_buffer):
     head, targets = nn.Linear(16, 50_000, bias=False), mx.zeros((4096,), dtype=mx.int32)

@@ -294,7 +294,7 @@ def _kernel(name: str, function: Callable[..., object]) -> Callable[[Callable[..
 
 
 def _default_device(original: Callable[[], mx.Device]) -> Callable[[], mx.Device]:
-    """`mlx.nn` asks for the device to choose between kernels: for it the traced backend's counts.
+    """`mlx.nn` and the losses here ask for the device to choose between kernels: for them the traced backend's counts.
 
     Everybody else may want a stream of it.
     """
@@ -304,6 +304,6 @@ def _default_device(original: Callable[[], mx.Device]) -> Callable[[], mx.Device
         if replaced is None or not replaced.fused:
             return original()
         asks = sys._getframe(1).f_globals.get("__name__", "")
-        return mx.Device(mx.gpu) if asks.startswith("mlx.nn.") else original()
+        return mx.Device(mx.gpu) if asks.startswith(("mlx.nn.", "mlx_tune.losses.")) else original()
 
     return call
