@@ -130,8 +130,12 @@ class Forecast:
 
     @property
     def flat(self) -> bool:
-        """True where the largest readings are all the same, so that not even the batch grows any more."""
-        return len(self._looked) > 2 and len({self._looked[n].bytes for n in sorted(self._looked)[-3:]}) == 1
+        """True where the largest readings are all the same, so that not even the batch grows any more.
+
+        Sizes close to each other say nothing: GPUs hold whole pages.
+        """
+        last = sorted(self._looked)[-3:]
+        return len(last) > 2 and last[-1] >= 2 * last[0] and len({self._looked[n].bytes for n in last}) == 1
 
     @property
     def _straight(self) -> bool:

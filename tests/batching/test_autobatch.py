@@ -123,7 +123,7 @@ def test_ctrl_c_at_any_moment_leaves_everything_as_it_was(moment, monkeypatch, t
     elif moment == "between steps":
         monkeypatch.setattr(gc, "collect", interrupting(gc.collect))
     else:
-        monkeypatch.setattr(mx, "set_cache_limit", interrupting(mx.set_cache_limit))
+        monkeypatch.setattr(mx, "set_memory_limit", interrupting(mx.set_memory_limit))
     with pytest.raises(KeyboardInterrupt):
         autobatch(step, make_batch, budget="10MB", max_batch=4, state=state, **OPTIONS)
     monkeypatch.undo()

@@ -188,7 +188,7 @@ def test_ctrl_c_leaves_nothing_half_written(model_folder, tmp_path: Path, monkey
 
 
 def test_quantizing_again_is_refused_unless_asked_for(model_folder, tmp_path: Path, capsys) -> None:
-    assert quantize("--model", model_folder("tied"), "--mlx-path", tmp_path / "a", "--bits", 8) == 0
+    assert quantize("--model", model_folder("wide"), "--mlx-path", tmp_path / "a", "--bits", 8) == 0
     assert quantize("--model", tmp_path / "a", "--mlx-path", tmp_path / "b") == 2
     assert "requantize" in capsys.readouterr().err
     assert quantize("--model", tmp_path / "a", "--mlx-path", tmp_path / "b", "--requantize") == 0

@@ -212,7 +212,7 @@ def test_a_journal_whose_line_found_no_room_goes_on_where_it_was(tmp_path):
     code = """
 limit(600)
 import json
-def small(x): return (x @ x.T).sum()
+def small(x): return (x.T @ x).sum()  # more than the eight bytes that a GPU takes from a pool
 options["state"] = ()
 try:
     mt.autobatch(small, make_batch, max_batch=64, journal=PLACE + "/search.jsonl", **options)

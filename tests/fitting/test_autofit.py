@@ -202,6 +202,7 @@ def fit_losses(training, budget, **options):
     )
 
 
+@pytest.mark.cpu_only
 def test_with_memory_to_spare_the_faster_loss_is_taken_and_with_little_the_leaner_one(monkeypatch):
     """Fixed costs make larger batches faster, a row costs less than a block again, and the linear loss something."""
     training = SpokenTraining()
@@ -219,6 +220,7 @@ def test_with_memory_to_spare_the_faster_loss_is_taken_and_with_little_the_leane
     assert json.loads(json.dumps(tight.to_dict()))["loss"] == "linear"
 
 
+@pytest.mark.cpu_only
 def test_without_blocks_to_choose_the_loss_still_is(monkeypatch):
     training = SpokenTraining()
     TwoLosses(monkeypatch, training, fixed=4.0, linear=0.1)

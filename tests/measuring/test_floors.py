@@ -48,6 +48,7 @@ def test_nothing_is_said_where_other_operations_ran():
     assert pieces((1, Floor(3)), (8, Floor(5)), 100) is None
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("compiled", [False, True])
 def test_two_looks_at_a_graph_foresee_all_others(compiled):
     floor = StepFloor(*small_steps.build(compiled=compiled))

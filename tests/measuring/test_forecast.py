@@ -117,3 +117,14 @@ def test_what_else_the_process_holds_counts():
         peaks.append(memory.peak_bytes)
     assert predicted == pytest.approx(min(peaks), rel=0.02)
     assert predicted > beside.nbytes
+
+
+def test_pages_that_hide_the_growth_of_small_batches_are_not_a_batch_that_stopped_growing():
+    page = 16384
+
+    def paged(n):
+        return -(-line(n) // page) * page
+
+    forecast = Forecast(Asked(paged), ENDLESS, 100_000)
+    assert not forecast.flat
+    assert Forecast(Asked(lambda n: paged(min(n, 40))), ENDLESS, 100_000).flat

@@ -14,6 +14,7 @@ def never(dtype: str) -> float:
     raise AssertionError(f"{dtype} was measured")
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_that_is_slow_is_told_with_the_figure(dtype: str) -> None:
     lines: list[str] = []
@@ -44,6 +45,7 @@ def test_the_measurement_is_a_ratio_of_two_times() -> None:
     assert times_slower("bfloat16") > 0
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("search", ["autobatch", "autofit", "plan_checkpoints", "tightest_limit"])
 def test_every_search_says_it_at_its_start_and_in_its_result(search: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr("mlx_tune.measuring.half_precision.times_slower", lambda dtype: 9.0)

@@ -51,6 +51,7 @@ def counted(made):
     return {"looked": looked, "ran": ran}
 
 
+@pytest.mark.cpu_only
 @pytest.mark.skipif(not keeping_up.CAN_KEEP_UP, reason="threads cannot choose their core here")
 @pytest.mark.parametrize(("made", "estimates"), [("before", 3), ("by the trials", 3)])
 def test_a_search_looks_at_three_graphs_and_runs_a_dozen_steps(made, estimates):

@@ -104,8 +104,8 @@ def results():
     handle = mt.checkpoint_blocks(model)
     yield handle
     handle.undo()
-    yield mt.plan_quantization(model, 4, 64)
-    report = mt.quantize_model(model, 4, 64, evaluation=[make_batch(2)], progress=False)
+    yield mt.plan_quantization(model, 4, 32)
+    report = mt.quantize_model(model, 4, 32, evaluation=[make_batch(2)], progress=False)
     yield report
     yield report.accuracy
     yield Diagnosis((CheckResult("disk", "machine", "warn", "1 GB <free>", "buy\nanother"),), {"mlx": "0.32"})

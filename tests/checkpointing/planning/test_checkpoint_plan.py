@@ -9,6 +9,7 @@ from mlx_tune import checkpoint, is_checkpointed
 from mlx_tune.checkpointing.planning import ways
 
 
+@pytest.mark.cpu_only
 def test_apply_and_undo_wrap_exactly_the_planned_blocks(floors):
     training = Training()
     plan = training.plan(between(floors, 0.4))
@@ -37,6 +38,7 @@ def test_blocks_are_listed_in_the_order_they_run():
     assert [b.kind for b in plan.blocks] == [0, 1, 1]
 
 
+@pytest.mark.cpu_only
 def test_the_table_and_the_dictionary_hold_the_figures(floors):
     plan = Training().plan(between(floors, 0.5))
     as_dict = json.loads(json.dumps(plan.to_dict()))

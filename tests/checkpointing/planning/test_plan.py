@@ -29,6 +29,7 @@ def test_nothing_is_checkpointed_where_everything_fits():
     assert all(b.saved_bytes > 0 and b.extra_seconds > 0 for b in plan.blocks[:-1])
 
 
+@pytest.mark.cpu_only
 def test_a_tight_budget_is_kept_by_the_planned_step(floors):
     training = Training()
     before = training.everything()
@@ -44,6 +45,7 @@ def test_a_tight_budget_is_kept_by_the_planned_step(floors):
     assert not any(map(is_checkpointed, training.model.modules()))
 
 
+@pytest.mark.cpu_only
 def test_a_compiled_step_is_traced_anew_where_the_plan_changes():
     training = Training(Model((128,) * 3), compiled=True)
     batch = training.make_batch(256)

@@ -59,6 +59,7 @@ def plan(training, budget, **options):
     )
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("linear", [0.05, 0.15, 2.0], ids=["cheap", "dear", "very dear"])
 def test_the_plan_is_the_fastest_of_all_choices_of_blocks_and_loss(monkeypatch, linear):
     training = Training()
@@ -95,6 +96,7 @@ def test_a_linear_loss_that_is_no_slower_is_the_only_one(monkeypatch, linear):
     assert last < 10
 
 
+@pytest.mark.cpu_only
 def test_where_the_plain_loss_never_fits_it_is_not_run(monkeypatch):
     training = Training()
     machine = Machine(monkeypatch, training)
@@ -107,6 +109,7 @@ def test_where_the_plain_loss_never_fits_it_is_not_run(monkeypatch):
     assert "with the plain one no step fits the budget with room to spare" in str(found)
 
 
+@pytest.mark.cpu_only
 def test_a_real_plan_says_which_loss_it_tried_and_changes_nothing():
     training = Training()
     before = training.everything()

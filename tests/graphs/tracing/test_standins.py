@@ -36,6 +36,7 @@ def test_expert_products_are_replaced_by_products_of_their_size(rows: int) -> No
         ArraySpec((EXPERTS, WIDTH, HIDDEN), mx.float32),
         ArraySpec((rows, 1, WIDTH), mx.float32),
         ArraySpec((rows,), mx.uint32),
+        backend="cpu",
     )
     assert list(estimate.stand_ins) == ["gather_mm"]
     weights, tokens, made = EXPERTS * WIDTH * HIDDEN * 4, rows * WIDTH * 4, rows * HIDDEN * 4
@@ -147,13 +148,13 @@ def test_what_a_gpu_refuses_is_traced_anew_with_stand_ins_that_hold_no_more_than
 ) -> None:
     x = ArraySpec((2, 128, 32), mx.float32)
     model, optimizer, step = trained_attention(fused=False)
-    unfused = estimate_memory(step, x, state=(model, optimizer))
+    unfused = estimate_memory(step, x, state=(model, optimizer), backend="cpu")
     model, optimizer, step = trained_attention(fused=True)
     before = [a.tolist() for a in arrays_of((model, optimizer))]
     refusing = Refusing(
         monkeypatch, cross_entropy="CrossEntropy", scaled_dot_product_attention="ScaledDotProductAttentionVJP"
     )
-    estimate = estimate_memory(step, x, state=(model, optimizer))
+    estimate = estimate_memory(step, x, state=(model, optimizer), backend="cpu")
     assert refusing.attempts == 3  # one for each operation, and the one that went through
     assert set(estimate.stand_ins) == {"cross_entropy", "scaled_dot_product_attention"}
     assert "Stand-in for scaled_dot_product_attention" in str(estimate)
@@ -171,7 +172,7 @@ def test_a_refusal_that_a_stand_in_does_not_help_is_the_user_s_to_know(monkeypat
     Refusing(monkeypatch, cross_entropy="SomethingNew")
     model, optimizer, step = trained_attention(fused=True)
     with pytest.raises(TraceError, match=r"operation SomethingNew, which MLX cannot describe.*autobatch\(\)"):
-        estimate_memory(step, ArraySpec((2, 128, 32), mx.float32), state=(model, optimizer))
+        estimate_memory(step, ArraySpec((2, 128, 32), mx.float32), state=(model, optimizer), backend="cpu")
 
 
 def test_gated_delta_is_made_of_single_operations(monkeypatch: pytest.MonkeyPatch) -> None:
