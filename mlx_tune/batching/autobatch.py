@@ -233,7 +233,7 @@ def _through(runner: Runner, journal: Journal | None, ranks: Ranks) -> Runner:
 
 def _choose(session: Session, answer: int, slowdown: float | None) -> int:
     """The size to answer, the largest that fits being known."""
-    return answer if slowdown is None else session.within_slowdown(answer, slowdown)
+    return session.before_cliff(answer) if slowdown is None else session.within_slowdown(answer, slowdown)
 
 
 def _canary(

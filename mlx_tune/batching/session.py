@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +27,9 @@ _FIRST, _FIRST_SIZE = 0.1, 0.125
 _SCATTER_SHARE = 3
 #: How many more trials a question about speed may take.
 _SPEED_TRIALS = 6
+#: Where rows take longer than this, against those of the next size down, the limit stalls the step: no such size is
+#: answered.
+_CLIFF = 0.1
 
 
 @dataclass
@@ -156,6 +159,32 @@ class Session:
                 f"{format_percent(slowdown)} longer than at batches that never wait"
             )
         return size
+
+    def before_cliff(self, answer: int) -> int:
+        """The largest size, up to the one that fits, whose rows take at most a tenth longer than at the next size down.
+
+        The last sizes that fit may do so only with every operation waiting for the one before. That is looked at where
+        the answer was held back and a smaller size that was tried is faster by as much, and must show twice.
+        """
+        size = answer
+        while (below := bisect_left(self.sizes, size) - 1) >= 0 and not self.known[size].ran_free:
+            smaller = (t for n, t in self.known.items() if n < size and t.fits)
+            if not self._stalls(size, max((t.items_per_second or 0.0 for t in smaller), default=0.0)):
+                break
+            if not self._stalls(size, self._rate(self.sizes[below])):
+                break
+            again = [self._try(n, round(self._needed(n)), self.steps) for n in (size, self.sizes[below])]
+            if not all(trial.fits for trial in again) or not self._stalls(size, again[1].items_per_second or 0.0):
+                break
+            self.notes.append(
+                f"batch {size} fits as well, but its rows take more than {format_percent(_CLIFF)} longer than at "
+                f"{self.sizes[below]} under the limit that it needs (measured twice)"
+            )
+            size = self.sizes[below]
+        return size
+
+    def _stalls(self, size: int, rate: float) -> bool:
+        return self._rate(size) * (1 + _CLIFF) < rate
 
     def unhindered(self, answer: int) -> int | None:
         """The largest size that runs without being held back, as far as one that did can tell; None if none did."""

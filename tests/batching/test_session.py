@@ -1,7 +1,7 @@
 """One search over a machine that is made of numbers: floors, limits and rates are formulas here."""
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -146,3 +146,46 @@ def test_where_nothing_runs_free_slowdown_has_nothing_to_hold_against():
     assert search.unhindered(answer) is None
     assert search.within_slowdown(answer, 0.05) == answer
     assert "slowdown=0.05 could not be held to: at each size the limit made MLX wait" in search.notes[0]
+
+
+@dataclass
+class Stalling(Machine):
+    """Sizes from `cliff` on take so much longer a row, each again than the one before."""
+
+    cliff: int = 88
+    factor: float = 1.2
+    lucky: bool = False
+
+    def trial(self, size, predicted_bytes, steps):
+        [trial] = super().trial(size, predicted_bytes, steps)
+        first = [n for n, _ in self.tried].count(size) == 1
+        slower = self.factor ** max(0, size - self.cliff + 1) if first or not self.lucky else 1.0
+        return [replace(trial, seconds=trial.seconds * slower)]
+
+
+@pytest.mark.parametrize("cliff", [90, 89, 87])
+def test_no_size_is_answered_at_which_the_limit_stalls_the_step(cliff):
+    machine = Stalling(cliff=cliff)
+    search = session(machine)
+    answer = search.largest().size
+    assert answer == 90
+    assert search.before_cliff(answer) == cliff - 1
+    assert sum("(measured twice)" in note for note in search.notes) == 91 - cliff
+    assert len(machine.tried) <= 4 + 3 * (91 - cliff)
+
+
+def test_a_size_that_was_slow_once_is_not_slow():
+    search = session(Stalling(cliff=90, lucky=True))
+    assert search.before_cliff(search.largest().size) == 90
+    assert search.notes == []
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.05])
+def test_where_the_last_row_costs_little_nothing_more_is_tried(factor):
+    machine = Stalling(cliff=90, factor=factor)
+    search = session(machine)
+    answer, tried = search.largest().size, len(machine.tried)
+    assert search.before_cliff(answer) == 90
+    assert len(machine.tried) <= tried + 1
+    search = session(Machine(free=0.9))
+    assert search.before_cliff(search.largest().size) == 90  # which ran free
