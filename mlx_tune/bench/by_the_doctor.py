@@ -9,7 +9,10 @@ from mlx_tune.diagnosis.check import Finding
 from mlx_tune.diagnosis.checks import bench, kernels
 from mlx_tune.presentation.plain import Json
 from mlx_tune.quantization.formats.modes import Format
+from mlx_tune.wiring.limits import read_capacity
 
+#: The least that a sweep is made of: 256 x 256 in float16.
+_ONE_WEIGHT = 2 * 256 * 256
 #: Kernels are tried with no more outputs than this, of however many a shape has.
 _OUTPUTS = 4352
 
@@ -46,10 +49,12 @@ def wired_sweep(sizes: Sizes, room: int) -> dict[str, Json]:
 
     Args:
         sizes: The bytes of weights, and the rest before each sweep.
-        room: Of no use here: weights are bounded by what may be wired.
+        room: The bytes that a section may take; more where full sizes wire, since a small sweep shows nothing.
     """
-    most = bench.most_to_wire(0.5, 0.5)
-    return _figures(bench.wired.function(total_bytes=min(sizes.wired_bytes, most), idle_seconds=sizes.idle_seconds))
+    total = min(sizes.wired_bytes, bench.most_to_wire(0.5, 0.5))
+    if not read_capacity().reason:  # which the doctor says better
+        require(_ONE_WEIGHT, min(total, room))
+    return _figures(bench.wired.function(total_bytes=total, idle_seconds=sizes.idle_seconds))
 
 
 def lazy_graph(sizes: Sizes, room: int) -> dict[str, Json]:

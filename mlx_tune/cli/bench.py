@@ -29,8 +29,9 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
         description="Measure what the pages of measurements claim, on this machine: each claim beside its figure, and "
         "whether it holds. Each section runs in a process of its own, which takes at most half of the memory that is "
         "free, and 0.5 GB on a processor or 1 GB on a GPU with --quick, 2 or 4 GB without; one that is predicted to "
-        "need more is left out. Wired are at most half of what this machine may wire, half of what is free, and what "
-        "other processes leave. The file holds the machine, versions and figures, and no names or paths of yours.",
+        "need more is left out. The weights that are wired are at most half of what this machine may wire, half of "
+        "what is free, what other processes leave, and 32 GB (0.5 GB with --quick). The file "
+        "holds the machine, versions and figures, and no names or paths of yours.",
         examples=_EXAMPLES,
     )
     parser.add_argument("--quick", action="store_true", help="small sizes: behaviour and memory, not speed")

@@ -47,7 +47,7 @@ def test_where_nothing_can_be_wired_the_sweep_is_left_out():
         by_the_doctor.wired_sweep(TOY, ROOM)
 
 
-@pytest.mark.parametrize(("free", "wanted"), [(64 * GIB, TOY.wired_bytes), (2**18, 2**17), (0, 0)])
+@pytest.mark.parametrize(("free", "wanted"), [(64 * GIB, TOY.wired_bytes), (2**20, 2**19), (2**18, 2**17)])
 def test_wired_is_at_most_half_of_what_is_free(metal, monkeypatch, free, wanted):
     given = {}
 
@@ -60,6 +60,13 @@ def test_wired_is_at_most_half_of_what_is_free(metal, monkeypatch, free, wanted)
     with pytest.raises(LeftOutError, match="seen"):
         by_the_doctor.wired_sweep(TOY, ROOM)
     assert given["total_bytes"] == wanted
+
+
+def test_with_nothing_free_nothing_is_wired(metal, monkeypatch):
+    monkeypatch.setattr(devices, "free_rooms", lambda: (devices.Room(1000, "planted"),))
+    with pytest.raises(LeftOutError, match="and 500 B are safe to take here"):
+        by_the_doctor.wired_sweep(TOY, ROOM)
+    assert metal.calls == []
 
 
 def test_a_sweep_that_others_leave_no_room_for_is_left_out(metal, monkeypatch, tmp_path):

@@ -51,6 +51,7 @@ class Interleavings(RuleBasedStateMachine):
 
     def block(self, name, streams):
         wanted = WANTED[name]
+        self.metal.broken_streams.update({"broken"} & set(streams))  # failed work is told once, and there is more of it
         return mt.wired_limit(self.tree(wanted) if isinstance(wanted, tuple) else wanted, "20%", streams)
 
     def tree(self, names):
