@@ -3,7 +3,7 @@
     python tests/benchmarks/quantization.py --model PATH [--text FILE] [--calibration FILE] [--bits 8 6 4 3 2]
                                             [--group 64] [--bpw 5 4.5 4 3.5] [--quick]
                                             [--methods nearest optimal gptq dwq mixed] [--mlx-lm] [--json FILE]
-                                            [--keep FOLDER] [--skip LAYER ...]
+                                            [--keep FOLDER] [--skip LAYER ...] [--gguf [MIX ...]]
 
 PATH is any folder that mlx-lm loads. FILE is a text, or an array of tokens (`.npy`); by default the model's folder
 holds `heldout_tokens.npy` and `calibration_tokens.npy`. Every figure is from text that no method saw: windows spread
@@ -11,7 +11,8 @@ evenly over it, the reference and all quantized models in float32, weights recon
 scales as stored, the tied embedding included. The ratio is the mean KL divergence over that of rounding to nearest at
 the same bits, "nats worse" the mean loss on the text above that of rounding to nearest, both with the standard error
 over windows. Hours on a CPU: with --json, rows that FILE holds already are not measured again, and with --keep, "dwq"
-starts from what "gptq" left in FOLDER, so that a run can go on.
+starts from what "gptq" left in FOLDER, so that a run can go on. With --gguf, llama.cpp's mixes of a dense Llama
+(packages `gguf` and `libggml-python`), without and with an importance matrix, and "mixed" in the bytes of each.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from quantization_gguf import MIXES, by_ggml, energies_of
 from quantization_judging import WINDOW, Judge, Row, check_nearest, load, load_tokenizer, ratio, table, windows, worse
 from quantization_methods import THEIRS, dwq_after_gptq, mixed, ours, theirs
 
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--calibration-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="a few tokens, 4 and 2 bits: to see that it runs")
+    parser.add_argument("--gguf", nargs="*", metavar="MIX", help=f"llama.cpp's mixes: {', '.join(MIXES)}, or all")
     parser.add_argument("--json", type=Path, help="write the figures here, and go on from those that are there")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what gptq made here, for dwq to start from")
     options = parser.parse_args()
@@ -66,7 +69,7 @@ def main() -> None:
     )
     held = windows(text, tokenizer, options.heldout_tokens // WINDOW, WINDOW)
     length = options.calibration_length
-    learns = options.bpw or options.mlx_lm or set(options.methods) - {"nearest", "optimal"}
+    learns = options.bpw or options.gguf is not None or options.mlx_lm or set(options.methods) - {"nearest", "optimal"}
     data = (
         windows(learn, tokenizer, options.calibration_tokens // length, length + 1)
         if learns
@@ -82,6 +85,8 @@ def main() -> None:
             run.uniform(bits)
         for target in options.bpw:
             run.mixed(target)
+        if options.gguf is not None:
+            run.gguf(options.gguf or list(MIXES))
     print(table(run.rows, held.size, data.size))
 
 
@@ -146,10 +151,23 @@ class Run:
         if self.options.mlx_lm:
             self.measure("mlx-lm dynamic", asked, theirs("mlx-lm dynamic", 0, self.data, target))
             size = min(size, next(r.size_bytes for r in self.rows if (r.method, r.asked) == ("mlx-lm dynamic", asked)))
-        if "mixed" in self.options.methods:
-            for method in ("optimal", "gptq"):
-                make = mixed(method, size, max(2, math.floor(target - 0.5)), self.options.group, self.calibration)
-                self.measure(f"mixed {method}", asked, make)
+        self.in_bytes(size, asked)
+
+    def in_bytes(self, size: int, asked: str) -> None:
+        """Formats chosen layer by layer in so many bytes, if those were asked for."""
+        bits = max(2, math.floor(8 * size / self.parameters - 0.5))
+        for method in ("optimal", "gptq") if "mixed" in self.options.methods else ():
+            make = mixed(method, size, bits, self.options.group, self.calibration)
+            self.measure(f"mixed {method}", asked, make)
+
+    def gguf(self, mixes: list[str]) -> None:
+        """llama.cpp's mixes, and beside each of them ours in no more bytes."""
+        energies = energies_of(load(self.options.model), self.calibration)
+        for mix in mixes:
+            self.measure(mix, "GGUF", by_ggml(mix, None))
+            self.measure(f"{mix} imatrix", "GGUF", by_ggml(mix, energies))
+            size = next(r.size_bytes for r in self.rows if (r.asked, r.method) == ("GGUF", f"{mix} imatrix"))
+            self.in_bytes(size, f"as {mix}")
 
     def measure(
         self,
@@ -169,7 +187,7 @@ class Run:
         model = quantize(model)
         mx.eval(model.parameters())
         seconds += time.perf_counter() - start
-        size = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+        size = getattr(model, "stored_bytes", None) or sum(a.nbytes for _, a in tree_flatten(model.parameters()))
         if method == "nearest":
             check_nearest(model, load(self.options.model))
         figures, by_window, losses = self.judge.measure(model)
@@ -184,8 +202,9 @@ class Run:
             losses=losses.tolist(),
             **figures,
         )
-        # A mixed model is compared with the uniform one of the same size, if there is one.
-        base = [r for r in [*self.rows, row] if r.method == "nearest" and abs(r.size_bytes - size) < 0.01 * size]
+        # A mixed model is compared with the uniform one of the same size, or llama.cpp's, if there is one.
+        base = [r for r in self.rows if r.method == f"{asked[3:]} imatrix" and asked[:3] == "as "]
+        base += [r for r in [*self.rows, row] if r.method == "nearest" and abs(r.size_bytes - size) < 0.01 * size]
         if base:
             row.ratio, row.ratio_error = ratio(by_window, np.array(base[0].windows))
             row.worse, row.worse_error = worse(losses, np.array(base[0].losses))
