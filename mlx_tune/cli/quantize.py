@@ -189,8 +189,7 @@ def _way(model: nn.Module, arguments: argparse.Namespace, shared: Mapping[str, A
     from mlx_tune.lm.quantizing.quantize_folder import METHODS, fits_in_memory
     from mlx_tune.quantization.dry_run import plan_quantization
 
-    learns = arguments.method not in METHODS or shared["calibration"] is not None
-    if learns or arguments.target_bpw is not None or arguments.target_bytes is not None:
+    if arguments.method not in METHODS or arguments.target_bpw is not None or arguments.target_bytes is not None:
         return "in memory"
     asked = {**shared, "verify_kernels": False}
     plan = plan_quantization(model, arguments.bits, arguments.group_size, **asked)
@@ -209,7 +208,7 @@ def _piecewise(arguments: argparse.Namespace, shared: Mapping[str, Any], target:
         arguments.group_size,
         dtype=arguments.dtype,
         trust_remote_code=bool(arguments.trust_remote_code),
-        **{key: value for key, value in shared.items() if key not in ("target_bpw", "target_bytes", "calibration")},
+        **{key: value for key, value in shared.items() if key not in ("target_bpw", "target_bytes")},
     )
     note = "The model does not fit in memory, so that it was quantized from folder to folder"
     note += "." if arguments.evaluation is None else ", and what that cost was not measured."

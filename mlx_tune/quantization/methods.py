@@ -18,7 +18,7 @@ from mlx_tune.quantization.formats.overflow import overflows
 from mlx_tune.quantization.formats.packed_arrays import pack_weight, signal_to_noise_db, unpacked
 from mlx_tune.quantization.formats.packing import PackedArrays
 from mlx_tune.quantization.learning.dwq import Recompute, train_dwq
-from mlx_tune.quantization.learning.gptq_model import gptq_model
+from mlx_tune.quantization.learning.gptq_model import CalibratedLayer, gptq_model
 from mlx_tune.quantization.learning.input_samples import sampled_output_error
 from mlx_tune.quantization.models.answers import Loss
 from mlx_tune.quantization.models.batches import Batch
@@ -108,6 +108,18 @@ def outcome_of(
     return LayerOutcome(layer.path, method, snr, output_error, optimal_output_error, note, recovered=recovered)
 
 
+def calibrated_outcome(layer: LayerPlan, before: nn.Module, found: CalibratedLayer) -> LayerOutcome:
+    """The loss of a layer that "gptq" has put into the model, as `outcome_of`."""
+    return outcome_of(
+        layer,
+        before,
+        found.method,
+        note=found.note,
+        output_error=found.output_error,
+        optimal_output_error=found.optimal_output_error,
+    )
+
+
 def _output_error(layer: LayerPlan, inputs: mx.array, weight: mx.array, arrays: PackedArrays) -> float:
     lookups = isinstance(layer.module, nn.Embedding)
     return sampled_output_error(inputs, weight, unpacked(arrays, layer.wanted), lookups=lookups)
@@ -192,14 +204,7 @@ def _gptq(
         if found.note is not None:
             _log.warning("gptq: %s %s", found.path, found.note)
     return {
-        layer.path: outcome_of(
-            layer,
-            transaction.original(layer.sites[0]),
-            found.method,
-            note=found.note,
-            output_error=found.output_error,
-            optimal_output_error=found.optimal_output_error,
-        )
+        layer.path: calibrated_outcome(layer, transaction.original(layer.sites[0]), found)
         for layer, found in zip(layers, done, strict=True)
     }
 

@@ -162,7 +162,9 @@ class Run:
 
     def gguf(self, mixes: list[str]) -> None:
         """llama.cpp's mixes, and beside each of them ours in no more bytes."""
-        energies = energies_of(load(self.options.model), self.calibration)
+        model = load(self.options.model)
+        model.set_dtype(mx.float32)
+        energies = energies_of(model, self.calibration)
         for mix in mixes:
             self.measure(mix, "GGUF", by_ggml(mix, None))
             self.measure(f"{mix} imatrix", "GGUF", by_ggml(mix, energies))

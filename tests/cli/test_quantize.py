@@ -209,10 +209,13 @@ def test_kernels_are_tried_unless_told_not_to(model_folder, tmp_path: Path, caps
     assert quantize(*words, "--no-verify-kernels") == 0
 
 
+@pytest.mark.parametrize("method", ["optimal", "gptq"])
 def test_a_model_that_does_not_fit_goes_from_folder_to_folder(
-    model_folder, tmp_path: Path, capsys, monkeypatch, text
+    model_folder, tmp_path: Path, capsys, monkeypatch, text, method
 ) -> None:
     words = ["--model", model_folder("untied"), "--bits", 3, "--override", "*.down_proj=bits:8"]
+    if method == "gptq":
+        words += ["--method", method, "--calibration", text, "--sequence-length", 32, "--num-samples", 8]
     assert quantize(*words, "--mlx-path", tmp_path / "in-memory") == 0
     capsys.readouterr()
     monkeypatch.setattr("mlx_tune.lm.quantizing.quantize_folder.memory_budget", lambda: 1 << 16)
@@ -228,7 +231,7 @@ def test_a_model_that_does_not_fit_goes_from_folder_to_folder(
     assert all(mx.array_equal(ours[k], theirs[k]) for k in ours)
 
 
-@pytest.mark.parametrize("words", [["--target-bpw", 5], ["--calibration", "TEXT"], ["--plan"]])
+@pytest.mark.parametrize("words", [["--target-bpw", 5], ["--method", "dwq", "--calibration", "TEXT"], ["--plan"]])
 def test_what_needs_the_whole_model_stays_in_memory(
     model_folder, text, tmp_path: Path, capsys, monkeypatch, words
 ) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from quantization_toys import arrays_of, family, gemma2, lfm2, llama, qwen3_moe, same_arrays, vision
+from quantization_toys import arrays_of, family, gemma2, lfm2, llama, qwen3_moe, same_arrays, tokens, vision
 
 import mlx_tune as mt
 from mlx_tune.quantization.build_report import LayerOutcome
 from mlx_tune.quantization.in_pieces import Energies, as_planned, plan_in_pieces, quantize_in_pieces
+from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.request import Request
 
@@ -26,6 +27,9 @@ class Kept:
 
     def write(self, name: str, array: mx.array) -> None:
         self.arrays[name] = array
+
+    def read(self, name: str) -> mx.array:
+        return self.arrays[name] + 0  # unevaluated
 
     def finish(self, outcome: LayerOutcome) -> None:
         self.outcomes[outcome.path] = outcome
@@ -55,6 +59,50 @@ def test_a_store_gets_what_quantize_model_makes(make: Callable[[], nn.Module], m
             k: (a.shape, a.dtype) for k, a in store.arrays.items()
         }
     assert same_arrays(arrays_of(model), before)
+
+
+def calibration() -> list[mx.array]:
+    return [tokens(2, 33, seed=seed) for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("make", [llama, lambda: llama(tied=False), gemma2, qwen3_moe])
+@pytest.mark.parametrize("method", ["optimal", "gptq"])
+def test_methods_that_learn_make_the_same_and_go_on_where_they_were(make: Callable[[], nn.Module], method: str) -> None:
+    reference = make()
+    expected = mt.quantize_model(reference, 3, 32, method=method, calibration=calibration(), progress=False)
+    whole = Kept()
+    for stop in (1, 4, None):  # one that ends early goes on
+        model = make()
+        before, walked = arrays_of(model), WalkedModel(model)
+        plan = plan_in_pieces(walked, request(method, bits=3))
+        store = Stopping(stop)
+        store.arrays, store.outcomes, store.energies = whole.arrays, whole.outcomes, whole.energies
+        learn = read_batches(calibration(), "calibration")
+        if stop is None:
+            report = quantize_in_pieces(walked, plan, store, calibration=learn)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                quantize_in_pieces(walked, plan, store, calibration=learn)
+        whole.energies = store.energies
+        assert same_arrays(arrays_of(model), before)
+    assert same_arrays(whole.arrays, arrays_of(reference))
+    assert (report.layers, report.skipped) == (expected.layers, expected.skipped)
+    assert "layers were there from an earlier call" in report.notes[-1]
+
+
+class Stopping(Kept):
+    """Is interrupted after so many layers."""
+
+    def __init__(self, layers: int | None) -> None:
+        super().__init__()
+        self.left = layers
+
+    def finish(self, outcome: LayerOutcome) -> None:
+        super().finish(outcome)
+        if self.left is not None:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
 
 
 def test_what_is_there_is_not_done_again() -> None:

@@ -63,6 +63,14 @@ class FolderStore:
             file.write(name, array)
         self._touched.add(file)
 
+    def read(self, name: str) -> mx.array:
+        """An array that was written, read when it is evaluated."""
+        import mlx.core as mx
+
+        loaded: Any = mx.load(str(self._file_of[name].path))
+        array: mx.array = loaded[name]
+        return array
+
     def finish(self, outcome: LayerOutcome) -> None:
         """Note that a layer is done, once the disk has its arrays."""
         self.flush()

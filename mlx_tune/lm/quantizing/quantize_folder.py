@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ from mlx_tune.memory import memory_budget
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.in_pieces import as_planned, plan_in_pieces, quantize_in_pieces
 from mlx_tune.quantization.judging.report import QuantizationReport
+from mlx_tune.quantization.models.batches import Batch, read_batches
 from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.plan import QuantizationPlan
 from mlx_tune.quantization.planning.request import Request
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 #: What packing a layer takes beside the packed ones, as a multiple of it: its weights, and what is made of them.
 _BESIDE = 2
 
-#: Methods that look at one layer after another.
-METHODS = ("nearest", "optimal")
+#: Methods that look at one layer or block after another.
+METHODS = ("nearest", "optimal", "gptq")
 
 
 def quantize_folder(
@@ -50,6 +52,7 @@ def quantize_folder(
     requantize: bool = False,
     scale_dtype: mx.Dtype | str | None = None,
     dtype: str | None = None,
+    calibration: Iterable[object] | None = None,
     verify_kernels: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -60,6 +63,8 @@ def quantize_folder(
     Each layer is read, packed, written to its place in the new files and forgotten. Weights, configuration and report
     are those of `mlx_tune.quantize_model` and `save_quantized`, bit for bit. At most one block, as stored, is in memory
     at a time, and what packing takes beside it: about 1.5 times the largest block, and less than 1 GB for the rest.
+    "gptq" takes besides some ten float32 matrices of a layer's inputs by its inputs: 8 GB where those are 14,336. What
+    layers are given for the calibration waits on disk.
 
     Until it is whole, the model lies in a folder beside the destination, whose name is that of the destination with
     `.unfinished` after it. Its journal says which layers are done: where a call was interrupted or killed, or the disk
@@ -70,7 +75,7 @@ def quantize_folder(
         destination: The folder to make. One that is there already must be empty.
         bits: Bits of a code.
         group_size: Weights of a row that share a scale.
-        method: "optimal" or "nearest". Other methods learn from text, and hold the model: see
+        method: "optimal", "nearest" or "gptq", which needs `calibration`. "dwq" holds the model: see
             `mlx_tune.quantize_model`, which explains this and the following arguments.
         mode: "affine", or "mxfp4", "mxfp8", "nvfp4".
         effort: "fast" or "best".
@@ -80,6 +85,7 @@ def quantize_folder(
         requantize: Quantize layers anew that are quantized already.
         scale_dtype: Of affine scales and biases, instead of that of the weights.
         dtype: Cast the model to this first: "float16", "bfloat16" or "float32".
+        calibration: Batches to learn from.
         verify_kernels: Leave layers unpacked that MLX would compute wrong on this machine.
         revision: The branch, tag or commit of a hub name.
         trust_remote_code: Run Python files that come with the model.
@@ -104,8 +110,11 @@ def quantize_folder(
     if method not in METHODS:
         raise QuantizationError(
             f"method={method!r} cannot quantize from folder to folder: it is one of {', '.join(METHODS)}. "
-            "mlx_tune.quantize_model has the methods that learn from text, for models that fit in memory."
+            "mlx_tune.quantize_model has the others, for models that fit in memory."
         )
+    learn = read_batches(calibration, "calibration")
+    if method == "gptq" and not learn:
+        raise QuantizationError("method='gptq' learns from text: pass calibration=[batches].")
     target = Path(destination)
     check_new(target)
     skip = skip if skip is None or isinstance(skip, str) else tuple(skip)
@@ -123,10 +132,10 @@ def quantize_folder(
         described, index, shards = describe(model, config), *_shards(model)
     with (
         Resumable(target) as work,
-        FolderStore(work.folder, shards, _task(folder, request, dtype)) as store,
+        FolderStore(work.folder, shards, _task(folder, request, dtype, learn)) as store,
     ):
         try:
-            report = quantize_in_pieces(walked, plan, store, progress=progress)
+            report = quantize_in_pieces(walked, plan, store, calibration=learn, progress=progress)
         finally:
             work.worth_keeping = store.energies is not None
         store.flush()
@@ -165,12 +174,24 @@ def _shards(model: nn.Module) -> tuple[dict[str, object], dict[str, dict[str, mx
     return {"metadata": total, "weight_map": dict(sorted(where.items()))}, shards
 
 
-def _task(folder: Path, request: Request, dtype: str | None) -> dict[str, object]:
+def _task(folder: Path, request: Request, dtype: str | None, learn: list[Batch]) -> dict[str, object]:
     """Everything that decides on the outcome: the files, the arguments, the programs."""
     files = sorted([*folder.glob("model*.safetensors"), folder / "config.json"])
     return {
         "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         **{field.name: repr(getattr(request, field.name)) for field in fields(request)},
         "dtype": repr(dtype),
+        "calibration": _digest(learn),
         "versions": f"mlx_tune {__version__}, mlx {version('mlx')}",
     }
+
+
+def _digest(batches: list[Batch]) -> str | None:
+    """A digest of what there is to learn from; None where there is nothing."""
+    import mlx.core as mx
+
+    found = hashlib.sha256()
+    for array in (array for batch in batches for array in batch.arrays):
+        found.update(f"{array.shape} {array.dtype}".encode())
+        found.update(bytes(array.reshape(-1).view(mx.uint8)))
+    return found.hexdigest() if batches else None

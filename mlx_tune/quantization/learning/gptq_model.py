@@ -50,6 +50,10 @@ _SHARE_OF_MEMORY = 4
 LOOKUP_SHARE = 1.0
 
 
+#: Weights whose rows are solved together, which bounds the memory.
+_WEIGHTS_AT_ONCE = 1 << 24
+
+
 @dataclass(frozen=True)
 class CalibratedLayer:
     """The outcome of one layer.
@@ -71,6 +75,10 @@ class CalibratedLayer:
     note: str | None = None
 
 
+#: The outcome and the arrays of a layer that has been quantized before; None where it has not.
+Known = Callable[[LayerPlan], "tuple[CalibratedLayer, Arrays] | None"]
+
+
 def gptq_model(
     model: WalkedModel,
     layers: Sequence[LayerPlan],
@@ -80,6 +88,9 @@ def gptq_model(
     blocks: Sequence[tuple[str, nn.Module]] = (),
     effort: Effort = "fast",
     progress: bool = False,
+    room_bytes: int | None = None,
+    known: Known = lambda _: None,
+    left: Callable[[Sequence[tuple[LayerPlan, CalibratedLayer]]], None] = lambda _: None,
 ) -> list[CalibratedLayer]:
     """Quantize the planned layers of a model with GPTQ.
 
@@ -98,6 +109,9 @@ def gptq_model(
         blocks: The model's blocks; without, every layer is a step of its own.
         effort: "fast" or "best".
         progress: Show a progress line.
+        room_bytes: The most of what layers are given that is kept in memory; a quarter of what there is by default.
+        known: Tells the outcome and the arrays of a layer that an earlier call has quantized.
+        left: Told of the layers of one step after another, once they are in the model and have run.
 
     Returns:
         The outcome of each layer, in the plan's order.
@@ -118,9 +132,9 @@ def gptq_model(
     """
     if not calibration:
         raise QuantizationError("GPTQ learns from batches: calibration is empty.")
-    room = memory_budget() // _SHARE_OF_MEMORY
+    room = memory_budget() // _SHARE_OF_MEMORY if room_bytes is None else room_bytes
     with KeptArrays(room) as kept, progress_bar("gptq", len(layers), enabled=progress) as bar:
-        run = _Pass(model, list(layers), in_parts(calibration, _PART_TOKENS), install, effort, bar)
+        run = _Pass(model, list(layers), in_parts(calibration, _PART_TOKENS), install, effort, bar, known, left)
         done = run.all(blocks, kept)
     return [done[layer.path] for layer in layers]
 
@@ -136,9 +150,12 @@ class _Pass:
         install: Callable[[LayerPlan, Arrays], None],
         effort: Effort,
         bar: Bar,
+        known: Known,
+        left: Callable[[Sequence[tuple[LayerPlan, CalibratedLayer]]], None],
     ) -> None:
         self._model, self._layers, self._batches = model, layers, batches
         self._install, self._effort, self._bar = install, effort, bar
+        self._known, self._left = known, left
 
     def all(self, blocks: Sequence[tuple[str, nn.Module]], kept: KeptArrays) -> dict[str, CalibratedLayer]:
         done: dict[str, CalibratedLayer] = {}
@@ -147,10 +164,11 @@ class _Pass:
             call = partial(self._batches[0].inputs.call, self._model.model)
             steps = forward_steps(call, list(modules.items()), blocks)
         of_step = {s.path: {x.path: x.module for x in self._layers if self._belongs(x, s)} for s in steps}
-        inputs = Propagation(self._model, self._batches, steps, of_step, kept)
+        inputs = Propagation(self._model, self._batches, steps, [module for _, module in blocks], of_step, kept)
         for layer in self._layers:
             if isinstance(layer.module, nn.Embedding):
                 done[layer.path] = self._embedding(layer, steps, inputs)
+                self._left([(layer, done[layer.path])])
         for i, step in enumerate(steps):
             mine = {x.path: x for x in self._layers if x.path not in done and self._belongs(x, step)}
             following = steps[i + 1] if i + 1 < len(steps) and steps[i + 1].follows == step.path else None
@@ -160,9 +178,11 @@ class _Pass:
             if mine:
                 done |= self._step(step, mine, inputs)
             inputs.leave(step, following, {path: layer.module for path, layer in mine.items()})
+            self._left([(layer, done[path]) for path, layer in mine.items()])
         for layer in self._layers:
             if layer.path not in done:
                 done[layer.path] = self._fall_back(layer, "no calibration input reached it")
+                self._left([(layer, done[layer.path])])
         return done
 
     @staticmethod
@@ -180,7 +200,9 @@ class _Pass:
             last = k == len(stages) - 1
             learned, judged = inputs.moments(step, {path: modules[path] for path in stage}, modules, weights)
             for those in self._alike([layers[path] for path in stage], learned):
-                for layer, solved in zip(those, self._solve(those, learned, judged), strict=True):
+                made = [self._known(layer) for layer in those]
+                solutions = self._solve(those, learned, judged) if None in made else [x for x in made if x is not None]
+                for layer, solved in zip(those, solutions, strict=True):
                     found[layer.path] = solved
                     if not last:
                         weights.append((layer.module, self._standing_for(layer, solved[1])))
@@ -201,6 +223,9 @@ class _Pass:
     def _embedding(self, layer: LayerPlan, steps: list[Step], inputs: Propagation) -> CalibratedLayer:
         """A tied embedding, by the final hidden states; one that is only looked up has nothing to correct."""
         step = next((s for s in steps if s.path in layer.paths), None)
+        if (made := self._known(layer)) is not None:
+            self._install(layer, made[1])
+            return made[0]
         if step is None or step.calls < 2:
             return self._fall_back(layer, "lookups only: there is no sum in which columns could make up for each other")
         ((outcome, arrays),) = self._solve([layer], *inputs.moments(step, {layer.path: layer.module}))
@@ -285,9 +310,15 @@ class _Pass:
         tokens: int,
     ) -> Arrays:
         curvature = Curvature(moments, size, shrinkage_for(weight.shape[-1], tokens))
-        wanted = weight if drift is None else corrected(weight, curvature, drift)
-        result = quantize_gptq(wanted, moments, bits, size, effort=self._effort, start=start, curvature=curvature)
-        return result[:3]
+        rows, parts = max(1, _WEIGHTS_AT_ONCE // weight.shape[-1]), []
+        for i in range(0, weight.shape[0], rows):
+            part = weight[i : i + rows]
+            begin: Any = tuple(array[i : i + rows] for array in start)
+            wanted = part if drift is None else corrected(part, curvature, drift)
+            found = quantize_gptq(wanted, moments, bits, size, effort=self._effort, start=begin, curvature=curvature)
+            parts.append(found[:3])
+        packed, scales, biases = (mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
+        return packed, scales, biases
 
     @staticmethod
     def _outcome(layer: LayerPlan, errors: dict[str, float], counts: list[int] | None) -> CalibratedLayer:
@@ -306,7 +337,7 @@ class _Pass:
         return packed, scales * unit, biases * unit
 
     def _fall_back(self, layer: LayerPlan, why: str) -> CalibratedLayer:
-        outcome, arrays = self._optimal(layer, why)
+        outcome, arrays = self._known(layer) or self._optimal(layer, why)
         self._install(layer, arrays)
         return outcome
 

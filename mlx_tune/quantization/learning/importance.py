@@ -6,24 +6,22 @@ inputs for equal spends its levels on the others. No text is needed to find them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.quantization.formats.lazy_arrays import read_array
 from mlx_tune.quantization.learning.input_samples import InputSamples
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.layers import EMBEDDINGS
+from mlx_tune.quantization.models.reading import reading
 from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.substitution import ModuleCall, intercepted
 from mlx_tune.units import number
-from mlx_tune.upstream import is_lazy
 
 #: Random tokens that a model without calibration is run on: rows and their length.
 RANDOM_ROWS, RANDOM_LENGTH = 4, 64
@@ -59,7 +57,7 @@ class _Probe:
     looked_up: bool = False
 
     def block(self, call: ModuleCall) -> object:
-        with _read(call.module):
+        with reading(call.module):
             output = call.run()
             mx.eval(output, [seen.total for seen in self.seen.values()])
         return output
@@ -79,7 +77,7 @@ class _Probe:
         return call.run()
 
     def outside(self, call: ModuleCall) -> object:
-        with _read(call.module):
+        with reading(call.module):
             output = self.layer(call)
             wide = isinstance(output, mx.array) and output.shape[-1:] == (self.vocabulary,)
             # The model's answers are wanted by nobody.
@@ -207,21 +205,3 @@ def few_of(batches: Sequence[Batch]) -> list[Batch]:
     sizes = [batch.tokens.size if batch.tokens is not None else _TOKENS // 8 for batch in batches]
     step = max(1, round(sum(sizes) / _TOKENS))
     return list(batches[::step])
-
-
-@contextmanager
-def _read(module: nn.Module) -> Iterator[None]:
-    """Have a module's weights read while the block runs, if they lie on disk, and forgotten after it."""
-    olds: list[tuple[nn.Module, str, mx.array]] = []
-    with uninterrupted():
-        try:
-            for site in WalkedModel(module).sites:
-                for name, value in dict(site.module).items():
-                    if isinstance(value, mx.array) and is_lazy(value):
-                        olds.append((site.module, name, value))
-                        dict.__setitem__(site.module, name, read_array(value))
-            with interruptible():
-                yield
-        finally:
-            for owner, name, value in olds:
-                dict.__setitem__(owner, name, value)

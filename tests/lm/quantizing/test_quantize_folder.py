@@ -22,6 +22,9 @@ from mlx_tune.lm.quantizing import folder_store
 from mlx_tune.quantization import in_pieces
 from mlx_tune.quantization.formats import affine
 from mlx_tune.quantization.formats.scale_search import SearchExtent
+from mlx_tune.quantization.learning import gptq, gptq_model
+
+TEXT = [mx.random.randint(0, 64, (2, 33), key=mx.random.key(seed)) for seed in (1, 2)]
 
 
 def in_memory(source: Path, target: Path, dtype: str | None = None, **options: Any) -> mt.QuantizationReport:
@@ -61,8 +64,10 @@ def without_times(report: mt.QuantizationReport) -> dict[str, Any]:
         {"bits": 3, "group_size": 32, "overrides": {"*.q_proj": {"bits": 8}, "*.layers.1.*": False}},
         {"bits": 2, "method": "nearest", "dtype": "float16", "skip": ["*embed_tokens"]},
         {"mode": "mxfp4", "scale_dtype": "bfloat16"},
+        {"bits": 3, "calibration": TEXT},
+        {"bits": 3, "method": "gptq", "calibration": TEXT, "overrides": {"*.layers.1.*o_proj": False}},
     ],
-    ids=["uniform", "mixed", "nearest", "mxfp4"],
+    ids=["uniform", "mixed", "nearest", "mxfp4", "learned", "gptq"],
 )
 def test_the_folder_is_that_of_the_way_in_memory(model_folder, tmp_path: Path, name: str, options: dict) -> None:
     report = lm.quantize_folder(model_folder(name), tmp_path / "out", **options, progress=False)
@@ -138,6 +143,30 @@ def test_it_goes_on_wherever_it_was_stopped(model_folder, tmp_path: Path, monkey
     assert f"{layers} of {layers} layers were there from an earlier call" in report.notes[-1]
 
 
+@pytest.mark.usefixtures("small_shards", "killed")
+def test_what_is_learned_goes_on_where_it_was_stopped(model_folder, tmp_path: Path, monkeypatch) -> None:
+    source, target, options = model_folder("untied"), tmp_path / "out", {"method": "gptq", "calibration": TEXT}
+    in_memory(source, tmp_path / "reference", **options)
+    append, solve, solved = folder_store.append_line, gptq_model.quantize_gptq, list[int]()
+
+    def stop(path: Path, text: str, *words: str) -> None:
+        append(path, text, *words)
+        raise Stopped
+
+    monkeypatch.setattr(gptq_model, "quantize_gptq", lambda *a, **k: solved.append(1) or solve(*a, **k))
+    monkeypatch.setattr(folder_store, "append_line", stop)
+    for _ in range(12):  # the header, the energies, and ten layers
+        with pytest.raises(Stopped):
+            lm.quantize_folder(source, target, **options, progress=False)
+    with pytest.raises(mt.InvalidArgumentError, match="for another task: calibration was"):
+        lm.quantize_folder(source, target, **(options | {"calibration": TEXT[:1]}), progress=False)
+    monkeypatch.setattr(folder_store, "append_line", append)
+    solved.clear()
+    report = lm.quantize_folder(source, target, **options, progress=False)
+    assert contents(target) == contents(tmp_path / "reference")
+    assert 0 < len(solved) < len(report.layers) - 10
+
+
 @pytest.mark.usefixtures("small_shards")
 def test_a_failure_on_the_way_says_where_its_work_is(model_folder, tmp_path: Path, monkeypatch) -> None:
     target, apply = tmp_path / "deep" / "out", in_pieces.apply_layer
@@ -168,7 +197,9 @@ def test_what_cannot_be_done_leaves_nothing(model_folder, tmp_path: Path, monkey
     (taken / "file").touch()
     with pytest.raises(mt.InvalidArgumentError, match="not empty"):
         lm.quantize_folder(source, taken, progress=False)
-    with pytest.raises(mt.QuantizationError, match="'gptq' cannot quantize from folder to folder"):
+    with pytest.raises(mt.QuantizationError, match="'dwq' cannot quantize from folder to folder"):
+        lm.quantize_folder(source, tmp_path / "out", method="dwq", progress=False)
+    with pytest.raises(mt.QuantizationError, match="'gptq' learns from text: pass calibration"):
         lm.quantize_folder(source, tmp_path / "out", method="gptq", progress=False)
     with pytest.raises(mt.QuantizationError, match="bits=7"):
         lm.quantize_folder(source, tmp_path / "out", 7, progress=False)
@@ -196,6 +227,7 @@ from mlx_tune import lm
 from mlx_tune.lm.quantizing import folder_store
 from mlx_tune.quantization.formats import affine
 from mlx_tune.quantization.formats.scale_search import SearchExtent
+from mlx_tune.quantization.learning import gptq
 
 def status(name):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
@@ -207,6 +239,7 @@ before, allowed = status("VmHWM"), int(sys.argv[5])
 stacks = 128 << 20  # which count, touched or not
 resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + allowed + stacks,) * 2)
 affine.plan_search = lambda bits, effort: SearchExtent(0.8, 1.0, 1, 1, 1, 1, 0, 0, 0)  # this is about memory
+gptq.plan_search = affine.plan_search
 append, done = folder_store.append_line, []
 
 def counted(*words):
@@ -216,7 +249,8 @@ def counted(*words):
         os.kill(os.getpid(), signal.SIGKILL)
 
 folder_store.append_line = counted
-report = lm.quantize_folder(source, target, method=method, progress=False)
+text = [mx.random.randint(0, 320, (4, 129), key=mx.random.key(1))] if method == "gptq" else None
+report = lm.quantize_folder(source, target, method=method, calibration=text, progress=False)
 print(json.dumps({"risen": status("VmHWM") - before, "notes": report.notes}))
 """
 
@@ -249,9 +283,41 @@ def test_a_model_larger_than_the_process_may_be(model_folder, tmp_path: Path, mo
     assert contents(tmp_path / "out") == contents(tmp_path / "reference")
 
 
-def large_model(source: Path, target: Path) -> tuple[int, int, int]:
+@pytest.mark.cpu_only
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+def test_gptq_on_a_model_larger_than_the_process_may_be(model_folder, tmp_path: Path, monkeypatch) -> None:
+    """Killed once on the way; what it takes beside a block are moments between a layer's inputs."""
+    inner = 768
+    layers, block, size = large_model(model_folder("untied"), tmp_path / "large", blocks=96, inner=inner)
+    allowed = (
+        3 * block // 2 + 10 * 4 * inner**2 + (96 << 20)
+    )  # that, MLX's cache, and what the calibration is on disk for
+    assert allowed + (128 << 20) < size
+
+    def child(stop_after: int) -> subprocess.CompletedProcess[str]:
+        words = [tmp_path / "large", tmp_path / "out", "gptq", stop_after, allowed]
+        return subprocess.run(
+            [sys.executable, "-c", LIMITED, *map(str, words)], capture_output=True, text=True, check=False
+        )
+
+    assert child(stop_after=layers // 2).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    done = child(stop_after=-1)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["risen"] < allowed
+    assert f"{layers // 2 - 2} of {layers} layers were there" in found["notes"][-1]
+    monkeypatch.setattr(affine, "plan_search", lambda *_: SearchExtent(0.8, 1.0, 1, 1, 1, 1, 0, 0, 0))
+    monkeypatch.setattr(gptq, "plan_search", affine.plan_search)
+    text = [mx.random.randint(0, 320, (4, 129), key=mx.random.key(1))]
+    in_memory(tmp_path / "large", tmp_path / "reference", method="gptq", calibration=text)
+    assert contents(tmp_path / "out") == contents(tmp_path / "reference")
+
+
+def large_model(source: Path, target: Path, blocks: int = 32, inner: int = 2048) -> tuple[int, int, int]:
     """A model of many blocks in two files; the number of its layers, the bytes of a block, and of all of them."""
-    blocks, hidden, inner = 32, 512, 2048
+    hidden = 512
     config = json.loads((source / "config.json").read_text())
     config |= {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": blocks, "head_dim": 256}
     shutil.copytree(source, target)
