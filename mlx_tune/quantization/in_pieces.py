@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from mlx_tune.quantization.learning.input_samples import InputSamples
 from mlx_tune.quantization.methods import Put, apply_layer, calibrated_outcome, install
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.layers import dense_twin, is_quantized, quantized_module
+from mlx_tune.quantization.models.reading import reading, reading_in_turn
 from mlx_tune.quantization.models.sites import Site, WalkedModel, in_places, own_arrays
 from mlx_tune.quantization.planning.checks import check_backend, check_finite, check_overflow
 from mlx_tune.quantization.planning.faulty_kernels import fault_finder, keep_unpacked
@@ -237,15 +238,21 @@ def _calibrate(
     for site in (site for layer in layers for site in layer.sites):
         if is_quantized(site.module):
             site.put(dense_twin(site.module))
+    blocks = blocks_of(model.model)
+
+    def read(module: nn.Module | None) -> AbstractContextManager[None]:
+        return reading_in_turn(model, [block for _, block in blocks]) if module is None else reading(module)
+
     gptq_model(
         model,
         layers,
         learn,
         install=places.install,
-        blocks=blocks_of(model.model),
+        blocks=blocks,
         effort=plan.effort,
         progress=progress,
         room_bytes=0,
+        read=read,
         known=places.known,
         left=places.left,
     )

@@ -6,6 +6,7 @@ Each layer makes up for some of what was lost before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -30,7 +31,7 @@ from mlx_tune.quantization.learning.experts import note_of_experts
 from mlx_tune.quantization.learning.gptq import quantize_gptq, shrinkage_for
 from mlx_tune.quantization.learning.kept_arrays import KeptArrays
 from mlx_tune.quantization.learning.moments import Drift, InputMoments
-from mlx_tune.quantization.learning.propagation import Propagation
+from mlx_tune.quantization.learning.propagation import Propagation, Read
 from mlx_tune.quantization.models.batches import Batch, in_parts
 from mlx_tune.quantization.models.interception import Step, forward_steps
 from mlx_tune.quantization.models.layers import read_weight
@@ -89,6 +90,7 @@ def gptq_model(
     effort: Effort = "fast",
     progress: bool = False,
     room_bytes: int | None = None,
+    read: Read = lambda _: nullcontext(),
     known: Known = lambda _: None,
     left: Callable[[Sequence[tuple[LayerPlan, CalibratedLayer]]], None] = lambda _: None,
 ) -> list[CalibratedLayer]:
@@ -110,6 +112,7 @@ def gptq_model(
         effort: "fast" or "best".
         progress: Show a progress line.
         room_bytes: The most of what layers are given that is kept in memory; a quarter of what there is by default.
+        read: Has the weights read of a block, or of the whole model in turn, where they lie on disk.
         known: Tells the outcome and the arrays of a layer that an earlier call has quantized.
         left: Told of the layers of one step after another, once they are in the model and have run.
 
@@ -134,7 +137,7 @@ def gptq_model(
         raise QuantizationError("GPTQ learns from batches: calibration is empty.")
     room = memory_budget() // _SHARE_OF_MEMORY if room_bytes is None else room_bytes
     with KeptArrays(room) as kept, progress_bar("gptq", len(layers), enabled=progress) as bar:
-        run = _Pass(model, list(layers), in_parts(calibration, _PART_TOKENS), install, effort, bar, known, left)
+        run = _Pass(model, list(layers), in_parts(calibration, _PART_TOKENS), install, effort, bar, read, known, left)
         done = run.all(blocks, kept)
     return [done[layer.path] for layer in layers]
 
@@ -150,12 +153,13 @@ class _Pass:
         install: Callable[[LayerPlan, Arrays], None],
         effort: Effort,
         bar: Bar,
+        read: Read,
         known: Known,
         left: Callable[[Sequence[tuple[LayerPlan, CalibratedLayer]]], None],
     ) -> None:
         self._model, self._layers, self._batches = model, layers, batches
         self._install, self._effort, self._bar = install, effort, bar
-        self._known, self._left = known, left
+        self._read, self._known, self._left = read, known, left
 
     def all(self, blocks: Sequence[tuple[str, nn.Module]], kept: KeptArrays) -> dict[str, CalibratedLayer]:
         done: dict[str, CalibratedLayer] = {}
@@ -164,7 +168,7 @@ class _Pass:
             call = partial(self._batches[0].inputs.call, self._model.model)
             steps = forward_steps(call, list(modules.items()), blocks)
         of_step = {s.path: {x.path: x.module for x in self._layers if self._belongs(x, s)} for s in steps}
-        inputs = Propagation(self._model, self._batches, steps, [module for _, module in blocks], of_step, kept)
+        inputs = Propagation(self._model, self._batches, steps, self._read, of_step, kept)
         for layer in self._layers:
             if isinstance(layer.module, nn.Embedding):
                 done[layer.path] = self._embedding(layer, steps, inputs)

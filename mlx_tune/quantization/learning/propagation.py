@@ -6,7 +6,7 @@ model would give each block, so that it is known how far those have moved.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +21,11 @@ from mlx_tune.quantization.learning.kept_arrays import KeptArrays
 from mlx_tune.quantization.learning.moments import InputMoments, Seen
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.interception import Step, run_until
-from mlx_tune.quantization.models.reading import reading, reading_in_turn
 from mlx_tune.quantization.models.sites import WalkedModel, widen
 from mlx_tune.substitution import Hook, ModuleCall, intercepted
+
+#: Has the weights of a module, or of the whole model in turn, read while a block runs.
+Read = Callable[["nn.Module | None"], AbstractContextManager[None]]
 
 Extras = list[tuple[tuple[object, ...], dict[str, object]]]
 
@@ -41,7 +43,7 @@ class Propagation:
         model: The model, which is quantized step by step meanwhile.
         batches: The batches that it is called with; one in eight judges instead of teaching.
         steps: Its steps, in the order of the forward pass.
-        blocks: The model's blocks.
+        read: Has the weights read of a module, or of the whole model in turn, where they lie on disk.
         layers: The layers that are to be quantized, by path, of each step by its path.
         kept: Holds the inputs of steps and of their layers.
     """
@@ -51,12 +53,12 @@ class Propagation:
         model: WalkedModel,
         batches: Sequence[Batch],
         steps: Sequence[Step],
-        blocks: Sequence[nn.Module],
+        read: Read,
         layers: Mapping[str, Mapping[str, nn.Module]],
         kept: KeptArrays,
     ) -> None:
         """Run the unquantized model up to where its blocks begin to follow one another."""
-        self._model, self._batches, self._blocks = model, batches, blocks
+        self._model, self._batches, self._read = model, batches, read
         self._kept = kept
         self._chain = {s.path: s.module for s in steps if s.follows is not None or s.path == _first_of(steps)}
         self._layers, self._looks_ahead = layers, bool(self._chain)
@@ -169,7 +171,7 @@ class Propagation:
 
     def _reading(self, step: Step) -> AbstractContextManager[None]:
         """Read the weights that running a step takes, once for all batches where it can be called by itself."""
-        return reading(step.module) if self._now.at == step.path else reading_in_turn(self._model, self._blocks)
+        return self._read(step.module if self._now.at == step.path else None)
 
     def _run_before(self, step: Step, modules: Mapping[str, nn.Module], i: int) -> None:
         """Run a step as it was before, and keep what its layers are given and what it hands on."""
@@ -271,7 +273,7 @@ class Propagation:
                 self._kept[side.name, len(extras)] = call.inputs
                 extras.append((call.arguments[1:], call.keywords))
 
-        with self._model.running(), reading_in_turn(self._model, self._blocks):
+        with self._model.running(), self._read(None):
             for batch in self._batches:
                 run_until(partial(batch.inputs.call, self._model.model), step.module, 1, take)
         if len(extras) == len(self._batches):
