@@ -107,6 +107,21 @@ class Graph:
         self.outputs = list(new(tuple(self.outputs)))
         self.compiled_calls = [CompiledCall(new(call.inputs), new(call.outputs)) for call in self.compiled_calls]
 
+    def sort(self) -> None:
+        """Put the operations in an order in which they could run: each after those that make what it reads."""
+        made_by, order, seen = self.producers(), list[Node](), set[int]()
+        for first in range(len(self.nodes)):
+            stack = [(first, False)]
+            while stack:
+                i, ready = stack.pop()
+                if ready:
+                    order.append(self.nodes[i])
+                elif i not in seen:
+                    seen.add(i)
+                    stack.append((i, True))
+                    stack.extend((made_by[v], False) for v in reversed(self.nodes[i].inputs) if v in made_by)
+        self.nodes = order
+
     def drop_unneeded(self) -> None:
         """Forget operations that no output needs, and captured arrays that only those read."""
         made_by = self.producers()

@@ -115,6 +115,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Compute the memory that mlx-lm's training step needs at the least, without running it.
 
+    mlx-lm's trainer evaluates the state before the loss, and the step is priced so.
+
     Args:
         model: The model as it will be trained.
         dataset: A data set for mlx-lm's trainer.
@@ -147,9 +149,10 @@ def estimate_memory(
     ):
         batch = ready.make_batch(args.batch_size)
         if ready.kept is None:
-            found = trace(ready.step, batch, state=ready.state, backend=backend)
+            found = trace(ready.step, batch, state=ready.state, backend=backend, state_first=True)
         else:  # what is kept counts among what the step is given
-            found = trace(partial(_accumulating, ready.step), batch, ready.kept, state=ready.state, backend=backend)
+            step = partial(_accumulating, ready.step)
+            found = trace(step, batch, ready.kept, state=ready.state, backend=backend, state_first=True)
         return replace(found, notes=(*found.notes, *ready.notes))
 
 

@@ -49,6 +49,7 @@ def run_step(
     *,
     cache_limit_bytes: int | None = None,
     judge: Callable[[mx.array], str | None] | None = None,
+    state_first: bool = False,
 ) -> StepTrial:
     """Run one step, evaluate what it returns and what it changed, and measure both.
 
@@ -59,6 +60,7 @@ def run_step(
         limit_bytes: The memory limit to run it under; None leaves the one that is set.
         cache_limit_bytes: The same for buffers that are kept for reuse.
         judge: Looks at the loss once everything is measured, and says what is wrong with it, or None.
+        state_first: Evaluate the state before the outputs, as mlx-lm's trainer does.
 
     Returns:
         Its peak and its time.
@@ -85,9 +87,10 @@ def run_step(
                 f"step returned {described}: it must return arrays, the loss first, so that what it computes is "
                 f"evaluated and measured."
             )
-        mx.eval(outputs, list(arrays_of(state)))
+        ends = [outputs, list(arrays_of(state))]
+        mx.eval(*(reversed(ends) if state_first else ends))
         loss = outputs[0]
-        del result, outputs
+        del result, outputs, ends
     mx.eval(mx.zeros(1) + 1)  # on Metal, an error that was stored by the work above comes out here (mlx#4174)
     fault = judge(loss) if judge is not None else None
     return StepTrial(limit_bytes, memory.peak_bytes, memory.seconds, before, fault)

@@ -45,3 +45,15 @@ def test_every_value_is_an_input_or_has_one_producer(graph: Graph) -> None:
 def test_bytes_are_those_of_the_array() -> None:
     for shape, dtype in [((3, 4), mx.float32), ((), mx.bfloat16), ((0, 5), mx.int64)]:
         assert Value(shape, dtype).nbytes == mx.zeros(shape, dtype).nbytes
+
+
+@given(graphs(), st.randoms())
+def test_sorted_operations_come_after_those_that_make_what_they_read(graph: Graph, random) -> None:
+    nodes = list(graph.nodes)
+    random.shuffle(graph.nodes)
+    graph.sort()
+    assert sorted(graph.nodes) == sorted(nodes)
+    there = set(graph.inputs())
+    for node in graph.nodes:
+        assert there.issuperset(node.inputs)
+        there.update(node.outputs)

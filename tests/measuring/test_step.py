@@ -45,6 +45,14 @@ def test_the_limit_holds_during_the_step_only():
         mx.set_memory_limit(before)
 
 
+@pytest.mark.parametrize("state_first", [False, True])
+def test_the_state_is_evaluated_before_or_after_the_outputs(monkeypatch, state_first):
+    state, order = [mx.zeros(3)], []
+    monkeypatch.setattr(mx, "eval", lambda *trees: order.append([a.size for a in arrays_of(trees)]))
+    run_step(lambda: mx.zeros(2), (), state, state_first=state_first)
+    assert order[0] == ([3, 2] if state_first else [2, 3])
+
+
 def test_a_step_without_arrays_is_an_error():
     with pytest.raises(TrialError, match="step returned a dict without arrays: it must return arrays, the loss first"):
         run_step(lambda: {"loss": 1.0}, ())

@@ -107,7 +107,7 @@ def call_checkpointed(
         return body(*args, **kwargs)
     call = Call(body, owner, args, kwargs, keep, refusals)
     arrays, call.arrays = call.arrays, []
-    return call.result(traced_checkpoint(call, arrays) if is_tracing() else recomputed(call, arrays))
+    return call.result(traced_checkpoint(call, arrays, waits=True) if is_tracing() else recomputed(call, arrays))
 
 
 class _Outputs:

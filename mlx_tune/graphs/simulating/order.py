@@ -11,12 +11,13 @@ import os
 from mlx_tune.graphs.graph import Graph
 
 
-def evaluation_order(graph: Graph, width: int | None = None) -> list[int]:
+def evaluation_order(graph: Graph, width: int | None = None, *, state_first: bool = False) -> list[int]:
     """Indices of the graph's nodes in the order in which `mx.eval(outputs)` runs them.
 
     Args:
         graph: Arrays to evaluate.
         width: The widest the walk may get; by default what MLX reads from MLX_BFS_MAX_WIDTH, or 20.
+        state_first: True where what the step updates is evaluated before what it returns.
 
     Returns:
         Every node that an output needs, once.
@@ -28,7 +29,10 @@ def evaluation_order(graph: Graph, width: int | None = None) -> list[int]:
         for value in operation.outputs:
             made_by[value] = i
     # The last entry is the synchronizer, an operation on all outputs that MLX evaluates last.
-    reads = [*(operation.inputs for operation in graph.nodes), graph.outputs]
+    ends = graph.outputs
+    if state_first:
+        ends = [*ends[graph.results :], *ends[: graph.results]]
+    reads = [*(operation.inputs for operation in graph.nodes), ends]
     needs = [[made_by[v] for v in values if made_by[v] >= 0] for values in reads]
     root = len(graph.nodes)
 

@@ -102,9 +102,11 @@ def _fold_checkpoints(graph: Graph) -> None:
     """Replace every written-out checkpoint by the primitive that `mx.checkpoint` makes.
 
     `traced_checkpoint` returns y + (z - z) next to a Depends on y; MLX makes one CustomTransforms instead, which
-    passes y through, and a Depends on its output. The second evaluation stays only where the gradient uses it.
+    passes y through, and a Depends on its output. The second evaluation stays only where the gradient uses it. Where
+    it waits for the gradients of the outputs, those go through a Depends of their own, as in `mlx_tune.checkpoint`.
     """
     sums = _sums_with_nothing(graph)
+    arriving = _arriving(graph)
     rewritten: dict[int, Node | None] = {}
     for i, node in enumerate(graph.nodes):
         if node.name != "Depends" or len(node.inputs) == len(node.outputs):
@@ -114,24 +116,59 @@ def _fold_checkpoints(graph: Graph) -> None:
         if not passed:
             continue
         results = {v: graph.nodes[sums[v]].outputs[0] for v in passed}
+        products = [arriving[zero] for v in passed if (zero := graph.nodes[sums[v]].inputs[1]) in arriving]
+        wanted = [graph.nodes[at] for at in products]
         first, *others = sorted(sums[v] for v in passed)
         rewritten[first] = Node("CustomTransforms", (*primals, *passed), tuple(results[v] for v in passed), ())
-        rewritten |= dict.fromkeys(others)
-        rewritten[i] = Node("Depends", (*primals, *(results.get(v, v) for v in values)), node.outputs, ())
+        rewritten |= dict.fromkeys([*others, *products])
+        arrived = tuple(product.outputs[0] for product in wanted)
+        if wanted:
+            rewritten[products[0]] = Node("Depends", tuple(product.inputs[1] for product in wanted), arrived, ())
+        ends = (*(results.get(v, v) for v in values), *arrived)
+        rewritten[i] = Node("Depends", (*primals, *ends), node.outputs, ())
     nodes = (rewritten.get(i, node) for i, node in enumerate(graph.nodes))
     graph.nodes = [node for node in nodes if node is not None]
+    if arriving:
+        graph.sort()
 
 
-def _sums_with_nothing(graph: Graph) -> dict[int, int]:
-    """For each value y of which a trace made y + (z - z) the node of that sum."""
+def _arriving(graph: Graph) -> dict[int, int]:
+    """For each difference with a checkpoint's mark the product of that mark and the gradient of the output."""
+    marks = {value: value for value, mark in graph.marks.items() if mark.end == "checkpoint"}
+    if not marks:
+        return {}
+    forward: dict[int, int] = {}
+    backward: dict[int, list[int]] = {}
+    differences = _differences(graph)
+    for i, node in enumerate(graph.nodes):
+        if not node.inputs or node.inputs[0] not in marks:
+            continue
+        mark = marks[node.inputs[0]]
+        if node.name in ("AsType", "Broadcast"):
+            marks[node.outputs[0]] = mark
+        elif node.name == "Multiply" and node.inputs[1] in differences:
+            forward[mark] = node.outputs[0]
+        elif node.name == "Multiply":
+            backward.setdefault(mark, []).append(i)
+    return {zero: backward[mark][0] for mark, zero in forward.items() if len(backward.get(mark, [])) == 1}
+
+
+def _differences(graph: Graph) -> set[int]:
+    """The differences z - z that a trace made."""
     behind = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.name == "StopGradient"}
-    differences = {
+    return {
         node.outputs[0]
         for node in graph.nodes
         if node.name == "Subtract" and node.inputs[0] == behind.get(node.inputs[1], node.inputs[1])
     }
+
+
+def _sums_with_nothing(graph: Graph) -> dict[int, int]:
+    """For each value y of which a trace made y + (z - z) the node of that sum."""
+    zeros = _differences(graph)
+    zeros |= {node.outputs[0] for node in graph.nodes if node.name == "Multiply" and node.inputs[1] in zeros}
     sums: dict[int, int] = {}
     for i, node in enumerate(graph.nodes):
-        if node.name == "Add" and node.inputs[1] in differences:
+        if node.name == "Add" and node.inputs[1] in zeros:
             sums.setdefault(node.inputs[0], i)
     return sums

@@ -9,8 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
+
+if TYPE_CHECKING:
+    from mlx_tune.graphs.tracing.custom_gradients import Marks
 
 _thread = threading.local()
 
@@ -37,16 +41,23 @@ def is_differentiable(array: mx.array) -> bool:
 
 
 @contextmanager
-def tracing() -> Iterator[None]:
-    """Make `is_tracing` true on this thread for the body; nests."""
-    _thread.depth = getattr(_thread, "depth", 0) + 1
+def tracing(marks: Marks | None = None) -> Iterator[None]:
+    """Make `is_tracing` true on this thread for the body; nests.
+
+    Args:
+        marks: The place where checkpoints that wait for cotangents note where those arrive; None for nowhere.
+    """
+    outer = getattr(_thread, "marks", None)
+    _thread.depth, _thread.marks = getattr(_thread, "depth", 0) + 1, marks
     try:
         yield
     finally:
-        _thread.depth -= 1
+        _thread.depth, _thread.marks = _thread.depth - 1, outer
 
 
-def traced_checkpoint(pure: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array]) -> list[mx.array]:
+def traced_checkpoint(
+    pure: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], *, waits: bool = False
+) -> list[mx.array]:
     """Call a checkpointed function so that its recomputation appears in an exported graph.
 
     The value is y = pure(arrays), cut off from the gradient. The gradient goes through a second evaluation z
@@ -57,6 +68,8 @@ def traced_checkpoint(pure: Callable[..., Sequence[mx.array]], arrays: Sequence[
     Args:
         pure: a function of arrays only, without side effects, returning arrays.
         arrays: what to call it with.
+        waits: true where the second evaluation begins when the gradients of the outputs are there, as that of
+            `mlx_tune.checkpoint` does. A factor of z - stop_gradient(z) then marks where they arrive.
 
     Returns:
         The arrays that `pure` returns, in order. Integers and booleans carry no gradient and are passed on.
@@ -73,4 +86,10 @@ def traced_checkpoint(pure: Callable[..., Sequence[mx.array]], arrays: Sequence[
     if not any(is_differentiable(y) for y in values):
         return values
     again = pure(*mx.depends(arrays, values))
-    return [y + (z - mx.stop_gradient(z)) if is_differentiable(y) else y for y, z in zip(values, again, strict=True)]
+    marks: Marks | None = getattr(_thread, "marks", None) if waits else None
+
+    def zero(z: mx.array, position: int) -> mx.array:
+        difference = z - mx.stop_gradient(z)
+        return difference if marks is None else marks.new("checkpoint", position, z).astype(z.dtype) * difference
+
+    return [y + zero(z, i) if is_differentiable(y) else y for i, (y, z) in enumerate(zip(values, again, strict=True))]

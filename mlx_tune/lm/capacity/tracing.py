@@ -10,7 +10,14 @@ from mlx_tune.graphs.estimate import follow_step
 from mlx_tune.lm.capacity.depth import START, Course
 
 
-def course_of(step: Callable[..., object], args: tuple[object, ...], state: object, backend: Backend) -> Course:
+def course_of(
+    step: Callable[..., object],
+    args: tuple[object, ...],
+    state: object,
+    backend: Backend,
+    *,
+    state_first: bool = False,
+) -> Course:
     """Trace a step and sort its operations into classes.
 
     Args:
@@ -18,8 +25,9 @@ def course_of(step: Callable[..., object], args: tuple[object, ...], state: obje
         args: Its arguments.
         state: Objects that it changes.
         backend: The backend that it is priced for.
+        state_first: As for `estimate_memory`.
     """
-    graph, timeline = follow_step(step, args, state, rules_of(backend))
+    graph, timeline = follow_step(step, args, state, rules_of(backend), state_first=state_first)
     highest: dict[Hashable, int] = {START: timeline.start_bytes}
     for index, live in zip(timeline.order, timeline.live, strict=True):
         node = graph.nodes[index]

@@ -167,4 +167,4 @@ def training_course(
         ) as ready,
     ):
         batch = (ArraySpec((rows, length), mx.int32), ArraySpec((rows, 2), mx.int32))
-        return course_of(ready.step, (batch,), ready.state, backend)
+        return course_of(ready.step, (batch,), ready.state, backend, state_first=True)

@@ -125,7 +125,7 @@ def longest_sequence(
         ):
             batch = ready.make_batch(args.batch_size)
             mx.eval(batch)
-            trial = run_step(ready.step, [batch], ready.state, allowed)
+            trial = run_step(ready.step, [batch], ready.state, allowed, state_first=True)
             extra = ready.notes
         tried += 1
         if trial.peak_bytes <= allowed:

@@ -31,6 +31,13 @@ def test_breadth_comes_first_and_the_last_output_is_evaluated_first() -> None:
     assert [graph.nodes[i].outputs[0] for i in evaluation_order(graph)] == [3, 1, 4, 2]
 
 
+def test_the_state_comes_before_the_results_where_that_is_asked_for() -> None:
+    graph = graph_of({1: (0,), 2: (0,), 3: (0,)}, [1, 2, 3])
+    graph.results = 1
+    assert [graph.nodes[i].outputs[0] for i in evaluation_order(graph)] == [3, 2, 1]
+    assert [graph.nodes[i].outputs[0] for i in evaluation_order(graph, state_first=True)] == [1, 3, 2]
+
+
 def test_beyond_the_width_the_walk_goes_down_one_branch_at_a_time() -> None:
     edges: dict[int, tuple[int, ...]] = {}
     for chain in range(4):
