@@ -14,7 +14,7 @@ from mlx_tune.lm.capacity.growth import Largest, largest_foretold
 from mlx_tune.lm.capacity.repetition import find_runs, kept_blocks
 from mlx_tune.lm.capacity.result import GenerationFit
 from mlx_tune.lm.capacity.tracing import course_of
-from mlx_tune.lm.capacity.unloaded import Unloaded, kind_of
+from mlx_tune.lm.capacity.unloaded import Unloaded
 from mlx_tune.lm.generation import PREFILL_ROWS
 from mlx_tune.measuring.floors import Floor
 from mlx_tune.measuring.forecast import ESTIMATE_MARGIN
@@ -42,7 +42,8 @@ class RunModel:
 
     def __init__(self, unloaded: Unloaded, backend: Backend, kv_bits: int | None = None) -> None:
         whole = unloaded.build()
-        kinds = [kind_of(block) for block in whole.layers]
+        unloaded = unloaded.completed(whole)
+        kinds = unloaded.kinds(whole)
         self.weights_bytes, self._backend, self._kv_bits = nbytes_of(whole.parameters()), backend, kv_bits
         self._runs = find_runs(kinds, 2)
         base = [min(run.repeats, max(2, -(-_LEAST // run.period))) for run in self._runs]
@@ -57,7 +58,7 @@ class RunModel:
             keeps = [kept_blocks(len(kinds), self._runs, repeats) for repeats in (base, *longer)]
             self._models = [unloaded.build(keep) for keep in keeps]
             alike = [
-                [kind_of(block) for block in model.layers] == [kinds[i] for i in keep]
+                unloaded.kinds(model, keep) == [kinds[i] for i in keep]
                 for model, keep in zip(self._models, keeps, strict=True)
             ]
             if not all(alike):

@@ -13,7 +13,7 @@ from mlx_tune.lm.adapters import add_adapters, make_optimizer
 from mlx_tune.lm.capacity.depth import Course, Depths
 from mlx_tune.lm.capacity.repetition import Run, find_runs, kept_blocks
 from mlx_tune.lm.capacity.tracing import course_of
-from mlx_tune.lm.capacity.unloaded import Unloaded, kind_of
+from mlx_tune.lm.capacity.unloaded import Unloaded
 from mlx_tune.lm.preparation import MOST_LAYERS, StandInRows
 from mlx_tune.trees import nbytes_of
 
@@ -62,8 +62,8 @@ class TrainedModel:
     """
 
     def __init__(self, unloaded: Unloaded, tuning: Tuning) -> None:
-        self.unloaded, self.tuning = unloaded, tuning
         self.whole = unloaded.build()
+        self.unloaded, self.tuning = unloaded.completed(self.whole), tuning
         self.weights_bytes = nbytes_of(self.whole.parameters())
         self._count = count = len(self.whole.layers)
         trained = min(MOST_LAYERS, count) if tuning.num_layers is None else tuning.num_layers
@@ -71,7 +71,7 @@ class TrainedModel:
         self._trained = count if trained == -1 else trained
         self._models: dict[tuple[int, ...], nn.Module] = {tuple(range(count)): self.whole}
         blocks = list(self.whole.layers)
-        kinds = [kind_of(block) for block in blocks]
+        kinds = self.unloaded.kinds(self.whole)
         self._runs = find_runs(kinds, _STILL)
         trains = [
             bool(blocks[run.start].trainable_parameters()) and run.start >= count - self._trained for run in self._runs
@@ -96,7 +96,7 @@ class TrainedModel:
         """True where the configuration of a short model does make the blocks that it should have."""
         keep = kept_blocks(self._count, self._runs, self.depths.low)
         try:
-            made = [kind_of(block) for block in self.shorter(self.depths.low).layers]
+            made = self.unloaded.kinds(self.shorter(self.depths.low), keep)
         except _UNFIT:  # settings that do not go together in a shorter model: it is traced whole
             return False
         return made == [kinds[i] for i in keep]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_tune.errors import InvalidArgumentError
@@ -21,6 +21,8 @@ _BLOCK_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _NUMBERS = ("idx", "index", "layer_id", "layer_number", "layer_num")
 #: Words in the names of settings that list blocks by their numbers.
 _LISTS_BLOCKS = ("layer", "idx", "indices", "index")
+#: The ends of names of settings that say for each block what it is.
+_KINDS = ("_types", "_type", "_pattern", "_kinds")
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -39,6 +41,25 @@ class Unloaded:
     bits: int | None = None
     group_size: int | None = None
     mode: str = "affine"
+
+    def completed(self, whole: nn.Module) -> Unloaded:
+        """The same with what the architecture itself says of each block, where the configuration is silent."""
+        inner: Config = self.config.get("text_config") or {}
+        inside = any(name in inner for name in _BLOCK_COUNTS)
+        settings = inner if inside else self.config
+        found = {
+            name: list(value)
+            for part in (whole, whole.get("model"))
+            if part is not None
+            for name, value in {**vars(part), **part}.items()
+            if name.endswith(_KINDS) and isinstance(value, list | tuple) and len(value) == len(whole.layers)
+        }
+        settings = {**settings, **{name: value for name, value in found.items() if not settings.get(name)}}
+        return replace(self, config={**self.config, "text_config": settings} if inside else settings)
+
+    def kinds(self, model: nn.Module, keep: Sequence[int] | None = None) -> list[Hashable]:
+        """The kinds of the blocks of a model that `build` made, with the same `keep`."""
+        return kinds_of(model, self.config if keep is None else shortened(self.config, keep))
 
     def build(self, keep: Sequence[int] | None = None) -> nn.Module:
         """The model.
@@ -148,6 +169,28 @@ def kind_of(block: nn.Module) -> Hashable:
         and not any(word in name for word in _NUMBERS)
     )
     return arrays, flags
+
+
+def kinds_of(model: nn.Module, config: Config) -> list[Hashable]:
+    """The kind of each block: its own, and what the configuration says of it alone.
+
+    Some architectures choose a block's mask by such a list, which the block itself does not hold.
+
+    Args:
+        model: The model.
+        config: Its configuration, with as many blocks.
+    """
+    count = len(model.layers)
+    inner = config.get("text_config")
+    settings = [*config.items(), *(inner.items() if isinstance(inner, dict) else ())]
+    lists = [
+        (name, value)
+        for name, value in settings
+        if name.endswith(_KINDS) and isinstance(value, list) and len(value) == count
+    ]
+    return [
+        (kind_of(block), tuple((name, str(value[i])) for name, value in lists)) for i, block in enumerate(model.layers)
+    ]
 
 
 def longest_context(config: Config) -> int:

@@ -33,9 +33,10 @@ def test_a_course_is_the_estimate_of_the_same_step(family):
     assert (course.peak_bytes, course.start_bytes) == (estimate.floor_bytes, estimate.start_bytes)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mamba2", "deepseek_v3"])
-def test_blocks_that_are_not_trained_are_left_out_exactly(family):
-    model, trace, course = courses(family, Tuning(num_layers=3), 13)
+@pytest.mark.parametrize("blocks", [12, 13])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mamba2", "deepseek_v3", "gpt_oss"])
+def test_blocks_that_are_not_trained_are_left_out_exactly(family, blocks):
+    model, trace, course = courses(family, Tuning(num_layers=3), blocks)
     assert not course.extrapolated
     assert sum(model.depths.low) < sum(model.depths.deep)
     for rows, length in ((1, 65), (5, 65), (1, 129)):
