@@ -62,6 +62,11 @@ def add_parser(subparsers: object) -> argparse.ArgumentParser:
         "--generate-batch", type=int, default=1, metavar="N", help="rows that are generated at a time (default: 1)"
     )
     running.add_argument("--kv-bits", type=int, metavar="N", help="bits of keys and values (default: as the weights)")
+    parser.add_argument(
+        "--confirm",
+        action="store_true",
+        help="run one real step as well, and print what was predicted of it and what was measured; needs the weights",
+    )
     add_json(parser)
     return parser
 
@@ -88,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             context=arguments.context,
             generate_batch=arguments.generate_batch,
             kv_bits=arguments.kv_bits,
+            confirm=arguments.confirm,
         )
     print_result(answer, as_json=arguments.json)
     runs = answer.generation is None or answer.generation.fits

@@ -9,12 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-if TYPE_CHECKING:
-    from mlx_tune.graphs.tracing.custom_gradients import Marks
+#: Makes a number that occurs nowhere else for a kind of place, its position and the array that belongs there.
+Mark = Callable[[str, int, mx.array], mx.array]
 
 _thread = threading.local()
 
@@ -41,18 +40,18 @@ def is_differentiable(array: mx.array) -> bool:
 
 
 @contextmanager
-def tracing(marks: Marks | None = None) -> Iterator[None]:
+def tracing(mark: Mark | None = None) -> Iterator[None]:
     """Make `is_tracing` true on this thread for the body; nests.
 
     Args:
-        marks: The place where checkpoints that wait for cotangents note where those arrive; None for nowhere.
+        mark: Marks where the cotangents arrive that a checkpoint waits for; None where none waits.
     """
-    outer = getattr(_thread, "marks", None)
-    _thread.depth, _thread.marks = getattr(_thread, "depth", 0) + 1, marks
+    outer = getattr(_thread, "mark", None)
+    _thread.depth, _thread.mark = getattr(_thread, "depth", 0) + 1, mark
     try:
         yield
     finally:
-        _thread.depth, _thread.marks = _thread.depth - 1, outer
+        _thread.depth, _thread.mark = _thread.depth - 1, outer
 
 
 def traced_checkpoint(
@@ -86,10 +85,10 @@ def traced_checkpoint(
     if not any(is_differentiable(y) for y in values):
         return values
     again = pure(*mx.depends(arrays, values))
-    marks: Marks | None = getattr(_thread, "marks", None) if waits else None
+    mark: Mark | None = getattr(_thread, "mark", None) if waits else None
 
     def zero(z: mx.array, position: int) -> mx.array:
         difference = z - mx.stop_gradient(z)
-        return difference if marks is None else marks.new("checkpoint", position, z).astype(z.dtype) * difference
+        return difference if mark is None else mark("checkpoint", position, z).astype(z.dtype) * difference
 
     return [y + zero(z, i) if is_differentiable(y) else y for i, (y, z) in enumerate(zip(values, again, strict=True))]

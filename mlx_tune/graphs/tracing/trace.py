@@ -158,7 +158,7 @@ def _trace(
         snapshot = Snapshot(state)
         try:
             # With kernels in the place of operations that a GPU has them for, any backend's graph is built on the CPU.
-            with tracing(replaced.marks), replacing_calls(replaced, STAND_INS.values(), KERNELS), mx.stream(mx.cpu):
+            with tracing(replaced.marks.new), replacing_calls(replaced, STAND_INS.values(), KERNELS), mx.stream(mx.cpu):
                 recorder.trace(step, args, batch, slots, state, replaced.marks, replaced.compiled_calls)
             first.note()
         except BaseException as error:

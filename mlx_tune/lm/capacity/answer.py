@@ -6,16 +6,20 @@ import os
 import time
 from collections.abc import Sequence
 from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mlx_tune.devices import backend
 from mlx_tune.errors import InvalidArgumentError
 from mlx_tune.garbage import no_collections
 from mlx_tune.lm.adapters import FINE_TUNE_TYPES, OPTIMIZERS
 from mlx_tune.lm.capacity.configuration import Config, read_configuration
+from mlx_tune.lm.capacity.confirm import confirm_step, folder_of, load_packed
 from mlx_tune.lm.capacity.depth import Course, DeepCourse
 from mlx_tune.lm.capacity.growth import largest_foretold
 from mlx_tune.lm.capacity.inference import generation_fit
 from mlx_tune.lm.capacity.quantization import refuse_twice
-from mlx_tune.lm.capacity.result import Fits, TrainingWay
+from mlx_tune.lm.capacity.result import Confirmation, Fits, TrainingWay, chosen_way
 from mlx_tune.lm.capacity.training import TrainedModel, Tuning, training_course
 from mlx_tune.lm.capacity.unloaded import Unloaded, longest_context
 from mlx_tune.lm.losses.next_token import choose_loss
@@ -30,6 +34,9 @@ from mlx_tune.machines.table import (
 from mlx_tune.measuring.forecast import ESTIMATE_MARGIN
 from mlx_tune.state import same_random_stream
 from mlx_tune.units import format_bytes, whole_number
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
 
 #: mlx-lm pads rows to multiples of this.
 _PAD = 32
@@ -58,6 +65,7 @@ def fits(
     generate_batch: int = 1,
     kv_bits: int | None = None,
     revision: str | None = None,
+    confirm: bool = False,
 ) -> Fits:
     """Predict if a model can be fine-tuned on a machine, at which batch, and how long its rows may be.
 
@@ -83,6 +91,8 @@ def fits(
         generate_batch: Rows that are generated at a time.
         kv_bits: Bits of keys and values; None for the model's own dtype.
         revision: The branch, tag or commit of a hub name.
+        confirm: True to run one real step as well, in the way that the answer chose, on this machine and priced for it.
+            The weights have to be here, in a folder or the hub's cache, and the step has to fit what is free.
 
     Returns:
         The answer; `str` of it is the sentence and the table.
@@ -90,7 +100,8 @@ def fits(
     Raises:
         InvalidArgumentError: No configuration there, an architecture that mlx-lm does not know, a machine that is not
             in the table, weights that are quantized already, memory below the weights, or a number that cannot be
-            meant. The text says which.
+            meant; or `confirm` and no weights here. The text says which.
+        BudgetError: `confirm`, and the step is predicted not to fit this machine.
         MlxTuneError: The hub does not give the configuration.
 
     Examples:
@@ -108,6 +119,7 @@ def fits(
     _one_of("optimizer", optimizer.lower(), tuple(OPTIMIZERS))
     where = _machine(machine, memory, budget)
     described = read_configuration(model, revision)
+    folder = folder_of(described, model, revision) if confirm else None
     refuse_twice(described.config, bits)
     unloaded = Unloaded(described.config, bits, group_size, mode)
     with no_collections(), same_random_stream():
@@ -137,6 +149,9 @@ def fits(
                 kv_bits=kv_bits,
                 longest=longest,
             )
+        confirmation = None
+        if folder is not None:
+            confirmation = _confirmed(trained, folder, chosen_way(ways).way, batch_size, max_seq_length)
     notes = [] if chosen.linear else [f"The loss is {chosen.text}."]
     if max_seq_length > longest:
         notes.append(f"The configuration allows {longest:,} tokens in a row, fewer than were asked about.")
@@ -152,6 +167,7 @@ def fits(
         extrapolated=extrapolated,
         seconds=time.perf_counter() - started,
         generation=generation,
+        confirmation=confirmation,
         notes=tuple(notes),
     )
 
@@ -183,11 +199,14 @@ def _way(
 
     course = DeepCourse(trained.depths, trace, batch_size, length)
     room = int(where.budget_bytes / (1 + ESTIMATE_MARGIN))
-    batch = largest_foretold(lambda rows: course(rows, length).floor, room, (1, 8), most=_MOST_ROWS)
+    one = course(1, length)
+    # So many times the size fit at the least, where memory grows in a straight line: a reading there needs no further.
+    times = max(2, (room - one.start_bytes) // max(1, one.peak_bytes - one.start_bytes))
+    batch = largest_foretold(lambda rows: course(rows, length).floor, room, (1, times), most=_MOST_ROWS)
     row = largest_foretold(
         lambda tokens: course(1, tokens).floor,
         room,
-        (max(_PAD, length // 2), length, 2 * length),
+        (max(_PAD, length // 2), length, max(_PAD, times * length // _PAD * _PAD)),
         step=_PAD,
         most=min(longest, _MOST_TOKENS),
     )
@@ -202,6 +221,31 @@ def _way(
         longest_row=row.size,
         row_limited=row.limited,
     ), course.extrapolated
+
+
+def _confirmed(trained: TrainedModel, folder: Path, way: str, rows: int, length: int) -> Confirmation:
+    """One real step in a way of the table, beside what is predicted for this machine's backend."""
+    checkpoint, linear_loss = next(flags for name, *flags in _WAYS if name == way)
+    tuning = trained.tuning
+    predicted = training_course(
+        trained.whole, tuning, rows, length, backend=backend(), checkpoint=checkpoint, linear_loss=linear_loss
+    ).peak_bytes
+
+    def load(allowed: int) -> nn.Module:
+        model = load_packed(folder, trained.unloaded, trained.weights_bytes, allowed)
+        trained.add_adapters(model)
+        return model
+
+    return confirm_step(
+        load,
+        predicted,
+        way,
+        rows,
+        length,
+        optimizer=tuning.optimizer,
+        checkpoint=checkpoint,
+        linear_loss=linear_loss,
+    )
 
 
 def _machine(machine: str | NamedMachine | None, memory: str | int | None, budget: str | int | None) -> NamedMachine:

@@ -46,8 +46,10 @@ def read_configuration(model: str | os.PathLike[str] | Config, revision: str | N
     if isinstance(model, dict):
         return Described(str(model.get("model_type", "model")), dict(model))
     place, text = Path(model), os.fspath(model)
-    if place.is_file():
+    if place.is_file() and place.name != _FILE:
         return Described(_name_of(place), _read(place))
+    if place.is_file():
+        place = place.parent
     if place.is_dir():
         if not (place / _FILE).is_file():
             raise InvalidArgumentError(f"{text!r} holds no {_FILE}: it is not a model's folder.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from mlx_tune.devices import Backend
 from mlx_tune.machines.table import NamedMachine, smallest_mac
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
@@ -42,6 +44,11 @@ class TrainingWay:
     def to_dict(self) -> dict[str, Json]:
         """Ready for JSON."""
         return {**asdict(self), "smallest_mac_gb": self.smallest_mac_gb}
+
+
+def chosen_way(ways: Sequence[TrainingWay]) -> TrainingWay:
+    """The first way that fits, and where none does the one that needs the least."""
+    return next((way for way in ways if way.fits), min(ways, key=lambda way: way.peak_bytes))
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,40 @@ class GenerationFit:
 
 
 @dataclass(frozen=True)
+class Confirmation:
+    """A real step on this machine, and what was predicted of it.
+
+    Attributes:
+        way: The way of training, as in the table.
+        backend: This machine's backend, which the prediction is for.
+        predicted_bytes: The floor of the step, predicted.
+        measured_bytes: The most that it held, measured.
+        limit_bytes: The memory limit that it ran under.
+        seconds: Its time, compiling included, measured.
+    """
+
+    way: str
+    backend: Backend
+    predicted_bytes: int
+    measured_bytes: int
+    limit_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        """A sentence with both figures."""
+        apart = self.measured_bytes / self.predicted_bytes - 1
+        return (
+            f"Confirmed on this machine ({self.backend}), {self.way}: predicted {format_bytes(self.predicted_bytes)}, "
+            f"measured {format_bytes(self.measured_bytes)} ({apart:+.1%}) in one step under a limit of "
+            f"{format_bytes(self.limit_bytes)}, which took {format_seconds(self.seconds)}."
+        )
+
+    def to_dict(self) -> dict[str, Json]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Fits(Tabular):
     """If and how a model can be trained and run on a machine, predicted from its configuration.
 
@@ -114,6 +155,7 @@ class Fits(Tabular):
         extrapolated: True where steps of fewer of the same blocks stand for the whole model's at some sizes.
         seconds: The time that the answer took.
         generation: Generating with it; None where that was not asked.
+        confirmation: A real step beside its prediction; None where that was not asked. All else is predicted.
         notes: Further remarks.
     """
 
@@ -128,12 +170,13 @@ class Fits(Tabular):
     extrapolated: bool
     seconds: float
     generation: GenerationFit | None = None
+    confirmation: Confirmation | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> TrainingWay:
         """The first way that fits, and where none does the one that needs the least."""
-        return next((way for way in self.rows if way.fits), min(self.rows, key=lambda way: way.peak_bytes))
+        return chosen_way(self.rows)
 
     @property
     def fits(self) -> bool:
@@ -210,9 +253,10 @@ class Fits(Tabular):
             for way in self.rows
         ]
         read = "read there" if self.machine.reading else "by rule, not read"
+        predicted = "Every figure is" if self.confirmation is None else "Figures are"
         notes = [
-            f"Every figure is predicted, from the configuration alone, in {format_seconds(self.seconds)}. Floor and "
-            f"peak are those of batch {self.batch_size} at {self.max_seq_length:,} tokens.",
+            f"{predicted} predicted, from the configuration alone, in {format_seconds(self.seconds)}. Floor and peak "
+            f"are those of batch {self.batch_size} at {self.max_seq_length:,} tokens.",
             f"Budget: {format_bytes(self.budget_bytes)} of {format_bytes(self.machine.usable_bytes)} that MLX may use "
             f"on {self.machine.name} ({read}: {self.machine.source}). Weights: {format_bytes(self.weights_bytes)}.",
         ]
@@ -223,6 +267,8 @@ class Fits(Tabular):
         notes += self.notes
         if self.generation is not None:
             notes += self.generation.lines(self.budget_bytes)
+        if self.confirmation is not None:
+            notes.append(str(self.confirmation))
         return Table(
             ["training", "floor", "peak", "fits", "largest batch", "longest row", "smallest Mac"],
             rows,
@@ -251,6 +297,7 @@ class Fits(Tabular):
             "batch_size": self.batch_size,
             "max_seq_length": self.max_seq_length,
             "generation": None if self.generation is None else self.generation.to_dict(),
+            "confirmation": None if self.confirmation is None else self.confirmation.to_dict(),
             "extrapolated": self.extrapolated,
             "seconds": self.seconds,
             "notes": list(self.notes),

@@ -89,6 +89,10 @@ class TrainedModel:
             self._models[keep] = model
         return self._models[keep]
 
+    def add_adapters(self, model: nn.Module) -> None:
+        """Make a model with all blocks ready for training, in place."""
+        self._add(model, self._trained)
+
     def _add(self, model: nn.Module, trained: int) -> None:
         add_adapters(model, self.tuning.fine_tune_type, num_layers=trained, lora_parameters={"rank": self.tuning.rank})
 
