@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.measuring.float32_products import matmul_float32
 
 #: What is added to the diagonal, as a share of its mean: inputs seen in calibration are not all there are.
 DAMPING = 0.01
+
+#: MLX factorises on the processor only. Where there is a GPU, matrices of more rows are taken in halves, so that nearly
+#: all of the work is products, which the GPU does.
+_AT_ONCE = 256
 
 
 class Curvature:
@@ -64,11 +69,24 @@ def _order(diagonal: mx.array, group_size: int) -> tuple[mx.array, mx.array]:
 def _feedback(damped: mx.array) -> mx.array:
     """Upper U with `U.T @ U = inverse(damped)`."""
     boost = mx.eye(damped.shape[0]) * mx.diag(damped).mean()
+    at_once = damped.shape[0] if computes_on_cpu() else _AT_ONCE
     for extra in (0.0, 0.1, 1.0):
-        # MLX factorises on the CPU only. With rows and columns reversed, one factor and one triangular inverse do.
-        turned = (damped + extra * boost if extra else damped)[::-1, ::-1]
-        factor = mx.linalg.cholesky(turned, stream=mx.cpu)
-        upper = mx.linalg.tri_inv(factor, upper=False, stream=mx.cpu)[::-1, ::-1]
-        if mx.isfinite(upper).all().item():
+        # With rows and columns reversed, one factor and one triangular inverse do.
+        upper = _inverse_factor((damped + extra * boost if extra else damped)[::-1, ::-1], at_once)[::-1, ::-1]
+        if (mx.isfinite(upper).all() & (mx.diag(upper) > 0).all()).item():
             return upper
     raise QuantizationError("The Hessian cannot be factorised, even with its diagonal doubled: are inputs finite?")
+
+
+def _inverse_factor(matrix: mx.array, at_once: int) -> mx.array:
+    """The inverse of a positive definite matrix's Cholesky factor: lower X with `X @ matrix @ X.T` the identity."""
+    rows = matrix.shape[0]
+    if rows <= at_once:
+        return mx.linalg.tri_inv(mx.linalg.cholesky(matrix, stream=mx.cpu), upper=False, stream=mx.cpu)
+    half = -(-rows // 2)
+    first = _inverse_factor(matrix[:half, :half], at_once)
+    below = matmul_float32(matrix[half:, :half], first.T)  # the factor's lower left part
+    second = _inverse_factor(matrix[half:, half:] - matmul_float32(below, below.T), at_once)
+    corner = -matmul_float32(second, matmul_float32(below, first))
+    top = mx.concatenate([first, mx.zeros((half, rows - half))], axis=1)
+    return mx.concatenate([top, mx.concatenate([corner, second], axis=1)])
