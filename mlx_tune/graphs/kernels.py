@@ -203,6 +203,10 @@ def attention(
     besides: list[mx.array] = []
     if isinstance(mask, mx.array):
         besides.append(mx.broadcast_to(mask, (*q.shape[:-1], k.shape[-2])))
+        if mask.dtype == mx.bool_ and replaced.backend == "cuda":
+            # cuDNN adds masks. MLX makes one of the scores' shape, by `supports_bool_mask` in fast.cpp.
+            shape = besides[0].shape
+            besides[0] = mx.where(besides[0], mx.full(shape, 0, dtype), mx.full(shape, -mx.inf, dtype))
     if sinks is not None:
         besides.append(sinks.astype(dtype))
     made: list[mx.array] = []

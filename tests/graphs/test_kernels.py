@@ -110,6 +110,26 @@ def test_an_array_as_mask_makes_metal_hold_the_scores_in_training() -> None:
     assert "Softmax" not in cuda
 
 
+@pytest.mark.parametrize("dtype", [mx.bool_, mx.bfloat16], ids=str)
+def test_cuda_makes_an_additive_mask_of_the_scores_shape_where_it_is_given_true_and_false(dtype: mx.Dtype) -> None:
+    q, kv, mask = (
+        ArraySpec((4, 32, 512, 128), mx.bfloat16),
+        ArraySpec((4, 8, 2048, 128), mx.bfloat16),
+        ArraySpec((4, 1, 512, 2048), dtype),
+    )
+    floors = {
+        backend: mt.estimate_memory(attend, q, kv, kv, mask, backend=backend) for backend in ("cuda", "metal", "cpu")
+    }
+    scores, out = 4 * 32 * 512 * 2048 * 2, q.nbytes
+    besides = {name: found.floor_bytes - found.start_bytes - out for name, found in floors.items()}
+    assert besides["metal"] < out
+    assert besides["cpu"] >= scores  # unfused
+    if dtype == mx.bool_:  # zeros and minus infinities; the mask takes the place of one of them
+        assert besides["cuda"] == pytest.approx(2 * scores, abs=2 * out)
+    else:
+        assert besides["cuda"] < out
+
+
 def test_the_loss_of_mlx_nn_is_the_kernel_that_it_takes_on_a_gpu() -> None:
     logits, targets = ArraySpec((512, 1000), mx.float32), ArraySpec((512,), mx.int32)
 
