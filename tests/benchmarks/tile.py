@@ -1,10 +1,12 @@
 """What long rows cost with and without tiles: floors by the graph and by real steps, and seconds.
 
     python tests/benchmarks/tile.py [--lengths 2048 4096] [--predict-only]
+    python tests/benchmarks/tile.py --large --backend metal --tokens 4096 --lengths 13056 34016 57344
 
 LoRA steps of a small Llama (width 128, MLP 4,096, one head, 4 blocks, vocabulary 8,000, float32) on one row, compiled,
 every block checkpointed but in the first way. `floor` is the least that a step holds above what was there before:
-predicted, and measured under a memory limit of one byte.
+predicted, and measured under a memory limit of one byte. With --large only predicted, for a backend: LoRA of all blocks
+of the 0.6 B shape of loss.py, every block checkpointed, the loss without logits, with tiles and without.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import loss
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.models import llama
+from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_tune as mt
+from mlx_tune import lm
 from mlx_tune.presentation.tables import render_table
 
 WAYS = ("plain", "checkpoint", "checkpoint, loss", "checkpoint, loss, tile")
@@ -87,6 +92,29 @@ def measured(step: Callable[[mx.array], mx.array], state: Any, row: mx.array) ->
     return value.item(), mx.get_peak_memory() - before, time.perf_counter() - began
 
 
+def large_floors(lengths: list[int], tokens: int, backend: str | None) -> None:
+    """The floor of one row of each length through the 0.6 B shape, in pieces and whole; no step is run."""
+    model = loss.qwen_shape(28)
+    optimizer = loss.lora(model)
+    mx.eval(model.parameters())  # tiles are tried on real values
+    table = []
+    for length in lengths:
+        data = [([7919 * i % 151_936 for i in range(length)], 0)]
+        args = TrainingArgs(batch_size=1, max_seq_length=length, grad_checkpoint=True)
+
+        def floor(data: Any = data, args: TrainingArgs = args) -> str:
+            found = lm.estimate_memory(model, data, args, optimizer=optimizer, backend=backend)
+            return mt.format_bytes(found.floor_bytes)
+
+        whole = floor()
+        with mt.tile_blocks(model, tokens):
+            table.append((f"{length:,}", whole, floor()))
+        print(*table[-1], flush=True)
+    print(
+        render_table(("tokens", "whole", f"in pieces of {tokens:,}"), table, title=f"floors, predicted for {backend}")
+    )
+
+
 def main() -> None:
     """Print a table for each length."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -95,7 +123,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="positions in a piece")
     parser.add_argument("--most", default="3GB", help="run no step that is predicted to hold more")
     parser.add_argument("--predict-only", action="store_true")
+    parser.add_argument("--large", action="store_true", help="floors of the 0.6 B shape, predicted")
+    parser.add_argument("--backend", choices=["cpu", "cuda", "metal"], help="for --large; this machine's by default")
     options = parser.parse_args()
+    if options.large:
+        large_floors(options.lengths, options.tokens, options.backend)
+        return
     for length in options.lengths:
         table = []
         row = mx.random.randint(0, 8_000, (1, length + 1), key=mx.random.key(0))
