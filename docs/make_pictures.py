@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "benchmarks"))
 
+import loss
 import mlx.core as mx
 from workloads import WORKLOADS
 
@@ -48,7 +49,10 @@ METHODS = {
 
 
 def step_memory() -> dict[str, Draw]:
-    """Memory over a training step of a Llama, plain and with every block checkpointed, at the same scale."""
+    """Memory over a training step of a Llama, plain and with every block checkpointed, at the same scale.
+
+    And over one with a large vocabulary, with its logits held and without, at a scale of their own.
+    """
     estimates = {}
     for name, checkpointed in (("step-memory", False), ("step-memory-checkpointed", True)):
         workload = WORKLOADS["llama-f32-adamw"]()
@@ -56,14 +60,27 @@ def step_memory() -> dict[str, Draw]:
             mt.checkpoint_blocks(workload.model)
         batch = workload.make_batch(workload.batch_size)
         estimates[name] = mt.estimate_memory(workload.step, batch, state=workload.state)
-    top = 1.12 * max(estimate.floor_bytes for estimate in estimates.values()) / 1e6
+    with_vocabulary = {}
+    for name, kind in (("step-memory-logits", "plain"), ("step-memory-no-logits", "linear_cross_entropy")):
+        model = loss.qwen_shape(5)
+        optimizer = loss.lora(model)
+        model.train()
+        mt.checkpoint_blocks(model)
+        step = loss.step_of(model, loss.LOSSES[kind], optimizer)
+        tokens = mt.ArraySpec((1, 2049), mx.int32)
+        with_vocabulary[name] = mt.estimate_memory(step, tokens, state=(model, optimizer))
 
-    def draw(estimate: mt.MemoryEstimate, dark: bool) -> Any:
+    def draw(estimate: mt.MemoryEstimate, top: float, dark: bool) -> Any:
         figure = estimate.plot(dark=dark)
-        figure.axes[0].set_ylim(0, top)
+        axes = figure.axes[0]
+        axes.set_ylim(0, top / (1e9 if "(GB)" in axes.get_ylabel() else 1e6))
         return figure
 
-    return {name: lambda dark, estimate=estimate: draw(estimate, dark) for name, estimate in estimates.items()}
+    drawn: dict[str, Draw] = {}
+    for both in (estimates, with_vocabulary):
+        top = 1.12 * max(estimate.floor_bytes for estimate in both.values())
+        drawn |= {name: lambda dark, it=estimate, top=top: draw(it, top, dark) for name, estimate in both.items()}
+    return drawn
 
 
 def autobatch() -> dict[str, Draw]:
