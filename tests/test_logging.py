@@ -72,9 +72,9 @@ def test_every_search_logs_its_trials(heard):
     mt.tightest_limit(step, make_batch(2), repeats=1, **options)
     mt.autofit(model, step, make_batch, max_batch=2, budget="50MB", steps=1, **options)
     lines = "\n".join(heard())
-    assert re.search(r"plan checkpoints: \d of 2 blocks: fits, peak .* a step", lines)
+    assert re.search(r"plan checkpoints: \d of 2 blocks checkpointed: fits, peak .* a step", lines)
     assert re.search(r"tightest limit: limit .*: [+-]\d+\.\d% in time", lines)
-    assert re.search(r"autofit: \d of 2 blocks: fits, peak .* a step", lines)
+    assert re.search(r"autofit: \d of 2 blocks checkpointed: fits, peak .* a step", lines)
 
 
 def test_fallbacks_are_warnings(heard):

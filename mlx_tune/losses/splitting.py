@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_tune.checkpointing.block.randomness import draws_from, thread_stream
 from mlx_tune.errors import InvalidArgumentError
@@ -187,6 +186,8 @@ def _with_logits(
 
 def _with_shape(model: nn.Module, tokens: mx.array, head: SplitHead) -> SplitHead | str:
     """The same with scale and cap; or the reason why it is something else that the model does."""
+    import numpy as np
+
     reason = f"what it does to the logits of {head.path!r} is neither a scale nor a cap"
     shape = (*tokens.shape, head.vocabulary)
     given = np.resize(np.array(_LOGITS, np.float32), shape).reshape(-1)
