@@ -53,6 +53,19 @@ class Training:
 
         self.step, self.linear_step = self._step(plain), self._step(linear)
 
+    def searched(self, search, budget, **options):
+        """What `plan_checkpoints` or `autofit` finds with both losses, in so many bytes beside what others hold."""
+        return search(
+            self.model,
+            self.step,
+            self.make_batch,
+            budget=budget + self.beside(),
+            state=self.optimizer,
+            linear_step=self.linear_step,
+            progress=False,
+            **options,
+        )
+
     def _step(self, loss):
         gradient = nn.value_and_grad(self.model, loss)
 

@@ -190,27 +190,15 @@ def test_a_model_without_repeated_blocks_gets_the_rest():
         pass
 
 
-def fit_losses(training, budget, **options):
-    return autofit(
-        training.model,
-        training.step,
-        training.make_batch,
-        budget=budget + training.beside(),
-        state=training.optimizer,
-        linear_step=training.linear_step,
-        **options,
-    )
-
-
 @pytest.mark.cpu_only
 def test_with_memory_to_spare_the_faster_loss_is_taken_and_with_little_the_leaner_one(monkeypatch):
     """Fixed costs make larger batches faster, a row costs less than a block again, and the linear loss something."""
     training = SpokenTraining()
     machine = TwoLosses(monkeypatch, training, fixed=4.0, again=0.2, linear=0.1)
-    roomy = fit_losses(training, 10**9, max_batch=8)
+    roomy = training.searched(autofit, 10**9, max_batch=8)
     assert (roomy.loss, roomy.batch_size, roomy.paths) == ("plain", 8, ())
     assert {s.loss for s in roomy.trials} >= {"plain"}
-    tight = fit_losses(training, training.floor((False,) * BLOCKS + (False,), 6), max_batch=64)
+    tight = training.searched(autofit, training.floor((False,) * BLOCKS + (False,), 6), max_batch=64)
     assert tight.loss == "linear"
     assert tight.batch_size > 8
     rates = {n / machine.seconds(n, choice) for n, choice, _ in machine.runs}
@@ -224,7 +212,7 @@ def test_with_memory_to_spare_the_faster_loss_is_taken_and_with_little_the_leane
 def test_without_blocks_to_choose_the_loss_still_is(monkeypatch):
     training = SpokenTraining()
     TwoLosses(monkeypatch, training, fixed=4.0, linear=0.1)
-    fit = fit_losses(training, training.floor((False,) * 4, 6), max_batch=64, checkpoint=False)
+    fit = training.searched(autofit, training.floor((False,) * 4, 6), max_batch=64, checkpoint=False)
     assert (fit.loss, fit.paths, fit.found) == ("linear", (), 0)
     assert {s.loss for s in fit.trials} == {"plain", "linear"}
 
@@ -232,7 +220,7 @@ def test_without_blocks_to_choose_the_loss_still_is(monkeypatch):
 def test_a_linear_loss_that_is_no_slower_ends_the_search_among_losses(monkeypatch):
     training = SpokenTraining()
     TwoLosses(monkeypatch, training, fixed=4.0, linear=-0.2)
-    fit = fit_losses(training, 10**9, max_batch=8)
+    fit = training.searched(autofit, 10**9, max_batch=8)
     assert fit.loss == "linear"
     assert {s.loss for s in fit.trials} == {"linear"}
     assert "which never holds all logits, was taken: timed in turns at batch size 2, a step took 0.9" in str(fit)
@@ -241,7 +229,7 @@ def test_a_linear_loss_that_is_no_slower_ends_the_search_among_losses(monkeypatc
 def test_a_real_fit_of_two_losses_changes_nothing():
     training = SpokenTraining()
     before = training.everything()
-    fit = fit_losses(training, training.floor((False,) * 4, 8), max_batch=16)
+    fit = training.searched(autofit, training.floor((False,) * 4, 8), max_batch=16)
     assert training.everything() == before
     assert fit.loss in ("plain", "linear")
     assert fit.peak_bytes <= fit.budget_bytes

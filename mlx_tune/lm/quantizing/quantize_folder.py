@@ -63,8 +63,8 @@ def quantize_folder(
     Each layer is read, packed, written to its place in the new files and forgotten. Weights, configuration and report
     are those of `mlx_tune.quantize_model` and `save_quantized`, bit for bit. At most one block, as stored, is in memory
     at a time, and what packing takes beside it: about 1.5 times the largest block, and less than 1 GB for the rest.
-    "gptq" takes besides some ten float32 matrices of a layer's inputs by its inputs: 8 GB where those are 14,336. What
-    layers are given for the calibration waits on disk.
+    "gptq" takes besides some ten float32 matrices of a layer's inputs by its inputs: 8 GB where those are 14,336. The
+    inputs of layers from the calibration wait on disk.
 
     Until it is whole, the model lies in a folder beside the destination, whose name is that of the destination with
     `.unfinished` after it. Its journal says which layers are done: where a call was interrupted or killed, or the disk

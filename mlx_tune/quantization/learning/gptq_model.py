@@ -44,7 +44,7 @@ Arrays = tuple[mx.array, mx.array, mx.array]
 #: Tokens that run through a block at once, however large the batches are.
 _PART_TOKENS = 4096
 
-#: What layers are given is kept in memory up to this part of what there is, and beyond it on disk.
+#: The part of the memory there is in which the inputs of layers are kept; beyond it they go to disk.
 _SHARE_OF_MEMORY = 4
 
 #: How much the relative error of a tied embedding's rows counts beside that of its logits.

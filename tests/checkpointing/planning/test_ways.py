@@ -47,16 +47,7 @@ def test_a_choice_is_applied_while_the_block_runs(choice):
 
 
 def plan(training, budget, **options):
-    return plan_checkpoints(
-        training.model,
-        training.step,
-        training.make_batch,
-        budget=budget + training.beside(),
-        state=training.optimizer,
-        linear_step=training.linear_step,
-        progress=False,
-        **{"batch_size": BATCH, **options},
-    )
+    return training.searched(plan_checkpoints, budget, **{"batch_size": BATCH, **options})
 
 
 @pytest.mark.cpu_only

@@ -256,6 +256,24 @@ print(json.dumps({"risen": status("VmHWM") - before, "notes": report.notes}))
 """
 
 
+def killed_on_the_way(folder: Path, method: str, layers: int, allowed: int) -> None:
+    """Quantize `large` into `out` in a limited process that is killed half way, and in another that goes on."""
+
+    def child(stop_after: int) -> subprocess.CompletedProcess[str]:
+        words = [folder / "large", folder / "out", method, stop_after, allowed]
+        return subprocess.run(
+            [sys.executable, "-c", LIMITED, *map(str, words)], capture_output=True, text=True, check=False
+        )
+
+    assert child(stop_after=layers // 2).returncode == -signal.SIGKILL
+    assert not (folder / "out").exists()
+    done = child(stop_after=-1)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["risen"] < allowed
+    assert f"{layers // 2 - 2} of {layers} layers were there" in found["notes"][-1]  # two lines are no layers
+
+
 @pytest.mark.cpu_only
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize("method", ["nearest", pytest.param("optimal", marks=pytest.mark.slow)])
@@ -266,19 +284,7 @@ def test_a_model_larger_than_the_process_may_be(model_folder, tmp_path: Path, mo
     assert allowed < size * 9 // 32
     assert allowed + (128 << 20) < size
 
-    def child(stop_after: int) -> subprocess.CompletedProcess[str]:
-        words = [tmp_path / "large", tmp_path / "out", method, stop_after, allowed]
-        return subprocess.run(
-            [sys.executable, "-c", LIMITED, *map(str, words)], capture_output=True, text=True, check=False
-        )
-
-    assert child(stop_after=layers // 2).returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    done = child(stop_after=-1)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["risen"] < allowed
-    assert f"{layers // 2 - 2} of {layers} layers were there" in found["notes"][-1]  # two lines are no layers
+    killed_on_the_way(tmp_path, method, layers, allowed)
     monkeypatch.setattr(affine, "plan_search", lambda *_: SearchExtent(0.8, 1.0, 1, 1, 1, 1, 0, 0, 0))
     in_memory(tmp_path / "large", tmp_path / "reference", method=method)
     assert contents(tmp_path / "out") == contents(tmp_path / "reference")
@@ -296,19 +302,7 @@ def test_gptq_on_a_model_larger_than_the_process_may_be(model_folder, tmp_path: 
     )  # that, MLX's cache, and what the calibration is on disk for
     assert allowed + (128 << 20) < size
 
-    def child(stop_after: int) -> subprocess.CompletedProcess[str]:
-        words = [tmp_path / "large", tmp_path / "out", "gptq", stop_after, allowed]
-        return subprocess.run(
-            [sys.executable, "-c", LIMITED, *map(str, words)], capture_output=True, text=True, check=False
-        )
-
-    assert child(stop_after=layers // 2).returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    done = child(stop_after=-1)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["risen"] < allowed
-    assert f"{layers // 2 - 2} of {layers} layers were there" in found["notes"][-1]
+    killed_on_the_way(tmp_path, "gptq", layers, allowed)
     mlx_lm.load(str(tmp_path / "out"))
 
 
