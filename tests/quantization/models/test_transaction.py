@@ -121,7 +121,7 @@ def test_a_second_ctrl_c_waits_until_everything_is_back(monkeypatch) -> None:
 
 def test_success_leaves_no_file_and_keeps_the_swaps(tmp_path: Path) -> None:
     model = wide()
-    with Transaction(WalkedModel(model), folder=tmp_path) as transaction:
+    with Transaction(WalkedModel(model), folder=tmp_path, kept_bytes=0) as transaction:
         quantize_all(transaction)
         assert len(list(tmp_path.glob("mlx_tune-originals-*/*/*.safetensors"))) == 4
         assert transaction.notes == []
@@ -133,7 +133,7 @@ def test_replaced_weights_leave_memory(tmp_path: Path) -> None:
     model = wide()
     one = 512 * 512 * 4
     before = mx.get_active_memory()
-    with Transaction(WalkedModel(model), folder=tmp_path) as transaction:
+    with Transaction(WalkedModel(model), folder=tmp_path, kept_bytes=0) as transaction:
         mx.reset_peak_memory()
         quantize_all(transaction)
         assert mx.get_active_memory() < before - 3 * one
@@ -243,16 +243,39 @@ def test_a_full_disk_keeps_the_originals_in_memory_and_says_so(monkeypatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
     model = wide(2)
     before = toys.arrays_of(model)
-    with failing(model) as transaction:
+    with failing(model, kept_bytes=0) as transaction:
         quantize_all(transaction)
         assert len(transaction.notes) == 1
         assert "stayed in memory" in transaction.notes[0]
     assert toys.same_arrays(before, toys.arrays_of(model))
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2, 4])
+def test_originals_stay_in_memory_as_far_as_there_is_room(kept: int, tmp_path: Path) -> None:
+    model = wide(4)
+    before = toys.arrays_of(model)
+    size = model.layers[0].weight.nbytes
+    with failing(model, folder=tmp_path, kept_bytes=kept * size + size // 2) as transaction:
+        quantize_all(transaction)
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 4 - kept
+        assert toys.same_arrays(before, toys.arrays_of(transaction.reference()))
+    assert toys.same_arrays(before, toys.arrays_of(model))
+
+
+@pytest.mark.parametrize(("backend", "share"), [("cpu", 0), ("metal", 0), ("cuda", 4)])
+def test_only_a_card_keeps_originals(backend: str, share: int, monkeypatch) -> None:
+    held = mx.get_active_memory()
+    monkeypatch.setattr(transaction_module, "backend", lambda: backend)
+    monkeypatch.setattr(transaction_module, "memory_budget", lambda: held + 4_000_000)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: held)
+    assert transaction_module.room_for_originals() == (4_000_000 // share if share else 0)
+    monkeypatch.setattr(transaction_module, "memory_budget", lambda: held - 4_000_000)
+    assert transaction_module.room_for_originals() == 0
+
+
 def test_a_temporary_folder_in_memory_is_in_the_notes(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(transaction_module, "in_memory", lambda folder: folder == tmp_path)
-    with Transaction(WalkedModel(wide()), folder=tmp_path) as transaction:
+    with Transaction(WalkedModel(wide()), folder=tmp_path, kept_bytes=0) as transaction:
         quantize_all(transaction)
         assert [f"set aside in {tmp_path}, which lies in memory itself" in note for note in transaction.notes] == [True]
 
