@@ -11,8 +11,12 @@ evenly over it, the reference and all quantized models in float32, weights recon
 scales as stored, the tied embedding included. The ratio is the mean KL divergence over that of rounding to nearest at
 the same bits, "nats worse" the mean loss on the text above that of rounding to nearest, both with the standard error
 over windows. Hours on a CPU: with --json, rows that FILE holds already are not measured again, and with --keep, "dwq"
-starts from what "gptq" left in FOLDER, so that a run can go on. With --gguf, llama.cpp's mixes of a dense Llama
-(packages `gguf` and `libggml-python`), without and with an importance matrix, and "mixed" in the bytes of each.
+starts from what "gptq" left in FOLDER, so that a run can go on. With --mlx-lm, the last column has processor seconds
+(on a GPU, seconds by the clock) over those of its method of the same name, "optimal" over its rounding to nearest:
+processor seconds are fair on a machine that others use too. With --gguf, llama.cpp's mixes of a dense Llama (packages
+`gguf` and `libggml-python`), without and with an importance matrix. Beside each, in no more bytes: the largest single
+format by "optimal" and "gptq", and "mixed optimal" and "mixed gptq" ("mixed": both), gptq in the formats that the other
+chose if that was measured. "Q3_K alone" for MIX puts one type everywhere but in layers of --skip.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from quantization_gguf import MIXES, by_ggml, energies_of
 from quantization_judging import WINDOW, Judge, Row, check_nearest, load, load_tokenizer, ratio, table, windows, worse
 from quantization_methods import THEIRS, dwq_after_gptq, mixed, ours, theirs
 
+import mlx_tune as mt
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 
 
@@ -48,7 +53,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2])
     parser.add_argument("--bpw", type=float, nargs="*", default=[5, 4.5, 4, 3.5], help="targets of mixed precision")
     parser.add_argument("--methods", nargs="+", default=["nearest", "optimal", "gptq", "dwq", "mixed"])
-    parser.add_argument("--skip", nargs="+", default=[], help="layers that stay as they are (this library's methods)")
+    parser.add_argument("--skip", nargs="+", default=[], help="layers that stay as they are (not in mlx-lm's methods)")
     parser.add_argument("--mlx-lm", action="store_true", help="mlx-lm's own methods, too (slow on a CPU)")
     parser.add_argument("--heldout-tokens", type=int, default=49152)
     parser.add_argument("--calibration-tokens", type=int, default=131072)
@@ -90,6 +95,9 @@ def main() -> None:
     print(table(run.rows, held.size, data.size))
 
 
+Spent = tuple[float, float]  # seconds by the clock, and of the processor
+
+
 class Run:
     """All that was asked for, one model after another."""
 
@@ -102,14 +110,13 @@ class Run:
     def uniform(self, bits: int) -> None:
         """Every method at the same bits everywhere."""
         skip = tuple(self.options.skip)
-        asked, after_gptq = f"{bits} bits", self.kept(bits)
-        asked += "".join(f" -{name}" for name in skip)
+        asked, after_gptq = self.asked(bits), self.kept(bits)
         for method in self.options.methods:
             if method == "dwq" and after_gptq is not None:  # it starts from there, so that need not be done again
-                model, seconds = after_gptq
+                model, spent = after_gptq
                 more = functools.partial(dwq_after_gptq, self.options.model, calibration=self.calibration)
-                self.measure(method, asked, more, model, seconds)
-            elif method != "mixed":
+                self.measure(method, asked, more, model, spent)
+            elif not method.startswith("mixed"):
                 done = self.measure(method, asked, ours(method, bits, self.options.group, self.calibration, skip))
                 if method == "gptq" and done is not None:
                     after_gptq = done
@@ -119,7 +126,7 @@ class Run:
                 if method != "mlx-lm gptq" or bits in (2, 4):
                     self.measure(method, asked, theirs(method, bits, self.data))
 
-    def keep(self, bits: int, model: nn.Module, seconds: float) -> None:
+    def keep(self, bits: int, model: nn.Module, spent: Spent) -> None:
         """Write what gptq made, and how long it took."""
         if self.options.keep is not None:
             self.options.keep.mkdir(parents=True, exist_ok=True)
@@ -127,10 +134,10 @@ class Run:
             mx.save_safetensors(
                 str(self.options.keep / f"gptq-{bits}-{self.options.group}.safetensors"),
                 arrays,
-                {"seconds": str(seconds)},
+                {"seconds": str(spent[0]), "processor": str(spent[1])},
             )
 
-    def kept(self, bits: int) -> tuple[nn.Module, float] | None:
+    def kept(self, bits: int) -> tuple[nn.Module, Spent] | None:
         """What an earlier run's gptq made."""
         if (
             self.options.keep is None
@@ -143,7 +150,7 @@ class Run:
         model = load(self.options.model)
         nn.quantize(model, self.options.group, bits)
         model.load_weights(list(found[0].items()))
-        return model, float(found[1]["seconds"])
+        return model, (float(found[1]["seconds"]), float(found[1].get("processor", "nan")))
 
     def mixed(self, target: float) -> None:
         """Formats chosen layer by layer; beside mlx-lm's choice, in no more bytes than that took."""
@@ -154,22 +161,46 @@ class Run:
         self.in_bytes(size, asked)
 
     def in_bytes(self, size: int, asked: str) -> None:
-        """Formats chosen layer by layer in so many bytes, if those were asked for."""
-        bits = max(2, math.floor(8 * size / self.parameters - 0.5))
-        for method in ("optimal", "gptq") if "mixed" in self.options.methods else ():
-            make = mixed(method, size, bits, self.options.group, self.calibration)
-            self.measure(f"mixed {method}", asked, make)
+        """Formats chosen layer by layer in so many bytes, if those were asked for, and gptq in the formats chosen."""
+        bits, skip = max(2, math.floor(8 * size / self.parameters - 0.5)), tuple(self.options.skip)
+        for method in ("optimal", "gptq"):
+            if {"mixed", f"mixed {method}"} & set(self.options.methods):
+                known = [r.formats for r in self.rows if (r.method, r.asked) == ("mixed optimal", asked) and r.formats]
+                formats = known[0] if known and method == "gptq" else None
+                make = mixed(method, size, bits, self.options.group, self.calibration, skip, formats)
+                self.measure(f"mixed {method}", asked, make)
 
     def gguf(self, mixes: list[str]) -> None:
         """llama.cpp's mixes, and beside each of them ours in no more bytes."""
+        skip, energies = self.options.skip, functools.cache(self.energies)
+        for mix in mixes:
+            self.measure(mix, "GGUF", by_ggml(mix, dict, skip))
+            self.measure(f"{mix} imatrix", "GGUF", by_ggml(mix, energies, skip))
+            size = next(r.size_bytes for r in self.rows if (r.asked, r.method) == ("GGUF", f"{mix} imatrix"))
+            _, bits, group = max(found for found in self.uniform_sizes if found[0] <= size)
+            for method in ("optimal", "gptq"):
+                if method in self.options.methods:
+                    make = ours(method, bits, group, self.calibration, tuple(skip))
+                    self.measure(method, self.asked(bits), make, group=group)
+            self.in_bytes(size, f"as {mix}")
+
+    @functools.cached_property
+    def uniform_sizes(self) -> list[tuple[int, int, int]]:
+        """Bytes, bits and group size of every single format."""
+        model = load(self.options.model)
+        every = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+        skip = self.options.skip
+        return [(mt.plan_quantization(model, *each, skip=skip).size_after_bytes, *each) for each in every]
+
+    def asked(self, bits: int) -> str:
+        """The name of one number of bits everywhere."""
+        return f"{bits} bits" + "".join(f" -{name}" for name in self.options.skip)
+
+    def energies(self) -> dict[str, mx.array]:
+        """The importance matrix of the calibration."""
         model = load(self.options.model)
         model.set_dtype(mx.float32)
-        energies = energies_of(model, self.calibration)
-        for mix in mixes:
-            self.measure(mix, "GGUF", by_ggml(mix, None))
-            self.measure(f"{mix} imatrix", "GGUF", by_ggml(mix, energies))
-            size = next(r.size_bytes for r in self.rows if (r.asked, r.method) == ("GGUF", f"{mix} imatrix"))
-            self.in_bytes(size, f"as {mix}")
+        return energies_of(model, self.calibration)
 
     def measure(
         self,
@@ -177,18 +208,23 @@ class Run:
         asked: str,
         quantize: Callable[[nn.Module], nn.Module],
         model: nn.Module | None = None,
-        seconds: float = 0.0,
-    ) -> tuple[nn.Module, float] | None:
+        spent: Spent = (0.0, 0.0),
+        group: int | None = None,
+    ) -> tuple[nn.Module, Spent] | None:
         """One row, unless it is there; the quantized model and the seconds that it took."""
-        group = self.options.group
+        group = group or self.options.group
         if any((row.method, row.asked, row.group) == (method, asked, group) for row in self.rows):
             return None
         mx.random.seed(0)
         model = load(self.options.model) if model is None else model
-        start = time.perf_counter()
+        clock, processor = time.perf_counter(), time.process_time()
         model = quantize(model)
         mx.eval(model.parameters())
-        seconds += time.perf_counter() - start
+        share = getattr(model, "share_of_time", 1.0)
+        spent = (
+            spent[0] + share * (time.perf_counter() - clock),
+            spent[1] + share * (time.process_time() - processor),
+        )
         size = getattr(model, "stored_bytes", None) or sum(a.nbytes for _, a in tree_flatten(model.parameters()))
         if method == "nearest":
             check_nearest(model, load(self.options.model))
@@ -198,10 +234,12 @@ class Run:
             asked,
             8 * size / self.parameters,
             size,
-            seconds=seconds,
+            seconds=spent[0],
+            processor=spent[1] if mx.default_device() == mx.Device(mx.cpu) else math.nan,
             group=group,
             windows=by_window.tolist(),
             losses=losses.tolist(),
+            formats=getattr(model, "formats", {}),
             **figures,
         )
         # A mixed model is compared with the uniform one of the same size, or llama.cpp's, if there is one.
@@ -218,9 +256,11 @@ class Run:
             flush=True,
         )
         if self.options.json:
-            self.options.json.write_text(json.dumps([asdict(r) for r in self.rows], indent=1))
+            whole = self.options.json.with_suffix(".part")
+            whole.write_text(json.dumps([asdict(r) for r in self.rows], indent=1))
+            whole.replace(self.options.json)  # one that is killed here leaves the rows before this one
         mx.clear_cache()
-        return model, seconds
+        return model, spent
 
 
 if __name__ == "__main__":

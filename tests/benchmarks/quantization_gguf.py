@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,29 @@ _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0",
 _BIG = 256
 
 
-def by_ggml(mix: str, energies: dict[str, mx.array] | None) -> Callable[[nn.Module], nn.Module]:
-    """A mix, with an importance matrix or without; the model comes back with what its weights stand for, in float32."""
+def by_ggml(
+    mix: str, importance: Callable[[], dict[str, mx.array]], skip: Sequence[str] = ()
+) -> Callable[[nn.Module], nn.Module]:
+    """A mix, with an importance matrix or an empty one; the model's weights become what they then stand for in float32.
+
+    Layers that match a pattern of `skip` stay as they are.
+    """
 
     def quantize(model: nn.Module) -> nn.Module:
         arguments: Any = model.args
         gqa = arguments.num_attention_heads // arguments.num_key_value_heads
+        energies = importance()
         stored = 0
         layers: Any = model.named_modules()
         for path, module in layers:
             if isinstance(module, nn.Linear | nn.Embedding):
-                shape = module.weight.shape
-                kind = type_of(path, shape[-1], mix, arguments.num_hidden_layers, gqa, imatrix=energies is not None)
-                energy = None if energies is None else energies.get(path)
-                weights, taken = _there_and_back(np.array(module.weight.astype(mx.float32)), kind, energy)
+                if any(fnmatch(path, pattern) for pattern in skip):
+                    stored += module.weight.nbytes
+                    continue
+                columns = module.weight.shape[-1]
+                kind = type_of(path, columns, mix, arguments.num_hidden_layers, gqa, imatrix=bool(energies))
+                source = np.array(module.weight.astype(mx.float32))
+                weights, taken = _there_and_back(source, kind, energies.get(path))
                 module.weight, stored = mx.array(weights), stored + taken
             elif "weight" in module:
                 stored += 4 * module.weight.size  # llama.cpp keeps one-dimensional tensors in float32
@@ -70,10 +80,14 @@ def type_of(path: str, columns: int, mix: str, blocks: int, gqa: int, *, imatrix
     Examples:
         >>> type_of("model.layers.0.mlp.down_proj", 512, "Q2_K", 8, 2, imatrix=False)
         'Q3_K'
+        >>> type_of("model.layers.0.mlp.down_proj", 512, "Q2_K alone", 8, 2, imatrix=False)
+        'Q2_K'
     """
-    kind = MIXES[mix]
+    kind = MIXES.get(mix, mix.removesuffix(" alone"))
     found = re.search(r"layers\.(\d+)\.", path)
     name = path.rpartition(".")[2]
+    if mix not in MIXES:
+        return _FALLBACK[kind] if columns % _BIG else kind
     if found is None:  # an output layer, or an embedding that is one as well
         return "Q8_0" if columns % _BIG and kind != "IQ4_NL" else "Q6_K"
     i = int(found[1])

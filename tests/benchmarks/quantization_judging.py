@@ -26,7 +26,8 @@ WINDOW = 256
 class Row:
     """One model measured.
 
-    `worse` is its mean loss on the text less that of rounding to nearest, in nats a token.
+    `worse` is its mean loss on the text less that of rounding to nearest, in nats a token; `seconds` are by the clock.
+    `formats` has the format of each layer where these were chosen.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Row:
     perplexity: float
     same_top: float
     seconds: float
+    processor: float = math.nan
     ratio: float = math.nan
     ratio_error: float = math.nan
     worse: float = math.nan
@@ -46,6 +48,7 @@ class Row:
     group: int = 64
     windows: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    formats: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Judge:
@@ -155,6 +158,17 @@ def check_nearest(model: nn.Module, plain: nn.Module) -> None:
             assert same.all().item(), site.path
 
 
+def share_of_theirs(row: Row, rows: list[Row]) -> float:
+    """The time that it took over that of mlx-lm's method for the same; not a number where that was not run."""
+    name = "dynamic" if row.method.startswith("mixed") else row.method.partition(" ")[0]
+    same = {r.method: r for r in rows if (r.asked, r.group) == (row.asked, row.group)}
+    theirs = same.get("mlx-lm nearest" if name == "optimal" else f"mlx-lm {name}")
+    if theirs is None or row.method.startswith("mlx-lm"):
+        return math.nan
+    processor = row.processor / theirs.processor
+    return processor if processor == processor else row.seconds / theirs.seconds
+
+
 def table(rows: list[Row], heldout: int, learned: int) -> str:
     """All figures."""
     lines = [
@@ -171,6 +185,8 @@ def table(rows: list[Row], heldout: int, learned: int) -> str:
             f"{row.worse:+.4f} ± {row.worse_error:.4f}" if row.worse == row.worse else "",
             f"{100 * row.same_top:.1f} %",
             f"{row.seconds:.1f}",
+            f"{row.processor:.1f}" if row.processor == row.processor else "",
+            f"{share:.2f}" if (share := share_of_theirs(row, rows)) == share else "",
         )
         for row in rows
     ]
@@ -187,6 +203,8 @@ def table(rows: list[Row], heldout: int, learned: int) -> str:
         "nats worse",
         "same top",
         "s",
+        "processor s",
+        "of mlx-lm's",
     )
     return render_table(
         columns,

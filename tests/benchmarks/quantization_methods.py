@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from quantization_judging import WINDOW, load
 
 import mlx_tune as mt
@@ -18,7 +19,7 @@ from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.sites import WalkedModel
 
 GROUP = 64
-THEIRS = ("mlx-lm gptq", "mlx-lm awq", "mlx-lm dwq")
+THEIRS = ("mlx-lm nearest", "mlx-lm gptq", "mlx-lm awq", "mlx-lm dwq")
 
 
 def ours(
@@ -63,9 +64,15 @@ def dwq_after_gptq(path: str, model: nn.Module, calibration: list[mx.array]) -> 
 
 
 def mixed(
-    method: str, target_bytes: int, bits: int, group: int, calibration: list[mx.array]
+    method: str,
+    target_bytes: int,
+    bits: int,
+    group: int,
+    calibration: list[mx.array],
+    skip: tuple[str, ...] = (),
+    formats: dict[str, dict[str, Any]] | None = None,
 ) -> Callable[[nn.Module], nn.Module]:
-    """Bits chosen layer by layer."""
+    """Bits chosen layer by layer, or formats that were chosen before."""
 
     def quantize(model: nn.Module) -> nn.Module:
         report = mt.quantize_model(
@@ -73,12 +80,19 @@ def mixed(
             bits,
             group,
             method=method,
-            target_bytes=target_bytes,
+            target_bytes=None if formats else target_bytes,
+            overrides=formats,
             calibration=calibration,
+            skip=skip,
             verify_kernels=False,
             progress=False,
         )
         _tell(report.notes)
+        vars(model)["formats"] = {  # past the module's own store, where a dictionary would be parameters
+            layer.path: {"bits": layer.bits, "group_size": layer.group_size, "mode": layer.mode}
+            for layer in report.layers
+            if layer.bits is not None
+        }
         return model
 
     return quantize
@@ -108,6 +122,9 @@ def theirs(method: str, bits: int, data: np.ndarray, target: float = 0.0) -> Cal
 def by_mlx_lm(method: str, model: nn.Module, bits: int, data: np.ndarray, target: float = 0.0) -> nn.Module:
     """The same in the model's own dtype."""
     inputs = mx.array(data[:, :-1])
+    if method == "mlx-lm nearest":
+        nn.quantize(model, GROUP, bits)
+        return model
     if method == "mlx-lm gptq":
         from mlx_lm.quant.gptq import gptq_quantize
 
@@ -124,20 +141,23 @@ def by_mlx_lm(method: str, model: nn.Module, bits: int, data: np.ndarray, target
 
         best: tuple[float, nn.Module] | None = None
         lines = [(list(map(int, line[: WINDOW + 1])), 0) for line in data]
-        for rate in (1e-6, 1e-5, 1e-4):  # it has no way to choose, so it gets the best of three
+        rates = (1e-6, 1e-5, 1e-4)  # it has no way to choose, so it gets the best of three
+        dtype = next(array.dtype for _, array in tree_flatten(model.parameters()))
+        for rate in rates:
             student = copy.deepcopy(model)
             nn.quantize(student, GROUP, bits)
             held = lines[::8]
             rest = [line for i, line in enumerate(lines) if i % 8]
             dwq_quantize(
                 student, lambda batch, *_, **__: model(batch), Adam(rate, bias_correction=True), rest, held, 4,
-                WINDOW + 1, 0,
+                WINDOW + 1, 0, dtype,
             )  # fmt: skip
             inputs_held = mx.array(np.array([line for line, _ in held])[:, :-1])
             loss = _divergence(model(inputs_held), student(inputs_held))
             if best is None or loss < best[0]:
                 best = loss, student
         assert best is not None
+        best[1].share_of_time = 1 / len(rates)
         return best[1]
     from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
 
