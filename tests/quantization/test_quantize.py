@@ -8,6 +8,7 @@ import pytest
 import quantization_toys as toys
 
 import mlx_tune as mt
+from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.quantization import methods, quantization_config
 from mlx_tune.quantization.formats.modes import AFFINE_BITS, AFFINE_GROUP_SIZES
@@ -219,8 +220,10 @@ def test_peak_memory_is_the_model_and_its_largest_block(method: str, monkeypatch
     layer = 2048 * 2048 * 2
     with mt.track_memory() as memory:
         quiet(model, 4, 64, method=method)
-    # Rows are worked on in pieces, which take the same 20 MB for however large a layer.
-    assert memory.peak_bytes <= start + layer + 20_000_000
+    # Rows are worked on in pieces, which take the same 20 MB for however large a layer. On a GPU they are larger, and
+    # two rounds of the search are under way at a time: all of them took 620 MB.
+    pieces = 20_000_000 if computes_on_cpu() else 300_000_000
+    assert memory.peak_bytes <= start + layer + pieces
     assert memory.active_bytes < start - 2.5 * layer
 
 

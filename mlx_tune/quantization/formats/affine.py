@@ -26,8 +26,7 @@ from mlx_tune.quantization.formats.scale_search import Solver, plan_search
 __all__ = ["Effort", "dequantize_float32", "group_errors", "quantize_affine"]
 
 #: Groups worked on at once: on a CPU as many as its cache holds, on a GPU enough to fill it. On CUDA starting kernels
-#: takes longer than running them: on an H200 a chunk of 65,536 groups took 14.3 ms, one of 262,144 groups 16.1 ms. But
-#: what two chunks compute may be in memory all at once, some 20 kB for each group of one.
+#: takes longer than running them: on an H200 a chunk of 65,536 groups took 14.3 ms, one of 262,144 groups 16.1 ms.
 _GROUPS = {"cpu": 4096, "metal": 65_536, "cuda": 131_072}
 
 #: Groups looked at to learn whether a weight lies on a grid already. Where there are hardly more, looking takes longer

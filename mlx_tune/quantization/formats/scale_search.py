@@ -24,6 +24,10 @@ _MOST = float(mx.finfo(mx.float32).max)
 _ROUNDER = 12582912.0
 
 
+#: Weights of so many bytes are searched a few pairs at a time on a GPU. For fewer, waiting matters and memory does not.
+_PACED_BYTES = 4 << 20
+
+
 class SearchExtent(NamedTuple):
     """The extent of the search for a group.
 
@@ -100,8 +104,8 @@ class Solver:
     def __init__(self, bits: int, group_size: int, search: SearchExtent, dtype: mx.Dtype) -> None:
         self._bits, self._size, self._search, self._dtype = bits, group_size, search, dtype
         self._top = mx.array(float(2**bits - 1))
-        cpu = computes_on_cpu()
-        self._kernels = _kernels(cpu, can_compile(mx.default_device().type), dtype)
+        self._cpu, self._ahead = computes_on_cpu(), mx.array(0.0)
+        self._kernels = _kernels(self._cpu, can_compile(mx.default_device().type), dtype)
 
     def __call__(self, part: mx.array, energy: mx.array | None, on_grid: bool) -> tuple[mx.array, mx.array, mx.array]:
         """Solve rows `[rows, columns]` with the inputs' energy `[columns]`."""
@@ -160,22 +164,37 @@ class Solver:
         offsets = _spread(-0.5, 0.5, search.offsets)
         for share in _spread(search.low, search.high, search.scales):
             self._try_around(best, g, weights, mx.minimum(cover * share, widest), centre, offsets)
+            self._pace(best, g)
         starts = best.pairs()
         best.only_the_first()
         for scale, bias in starts:
             self._consider(best, g, weights, *self._refine(g, weights, scale, bias, search.rounds))
+            self._pace(best, g)
         if on_grid:
             for scale, bias in _grids(g, low, high, self._bits, self._dtype):
                 self._consider(best, g, weights, scale, bias)
                 self._consider(best, g, weights, *self._refine(g, weights, scale, bias, 1))
+                self._pace(best, g)
         near = _spread(-0.5, 0.5, search.near_offsets)
         for k in range(search.passes):
             scale, centre = best.scale, best.bias + best.scale * top / 2
             for step in range(-search.near_scales, search.near_scales + 1):
                 self._try_around(best, g, weights, scale * (1 + step * 2**-7.5), centre, near)
+                self._pace(best, g)
             if k + 1 < search.passes:
                 self._consider(best, g, weights, *self._refine(g, weights, best.scale, best.bias, search.rounds))
         return best, g
+
+    def _pace(self, best: _Best, g: mx.array) -> None:
+        """Let the device finish what was asked for before the last call, so that its memory is free again.
+
+        A GPU frees what a piece of work made only when all of that piece is done, and takes pieces faster than it does
+        them: without this all pairs' errors of every weight are in memory at once.
+        """
+        if not self._cpu and g.nbytes >= _PACED_BYTES:
+            mx.async_eval(best.ranked)
+            mx.eval(self._ahead)
+            self._ahead = best.error
 
     def _try_around(
         self,

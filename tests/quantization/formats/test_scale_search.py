@@ -38,6 +38,19 @@ def test_chunks_do_not_show():
         assert mx.array_equal(a, b).item()
 
 
+@pytest.mark.parametrize("bits", [4, 6])
+def test_waiting_for_a_gpu_does_not_show(bits, monkeypatch):
+    weight = mx.random.normal((40, 128), key=mx.random.key(4)).astype(mx.float16)
+    monkeypatch.setattr(scale_search, "computes_on_cpu", lambda: False)
+    free = quantize_affine(weight, bits, 32)
+    monkeypatch.setattr(scale_search, "_PACED_BYTES", 0)
+    asked, start = [], mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *parts: (asked.append(len(parts)), start(*parts)))
+    for a, b in zip(free, quantize_affine(weight, bits, 32), strict=True):
+        assert mx.array_equal(a, b).item()
+    assert len(asked) > 8  # once for each scale and start at least
+
+
 @pytest.mark.cpu_only
 def test_without_a_compiler_the_result_is_as_good(monkeypatch):
     weight = mx.random.normal((16, 128), key=mx.random.key(4)).astype(mx.bfloat16)
