@@ -33,8 +33,8 @@ def release() -> None:
 
 
 def training(size: str, **options: Any) -> gpu_models.Training:
-    """A model in training on rows of the length that goes with its size."""
-    return gpu_models.training(size, length=TOKENS[size] + 1, **options)
+    """A model in training, on rows of the length that goes with its size unless another is given."""
+    return gpu_models.training(size, **({"length": TOKENS[size] + 1} | options))
 
 
 def measured(job: gpu_models.Training, batch: mx.array, *, limit: int | None = None, runs: int = 4) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+import mlx_tune as mt
+from mlx_tune.losses.splitting import split_head
+
 #: name: (width, blocks, feed-forward width, heads, key-value heads, vocabulary, tied)
 SIZES = {
     "tiny": (256, 4, 512, 8, 4, 1024, True),
@@ -72,7 +75,13 @@ def parameters(model: nn.Module) -> int:
 
 
 def training(
-    size: str, *, length: int = 1025, lora: bool = False, bits: int | None = None, optimizer: str = "sgd"
+    size: str,
+    *,
+    length: int = 1025,
+    lora: bool = False,
+    bits: int | None = None,
+    optimizer: str = "sgd",
+    linear_loss: bool = False,
 ) -> Training:
     """A model and its compiled step.
 
@@ -82,6 +91,7 @@ def training(
         lora: Train adapters of rank 8 with dropout instead of everything.
         bits: Quantize the base.
         optimizer: "sgd" or "adamw".
+        linear_loss: Take the loss from hidden states and the head, without the logits.
     """
     model = build(size)
     if bits is not None:
@@ -97,7 +107,11 @@ def training(
     mx.eval(made.state)
     state = [model.state, made.state, mx.random.state]
 
+    split = split_head(model) if linear_loss else None
+
     def loss_of(model: nn.Module, tokens: mx.array) -> mx.array:
+        if split is not None:
+            return mt.linear_cross_entropy(split.states(model, tokens[:, :-1]), split.layer, tokens[:, 1:])
         logits = model(tokens[:, :-1])
         return nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:], reduction="mean")
 

@@ -101,12 +101,13 @@ def estimates(models: tuple[str, ...]) -> dict[str, Any]:
         ("1B", {}, 4),
         ("8B", LORA, 2),
         ("8B", QLORA, 4),
+        ("8B", {**QLORA, "length": 8193, "linear_loss": True}, 1),
     ]
     table, figures = [], []
     for size, options, rows in cases:
         if size not in models:
             continue
-        for checkpointed in (False, True):
+        for checkpointed in (True,) if "length" in options else (False, True):
             job = training(size, **options)
             batch = job.make_batch(rows)
             mx.eval(batch)
@@ -114,6 +115,7 @@ def estimates(models: tuple[str, ...]) -> dict[str, Any]:
                 estimate = mt.estimate_memory(job.step, batch, state=job.state)
                 floor = measured(job, batch, limit=1, runs=5)["peak_bytes"]
             kind = {"lora": "LoRA", "bits": "on 4 bits", "optimizer": options.get("optimizer", "")}
+            kind |= {"length": f"of {job.length - 1} tokens", "linear_loss": "without logits"}
             name = " ".join([size, *(kind[key] for key in options), f"x{rows}", "checkpointed" * checkpointed]).strip()
             ratio = estimate.floor_bytes / floor
             figures.append({"step": name, "predicted": estimate.floor_bytes, "measured": floor, "ratio": ratio})

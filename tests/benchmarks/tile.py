@@ -2,11 +2,15 @@
 
     python tests/benchmarks/tile.py [--lengths 2048 4096] [--predict-only]
     python tests/benchmarks/tile.py --large --backend metal --tokens 4096 --lengths 13056 34016 57344
+    python tests/benchmarks/tile.py --large --limit 40GB --tokens 4096 --lengths 24064 72192     # on a GPU
+    python tests/benchmarks/tile.py --large --batches 40GB --lengths 2048                        # on a GPU
 
 LoRA steps of a small Llama (width 128, MLP 4,096, one head, 4 blocks, vocabulary 8,000, float32) on one row, compiled,
 every block checkpointed but in the first way. `floor` is the least that a step holds above what was there before:
 predicted, and measured under a memory limit of one byte. With --large only predicted, for a backend: LoRA of all blocks
-of the 0.6 B shape of loss.py, every block checkpointed, the loss without logits, with tiles and without.
+of the 0.6 B shape of loss.py, every block checkpointed, the loss without logits, with tiles and without. With --limit
+steps of that shape are run, each way but the plain one: under that limit, and under one of one byte. With --batches the
+largest batch of rows is searched for.
 """
 
 from __future__ import annotations
@@ -50,7 +54,9 @@ def llama_shape(blocks: int = 4, width: int = 128, wide: int = 4096, vocabulary:
     )
 
 
-def made(way: str, model: Any, tokens: int = 256) -> tuple[Callable[[mx.array], mx.array], Any]:
+def made(
+    way: str, model: Any, tokens: int = 256, chunk_tokens: int | None = 256
+) -> tuple[Callable[[mx.array], mx.array], Any]:
     """A compiled training step in one of the ways, and what it changes."""
     model.freeze()
     linear_to_lora_layers(model, len(model.layers), {"rank": 8, "scale": 20.0, "dropout": 0.0})
@@ -65,7 +71,7 @@ def made(way: str, model: Any, tokens: int = 256) -> tuple[Callable[[mx.array], 
     def loss_of(model: Any, row: mx.array) -> mx.array:
         hidden, table = model.model(row[:, :-1]), model.model.embed_tokens
         if "loss" in way:
-            return mt.linear_cross_entropy(hidden, table, row[:, 1:], chunk_tokens=256)
+            return mt.linear_cross_entropy(hidden, table, row[:, 1:], chunk_tokens=chunk_tokens)
         return nn.losses.cross_entropy(table.as_linear(hidden).astype(mx.float32), row[:, 1:], reduction="mean")
 
     grad = nn.value_and_grad(model, loss_of)
@@ -115,6 +121,40 @@ def large_floors(lengths: list[int], tokens: int, backend: str | None) -> None:
     )
 
 
+def large_steps(lengths: list[int], tokens: int, limit: str, turns: int) -> None:
+    """Real steps on one row of each length through the 0.6 B shape; the first one compiles."""
+    for way in WAYS[1:]:
+        step, state = made(way, loss.qwen_shape(28), tokens, None)
+        mx.eval([part.state for part in state])
+        for length in lengths:
+            row = mx.random.randint(0, 151_936, (1, length + 1), key=mx.random.key(0))
+            with mt.memory_limit(limit):
+                first = measured(step, state, row)
+                free = [measured(step, state, row) for _ in range(turns)]
+            with mt.memory_limit(1):
+                held = measured(step, state, row)
+            seconds = sorted(turn[2] for turn in free)
+            print(
+                f"{way}, 1 x {length:,}: loss {first[0]:.4f}, under {limit} {mt.format_bytes(max(t[1] for t in free))} "
+                f"and {statistics.median(seconds):.3f} s ({seconds[0]:.3f} to {seconds[-1]:.3f}), "
+                f"held back {mt.format_bytes(held[1])} and {held[2]:.3f} s",
+                flush=True,
+            )
+
+
+def large_batches(length: int, budget: str) -> None:
+    """The largest batch of rows of one length through the 0.6 B shape."""
+    for way in WAYS[1:3]:
+        step, state = made(way, loss.qwen_shape(28), chunk_tokens=None)
+        mx.eval([part.state for part in state])
+
+        def make_batch(n: int) -> mx.array:
+            return mx.random.randint(0, 151_936, (n, length + 1), key=mx.random.key(0))
+
+        found = mt.autobatch(step, make_batch, budget=budget, state=state, progress=False)
+        print(f"{way}, rows of {length:,}:\n{found}", flush=True)
+
+
 def main() -> None:
     """Print a table for each length."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -125,7 +165,15 @@ def main() -> None:
     parser.add_argument("--predict-only", action="store_true")
     parser.add_argument("--large", action="store_true", help="floors of the 0.6 B shape, predicted")
     parser.add_argument("--backend", choices=["cpu", "cuda", "metal"], help="for --large; this machine's by default")
+    parser.add_argument("--limit", help="for --large: run steps under this limit")
+    parser.add_argument("--batches", metavar="BUDGET", help="for --large: the largest batch within it")
     options = parser.parse_args()
+    if options.large and options.limit:
+        large_steps(options.lengths, options.tokens, options.limit, options.turns)
+        return
+    if options.large and options.batches:
+        large_batches(options.lengths[0], options.batches)
+        return
     if options.large:
         large_floors(options.lengths, options.tokens, options.backend)
         return
