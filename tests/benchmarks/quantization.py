@@ -2,8 +2,8 @@
 
     python tests/benchmarks/quantization.py --model PATH [--text FILE] [--calibration FILE] [--bits 8 6 4 3 2]
                                             [--group 64] [--bpw 5 4.5 4 3.5] [--quick]
-                                            [--methods nearest optimal gptq dwq mixed] [--mlx-lm] [--json FILE]
-                                            [--keep FOLDER] [--skip LAYER ...] [--gguf [MIX ...]]
+                                            [--methods nearest optimal gptq dwq mixed] [--mlx-lm [METHOD ...]]
+                                            [--json FILE] [--keep FOLDER] [--skip LAYER ...] [--gguf [MIX ...]]
 
 PATH is any folder that mlx-lm loads. FILE is a text, or an array of tokens (`.npy`); by default the model's folder
 holds `heldout_tokens.npy` and `calibration_tokens.npy`. Every figure is from text that no method saw: windows spread
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--bpw", type=float, nargs="*", default=[5, 4.5, 4, 3.5], help="targets of mixed precision")
     parser.add_argument("--methods", nargs="+", default=["nearest", "optimal", "gptq", "dwq", "mixed"])
     parser.add_argument("--skip", nargs="+", default=[], help="layers that stay as they are (not in mlx-lm's methods)")
-    parser.add_argument("--mlx-lm", action="store_true", help="mlx-lm's own methods, too (slow on a CPU)")
+    parser.add_argument("--mlx-lm", nargs="*", choices=THEIRS, metavar="METHOD", help=f"its own: {', '.join(THEIRS)}")
     parser.add_argument("--heldout-tokens", type=int, default=49152)
     parser.add_argument("--calibration-tokens", type=int, default=131072)
     parser.add_argument("--calibration-length", type=int, default=512)
@@ -74,7 +74,12 @@ def main() -> None:
     )
     held = windows(text, tokenizer, options.heldout_tokens // WINDOW, WINDOW)
     length = options.calibration_length
-    learns = options.bpw or options.gguf is not None or options.mlx_lm or set(options.methods) - {"nearest", "optimal"}
+    learns = (
+        options.bpw
+        or options.gguf is not None
+        or options.mlx_lm is not None
+        or set(options.methods) - {"nearest", "optimal"}
+    )
     data = (
         windows(learn, tokenizer, options.calibration_tokens // length, length + 1)
         if learns
@@ -121,10 +126,10 @@ class Run:
                 if method == "gptq" and done is not None:
                     after_gptq = done
                     self.keep(bits, *done)
-        if self.options.mlx_lm and bits < 8:
-            for method in THEIRS:
-                if method != "mlx-lm gptq" or bits in (2, 4):
-                    self.measure(method, asked, theirs(method, bits, self.data))
+        if self.options.mlx_lm is not None and bits < 8:
+            for method in self.options.mlx_lm or THEIRS:
+                if method != "gptq" or bits in (2, 4):
+                    self.measure(f"mlx-lm {method}", asked, theirs(method, bits, self.data))
 
     def keep(self, bits: int, model: nn.Module, spent: Spent) -> None:
         """Write what gptq made, and how long it took."""
@@ -155,8 +160,8 @@ class Run:
     def mixed(self, target: float) -> None:
         """Formats chosen layer by layer; beside mlx-lm's choice, in no more bytes than that took."""
         asked, size = f"{target:g} bpw", int(target * self.parameters / 8)
-        if self.options.mlx_lm:
-            self.measure("mlx-lm dynamic", asked, theirs("mlx-lm dynamic", 0, self.data, target))
+        if self.options.mlx_lm is not None:
+            self.measure("mlx-lm dynamic", asked, theirs("dynamic", 0, self.data, target))
             size = min(size, next(r.size_bytes for r in self.rows if (r.method, r.asked) == ("mlx-lm dynamic", asked)))
         self.in_bytes(size, asked)
 

@@ -19,7 +19,7 @@ from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.sites import WalkedModel
 
 GROUP = 64
-THEIRS = ("mlx-lm nearest", "mlx-lm gptq", "mlx-lm awq", "mlx-lm dwq")
+THEIRS = ("nearest", "gptq", "awq", "dwq")
 
 
 def ours(
@@ -122,20 +122,20 @@ def theirs(method: str, bits: int, data: np.ndarray, target: float = 0.0) -> Cal
 def by_mlx_lm(method: str, model: nn.Module, bits: int, data: np.ndarray, target: float = 0.0) -> nn.Module:
     """The same in the model's own dtype."""
     inputs = mx.array(data[:, :-1])
-    if method == "mlx-lm nearest":
+    if method == "nearest":
         nn.quantize(model, GROUP, bits)
         return model
-    if method == "mlx-lm gptq":
+    if method == "gptq":
         from mlx_lm.quant.gptq import gptq_quantize
 
         return gptq_quantize(model, inputs, bits, GROUP, bits, GROUP)[0]
-    if method == "mlx-lm awq":
+    if method == "awq":
         from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
 
         few = inputs[: max(8, 16384 // inputs.shape[1])]
         awq_quantize(model, few, AWQ_MODEL_CONFIGS["llama"], GROUP, bits, GROUP, bits)
         return model
-    if method == "mlx-lm dwq":
+    if method == "dwq":
         from mlx.optimizers import Adam
         from mlx_lm.quant.dwq import dwq_quantize
 

@@ -41,7 +41,7 @@ def main() -> None:
     calibration = [mx.array(tokens[i : i + 4]) for i in range(0, len(tokens), 4)]
 
     def their_gptq(model: nn.Module) -> nn.Module:
-        return by_mlx_lm("mlx-lm gptq", model, options.bits, tokens)
+        return by_mlx_lm("gptq", model, options.bits, tokens)
 
     if "gptq" in options.methods:
         own = timed(options.model, "mlx-lm gptq", their_gptq)
@@ -50,7 +50,7 @@ def main() -> None:
         timed(options.model, "gptq", ours("gptq", options.bits, GROUP, calibration), beside=own)
     if "mixed" in options.methods:
         own = timed(
-            options.model, "mlx-lm dynamic", lambda model: by_mlx_lm("mlx-lm dynamic", model, 0, tokens, options.target)
+            options.model, "mlx-lm dynamic", lambda model: by_mlx_lm("dynamic", model, 0, tokens, options.target)
         )
         size = int(options.target * parameters_of(options.model) / 8)
         for bytes_wanted, name in ((size, "mixed"), (size * 9 // 10, "mixed, another size")):
