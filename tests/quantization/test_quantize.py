@@ -236,7 +236,9 @@ def test_a_lazily_loaded_model_is_never_whole_in_memory(tmp_path) -> None:
     with mt.track_memory() as memory:
         report = quiet(model, 4, 64, method="nearest")
     assert memory.active_bytes - start < 0.3 * total
-    assert memory.peak_bytes - start < 0.3 * total + 12_000_000  # what any layer's pieces take, and a layer
+    # What any layer's pieces take, and a layer. A GPU's pieces are larger than such a layer, which it takes whole.
+    pieces = 12_000_000 if computes_on_cpu() else 25_000_000
+    assert memory.peak_bytes - start < 0.3 * total + pieces
     assert len(report.layers) == 24
 
 

@@ -23,8 +23,9 @@ class CommandBuffers:
 
     `eval` is told that a buffer has run a moment before its arrays go back: on CUDA the task that tells comes before
     the one that lets go (`eval` in cuda/eval.cpp, `commit` in cuda/device.cpp), on Metal the last operation's arrays
-    are held by the handler that tells (`eval` in metal/eval.cpp). So what the last operation read is still there for
-    the first that is dispatched afterwards, which cannot take it over.
+    are held by the handler that tells (`eval` in metal/eval.cpp). So what the last operation read is still there when
+    the next one begins, which cannot take it over, and is gone by the time that this one allocates, unless it is read
+    again. It is a race: of the steps of one H200 that it decides, two were seen to win it at the beginning as well.
 
     Args:
         rule: When a buffer is handed over.
@@ -40,6 +41,15 @@ class CommandBuffers:
         self._late: list[int] = []
         self._tasks = self._kernels = self._elements = 0
         self._seen: set[int] = set()
+
+    def begin(self, machine: Allocator) -> None:
+        """Let what is late and needed no more go back before the next operation allocates."""
+        late, self._late = self._late, []
+        for buffer in late:
+            if machine.holders[buffer] == 1:
+                machine.release(buffer)
+            else:
+                self._late.append(buffer)
 
     def add(self, machine: Allocator, node: Node) -> None:
         """Note what an operation holds, hand the buffer over if it is full, and wait as `eval_impl` does."""

@@ -86,6 +86,8 @@ def simulate(graph: Graph, order: list[int], rules: Rules | None = None, *, limi
         if effect is None:
             unknown[node.name] += 1
             effect = effects["Arange"]  # one that allocates its outputs and no more
+        if buffers is not None:
+            buffers.begin(machine)
         machine.high, machine.high_split, machine.launches = machine.live, machine.now.copy(), 0
         effect(machine, node)
         live.append(machine.high)
