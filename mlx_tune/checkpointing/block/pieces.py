@@ -54,8 +54,7 @@ def call_tiled(
     if not owner.training and prod(axes) <= tokens:
         return body(*args, **kwargs)
     call = _Pieces(body, owner, args, kwargs, refusals, axes, tokens)
-    arrays, call.arrays = call.arrays, []
-    return call.result(recomputed(call, arrays))
+    return call.result(recomputed(call))
 
 
 class _Pieces(Call):

@@ -15,10 +15,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tune.checkpointing.block.constants import Refusals
+from mlx_tune.checkpointing.block.constants import Refusals, untrained
 from mlx_tune.checkpointing.block.keep import Frame, with_gradient
 from mlx_tune.checkpointing.block.randomness import draws_from, thread_stream
 from mlx_tune.checkpointing.block.side_effects import Rewound
+from mlx_tune.checkpointing.block.weights_first import WeightsFirst
 from mlx_tune.errors import CheckpointError
 from mlx_tune.graphs.tracing.recomputation import is_differentiable, is_tracing, traced_checkpoint
 from mlx_tune.reach.container_notes import Note, fill
@@ -106,8 +107,7 @@ def call_checkpointed(
     if is_plain():
         return body(*args, **kwargs)
     call = Call(body, owner, args, kwargs, keep, refusals)
-    arrays, call.arrays = call.arrays, []
-    return call.result(traced_checkpoint(call, arrays, waits=True) if is_tracing() else recomputed(call, arrays))
+    return call.result(traced_checkpoint(call, call.inputs(), waits=True) if is_tracing() else recomputed(call))
 
 
 class _Outputs:
@@ -176,7 +176,7 @@ class Call:
     ) -> None:
         walk = Walk()
         walk.add(owner)
-        found_before = len(walk.iterators)
+        found_before, owned = len(walk.iterators), len(walk.arrays)
         self.body = body
         self.owner = id(owner)
         self.name = getattr(owner, "__qualname__", None) or type(owner).__name__
@@ -192,6 +192,9 @@ class Call:
         self.reached: set[int] = set()  # the outputs that have a gradient, while one is taken
         self.arrays = [*walk.arrays, thread_stream()[0]]
         self.differentiable = {i for i, array in enumerate(self.arrays) if is_differentiable(array)}
+        # In the run for the gradient of an enclosing checkpoint every gradient is asked for, frozen weights' too.
+        others = set() if is_recomputing() else self.differentiable - untrained(self.notes)
+        self.weights_first = WeightsFirst({i for i in others if i >= owned}, others)
         self.stream = mx.default_stream(mx.default_device())
         self.shapes: list[tuple[tuple[int, ...], mx.Dtype]] = []
         self.outputs: _Outputs | None = None
@@ -203,6 +206,11 @@ class Call:
         if self._first is not None:
             return self._run_first()
         return self.run_again(list(arrays), self.differentiable, Frame(self.keep))
+
+    def inputs(self) -> list[mx.array]:
+        """The arrays that it is called on, which it lets go of."""
+        arrays, self.arrays = self.arrays, []
+        return self.weights_first.around(arrays)
 
     def _run_first(self) -> list[mx.array]:
         assert self._first is not None
@@ -316,7 +324,8 @@ class Call:
             )
             raise found
         # Nobody takes the gradient of a constant. Where somebody does after all, it must not look like one.
-        return [mx.full(a.shape, math.nan, a.dtype) if i in ignored else found[i] for i, a in enumerate(arrays)]
+        found = [mx.full(a.shape, math.nan, a.dtype) if i in ignored else found[i] for i, a in enumerate(arrays)]
+        return found if is_tracing() else self.weights_first.given_out(found, ignored)
 
     def vjp(
         self,
@@ -359,11 +368,11 @@ class Call:
         return outputs.put(list(arrays))
 
 
-def recomputed(call: Call, arrays: list[mx.array]) -> list[mx.array]:
-    """Run a call on its arrays, with the gradients that it gives itself."""
+def recomputed(call: Call) -> list[mx.array]:
+    """Run a call on its inputs, with the gradients that it gives itself."""
     forward: Any = mx.custom_function(lambda held: call(*held))
     forward.vjp(call.gradients)
-    return call.watched(forward(arrays))
+    return call.watched(forward(call.inputs()))
 
 
 def _watched(output: mx.array, index: int, reached: set[int]) -> mx.array:

@@ -14,6 +14,7 @@ def fold_written_out(graph: Graph) -> None:
         graph: The traced step, as it was built; changed in place.
     """
     _fold_custom_gradients(graph)
+    _fold_weights_first(graph)
     _fold_checkpoints(graph)
     graph.drop_unneeded()
 
@@ -98,6 +99,48 @@ class _Links:
         return self.values[value].shape == mark.shape and self.values[value].dtype == mark.dtype
 
 
+def _fold_weights_first(graph: Graph) -> None:
+    """Have gradients of arguments wait for those of weights, with the operations by which a block sees to that.
+
+    `weights_first` multiplies the inputs of a call, behind a Depends that makes them one group, by marks. A product
+    with the input itself is that input, behind one more operation where it is an argument. A product with the input's
+    gradient is there where that is asked for.
+    """
+    forward, backward = _products(graph, "argument", "weight")
+    if not forward:
+        return
+    made_by = graph.producers()
+    names: dict[int, int] = {}
+    nodes: dict[int, list[Node]] = {}
+    groups: dict[int, list[tuple[Mark, int]]] = {}
+    for value, at in forward.items():
+        product, mark = graph.nodes[at], graph.marks[value]
+        group = made_by[product.inputs[1]]
+        plain = graph.nodes[group].inputs[mark.position]
+        nodes[at] = []
+        if mark.end == "argument":
+            nodes[at] = [Node("CustomTransforms", (plain, plain), product.outputs)]
+        else:
+            names[product.outputs[0]] = plain
+        groups.setdefault(group, []).extend((mark, gradient) for gradient in backward.get(value, []))
+    for group, gradients in groups.items():
+        names |= zip(graph.nodes[group].outputs, graph.nodes[group].inputs, strict=True)
+        gradients.sort(key=lambda found: found[0].position)
+        for mark, at in gradients:
+            product = graph.nodes[at]
+            gradient, given = product.inputs[1], product.outputs[0]
+            others = tuple(graph.nodes[other].inputs[1] for _, other in gradients if other != at)
+            nodes[at] = []
+            if mark.end == "argument" and others:
+                given = len(graph.values)
+                graph.values.append(graph.values[gradient])
+                nodes[at] = [Node("Depends", (given, *others), product.outputs)]
+            nodes[at].insert(0, Node("CustomTransforms", (gradient, gradient), (given,)))
+    graph.nodes = [node for i, old in enumerate(graph.nodes) for node in nodes.get(i, [old])]
+    graph.rename(names)
+    graph.sort()
+
+
 def _fold_checkpoints(graph: Graph) -> None:
     """Replace every written-out checkpoint by the primitive that `mx.checkpoint` makes.
 
@@ -134,23 +177,33 @@ def _fold_checkpoints(graph: Graph) -> None:
 
 def _arriving(graph: Graph) -> dict[int, int]:
     """For each difference with a checkpoint's mark the product of that mark and the gradient of the output."""
-    marks = {value: value for value, mark in graph.marks.items() if mark.end == "checkpoint"}
-    if not marks:
-        return {}
+    forward, backward = _products(graph, "checkpoint")
+    return {
+        graph.nodes[at].outputs[0]: backward[mark][0]
+        for mark, at in forward.items()
+        if len(backward.get(mark, [])) == 1
+    }
+
+
+def _products(graph: Graph, *ends: str) -> tuple[dict[int, int], dict[int, list[int]]]:
+    """The operations that multiply some ends' marks with what they mark, and those that multiply its gradients."""
+    marks = {value: value for value, mark in graph.marks.items() if mark.end in ends}
     forward: dict[int, int] = {}
     backward: dict[int, list[int]] = {}
-    differences = _differences(graph)
+    if not marks:
+        return forward, backward
+    marked = _differences(graph) | {v for node in graph.nodes if node.name == "Depends" for v in node.outputs}
     for i, node in enumerate(graph.nodes):
         if not node.inputs or node.inputs[0] not in marks:
             continue
         mark = marks[node.inputs[0]]
         if node.name in ("AsType", "Broadcast"):
             marks[node.outputs[0]] = mark
-        elif node.name == "Multiply" and node.inputs[1] in differences:
-            forward[mark] = node.outputs[0]
+        elif node.name == "Multiply" and node.inputs[1] in marked and mark not in forward:
+            forward[mark] = i
         elif node.name == "Multiply":
             backward.setdefault(mark, []).append(i)
-    return {zero: backward[mark][0] for mark, zero in forward.items() if len(backward.get(mark, [])) == 1}
+    return forward, backward
 
 
 def _differences(graph: Graph) -> set[int]:

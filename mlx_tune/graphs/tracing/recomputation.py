@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -92,3 +93,25 @@ def traced_checkpoint(
         return difference if mark is None else mark("checkpoint", position, z).astype(z.dtype) * difference
 
     return [y + zero(z, i) if is_differentiable(y) else y for i, (y, z) in enumerate(zip(values, again, strict=True))]
+
+
+def weights_first(
+    arrays: Sequence[mx.array], arguments: AbstractSet[int], among: AbstractSet[int]
+) -> list[mx.array]:
+    """The inputs of a call in a form in which a trace shows that gradients of some of them wait for others.
+
+    Args:
+        arrays: The inputs.
+        arguments: The indices of those whose gradients wait.
+        among: Those, and the indices of the inputs whose gradients they wait for, where they are asked for.
+
+    Returns:
+        The inputs times marks, behind an operation of their own.
+    """
+    mark: Mark | None = getattr(_thread, "mark", None)
+    if mark is None or not arguments:
+        return list(arrays)
+    held: list[mx.array] = mx.depends(list(arrays), [])
+    for i in among:
+        held[i] = mark("argument" if i in arguments else "weight", i, held[i]).astype(held[i].dtype) * held[i]
+    return held
