@@ -42,8 +42,9 @@ def tile(module: M, tokens: int = 1024) -> M:
     An MLP widens what it is given several times over, and holds that for all positions at once. In pieces there is one
     piece's worth at a time, forward and backward: each piece waits for the one before, and is computed again for its
     gradient, as in a checkpoint. Inside a checkpointed block that costs no time, as the block's own second run leaves
-    the pieces out. Values are those of the plain module, gradients those up to the order of a sum. Random draws are
-    made piece by piece, and repeated.
+    the pieces out. The gradient of what it is given waits for those of its weights, as a checkpointed block's does.
+    Values are those of the plain module, gradients those up to the order of a sum. Random draws are made piece by
+    piece, and repeated.
 
     The first array among the arguments, `[..., length, width]`, is cut along its length, with every other that begins
     with `[..., length]`, such as the choice of experts; what remains is handed on whole.

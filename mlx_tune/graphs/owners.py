@@ -94,4 +94,6 @@ def _gradients(graph: Graph) -> dict[int, str]:
             node = graph.nodes[made_by[value]]
             if node.name in _ELEMENTWISE:
                 waiting.extend(node.inputs)
+            elif node.name in ("Depends", "CustomTransforms"):
+                waiting.extend(dict(_sources(node, []))[value])
     return found

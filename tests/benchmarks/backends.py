@@ -22,6 +22,7 @@ from unittest import mock
 import gpu_models
 import loss
 import mlx.core as mx
+from weights_first import in_the_old_order
 
 import mlx_tune as mt
 from mlx_tune.presentation.tables import render_table
@@ -94,7 +95,8 @@ def priced(name: str, backend: str, limit: int | None = None) -> mt.MemoryEstima
     """The estimate of one step."""
     size, options, rows, checkpointed, _ = STEPS[name]
     step, batch, state = built(size, options, rows, checkpointed)
-    return mt.estimate_memory(step, batch, state=state, backend=backend, limit=limit)
+    with in_the_old_order():  # in which they were measured
+        return mt.estimate_memory(step, batch, state=state, backend=backend, limit=limit)
 
 
 def measured_in(file: Path) -> dict[str, int]:

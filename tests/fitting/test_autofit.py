@@ -236,7 +236,7 @@ def test_a_real_fit_of_two_losses_changes_nothing():
 
 
 def test_the_smallest_batch_can_be_given(monkeypatch):
-    machine = Machine(monkeypatch, 0.0, 0.1, 0.0)
+    machine = Machine(monkeypatch, 0.0, 0.1, 0.01)
     fit = machine.training.fit(10**6, min_batch=6, max_batch=9, multiple_of=3)
     assert {n for n, _, _ in machine.runs} == {6, 9}
     assert fit.batch_size == 6

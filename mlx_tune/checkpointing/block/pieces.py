@@ -15,7 +15,8 @@ import mlx.nn as nn
 from mlx_tune.checkpointing.block.constants import Refusals, untrained
 from mlx_tune.checkpointing.block.keep import Frame
 from mlx_tune.checkpointing.block.randomness import draws_from, thread_stream
-from mlx_tune.checkpointing.block.recompute import Call, is_plain, is_recomputing, recomputed, tied
+from mlx_tune.checkpointing.block.recompute import Call, is_plain, is_recomputing, recomputed
+from mlx_tune.checkpointing.block.weights_first import tied
 from mlx_tune.errors import CheckpointError
 from mlx_tune.graphs.arguments import argument_arrays, with_arrays
 

@@ -19,7 +19,7 @@ from mlx_tune.checkpointing.block.constants import Refusals, untrained
 from mlx_tune.checkpointing.block.keep import Frame, with_gradient
 from mlx_tune.checkpointing.block.randomness import draws_from, thread_stream
 from mlx_tune.checkpointing.block.side_effects import Rewound
-from mlx_tune.checkpointing.block.weights_first import WeightsFirst
+from mlx_tune.checkpointing.block.weights_first import WeightsFirst, tied
 from mlx_tune.errors import CheckpointError
 from mlx_tune.graphs.tracing.recomputation import is_differentiable, is_tracing, traced_checkpoint
 from mlx_tune.reach.container_notes import Note, fill
@@ -387,14 +387,6 @@ def _watched(output: mx.array, index: int, reached: set[int]) -> mx.array:
         return cotangent
 
     return with_gradient(note)(output)
-
-
-def tied(arrays: list[mx.array], ends: list[mx.array]) -> list[mx.array]:
-    """These arrays, once the ends are there.
-
-    In groups, since each output of an operation knows all others: a thousand at once take a million steps.
-    """
-    return [array for i in range(0, len(arrays), 64) for array in mx.depends(arrays[i : i + 64], ends)]
 
 
 def nothing() -> list[mx.array]:

@@ -22,6 +22,14 @@ from mlx_tune.checkpointing.block.keep import with_gradient
 from mlx_tune.graphs.tracing.recomputation import is_tracing, weights_first
 
 
+def tied(arrays: list[mx.array], ends: list[mx.array]) -> list[mx.array]:
+    """These arrays, once the ends are there.
+
+    In groups, since each output of an operation knows all others: a thousand at once take a million steps.
+    """
+    return [array for i in range(0, len(arrays), 64) for array in mx.depends(arrays[i : i + 64], ends)]
+
+
 class WeightsFirst:
     """Makes the gradients of one call's arguments wait for the other gradients that MLX has asked for.
 

@@ -50,6 +50,11 @@ def checkpoint(block: object, *, keep: Iterable[str] = ()) -> Any:
     `mx.checkpoint` promises none of these. Arrays out of its sight (held by compiled extensions, or looked up by a
     computed name) count as constants: `verify_checkpoint` finds them.
 
+    The gradients of a block's weights are made before the block below is run again, so that what one block computed is
+    alive at a time: the gradient of each argument waits for the others that the differentiation asks for, evaluated or
+    not by you. It does not wait in blocks that an enclosing checkpoint runs again, nor does the gradient of an array
+    that the block takes from elsewhere than its arguments, such as a closure.
+
     A module in evaluation mode (`block.eval()`) is called as it is, so nothing is run twice.
 
     Args:

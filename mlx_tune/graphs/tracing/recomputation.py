@@ -95,9 +95,7 @@ def traced_checkpoint(
     return [y + zero(z, i) if is_differentiable(y) else y for i, (y, z) in enumerate(zip(values, again, strict=True))]
 
 
-def weights_first(
-    arrays: Sequence[mx.array], arguments: AbstractSet[int], among: AbstractSet[int]
-) -> list[mx.array]:
+def weights_first(arrays: Sequence[mx.array], arguments: AbstractSet[int], among: AbstractSet[int]) -> list[mx.array]:
     """The inputs of a call in a form in which a trace shows that gradients of some of them wait for others.
 
     Args:

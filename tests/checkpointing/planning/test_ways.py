@@ -60,7 +60,7 @@ def test_the_plan_is_the_fastest_of_all_choices_of_blocks_and_loss(monkeypatch, 
     losses = set()
     for share in (0.0, 0.3, 0.6, 0.9, 1.5):
         least = min(floors.values())
-        budget = int(1.05 * least + share * (max(floors.values()) - least))
+        budget = int(1.1 * least + share * (max(floors.values()) - least))
         beside = training.beside()
         found = plan(training, budget)
         chosen = (*(block.checkpointed for block in found.blocks), found.loss == "linear")
