@@ -8,6 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tune.checkpointing.blocks import blocks_of
 from mlx_tune.quantization.formats.modes import Effort
 from mlx_tune.quantization.judging.evaluation import Watched
 from mlx_tune.quantization.methods import apply_layer
@@ -115,6 +116,7 @@ def plan_quantization(
             apply=apply_layer,
             calibration=learn,
             evaluation=judge,
+            blocks=blocks_of(model),
             progress=progress,
             fault_of=fault_of,
         )

@@ -159,6 +159,7 @@ def quantize_model(
                 apply=apply_layer,
                 calibration=learn,
                 evaluation=judge,
+                blocks=blocks,
                 progress=progress,
                 fault_of=fault_of,
             )

@@ -69,6 +69,33 @@ def compare_tokens(before: mx.array, after: mx.array, targets: mx.array, first_s
     return TokenFigures(*figures)
 
 
+def quick_divergences(before: mx.array, shares: mx.array, after: mx.array) -> mx.array:
+    """The KL divergence of every token and nothing else, in a tenth of the time that all figures take on a CPU.
+
+    Args:
+        before: The reference's logits [batch, length, vocabulary], float32.
+        shares: Their softmax.
+        after: The model's, float32.
+
+    Returns:
+        float32 `[batch x length]`, with NaN or infinity where this cannot tell: where a logit is no number, where the
+        reference gives a token no chance at all, or where both are so far apart that `exp` leaves float32's range.
+    """
+    vocabulary = before.shape[-1]
+    step = max(1, LOGITS_AT_ONCE // 4 // vocabulary)
+    rows = [a.reshape(-1, vocabulary) for a in (before, shares, after)]
+    found = []
+    for start in range(0, rows[0].shape[0], step):
+        x, p, y = (a[start : start + step] for a in rows)
+        d = x - y
+        # As in `_divergence`, with t's sign turned; what either softmax is divided by moves the mean alone.
+        t = (p * d).sum(axis=-1, keepdims=True) - d
+        terms = mx.where(p > 0, p * (mx.expm1(t) - t), float("nan"))
+        found.append(mx.log1p(terms.sum(axis=-1)))
+        mx.eval(found[-1])
+    return mx.concatenate(found)
+
+
 def join_figures(parts: list[TokenFigures]) -> TokenFigures:
     """The figures of several batches, one after the other."""
     import numpy as np

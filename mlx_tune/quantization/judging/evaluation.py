@@ -15,13 +15,19 @@ from mlx_tune.devices import computes_on_cpu
 from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import Bar, progress_bar
 from mlx_tune.quantization.judging.accuracy import Accuracy, divergence_of
-from mlx_tune.quantization.judging.compare_answers import LOGITS_AT_ONCE, compare_outputs, compare_tokens, join_figures
+from mlx_tune.quantization.judging.compare_answers import (
+    LOGITS_AT_ONCE,
+    compare_outputs,
+    compare_tokens,
+    join_figures,
+    quick_divergences,
+)
 from mlx_tune.quantization.judging.statistics import TokenFigures
 from mlx_tune.quantization.judging.summaries import summarise_losses, summarise_outputs, summarise_tokens
 from mlx_tune.quantization.models.answers import HALVES, Loss, logits_of, mean_loss, narrow_dtype, output_arrays
 from mlx_tune.quantization.models.batches import Batch, rows_at_most
 from mlx_tune.quantization.models.layers import EMBEDDINGS, weight_shape
-from mlx_tune.quantization.models.sites import WalkedModel, own_arrays, widen
+from mlx_tune.quantization.models.sites import ROOM_BYTES, WalkedModel, own_arrays, widen
 from mlx_tune.quantization.models.stored_outputs import OutputStore
 from mlx_tune.quantization.planning.shape_check import FAULTS, resolve, uncallable
 from mlx_tune.units import number
@@ -103,7 +109,7 @@ class Evaluation:
         with _measuring(model, "accuracy", len(self.parts), progress) as bar:
             sequence = 0
             for i, part in enumerate(self.parts):
-                before, after = reference(i), self._run_now(model, i)
+                before, after = reference(i), self.answers(model, i)
                 if self.kind == "loss":
                     rows.append((number(before[0]), number(after[0])))
                 elif self.kind == "outputs":
@@ -133,8 +139,12 @@ class Evaluation:
             return "float32, packed weights unpacked, since MLX multiplies by packed ones slowly on CPUs"
         return "float32"
 
-    def _run_now(self, model: WalkedModel, i: int) -> list[mx.array]:
-        """The quantized model's answer to a part; what the reference could do, it may not be able to."""
+    def answers(self, model: WalkedModel, i: int) -> list[mx.array]:
+        """The quantized model's answer to a part, evaluated; what the reference could do, it may not be able to.
+
+        Raises:
+            QuantizationError: The model, quantized, cannot be called.
+        """
         try:
             return self._run(model, self.parts[i])
         except FAULTS as error:
@@ -246,6 +256,7 @@ class Watched:
         """Find out how the model takes the batches."""
         self._model = model
         self._store = OutputStore()
+        self._shares: dict[int, mx.array] = {}
         self.evaluation = prepare_evaluation(model, batches, loss)
 
     def __enter__(self) -> Callable[[], float]:
@@ -255,11 +266,41 @@ class Watched:
 
     def __exit__(self, *_: object) -> None:
         """Forget the answers."""
+        self._shares.clear()
         self._store.__exit__()
 
     def divergence(self) -> float:
-        """The divergence of the model as it is by now; of a loss, the loss itself."""
-        return divergence_of(self.evaluation.judge(self._model, self._store))
+        """The divergence of the model as it is by now; of a loss, the loss itself. The model is run once."""
+        if self.evaluation.kind != "tokens":
+            return divergence_of(self.evaluation.judge(self._model, self._store))
+        total, tokens = 0.0, 0
+        with self._model.exactly():
+            for i, part in enumerate(self.evaluation.parts):
+                before, after = self._store.get(i)[0], self.evaluation.answers(self._model, i)[0]
+                total_here, tokens_here = self._of_tokens(i, before, after, part.shifted[1])
+                total, tokens = total + total_here, tokens + tokens_here
+        return total / tokens if tokens else math.nan
+
+    def _of_tokens(self, i: int, before: mx.array, after: mx.array, targets: mx.array) -> tuple[float, int]:
+        """The sum of a part's divergences, and the number of tokens that have one."""
+        if before.shape == after.shape:
+            wide = before.astype(mx.float32)
+            found = quick_divergences(wide, self._shares_of(i, wide), after.astype(mx.float32))
+            if math.isfinite(total := number(found.sum())):
+                return total, found.size
+        figures = compare_tokens(before, after, targets, 0)
+        return float(figures.kl[figures.usable].sum()), int(figures.usable.sum())
+
+    def _shares_of(self, i: int, logits: mx.array) -> mx.array:
+        """The softmax of a part's logits, kept where there is room."""
+        if i in self._shares:
+            return self._shares[i]
+        shares = mx.softmax(logits, axis=-1)
+        shares = shares / shares.sum(axis=-1, keepdims=True)
+        mx.eval(shares)
+        if sum(a.nbytes for a in self._shares.values()) + shares.nbytes <= ROOM_BYTES:
+            self._shares[i] = shares
+        return shares
 
 
 def perplexity(model: nn.Module, batches: list[Batch]) -> float:

@@ -44,6 +44,13 @@ class TokenFigures:
     finite: Floats
     sequence: Integers
 
+    @property
+    def usable(self) -> Any:
+        """True, by token, where both models' answers are numbers and so is their distance."""
+        import numpy as np
+
+        return (self.finite > 0) & np.isfinite(self.kl) & np.isfinite(self.nll_after)
+
 
 @dataclass(frozen=True)
 class OutputFigures:

@@ -28,7 +28,7 @@ def summarise_tokens(figures: TokenFigures, **context: Any) -> LanguageAccuracy:
     """
     import numpy as np
 
-    use = (figures.finite > 0) & np.isfinite(figures.kl) & np.isfinite(figures.nll_after)
+    use = figures.usable
     kl, sequence = figures.kl[use], figures.sequence[use]
     before, after, top = figures.nll_before[use], figures.nll_after[use], figures.same_top[use]
     mean, reverse = clustered_mean(kl, sequence), clustered_mean(figures.reverse_kl[use], sequence)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_tune.quantization.learning.experts import FEW_INPUTS
 from mlx_tune.quantization.learning.moments import count_experts
 from mlx_tune.quantization.models.batches import Batch
+from mlx_tune.quantization.models.interception import Step, forward_steps
 from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.plan import LayerPlan
 from mlx_tune.substitution import ModuleCall, intercepted
@@ -39,16 +42,22 @@ class Coverage:
         return 2 * sum(count > 0 and count >= few for count in self.experts) > len(self.experts)
 
 
-def measure_coverage(model: WalkedModel, layers: Sequence[LayerPlan], batches: Sequence[Batch]) -> dict[str, Coverage]:
+def measure_coverage(
+    model: WalkedModel,
+    layers: Sequence[LayerPlan],
+    batches: Sequence[Batch],
+    blocks: Sequence[tuple[str, nn.Module]] = (),
+) -> tuple[dict[str, Coverage], list[Step]]:
     """Run the model and count what layers are given; of other than experts' routes nothing is evaluated.
 
     Args:
         model: The model.
         layers: Layers of its plan.
         batches: Its arguments.
+        blocks: Paths and modules of its blocks.
 
     Returns:
-        By path, all layers.
+        By path, all layers, and the order in which blocks and other layers are called.
     """
     paths = {id(site.module): layer.path for layer in layers for site in layer.sites}
     stacks = {layer.path: layer.shape[0] for layer in layers if len(layer.shape) == 3}
@@ -65,10 +74,15 @@ def measure_coverage(model: WalkedModel, layers: Sequence[LayerPlan], batches: S
             found[path] = Coverage(found[path].inputs + count, found[path].experts)
         return call.run()
 
-    modules = [site.module for layer in layers for site in layer.sites]
-    with model.evaluation_mode(), intercepted(modules, see):
+    modules = [(site.path, site.module) for layer in layers for site in layer.sites]
+    steps: list[Step] = []
+    with model.evaluation_mode(), intercepted([module for _, module in modules], see):
         for batch in batches:
-            batch.inputs.call(model.model)
+            call = partial(batch.inputs.call, model.model)
+            if steps:
+                call()
+            else:
+                steps = forward_steps(call, modules, blocks)
             for path, indices in routes:
                 counts = count_experts(indices, stacks[path])
                 before = found[path].experts or ()
@@ -76,4 +90,4 @@ def measure_coverage(model: WalkedModel, layers: Sequence[LayerPlan], batches: S
                     found[path].inputs + sum(counts), tuple(a + b for a, b in zip(before, counts, strict=True))
                 )
             routes.clear()
-    return found
+    return found, steps

@@ -51,7 +51,7 @@ def _sample_error(sample: mx.array, wanted: Format, method: str, energy: mx.arra
 def measure_divergences(
     layers: Sequence[LayerPlan],
     probe: Callable[[LayerPlan], Format],
-    divergence: Callable[[], float],
+    divergence: Callable[[LayerPlan], float],
     *,
     method: str,
     effort: Effort = "fast",
@@ -62,7 +62,7 @@ def measure_divergences(
     Args:
         layers: The layers to measure, of one model; it is as it was when this returns or fails.
         probe: The format that each is measured in.
-        divergence: Tells how far the model's answers have moved.
+        divergence: Tells how far the model's answers have moved by a change of one layer.
         method: "nearest", or anything else for "optimal".
         effort: "fast" or "best".
         progress: Show a progress line.
@@ -83,7 +83,7 @@ def measure_divergences(
             error = _relative_error(weight, arrays, wanted, layer.energy)
             del weight
             with in_places((site, quantized_module(site.module, wanted, arrays)) for site in layer.sites):
-                moved = divergence()
+                moved = divergence(layer)
             found[layer.path] = (max(0.0, moved), error)
             bar.advance()
     return found

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
+
+import mlx.nn as nn
 
 from mlx_tune.errors import QuantizationError
 from mlx_tune.progress import progress_bar
@@ -18,6 +21,8 @@ from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan, byt
 from mlx_tune.quantization.planning.request import Request
 from mlx_tune.quantization.sizing.candidates import BITS, formats_for, is_free
 from mlx_tune.quantization.sizing.coverage import measure_coverage
+from mlx_tune.quantization.sizing.late_starts import LateStarts
+from mlx_tune.quantization.sizing.measurements import Measurements, measurements_of
 from mlx_tune.quantization.sizing.plan_trials import Apply, Watch, amount, better_of, split_batches
 from mlx_tune.quantization.sizing.sensitivity import measure_divergences, weight_errors
 from mlx_tune.quantization.sizing.unreached_layers import allocate_with_unmeasured, note_of_unreached, sensitivity_like
@@ -53,6 +58,7 @@ def allocate_to_target(
     apply: Apply,
     calibration: list[Batch],
     evaluation: list[Batch],
+    blocks: Sequence[tuple[str, nn.Module]] = (),
     progress: bool = False,
     fault_of: FaultOf | None = None,
 ) -> QuantizationPlan:
@@ -66,6 +72,7 @@ def allocate_to_target(
         apply: Quantizes one planned layer by "nearest" or "optimal".
         calibration: Batches to measure sensitivity on, and to check the choice; without, the weights' error counts.
         evaluation: The batches to check on where there is no calibration.
+        blocks: The model's blocks, so that none runs again that a change of one layer does not reach.
         progress: Show progress lines.
         fault_of: Finds what MLX computes wrong here, so that no layer gets such a format; None for not looking.
 
@@ -78,29 +85,39 @@ def allocate_to_target(
     target_bytes = parse_target(plan, request)
     free = [layer for layer in (*plan.layers, *plan.skipped) if is_free(layer, plan)]
     spent = plan.size_after_bytes - sum(layer.bytes_after for layer in free)
+    # Without calibration a look at samples of the weights is less work than telling one model from another.
+    known = measurements_of(model.sites, plan, calibration) if calibration else Measurements()
     errors: dict[str, dict[Format, float]] = {}
     with progress_bar("measuring weight errors", len(free), enabled=progress) as bar:
         for layer in free:
             fitting = formats_that_fit(layer, formats_for(layer, plan), plan.method, plan.effort)
-            errors[layer.path] = weight_errors(layer, fitting, plan.method)
+            found = known.errors.setdefault(layer.path, {})
+            if any(wanted not in found for wanted in fitting):
+                found |= weight_errors(layer, fitting, plan.method)
+            errors[layer.path] = {wanted: found[wanted] for wanted in fitting}
             bar.advance()
 
     excluded = ExcludedFormats(errors, fault_of)
     sense, check = split_batches(calibration)
     unseen: dict[str, str] = {}
     if sense:
+        before = set(known.divergences)
         weights, unseen = _measured_weights(
             model,
             plan,
             free,
             errors,
             sense,
+            known,
             target_bytes=target_bytes,
             watch=watch,
+            blocks=blocks,
             excluded=excluded,
             progress=progress,
         )
         basis = f"each layer's effect on the model's answers, measured on {amount(sense)} of the calibration"
+        if before and before == set(known.divergences):
+            basis += " for an earlier size"
     else:
         weights = {layer.path: 1.0 for layer in free}
         basis = "the weights' error, each layer counted alike, as there is no calibration"
@@ -141,9 +158,11 @@ def _measured_weights(
     free: list[LayerPlan],
     errors: dict[str, dict[Format, float]],
     batches: list[Batch],
+    known: Measurements,
     *,
     target_bytes: int,
     watch: Watch,
+    blocks: Sequence[tuple[str, nn.Module]],
     excluded: ExcludedFormats,
     progress: bool,
 ) -> tuple[dict[str, float], dict[str, str]]:
@@ -164,13 +183,21 @@ def _measured_weights(
     measurable = [layer for layer in free if errors[layer.path]]
     if not measurable:
         return dict.fromkeys(errors, 1.0), {}
-    coverage = measure_coverage(model, measurable, batches)
+    coverage, steps = measure_coverage(model, measurable, batches, blocks)
     most = max(found.inputs for found in coverage.values())
     reached = [layer for layer in measurable if coverage[layer.path].enough(most)]
-    with watch(model, batches) as divergence:
-        measured = measure_divergences(
-            reached, probe, divergence, method=plan.method, effort=plan.effort, progress=progress
-        )
+    probes = {layer.path: probe(layer) for layer in reached}
+    new = [layer for layer in reached if known.near(layer.path, probes[layer.path]) is None]
+    if new:
+        with (
+            watch(model, batches) as divergence,
+            LateStarts(steps, blocks, divergence) as late,
+        ):
+            found = measure_divergences(
+                new, probe, late.divergence, method=plan.method, effort=plan.effort, progress=progress
+            )
+        known.divergences |= {(path, probes[path]): figures for path, figures in found.items()}
+    measured = {x.path: figures for x in reached if (figures := known.near(x.path, probes[x.path])) is not None}
     seen = {
         path: moved / error
         for path, (moved, error) in measured.items()

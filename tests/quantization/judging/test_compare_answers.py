@@ -8,7 +8,7 @@ import quantization_toys as toys
 from token_figures import logits, reference_figures
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.judging.compare_answers import compare_outputs, compare_tokens
+from mlx_tune.quantization.judging.compare_answers import compare_outputs, compare_tokens, quick_divergences
 from mlx_tune.quantization.judging.summaries import summarise_outputs, summarise_tokens
 
 
@@ -98,3 +98,27 @@ def test_output_figures_are_those_of_numpy() -> None:
     assert found.values == 3 * 2 * 3 * 7 * 50
     assert json.loads(json.dumps(found.to_dict()))["kind"] == "outputs"
     assert "cosine" in str(found)
+
+
+@pytest.mark.parametrize("moved", [1e-4, 0.03, 1.0, 5.0, 60.0])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+def test_divergences_alone_are_those_among_all_figures(moved: float, offset: float) -> None:
+    mx.random.seed(0)
+    x = 3 * mx.random.normal((2, 8, 96))
+    y = x + moved * mx.random.normal(x.shape) + offset  # one offset for all logits of a token says nothing
+    found = np.array(quick_divergences(x, mx.softmax(x, axis=-1), y), dtype=np.float64)
+    wanted = compare_tokens(x, y, mx.zeros((2, 8), dtype=mx.int32), 0).kl
+    known = np.isfinite(found)
+    assert known.all() or moved > 50  # exp() of that leaves float32's range: no number, and never a wrong one
+    assert found[known] == pytest.approx(wanted[known], rel=2e-3 if moved < 0.01 else 2e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_divergences_alone_are_no_numbers_where_logits_are_none(bad: float) -> None:
+    x = mx.random.normal((1, 2, 8))
+    y = mx.array(x)
+    y[0, 1, 3] = bad
+    for before, after in ((x, y), (y, x)):
+        found = quick_divergences(before, mx.softmax(before, axis=-1), after)
+        assert not math.isfinite(found[1].item())
+        assert math.isfinite(found[0].item())

@@ -8,8 +8,8 @@ import quantization_toys as toys
 from token_figures import reference_figures
 
 from mlx_tune.errors import QuantizationError
-from mlx_tune.quantization.judging.accuracy import LanguageAccuracy
-from mlx_tune.quantization.judging.evaluation import perplexity, prepare_evaluation
+from mlx_tune.quantization.judging.accuracy import LanguageAccuracy, divergence_of
+from mlx_tune.quantization.judging.evaluation import Watched, perplexity, prepare_evaluation
 from mlx_tune.quantization.models.batches import read_batches
 from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.models.stored_outputs import OutputStore
@@ -120,3 +120,18 @@ def test_integers_that_are_no_tokens_are_given_as_they_are() -> None:
 def test_a_model_that_cannot_be_called_so() -> None:
     with pytest.raises(QuantizationError, match=r"cannot be called with evaluation\[0\] \(\[4, 3\]\)"):
         prepare_evaluation(WalkedModel(toys.vision()), read_batches([mx.zeros((4, 3))], "evaluation"), None)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_divergence_alone_is_that_of_all_figures(broken: bool) -> None:
+    model = toys.llama(tied=False, dtype=mx.float32)
+    batches = read_batches([toys.tokens(2, 17, seed=i) for i in range(2)], "evaluation")
+    watched = Watched(WalkedModel(model), batches)
+    with watched as divergence:
+        assert divergence() == pytest.approx(0, abs=1e-9)
+        model.lm_head.weight = model.lm_head.weight * 1.1
+        if broken:  # tokens that are looked up here get no numbers, and are left out
+            model.model.embed_tokens.weight[int(batches[0].tokens[0, 9])] = float("nan")
+        accuracy = watched.evaluation.judge(WalkedModel(model), watched._store)
+        assert (accuracy.non_finite > 0) == broken
+        assert divergence() == pytest.approx(divergence_of(accuracy), rel=1e-5)

@@ -15,7 +15,7 @@ from mlx_tune.quantization.sizing.coverage import Coverage, measure_coverage
 def test_reach_is_what_layers_are_given() -> None:
     model = toys.qwen3_moe()
     layers = plan_quantization(model).layers
-    found = measure_coverage(
+    found, _ = measure_coverage(
         WalkedModel(model), layers, read_batches([toys.tokens(2, 17), toys.tokens(1, 9)], "calibration")
     )
     tokens = 2 * 16 + 8

@@ -20,7 +20,9 @@ def test_measured_divergence_is_that_of_the_layer_alone() -> None:
     model = toys.llama(tied=False)
     plan = mt.plan_quantization(model, 2, 64, method="nearest")
     with Watched(WalkedModel(model), read_batches(calibration(1), "calibration")) as divergence:
-        found = measure_divergences(plan.layers[:2], lambda layer: Format(2, 64), divergence, method="nearest")
+        found = measure_divergences(
+            plan.layers[:2], lambda layer: Format(2, 64), lambda _: divergence(), method="nearest"
+        )
     for layer in plan.layers[:2]:
         other = toys.llama(tied=False)
         report = mt.quantize_model(
