@@ -16,6 +16,10 @@ from mlx_tune.units import format_count
 #: Decibels below which a layer's error is more than half as large as its weights.
 _LOST_DB = 6.0
 
+#: Squared errors of outputs over their squares beyond which the model is likely broken. Outputs of zero have 1, or 2
+#: where the rows of an embedding count as well.
+_ASTRAY = 2.0
+
 
 @dataclass(frozen=True)
 class LayerOutcome:
@@ -74,7 +78,13 @@ def report_of(
         seconds=memory.seconds,
         peak_bytes=memory.peak_bytes,
         arithmetic=arithmetic(),
-        notes=(*plan.notes, *_recovered(outcomes), *_little_left(outcomes.values()), *notes),
+        notes=(
+            *plan.notes,
+            *_recovered(outcomes),
+            *_little_left(outcomes.values()),
+            *_astray(outcomes.values()),
+            *notes,
+        ),
     )
 
 
@@ -125,4 +135,18 @@ def _little_left(outcomes: Iterable[LayerOutcome]) -> tuple[str, ...]:
     return (
         f"Warning: the error is more than half as large as the weights in {named}{more}: give them more bits, or "
         "another mode.",
+    )
+
+
+def _astray(outcomes: Iterable[LayerOutcome]) -> tuple[str, ...]:
+    """A warning where outputs on calibration are worse than none, which takes no evaluation to see."""
+    lost = [x for x in outcomes if x.output_error is not None and x.output_error > _ASTRAY]
+    if not lost:
+        return ()
+    named = ", ".join(f"{layer.path} ({layer.output_error:.3g})" for layer in lost[:3])
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return (
+        f"Warning: on calibration, the squared error of outputs is more than {_ASTRAY:.0f} times their squares in "
+        f"{named}{more}: the model is likely broken. Give its layers more bits, and judge it with "
+        "evaluation=[batches].",
     )

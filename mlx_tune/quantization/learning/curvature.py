@@ -46,10 +46,19 @@ class Curvature:
         """Factorise it."""
         h = hessian.astype(mx.float32)
         diagonal = mx.diag(h)
+        self._shrinkage = shrinkage
         self.order, self.groups = _order(diagonal, group_size)
-        damped = (1 - shrinkage) * h + mx.diag(shrinkage * diagonal + DAMPING * diagonal.mean() + 1e-30)
+        damped = self.shrunk(h) + (DAMPING * diagonal.mean() + 1e-30) * mx.eye(diagonal.size)
         self.damped = damped[self.order].T[self.order]  # it is symmetric, and rows are quick to gather
         self.feedback = _feedback(self.damped)
+
+    def shrunk(self, moments: mx.array) -> mx.array:
+        """Moments of the same tokens with those between different columns scaled down as here.
+
+        Args:
+            moments: `[columns, columns]`.
+        """
+        return (1 - self._shrinkage) * moments + self._shrinkage * mx.diag(mx.diag(moments))
 
     def solve(self, right: mx.array) -> mx.array:
         """The damped Hessian's inverse times a matrix `[columns, n]`, both with columns as the layer has them."""

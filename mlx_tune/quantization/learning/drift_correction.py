@@ -18,16 +18,27 @@ from mlx_tune.units import number
 
 #: How much of the way to the least-squares solution is gone. All of it is too much: what a layer cannot see of its
 #: inputs' drift, later layers and the residual stream can make up for as well.
-_SHARE = 0.5
+_SHARE = 0.75
 
 
-def corrected(weight: mx.array, curvature: Curvature, drift: Drift) -> mx.array:
+def corrected(
+    weight: mx.array,
+    curvature: Curvature,
+    drift: Drift,
+    others: mx.array | None = None,
+    drift_of_others: Drift | None = None,
+) -> mx.array:
     """The weight that is to be quantized instead, so that outputs stay closer to what they were.
+
+    The drift is shrunk as the moments are: solving for the one as it is by the other shrunk goes many times too far
+    along what inputs have in common.
 
     Args:
         weight: `[rows, columns]`.
         curvature: That of the inputs as they are now, damped and shrunk.
         drift: The drift.
+        others: Second moments of inputs that neither was learned from: no more of the way is gone than helps there.
+        drift_of_others: The drift of those.
 
     Returns:
         float32 `[rows, columns]`.
@@ -42,8 +53,19 @@ def corrected(weight: mx.array, curvature: Curvature, drift: Drift) -> mx.array:
         True
     """
     w = weight.astype(mx.float32)
-    moved = w + _SHARE * curvature.solve(matmul_float32(w, drift.cross).T).T
+    step = curvature.solve(matmul_float32(w, curvature.shrunk(drift.cross)).T).T
+    share = _SHARE
+    if others is not None and drift_of_others is not None:
+        share *= _useful_part(w, step, others, drift_of_others)
+    moved = w + share * step
     return moved if mx.isfinite(moved).all().item() else w
+
+
+def _useful_part(w: mx.array, step: mx.array, moments: mx.array, drift: Drift) -> float:
+    """The part of a step, from 0 to 1, with which outputs come closest to what they were."""
+    wanted = number((matmul_float32(w, drift.cross) * step).sum())
+    size = number((matmul_float32(step, moments.astype(mx.float32)) * step).sum())
+    return min(1.0, max(0.0, wanted / size)) if size > 0 else 0.0
 
 
 class OutputErrors:

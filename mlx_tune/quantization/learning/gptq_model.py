@@ -279,7 +279,7 @@ class _Pass:
         if counts is None:
             every: Any = tuple(mx.concatenate(list(arrays)) for arrays in zip(*optimal, strict=True))
             together = mx.concatenate(list(weights))
-            one = self._gptq(together, every, moments, drift, size, bits, learned.tokens[first.path])
+            one = self._gptq(together, every, moments, drift, size, bits, learned.tokens[first.path], test, test_drift)
             ends = list(accumulate(weight.shape[0] for weight in weights))
             columns: Any = zip(*(mx.split(array, ends[:-1]) for array in one), strict=True)
             found: list[Arrays] = list(columns)
@@ -312,13 +312,15 @@ class _Pass:
         size: int,
         bits: int,
         tokens: int,
+        test: mx.array | None = None,
+        test_drift: Drift | None = None,
     ) -> Arrays:
         curvature = Curvature(moments, size, shrinkage_for(weight.shape[-1], tokens))
         rows, parts = max(1, _WEIGHTS_AT_ONCE // weight.shape[-1]), []
         for i in range(0, weight.shape[0], rows):
             part = weight[i : i + rows]
             begin: Any = tuple(array[i : i + rows] for array in start)
-            wanted = part if drift is None else corrected(part, curvature, drift)
+            wanted = part if drift is None else corrected(part, curvature, drift, test, test_drift)
             found = quantize_gptq(wanted, moments, bits, size, effort=self._effort, start=begin, curvature=curvature)
             parts.append(found[:3])
         packed, scales, biases = (mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
