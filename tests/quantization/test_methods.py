@@ -15,7 +15,7 @@ def batches(count: int = 4, first: int = 0) -> list[mx.array]:
 def test_methods_that_learn(method: str) -> None:
     model = toys.llama()
     report = mt.quantize_model(model, 2, 64, method=method, calibration=batches(), progress=False)
-    assert {x.method for x in report.layers} <= {"optimal", "gptq", method}
+    assert {x.method for x in report.layers} <= {"nearest", "optimal", "gptq", method}  # what measured no gain stays
     assert report.size_after_bytes == mt.plan_quantization(toys.llama(), 2, 64).size_after_bytes
     assert mx.isfinite(model(toys.tokens())).all().item()
     if method == "gptq":

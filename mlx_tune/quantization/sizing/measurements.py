@@ -15,6 +15,7 @@ from mlx_tune.quantization.formats.modes import Format
 from mlx_tune.quantization.models.batches import Batch
 from mlx_tune.quantization.models.sites import Site, own_arrays
 from mlx_tune.quantization.planning.plan import QuantizationPlan
+from mlx_tune.upstream import TRAINING
 
 #: Models whose measurements are kept, the latest ones: some numbers for each layer.
 _MODELS = 4
@@ -65,6 +66,7 @@ def measurements_of(sites: Sequence[Site], plan: QuantizationPlan, calibration: 
         calibration: All batches.
 
     Examples:
+        >>> from mlx_tune.quantization.models.sites import WalkedModel
         >>> from mlx_tune.quantization.planning.layout import lay_out
         >>> from mlx_tune.quantization.planning.request import Request
         >>> model = WalkedModel(nn.Sequential(nn.Linear(64, 64)))
@@ -109,9 +111,9 @@ def _digest(sites: Sequence[Site], plan: QuantizationPlan, calibration: Sequence
 
 
 def _plain(items: object) -> list[tuple[str, object]]:
-    """The numbers and texts of a dictionary."""
+    """The numbers and texts of a dictionary, but for the mode: all are measured in evaluation mode."""
     assert hasattr(items, "items")
-    return sorted((str(k), v) for k, v in items.items() if isinstance(v, (bool, int, float, str)) and k != "_training")
+    return sorted((str(k), v) for k, v in items.items() if isinstance(v, (bool, int, float, str)) and k != TRAINING)
 
 
 def _bytes_of(array: mx.array) -> memoryview:
