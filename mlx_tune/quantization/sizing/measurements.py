@@ -66,6 +66,7 @@ def measurements_of(sites: Sequence[Site], plan: QuantizationPlan, calibration: 
         calibration: All batches.
 
     Examples:
+        >>> import mlx.nn as nn
         >>> from mlx_tune.quantization.models.sites import WalkedModel
         >>> from mlx_tune.quantization.planning.layout import lay_out
         >>> from mlx_tune.quantization.planning.request import Request
