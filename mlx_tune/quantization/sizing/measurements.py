@@ -67,14 +67,13 @@ def measurements_of(sites: Sequence[Site], plan: QuantizationPlan, calibration: 
 
     Examples:
         >>> import mlx.nn as nn
+        >>> import mlx_tune as mt
         >>> from mlx_tune.quantization.models.sites import WalkedModel
-        >>> from mlx_tune.quantization.planning.layout import lay_out
-        >>> from mlx_tune.quantization.planning.request import Request
-        >>> model = WalkedModel(nn.Sequential(nn.Linear(64, 64)))
-        >>> request = Request(4, 64, "nearest", "affine", "fast", None, None, 4.5, None, False, False, None)
-        >>> first, again = (measurements_of(model.sites, lay_out(model, request), []) for _ in range(2))
-        >>> model.model.layers[0].weight += 1e-6
-        >>> first is again, measurements_of(model.sites, lay_out(model, request), []) is first
+        >>> net = nn.Sequential(nn.Linear(64, 64))
+        >>> sites, plan = WalkedModel(net).sites, mt.plan_quantization(net, 4, 64)
+        >>> first, again = measurements_of(sites, plan, []), measurements_of(sites, plan, [])
+        >>> net.layers[0].weight += 1e-6
+        >>> first is again, measurements_of(sites, plan, []) is first
         (True, False)
     """
     key = _digest(sites, plan, calibration)
