@@ -11,7 +11,7 @@ from mlx_tune.quantization.judging.accuracy import Accuracy
 from mlx_tune.quantization.judging.report import LayerReport, QuantizationReport
 from mlx_tune.quantization.judging.speed import SpeedComparison
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
-from mlx_tune.units import format_count
+from mlx_tune.units import format_count, format_names
 
 #: Decibels below which a layer's error is more than half as large as its weights.
 _LOST_DB = 6.0
@@ -130,10 +130,9 @@ def _little_left(outcomes: Iterable[LayerOutcome]) -> tuple[str, ...]:
     lost = [x for x in outcomes if (x.snr_db if x.input_snr_db is None else x.input_snr_db) < _LOST_DB]
     if not lost:
         return ()
-    named = ", ".join(f"{layer.path} ({layer.snr_db:.1f} dB)" for layer in lost[:3])
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    named = format_names([f"{layer.path} ({layer.snr_db:.1f} dB)" for layer in lost], most=3)
     return (
-        f"Warning: the error is more than half as large as the weights in {named}{more}: give them more bits, or "
+        f"Warning: the error is more than half as large as the weights in {named}: give them more bits, or "
         "another mode.",
     )
 
@@ -143,10 +142,9 @@ def _astray(outcomes: Iterable[LayerOutcome]) -> tuple[str, ...]:
     lost = [x for x in outcomes if x.output_error is not None and x.output_error > _ASTRAY]
     if not lost:
         return ()
-    named = ", ".join(f"{layer.path} ({layer.output_error:.3g})" for layer in lost[:3])
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    named = format_names([f"{layer.path} ({layer.output_error:.3g})" for layer in lost], most=3)
     return (
         f"Warning: on calibration, the squared error of outputs is more than {_ASTRAY:.0f} times their squares in "
-        f"{named}{more}: the model is likely broken. Give its layers more bits, and judge it with "
+        f"{named}: the model is likely broken. Give its layers more bits, and judge it with "
         "evaluation=[batches].",
     )

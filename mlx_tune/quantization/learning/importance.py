@@ -21,7 +21,7 @@ from mlx_tune.quantization.models.reading import reading
 from mlx_tune.quantization.models.sites import WalkedModel
 from mlx_tune.quantization.planning.plan import LayerPlan, QuantizationPlan
 from mlx_tune.substitution import ModuleCall, intercepted
-from mlx_tune.units import number
+from mlx_tune.units import format_names, number
 
 #: Random tokens that a model without calibration is run on: rows and their length.
 RANDOM_ROWS, RANDOM_LENGTH = 4, 64
@@ -128,8 +128,7 @@ def with_energies(
     missing = [layer.path for layer in affine if layer.path not in found and layer.path not in lookups]
     notes: tuple[str, ...] = ()
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        notes = (f"Nothing reached {', '.join(missing[:3])}{more}: all inputs count alike there.",)
+        notes = (f"Nothing reached {format_names(missing, most=3)}: all inputs count alike there.",)
     return replace(plan, layers=layers, skipped=skipped), notes
 
 
