@@ -29,7 +29,7 @@ from mlx_tune.errors import CheckpointError, InvalidArgumentError
 from mlx_tune.presentation.plain import Json
 from mlx_tune.presentation.tabular import Table, Tabular
 from mlx_tune.substitution import plain_class
-from mlx_tune.units import whole_number
+from mlx_tune.units import format_names, whole_number
 
 #: A pattern on the path (`"encoder.layers.*"`), or a function of path and module.
 Select = str | Callable[[str, nn.Module], bool]
@@ -299,5 +299,4 @@ def _looked_at(model: nn.Module) -> str:
     visit("", model)
     if not seen:
         return "it, and it holds no modules at all"
-    more = f" and {len(seen) - 12} more" if len(seen) > 12 else ""
-    return ", ".join(seen[:12]) + more
+    return format_names(seen, most=12)

@@ -15,6 +15,7 @@ from mlx_tune.files.unfinished import beside
 from mlx_tune.quantization.planning.config import keeps_inputs, quantization_config, quantizes_inputs
 from mlx_tune.state import same_random_stream
 from mlx_tune.trees import nbytes_of
+from mlx_tune.units import format_names
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -140,9 +141,8 @@ def describe(model: nn.Module, config: Mapping[str, object]) -> dict[str, object
         described["quantize_activations"] = True
         others = keeps_inputs(model)
         if others:
-            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
             raise InvalidArgumentError(
-                f"Some layers quantize their inputs, {', '.join(others[:3])}{more} do not: mlx-lm's config.json says "
+                f"Some layers quantize their inputs, {format_names(others, most=3)} do not: mlx-lm's config.json says "
                 "it of all packed Linear layers or of none. Quantize the model with these layers in skip=, or without "
                 "activations=True."
             )

@@ -27,7 +27,7 @@ from mlx_tune.graphs.tracing.unmerge import unmerge
 from mlx_tune.interrupts import interruptible, uninterrupted
 from mlx_tune.state import Snapshot
 from mlx_tune.trees import StateArray, state_arrays
-from mlx_tune.units import dtype_name
+from mlx_tune.units import dtype_name, format_names
 
 #: A step whose state is still another after so many of them is taken as it is then.
 _MOST_RETRACED = 3
@@ -182,7 +182,7 @@ def _trace(
         )
     if left_behind:
         raise TraceError(
-            f"The step leaves arrays outside of what it was said to change: {_listed(left_behind)}. "
+            f"The step leaves arrays outside of what it was said to change: {format_names(left_behind, most=5)}. "
             "Return them, or pass what holds them in state=(model, optimizer, ...). Everything was put back."
         )
     return _as_evaluated(recorder, dict(replaced.stand_ins))
@@ -225,9 +225,3 @@ def _first_taken(step: Callable[..., object], ways: list[Way], args: Sequence[ob
     _, furthest = min(failures, key=lambda failure: failure[0])
     furthest.add_note(f"The step was tried as {' and as '.join(way.text(args) for way in ways)}; none of them works.")
     raise furthest
-
-
-def _listed(places: list[str]) -> str:
-    """The first few of some places, and how many more there are."""
-    shown = ", ".join(places[:5])
-    return shown if len(places) <= 5 else f"{shown} and {len(places) - 5} more"

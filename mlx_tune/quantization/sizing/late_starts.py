@@ -45,7 +45,7 @@ class LateStarts:
         self._order = [step.path for step in steps]
         self._chain = _chain(steps, {path for path, _ in blocks})
         self.places = {step.path: i for i, step in enumerate(self._chain)}
-        self._names = {id(step.module): step.path for step in self._chain}
+        self._place_of = {id(step.module): i for i, step in enumerate(self._chain)}
         self._kept: KeptArrays | None = None
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
 
@@ -58,7 +58,7 @@ class LateStarts:
 
         def keep(call: ModuleCall) -> object:
             nonlocal part
-            place = self.places[self._names[id(call.module)]]
+            place = self._place_of[id(call.module)]
             part += place == 0
             output = call.run()
             if isinstance(output, mx.array):
@@ -93,7 +93,7 @@ class LateStarts:
 
         def skip(call: ModuleCall) -> object:
             nonlocal part
-            place = self.places[self._names[id(call.module)]]
+            place = self._place_of[id(call.module)]
             part += place == 0
             if place == start - 1:
                 return kept[part, place]
